@@ -1,0 +1,138 @@
+"""The model section of a recipe: what fixes the function that is learned.
+
+Standard library only, so that a configuration can be read and counted without torch. Every field that the
+paper (arXiv 2512.23852) leaves open is marked "our choice"; docs/math.md gives the reasons.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trellis_dist.validation import STRICT, require
+
+Phi = Literal["silu", "tanh", "identity", "ln_silu", "softmax"]
+Readout = Literal["ln_silu", "l2_silu", "softmax"]
+Gate = Literal["learned", "fixed", "off"]
+LayerKind = Literal["trellis", "attention"]
+
+__all__ = ["AttentionConfig", "Gate", "LayerKind", "ModelConfig", "Phi", "Readout", "TrellisConfig"]
+
+@dataclass(frozen=True, kw_only=True)
+class TrellisConfig:
+    """The Trellis mixer (docs/math.md); one head compresses keys and values into ``slots`` rows.
+
+    Attributes:
+        slots: M, memory rows per head (paper: 64).
+        chunk_size: C, tokens per stale-gradient chunk. Part of the model: changing it changes the function.
+        phi: inner nonlinearity of the objective ||phi(M k) - alpha||^2 (our choice: silu).
+        readout: f, the activation between the two passes (paper's best: ln_silu).
+        step_size_max: gamma_max. The chunk's steps sum to at most this when ``step_bound`` is "chunk".
+        step_size_bias: b of gamma = scale * sigmoid(w.x + b).
+        step_bound: "chunk" divides gamma_max by C (our choice, stable at every C); "token" does not.
+        alpha_norm: "rms" normalises the latent target over the M slots (our choice); "none" leaves it raw.
+        value_norm: "l2" gives v unit norm inside the memory update (our choice); "none" leaves it raw.
+        gate_bias: b of beta = sigmoid(w.x + b); the paper biases the forget gate towards one.
+        gates: forget gate per layer, cycled over the layers: "learned", "fixed" (at sigmoid(gate_bias)), "off".
+        conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
+        learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
+    """
+
+    __pydantic_config__ = STRICT
+
+    slots: int = 64
+    chunk_size: int = 64
+    phi: Phi = "silu"
+    readout: Readout = "ln_silu"
+    step_size_max: float = 2.0
+    step_size_bias: float = 0.0
+    step_bound: Literal["chunk", "token"] = "chunk"
+    alpha_norm: Literal["rms", "none"] = "rms"
+    value_norm: Literal["l2", "none"] = "l2"
+    gate_bias: float = 4.0
+    gates: tuple[Gate, ...] = ("learned",)
+    conv_kernel: int = 4
+    learned_initial_memory: bool = False
+
+    def __post_init__(self) -> None:
+        require(1 <= self.slots <= 1024, f"model.trellis.slots = {self.slots}: use 1 to 1024 memory slots")
+        require(self.chunk_size >= 1, f"model.trellis.chunk_size = {self.chunk_size}: use 1 or more tokens")
+        require(self.step_size_max > 0, f"model.trellis.step_size_max = {self.step_size_max}: must be positive")
+        require(len(self.gates) > 0, "model.trellis.gates is empty: name at least one of learned, fixed, off")
+        require(self.conv_kernel >= 0, f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Causal softmax attention with rotary positions: the layer Trellis is measured against.
+
+    Attributes:
+        rope_theta: base of the rotary frequencies.
+        window: attend to the last ``window`` tokens only; None attends to all.
+    """
+
+    __pydantic_config__ = STRICT
+
+    rope_theta: float = 10_000.0
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.window is None or self.window >= 1, f"model.attention.window = {self.window}: use 1 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only language model of pre-norm blocks (mixer + SwiGLU).
+
+    Attributes:
+        vocab_size: rows of the embedding; must be at least the tokenizer's size.
+        num_layers, dim, num_heads: depth, model width, heads; dim must divide by num_heads.
+        mlp_hidden: SwiGLU width; None gives 8/3 dim rounded up to a multiple of 64.
+        pattern: layer kinds, cycled over the layers.
+        tie_embeddings: share the embedding with the output projection.
+        norm_eps: epsilon of every RMSNorm.
+        init_std: standard deviation of the initial weights; output projections are divided by sqrt(2 layers).
+    """
+
+    __pydantic_config__ = STRICT
+
+    vocab_size: int
+    num_layers: int
+    dim: int
+    num_heads: int
+    mlp_hidden: int | None = None
+    pattern: tuple[LayerKind, ...] = ("trellis",)
+    tie_embeddings: bool = True
+    norm_eps: float = 1e-6
+    init_std: float = 0.02
+    trellis: TrellisConfig = field(default_factory=TrellisConfig)
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "num_layers", "dim", "num_heads"):
+            require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: must be at least 1")
+        require(
+            self.dim % self.num_heads == 0,
+            f"model.dim = {self.dim} does not divide by model.num_heads = {self.num_heads}: change one of them",
+        )
+        require(len(self.pattern) > 0, "model.pattern is empty: name at least one of trellis, attention")
+        if "attention" in self.pattern:
+            require(self.head_dim % 2 == 0, f"model.dim / model.num_heads = {self.head_dim}: rotary needs an even head")
+
+    @property
+    def head_dim(self) -> int:
+        """D = V = dim / num_heads."""
+        return self.dim // self.num_heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Hidden width of the SwiGLU."""
+        return self.mlp_hidden if self.mlp_hidden is not None else -(-(8 * self.dim) // (3 * 64)) * 64
+
+    def layer_kind(self, layer: int) -> LayerKind:
+        """Mixer of layer ``layer`` (0-based)."""
+        return self.pattern[layer % len(self.pattern)]
+
+    def gate(self, layer: int) -> Gate:
+        """Forget gate of layer ``layer`` (0-based)."""
+        return self.trellis.gates[layer % len(self.trellis.gates)]

@@ -1,0 +1,120 @@
+"""The training, optimizer, schedule and logging sections of a recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trellis_dist.validation import STRICT, require
+
+__all__ = ["LoggingConfig", "OptimizerConfig", "ScheduleConfig", "TrainingConfig"]
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW; weight decay applies to matrices only.
+
+    Attributes:
+        kind: "adamw", or "sgd" (no momentum) for parity runs.
+        lr: peak learning rate.
+        beta1, beta2, eps: Adam's constants.
+        weight_decay: decoupled decay of parameters with two or more dimensions.
+        clip_norm: global gradient-norm bound; 0 switches clipping off.
+    """
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 3e-3
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optimizer.lr = {self.lr}: must be positive")
+        require(self.clip_norm >= 0, f"optimizer.clip_norm = {self.clip_norm}: use 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Learning rate over steps.
+
+    Attributes:
+        kind: "cosine" (warm-up, then cosine to ``final_ratio``) or "wsd" (warm-up, stable, linear decay).
+        warmup_steps: linear warm-up from 0.
+        decay_fraction: share of the steps that "wsd" spends decaying.
+        final_ratio: final learning rate over the peak.
+    """
+
+    __pydantic_config__ = STRICT
+
+    kind: Literal["cosine", "wsd"] = "cosine"
+    warmup_steps: int = 100
+    decay_fraction: float = 0.2
+    final_ratio: float = 0.1
+
+    def __post_init__(self) -> None:
+        require(self.warmup_steps >= 0, f"schedule.warmup_steps = {self.warmup_steps}: use 0 or more steps")
+        require(0 < self.decay_fraction <= 1, f"schedule.decay_fraction = {self.decay_fraction}: use (0, 1]")
+        require(0 <= self.final_ratio <= 1, f"schedule.final_ratio = {self.final_ratio}: use [0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """How long, how much at once, on which engine.
+
+    Attributes:
+        steps: optimizer steps.
+        global_batch_tokens: tokens per step over the whole mesh; must be a multiple of the sequence length.
+        micro_batch: rows per forward pass and data-parallel rank; accumulation follows from
+            global rows = micro_batch * accumulation * dp.
+        engine: "local" (plain torch, one device) or "deepspeed".
+        zero_stage: DeepSpeed ZeRO stage; stages 0 and 1 are covered by parity tests.
+        precision: "fp32" or "bf16" (bf16 compute; memories, gates and master weights stay fp32).
+        z_loss: weight of the mean squared log-partition added to the loss; 0 switches it off.
+        seed: initial weights.
+        validation_interval: steps between validation passes; 0 validates only at the end.
+        validation_rows: rows per validation pass; 0 uses the whole split.
+        threads: torch threads per rank on a CPU; 0 divides the cores among the local ranks.
+    """
+
+    __pydantic_config__ = STRICT
+
+    steps: int
+    global_batch_tokens: int
+    micro_batch: int = 1
+    engine: Literal["local", "deepspeed"] = "deepspeed"
+    zero_stage: Literal[0, 1] = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    z_loss: float = 0.0
+    seed: int = 0
+    validation_interval: int = 0
+    validation_rows: int = 0
+    threads: int = 0
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 1, f"training.steps = {self.steps}: use 1 or more steps")
+        require(self.micro_batch >= 1, f"training.micro_batch = {self.micro_batch}: use 1 or more rows")
+        require(self.global_batch_tokens >= 1, f"training.global_batch_tokens = {self.global_batch_tokens}: must be positive")
+        require(self.z_loss >= 0, f"training.z_loss = {self.z_loss}: use 0 (off) or more")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoggingConfig:
+    """What is written while a run trains.
+
+    Attributes:
+        interval: steps between metric lines.
+        tensorboard: also write TensorBoard events.
+        progress: a progress bar on rank 0 when standard error is a terminal.
+    """
+
+    __pydantic_config__ = STRICT
+
+    interval: int = 10
+    tensorboard: bool = True
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.interval >= 1, f"logging.interval = {self.interval}: use 1 or more steps")
