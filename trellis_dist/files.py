@@ -1,0 +1,164 @@
+"""Files that survive: write, fsync, rename; canonical JSON; hashing.
+
+Every room writes through these functions, so that a process killed at any moment leaves either the old file or
+the new one, never half of one. The target must be a file system with atomic rename and a working fsync.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = [
+    "FileSystem",
+    "atomic_write",
+    "canonical_json",
+    "commit_directory",
+    "digest",
+    "read_json",
+    "sha256_file",
+    "write_json",
+]
+
+HASH_BLOCK = 1 << 20
+Piece = bytes | memoryview
+
+
+class FileSystem:
+    """The few operations that decide whether data survives, in one replaceable object.
+
+    Tests subclass it to raise "disk full" or to stop at every boundary; what must survive is written through it.
+    """
+
+    def write(self, path: Path, pieces: Iterable[Piece]) -> None:
+        """Create or truncate `path` with the joined pieces; not durable before `fsync_file`. Raises OSError."""
+        with open(path, "wb") as file:
+            for piece in pieces:
+                file.write(piece)
+
+    def fsync_file(self, path: Path) -> None:
+        """Make the contents of `path` durable. Raises OSError."""
+        _fsync(path, os.O_RDONLY)
+
+    def fsync_directory(self, path: Path) -> None:
+        """Make the entries of directory `path` (creations, renames, removals) durable. Raises OSError."""
+        _fsync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Atomically give `source` the name `target`. Raises OSError."""
+        os.rename(source, target)
+
+    def replace(self, source: Path, target: Path) -> None:
+        """Atomically give `source` the name `target`, replacing a file already there. Raises OSError."""
+        os.replace(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove the file `path`; one that is gone already is no error. Raises OSError."""
+        path.unlink(missing_ok=True)
+
+
+REAL = FileSystem()
+
+
+def _fsync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def atomic_write(path: Path, data: bytes | str, *, file_system: FileSystem = REAL) -> None:
+    """Replace `path` by `data` (text is UTF-8): write a temporary file beside it, fsync, rename, fsync the folder.
+
+    Raises:
+        OSError: the folder is missing, the disk is full, ...; `path` then still holds what it held before.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        file_system.write(temporary, [data.encode() if isinstance(data, str) else data])
+        file_system.fsync_file(temporary)
+        file_system.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    file_system.fsync_directory(path.parent)
+
+
+def canonical_json(value: object) -> str:
+    """`value` as JSON with sorted keys, one item per line and a final newline: equal values give equal bytes.
+
+    Raises:
+        ValueError: NaN or an infinity, which JSON cannot hold.
+        TypeError: something that is not JSON.
+    """
+    return json.dumps(value, sort_keys=True, indent=1, allow_nan=False, ensure_ascii=True) + "\n"
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` as canonical JSON, atomically. Raises what `canonical_json` and `atomic_write` raise."""
+    atomic_write(path, canonical_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON value in `path`.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is not JSON; the message names it.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise ValueError(f"{path} is not valid JSON ({error}): it is damaged") from error
+
+
+def sha256_file(path: Path) -> str:
+    """SHA-256 of the file's bytes, in hexadecimal. Raises OSError."""
+    state = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(HASH_BLOCK):
+            state.update(block)
+    return state.hexdigest()
+
+
+def digest(value: object) -> str:
+    """SHA-256 of `value` as compact JSON with sorted keys: equal values have equal digests everywhere.
+
+    Raises:
+        ValueError: NaN or an infinity, which JSON cannot hold.
+    """
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = REAL) -> None:
+    """Give the finished directory `attempt` its name `final`: fsync everything in it, rename, fsync the parent.
+
+    A reader therefore sees `final` complete or not at all. `attempt` must lie on the same file system.
+
+    Raises:
+        FileExistsError: `final` is there already; it is left as it is, and so is `attempt`.
+        OSError: what the file system raises; `final` does not exist then.
+    """
+    if os.path.lexists(final):
+        raise FileExistsError(f"{final} exists and is never overwritten: choose another name or remove it")
+    for path, is_directory in _inside_out(attempt):
+        if is_directory:
+            file_system.fsync_directory(path)
+        else:
+            file_system.fsync_file(path)
+    file_system.rename(attempt, final)
+    file_system.fsync_directory(final.parent)
+
+
+def _inside_out(directory: Path) -> Iterator[tuple[Path, bool]]:
+    """Every file below `directory`, then its folder, the deepest first; True marks a folder."""
+    for folder, _, names in os.walk(directory, topdown=False):
+        for name in sorted(names):
+            yield Path(folder, name), False
+        yield Path(folder), True
