@@ -1,0 +1,95 @@
+"""The report builder: self-contained, escaped, and its charts place points where the axes say."""
+
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trellis_dist.charts import Axis, format_tick, line_chart, ticks
+from trellis_dist.report import Report
+
+HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
+
+
+def full_report() -> str:
+    report = Report(HOSTILE, HOSTILE)
+    report.section(HOSTILE)
+    report.text(HOSTILE)
+    report.facts({HOSTILE: HOSTILE})
+    report.table([HOSTILE, "n"], [[HOSTILE, 1]])
+    report.line_chart(HOSTILE, {HOSTILE: [(0, 1), (1, 2)]}, x_label=HOSTILE, y_label=HOSTILE)
+    report.preformatted(HOSTILE)
+    return report.render()
+
+
+def test_nothing_from_outside_becomes_markup():
+    page = full_report()
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;") >= 9
+
+
+def test_the_page_is_self_contained():
+    page = full_report()
+    assert "Content-Security-Policy" in page
+    assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
+
+
+def test_a_ragged_table_is_refused():
+    with pytest.raises(ValueError, match="2 cells, its header 1"):
+        Report("t").table(["a"], [[1, 2]])
+
+
+def test_numbers_are_right_aligned_and_words_are_not():
+    report = Report("t")
+    report.table(["name", "value"], [["a", "1,024"], ["b", "97.5%"]])
+    page = report.render()
+    assert "<td class=number>1,024</td>" in page
+    assert "<td>a</td>" in page
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1e9), st.floats(1e-6, 1e9)), min_size=1, max_size=30),
+    st.booleans(),
+    st.booleans(),
+)
+def test_every_point_lies_inside_the_plot(points, log_x, log_y):
+    figure = line_chart("t", {"s": points}, x_label="x", y_label="y", log_x=log_x, log_y=log_y)
+    svg = ElementTree.fromstring(re.search(r"<svg viewBox=\"0 0 720.*?</svg>", figure, re.S).group(0))
+    for pair in svg.find("polyline").get("points").split():
+        x, y = map(float, pair.split(","))
+        assert 63.9 <= x <= 704.1
+        assert 11.9 <= y <= 256.1
+
+
+def test_points_that_cannot_be_drawn_are_left_out():
+    figure = line_chart("t", {"s": [(0, 1), (1, math.nan), (2, 3)]}, x_label="x", y_label="y", log_x=True)
+    assert figure.count("<circle") == 1
+    assert "no data yet" in line_chart("t", {"s": [(0, math.inf)]}, x_label="x", y_label="y")
+
+
+def test_larger_values_are_drawn_higher():
+    axis = Axis(0.0, 10.0, 256.0, 12.0, log=False)
+    assert axis.place(0.0) == 256.0
+    assert axis.place(10.0) == 12.0
+    assert axis.place(5.0) == pytest.approx(134.0)
+
+
+@pytest.mark.parametrize(
+    "axis, expected",
+    [
+        (Axis(0, 10, 0, 1, False), [0, 2, 4, 6, 8, 10]),
+        (Axis(900, 70_000, 0, 1, True), [1000, 2000, 5000, 10_000, 20_000, 50_000]),
+        (Axis(1, 1e6, 0, 1, True), [1, 10, 100, 1e3, 1e4, 1e5, 1e6]),
+    ],
+)
+def test_ticks_are_round(axis, expected):
+    assert ticks(axis) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("value, label", [(1500, "1.5k"), (2e6, "2M"), (0.25, "0.25"), (0, "0")])
+def test_tick_labels_are_short(value, label):
+    assert format_tick(value) == label

@@ -1,0 +1,163 @@
+"""Line charts as inline SVG: no script, no assets, readable in light and dark.
+
+Coordinates are in SVG user units; a chart is 720 x 300 and scales with the page.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+
+__all__ = ["Point", "line_chart"]
+
+Point = tuple[float, float]
+
+WIDTH, HEIGHT = 720, 300
+LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 44
+# Distinguishable under the common colour-vision deficiencies (Okabe and Ito), dark enough on white.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#7a6a00", "#56b4e9")
+DASHES = ("", "6 3", "2 3", "8 3 2 3", "12 4", "4 4")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """Maps data to user units along one direction; ``log`` needs positive data."""
+
+    low: float
+    high: float
+    start: float
+    end: float
+    log: bool
+
+    def place(self, value: float) -> float:
+        """Position of ``value`` in user units."""
+        low, high, x = self.low, self.high, value
+        if self.log:
+            low, high, x = math.log10(low), math.log10(high), math.log10(value)
+        return self.start + (self.end - self.start) * (x - low) / (high - low)
+
+
+def line_chart(
+    title: str,
+    series: Mapping[str, Sequence[Point]],
+    *,
+    x_label: str,
+    y_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+) -> str:
+    """One SVG figure with a legend below it.
+
+    Args:
+        title: caption and accessible name.
+        series: name -> points (x, y); points not finite (or not positive on a log axis) are left out.
+        x_label, y_label: axis titles with their units.
+        log_x, log_y: logarithmic axes.
+
+    Returns:
+        HTML; every string is escaped. Without a drawable point, a sentence that says so.
+    """
+    kept = {name: [p for p in points if _drawable(p, log_x, log_y)] for name, points in series.items()}
+    kept = {name: points for name, points in kept.items() if points}
+    if not kept:
+        return f"<figure><figcaption>{escape(title)}: no data yet</figcaption></figure>"
+    x = _axis([p[0] for points in kept.values() for p in points], log_x, (LEFT, WIDTH - RIGHT))
+    y = _axis([p[1] for points in kept.values() for p in points], log_y, (HEIGHT - BOTTOM, TOP))
+    body = _grid(x, y) + _titles(x_label, y_label)
+    body += "".join(_line(points, x, y, index) for index, points in enumerate(kept.values()))
+    svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
+    return f"<figure><figcaption>{escape(title)}</figcaption>{svg}{_legend(list(kept))}</figure>"
+
+
+def _drawable(point: Point, log_x: bool, log_y: bool) -> bool:
+    x, y = point
+    return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)
+
+
+def _axis(values: list[float], log: bool, span: tuple[float, float]) -> Axis:
+    low, high = min(values), max(values)
+    if log:
+        return Axis(low / 1.15, high * 1.15, *span, log=True)
+    pad = (high - low) * 0.05 or abs(high) * 0.05 or 1.0
+    # A quantity that is never negative is not drawn below zero.
+    return Axis(max(low - pad, 0.0) if low >= 0 else low - pad, high + pad, *span, log=False)
+
+
+def ticks(axis: Axis) -> list[float]:
+    """Round values inside the axis: powers of ten (or 1-2-5 inside few decades), or steps of 1, 2 or 5."""
+    if axis.log:
+        return _log_ticks(axis.low, axis.high)
+    raw = (axis.high - axis.low) / 5
+    base = 10.0 ** math.floor(math.log10(raw))
+    step = next(base * m for m in (1, 2, 5, 10) if base * m >= raw)
+    first = math.ceil(axis.low / step - 1e-9)
+    return [step * i for i in range(first, math.floor(axis.high / step + 1e-9) + 1)]
+
+
+def _log_ticks(low: float, high: float) -> list[float]:
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    mantissas = (1, 2, 5) if math.log10(high / low) < 3 else (1,)
+    return [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
+
+
+def format_tick(value: float) -> str:
+    """A short label: 1,500 as 1.5k, 2,000,000 as 2M, small values with three digits."""
+    for bound, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= bound:
+            return f"{value / bound:.4g}{suffix}"
+    return f"{value:.3g}"
+
+
+def _grid(x: Axis, y: Axis) -> str:
+    parts = []
+    for value in ticks(x):
+        at = x.place(value)
+        parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(_label(at, HEIGHT - BOTTOM + 16, format_tick(value), "middle"))
+    for value in ticks(y):
+        at = y.place(value)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
+        parts.append(_label(LEFT - 8, at + 4, format_tick(value), "end"))
+    return "".join(parts)
+
+
+def _label(x: float, y: float, text: str, anchor: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
+
+
+def _titles(x_label: str, y_label: str) -> str:
+    middle = (HEIGHT - BOTTOM + TOP) / 2
+    turn = f'transform="translate(14 {middle:.0f}) rotate(-90)" text-anchor="middle"'
+    return (
+        _label((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle")
+        + f"<text {turn}>{escape(y_label)}</text>"
+    )
+
+
+def _line(points: Sequence[Point], x: Axis, y: Axis, index: int) -> str:
+    path = " ".join(f"{x.place(px):.1f},{y.place(py):.1f}" for px, py in points)
+    line = f'<polyline points="{path}" fill="none" {_stroke(index)}/>'
+    return line + (_dots(points, x, y, COLOURS[index % len(COLOURS)]) if len(points) <= 12 else "")
+
+
+def _stroke(index: int) -> str:
+    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    return f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
+
+
+def _dots(points: Sequence[Point], x: Axis, y: Axis, colour: str) -> str:
+    circles = []
+    for px, py in points:
+        at = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}"'
+        circles.append(f'<circle {at} r="3" fill="{colour}"><title>{px:,.6g}: {py:,.6g}</title></circle>')
+    return "".join(circles)
+
+
+def _legend(names: list[str]) -> str:
+    items = []
+    for index, name in enumerate(names):
+        line = f'<line x1="0" x2="28" y1="4" y2="4" {_stroke(index)}/>'
+        items.append(f'<li><svg class="key" viewBox="0 0 28 8">{line}</svg>{escape(name)}</li>')
+    return f'<ul class="legend">{"".join(items)}</ul>'
