@@ -48,7 +48,8 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
 dt { color: var(--muted); font-size: .875rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem;
-      overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.5 ui-monospace, monospace; }
+      overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
+      font: 13px/1.5 ui-monospace, monospace; }
 """
 
 
