@@ -1,0 +1,227 @@
+"""A pool of gloo ranks for tests: started once per world size, used by many cases, killed with stacks on a hang.
+
+    def case(scale):                      # module level: the ranks import it by name
+        return scale * dist.get_rank()
+
+    def test_it():
+        assert gloo_pool(2).run(case, 3) == [0, 3]
+
+A rank start costs seconds of imports, so a test module keeps its cases in the pool and compares what comes back.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import faulthandler
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankFailure", "gloo_pool"]
+
+CASE_TIMEOUT_S = 40.0
+START_TIMEOUT_S = 120.0
+# After one rank failed the others are probably waiting for it: they get this long, not the whole timeout.
+GRACE_S = 3.0
+ROOT = Path(__file__).resolve().parents[1]
+
+_pools: dict[int, GlooPool] = {}
+
+
+class RankFailure(AssertionError):
+    """A rank raised, died or hung; the message holds its traceback or the stacks of the hanging ranks."""
+
+
+def gloo_pool(world_size: int) -> GlooPool:
+    """The session's pool of ``world_size`` ranks, started (or, after a failure, restarted) when needed."""
+    pool = _pools.get(world_size)
+    if pool is None or not pool.alive:
+        pool = _pools[world_size] = GlooPool(world_size)
+    return pool
+
+
+@atexit.register
+def _close_all() -> None:
+    for pool in _pools.values():
+        pool.close()
+
+
+class GlooPool:
+    """``world_size`` spawned processes that share one gloo process group on this machine."""
+
+    def __init__(self, world_size: int) -> None:
+        import torch.distributed as dist
+
+        self.world_size = world_size
+        self._logs = tempfile.TemporaryDirectory(prefix="gloo-pool-")
+        # The store lives here on a port the system picks, as torchrun's agent does: no race for a free port.
+        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        self._start()
+        self._collect(time.monotonic() + START_TIMEOUT_S, "the start of the ranks")
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        pipes = [context.Pipe() for _ in range(self.world_size)]
+        self._pipes = [ours for ours, _ in pipes]
+        self._ranks = [
+            context.Process(target=_serve, args=(theirs, str(self._log(rank))), daemon=True)
+            for rank, (_, theirs) in enumerate(pipes)
+        ]
+        for rank, process in enumerate(self._ranks):
+            with _environment(_torchrun_variables(rank, self.world_size, self._store.port)):
+                process.start()
+        for _, theirs in pipes:
+            theirs.close()  # so that a rank that dies is seen as the end of its pipe
+
+    @property
+    def alive(self) -> bool:
+        """False once the pool was closed or killed."""
+        return bool(self._ranks)
+
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S) -> list[Any]:
+        """Call the module-level ``function(*args)`` on every rank; returns the results in rank order.
+
+        Raises:
+            RankFailure: a rank raised (its traceback), died (its log) or did not finish in time (all stacks).
+        """
+        assert self.alive, "this pool was killed by an earlier failure: ask gloo_pool() for a new one"
+        order = pickle.dumps((function.__module__, function.__qualname__, args))
+        for pipe in self._pipes:
+            pipe.send_bytes(order)
+        return self._collect(time.monotonic() + timeout_s, f"{function.__module__}.{function.__qualname__}")
+
+    def close(self) -> None:
+        """Stop the ranks."""
+        for process in self._ranks:
+            process.kill()
+        for process in self._ranks:
+            process.join(5.0)
+        self._ranks = []
+        self._logs.cleanup()
+
+    def _collect(self, deadline: float, what: str) -> list[Any]:
+        answers: dict[int, tuple[bool, Any]] = {}
+        while len(answers) < self.world_size:
+            waiting = [pipe for rank, pipe in enumerate(self._pipes) if rank not in answers]
+            ready = multiprocessing.connection.wait(waiting, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                break
+            for pipe in ready:
+                answers[self._pipes.index(pipe)] = _receive(pipe)
+            if any(not ok for ok, _ in answers.values()):
+                deadline = min(deadline, time.monotonic() + GRACE_S)
+        if len(answers) == self.world_size and all(ok for ok, _ in answers.values()):
+            return [answers[rank][1] for rank in range(self.world_size)]
+        self._ask_for_stacks([rank for rank in range(self.world_size) if rank not in answers])
+        message = self._describe(answers, what)
+        if len(answers) < self.world_size or not all(not ok for ok, _ in answers.values()):
+            self.close()  # the ranks no longer agree on where they are
+        raise RankFailure(message)
+
+    def _ask_for_stacks(self, silent: list[int]) -> None:
+        for rank in silent:
+            os.kill(self._ranks[rank].pid, signal.SIGUSR1)
+        time.sleep(0.5 if silent else 0.0)
+
+    def _describe(self, answers: dict[int, tuple[bool, Any]], what: str) -> str:
+        lines = [f"{what} failed on {self.world_size} ranks"]
+        for rank in range(self.world_size):
+            ok, value = answers.get(rank, (False, None))
+            if not ok:
+                report = f"did not finish:\n{self._tail(rank)}" if value is None else f"raised:\n{value}"
+                lines.append(f"--- rank {rank} {report}")
+        return "\n".join(lines)
+
+    def _tail(self, rank: int) -> str:
+        return self._log(rank).read_text(errors="replace")[-6000:]
+
+    def _log(self, rank: int) -> Path:
+        return Path(self._logs.name) / f"rank-{rank}.log"
+
+
+def _receive(pipe: multiprocessing.connection.Connection) -> tuple[bool, Any]:
+    try:
+        ok, value = pickle.loads(pipe.recv_bytes())
+    except EOFError:
+        return False, None
+    return ok, value
+
+
+def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
+    return {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set variables for a process that is about to be spawned, then put the old ones back."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _serve(pipe: multiprocessing.connection.Connection, log: str) -> None:
+    """A rank: join the group, then run what the pipe asks for until it closes."""
+    stream = open(log, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
+    os.dup2(stream.fileno(), 1)
+    os.dup2(stream.fileno(), 2)
+    # The parent asks a hanging rank for its stacks; this answers from C code, also while Python waits in a collective.
+    faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
+    sys.path.insert(0, str(ROOT))
+    pipe.send_bytes(_answer(_join, ()))
+    while True:
+        try:
+            module, name, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:
+            return
+        pipe.send_bytes(_answer(_lookup, (module, name, args)))
+
+
+def _join() -> None:
+    import torch
+
+    from trellis_dist.parallel import env
+
+    torch.set_num_threads(1)
+    env.init_distributed("cpu", timeout_s=30.0)
+
+
+def _lookup(module: str, name: str, args: tuple[Any, ...]) -> Any:
+    function: Any = importlib.import_module(module)
+    for part in name.split("."):
+        function = getattr(function, part)
+    return function(*args)
+
+
+def _answer(function: Callable[..., Any], args: tuple[Any, ...]) -> bytes:
+    try:
+        return pickle.dumps((True, function(*args)))
+    except BaseException:  # SystemExit too: the test wants to see it
+        return pickle.dumps((False, traceback.format_exc()))

@@ -1,0 +1,143 @@
+"""Process groups: start, stop, and the few collectives a run needs outside a step.
+
+Under torchrun (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment) a process group is
+made; a plain ``python`` process has none, and every helper here then answers for one rank.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+__all__ = [
+    "agree",
+    "barrier",
+    "broadcast_object",
+    "init_distributed",
+    "is_main",
+    "local_rank",
+    "rank",
+    "shutdown",
+    "sum_scalar",
+    "timeout_s",
+    "world_size",
+]
+
+# torch gives every later group its own default (30 minutes), whatever the first one was told; so it is kept here.
+_DEFAULT_TIMEOUT_S = 600.0
+_timeout_s = _DEFAULT_TIMEOUT_S
+
+_TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEFAULT_TIMEOUT_S) -> None:
+    """Make the default process group of a torchrun environment; do nothing in a single process.
+
+    Args:
+        device: "cpu" (gloo) or "cuda" (NCCL for CUDA tensors and gloo for CPU tensors; also selects this rank's GPU).
+        timeout_s: seconds after which a collective with a missing rank fails.
+
+    Raises:
+        ValueError: the environment names some of torchrun's variables but not all.
+    """
+    global _timeout_s
+    kind = torch.device(device).type
+    if kind == "cuda":
+        torch.cuda.set_device(local_rank())
+    if dist.is_initialized() or not _under_torchrun():
+        return
+    _timeout_s = timeout_s
+    # No device_id here: bound to a device, NCCL would send every point-to-point transfer of a group through one
+    # communicator, and a send to the right would hold back the receive from the left that was posted after it.
+    backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+
+
+def timeout_s() -> float:
+    """Seconds after which a collective fails, for process groups made after ``init_distributed``."""
+    return _timeout_s
+
+
+def _under_torchrun() -> bool:
+    missing = [name for name in _TORCHRUN if name not in os.environ]
+    if "RANK" in missing:
+        # WORLD_SIZE alone is left behind by some schedulers; without a rank there is nothing to join.
+        return False
+    if missing:
+        raise ValueError(
+            f"RANK is set but {', '.join(missing)} is not: start the job with torchrun or set all four"
+        )
+    return True
+
+
+def shutdown() -> None:
+    """Leave every process group (safe to call twice, and without a group)."""
+    if not dist.is_initialized():
+        return
+    import sys
+
+    # megatron-core keeps the groups in module globals; a later build_mesh must not find the dead ones.
+    state = sys.modules.get("megatron.core.parallel_state")
+    if state is not None:
+        state.destroy_model_parallel()
+    dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Global rank; 0 in a single process."""
+    return dist.get_rank() if dist.is_initialized() else int(os.environ.get("RANK", "0"))
+
+
+def local_rank() -> int:
+    """Rank on this machine, which is also the index of the GPU to use; 0 in a single process."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks; 1 in a single process. Before ``init_distributed`` it is what torchrun announced."""
+    if dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+
+
+def is_main() -> bool:
+    """True on the rank that prints, draws progress bars and commits files."""
+    return rank() == 0
+
+
+def barrier(group: dist.ProcessGroup | None = None) -> None:
+    """Wait until every rank of ``group`` (default: all ranks) arrives."""
+    sum_scalar(0.0, group)
+
+
+def sum_scalar(value: float, group: dist.ProcessGroup | None = None) -> float:
+    """Sum of a number over the ranks of ``group`` in fp64; the same result on every rank."""
+    return _reduce(value, dist.ReduceOp.SUM, group)
+
+
+def agree(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
+    """True when ``flag`` is true on every rank; every rank gets the same answer."""
+    return _reduce(float(flag), dist.ReduceOp.MIN, group) > 0.5
+
+
+def _reduce(value: float, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> float:
+    if not dist.is_initialized():
+        return float(value)
+    buffer = torch.tensor([value], dtype=torch.float64)
+    dist.all_reduce(buffer, op=op, group=group)
+    return float(buffer.item())
+
+
+def broadcast_object(value: T, src: int = 0) -> T:
+    """The ``value`` of global rank ``src``, on every rank (pickled; for small things such as a run id)."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=src, device=torch.device("cpu"))
+    return box[0]

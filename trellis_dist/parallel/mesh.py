@@ -1,0 +1,225 @@
+"""The mesh: data ``dp`` x sequence ``sp`` x tensor ``tp`` ranks, checked first, then built.
+
+Rank order is outer to inner dp, sp, tp (megatron-core's "tp-cp-dp"): rank = (dp_rank * sp + sp_rank) * tp + tp_rank.
+``sp`` is megatron-core's context-parallel group.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trellis_dist.parallel import cuda_absent, env
+from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.validation import require
+
+__all__ = ["Mesh", "build_mesh", "check_mesh"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mesh:
+    """This rank's place, and the process groups it takes part in (all None in a single process).
+
+    Attributes:
+        dp, sp, tp: sizes of the axes.
+        rank, dp_rank, sp_rank, tp_rank: this rank, globally and along each axis.
+        dp_group: the ranks that hold the same segment of other rows.
+        sp_group: the ranks that hold the other segments of the same rows; collectives over it happen once per step.
+        dp_sp_group: dp x sp, every rank that holds the same parameters.
+        rightward, leftward: the sp ranks once more, one communicator for each direction of the transfers inside a
+            step, so that a state travelling right never queues behind an adjoint travelling left.
+    """
+
+    dp: int = 1
+    sp: int = 1
+    tp: int = 1
+    rank: int = 0
+    dp_rank: int = 0
+    sp_rank: int = 0
+    tp_rank: int = 0
+    device: torch.device = torch.device("cpu")
+    dp_group: dist.ProcessGroup | None = None
+    sp_group: dist.ProcessGroup | None = None
+    dp_sp_group: dist.ProcessGroup | None = None
+    rightward: dist.ProcessGroup | None = None
+    leftward: dist.ProcessGroup | None = None
+
+    @property
+    def world_size(self) -> int:
+        """dp * sp * tp."""
+        return self.dp * self.sp * self.tp
+
+    @property
+    def left(self) -> int | None:
+        """Global rank that holds the segment before this one; None on the first."""
+        return self.rank - self.tp if self.sp_rank > 0 else None
+
+    @property
+    def right(self) -> int | None:
+        """Global rank that holds the segment after this one; None on the last."""
+        return self.rank + self.tp if self.sp_rank < self.sp - 1 else None
+
+
+def check_mesh(
+    mesh: MeshConfig,
+    *,
+    world_size: int,
+    sequence_length: int,
+    chunk_size: int,
+    num_heads: int,
+    vocab_size: int,
+    global_rows: int,
+    micro_batch: int,
+    conv_kernel: int = 0,
+    pattern: Sequence[str] = ("trellis",),
+) -> MeshConfig:
+    """Refuse a mesh that cannot work, before any process group is made; return it with ``dp`` filled in.
+
+    Args:
+        world_size: ranks that were (or will be) started.
+        sequence_length: T, tokens per row.
+        chunk_size: C; a segment T / sp must be a multiple of it.
+        num_heads, vocab_size: what ``tp`` would shard.
+        global_rows: rows per optimizer step over the whole mesh.
+        micro_batch: rows per forward pass and data-parallel rank.
+        conv_kernel: taps of the short convolution; its halo must fit in one segment.
+        pattern: layer kinds of the model.
+
+    Raises:
+        ValueError: one line with the arithmetic and the remedy.
+    """
+    _check_tensor(mesh.tp, num_heads, vocab_size)
+    filled = _fill_dp(mesh, world_size)
+    _check_segment(filled.sp, sequence_length, chunk_size, conv_kernel)
+    require(
+        mesh.sp == 1 or all(kind == "trellis" for kind in pattern),
+        f"mesh.sp = {mesh.sp} splits the sequence, but model.pattern = {list(pattern)} has softmax attention, which "
+        "would have to see the other segments: set mesh.sp = 1 or use trellis layers only",
+    )
+    _check_batch(filled, global_rows, micro_batch)
+    return filled
+
+
+def _check_tensor(tp: int, num_heads: int, vocab_size: int) -> None:
+    if tp == 1:
+        return
+    misfit = [
+        f"{name} = {value} does not divide by it"
+        for name, value in (("model.num_heads", num_heads), ("model.vocab_size", vocab_size))
+        if value % tp
+    ]
+    detail = f" ({' and '.join(misfit)})" if misfit else ""
+    raise ValueError(
+        f"mesh.tp = {tp}{detail}: tensor parallelism is not supported in this version: set mesh.tp = 1"
+    )
+
+
+def _fill_dp(mesh: MeshConfig, world_size: int) -> MeshConfig:
+    inner = mesh.sp * mesh.tp
+    if mesh.dp is None:
+        require(
+            world_size >= inner and world_size % inner == 0,
+            f"world size {world_size} does not divide by mesh.sp * mesh.tp = {mesh.sp} * {mesh.tp} = {inner}: "
+            f"start a multiple of {inner} ranks or change the mesh",
+        )
+        return dataclasses.replace(mesh, dp=world_size // inner)
+    require(
+        mesh.dp * inner == world_size,
+        f"mesh.dp * mesh.sp * mesh.tp = {mesh.dp} * {mesh.sp} * {mesh.tp} = {mesh.dp * inner}, but the world size "
+        f"is {world_size}: start {mesh.dp * inner} ranks, or leave mesh.dp out to take what the world size gives",
+    )
+    return mesh
+
+
+def _check_segment(sp: int, sequence_length: int, chunk_size: int, conv_kernel: int) -> None:
+    if sp == 1:
+        return
+    whole = sp * chunk_size
+    require(
+        sequence_length % whole == 0,
+        f"sequence length {sequence_length} / mesh.sp {sp} = {sequence_length / sp:g} tokens per segment, which is "
+        f"no multiple of the chunk size {chunk_size}: use a sequence length that is a multiple of sp * C = {whole} "
+        f"(for example {-(-sequence_length // whole) * whole})",
+    )
+    segment = sequence_length // sp
+    require(
+        segment >= conv_kernel - 1,
+        f"sequence length {sequence_length} / mesh.sp {sp} = {segment} tokens per segment, fewer than the "
+        f"{conv_kernel - 1} that a convolution of {conv_kernel} taps looks back: use longer rows or a smaller sp",
+    )
+
+
+def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
+    assert mesh.dp is not None, "dp is filled before the batch equation is checked"
+    rows = micro_batch * mesh.dp
+    require(
+        global_rows >= rows and global_rows % rows == 0,
+        f"global batch of {global_rows} rows = micro_batch {micro_batch} x accumulation {global_rows / rows:g} x "
+        f"dp {mesh.dp}: the accumulation must be a whole number, so use a multiple of {rows} rows "
+        f"(training.global_batch_tokens = rows x sequence length) or another training.micro_batch",
+    )
+
+
+def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mesh:
+    """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
+
+    Every rank must call it, with the same ``config``. A single process needs neither a process group nor megatron.
+
+    Raises:
+        ValueError: the mesh does not fit the world size, or tp > 1.
+    """
+    _check_tensor(config.tp, num_heads=0, vocab_size=0)
+    filled = _fill_dp(config, env.world_size())
+    assert filled.dp is not None, "dp is filled from the world size"
+    device = torch.device(device)
+    if not dist.is_initialized():
+        return Mesh(device=device)
+    state = _parallel_state(filled.sp)
+    rightward, leftward = _direction_groups(filled.dp, filled.sp)
+    return Mesh(
+        dp=filled.dp,
+        sp=filled.sp,
+        rank=dist.get_rank(),
+        dp_rank=state.get_data_parallel_rank(),
+        sp_rank=state.get_context_parallel_rank(),
+        device=device,
+        dp_group=state.get_data_parallel_group(),
+        sp_group=state.get_context_parallel_group(),
+        dp_sp_group=state.get_data_parallel_group(with_context_parallel=True),
+        rightward=rightward,
+        leftward=leftward,
+    )
+
+
+def _parallel_state(sp: int) -> Any:
+    cuda_absent.install()
+    from megatron.core import parallel_state
+
+    if parallel_state.model_parallel_is_initialized():
+        parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel(
+        context_parallel_size=sp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=env.timeout_s() / 60,
+    )
+    return parallel_state
+
+
+def _direction_groups(dp: int, sp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """One group per direction over this rank's sp ranks; new_group is collective, so all ranks walk all rows."""
+    mine: list[dist.ProcessGroup | None] = [None, None]
+    if sp == 1:
+        return None, None
+    for row in range(dp):
+        ranks = list(range(row * sp, (row + 1) * sp))
+        for direction in range(2):
+            group = dist.new_group(ranks, timeout=timedelta(seconds=env.timeout_s()))
+            if dist.get_rank() in ranks:
+                mine[direction] = group
+    return mine[0], mine[1]
