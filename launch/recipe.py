@@ -1,0 +1,276 @@
+"""A recipe is a whole run: the rooms' sections composed, parsed strictly, checked together, and resolved.
+
+No room below knows the whole; what two sections must agree on is checked here, before anything starts.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from checkpoints.config import CheckpointConfig
+from data_pipeline.config import DataConfig
+from evals.config import EvalConfig
+from launch.layers import merge, override, read_layers
+from trellis_dist.files import digest
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from trellis_dist.validation import STRICT
+
+__all__ = [
+    "Recipe",
+    "differences",
+    "dotted_items",
+    "fit_mesh",
+    "load_recipe",
+    "parse_recipe",
+    "recipe_digest",
+    "resolve",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One run.
+
+    Attributes:
+        name: names the default run folder, ``runs/<name>``.
+        description: one sentence for people.
+        choices: dotted key -> reason, for every value that the paper does not give and that is our choice.
+        model, mesh, data, optimizer, schedule, training, checkpoint, evals, logging: the rooms' sections.
+    """
+
+    __pydantic_config__ = STRICT
+
+    name: str
+    description: str = ""
+    model: ModelConfig
+    data: DataConfig
+    training: TrainingConfig
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    evals: EvalConfig = field(default_factory=EvalConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    choices: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def global_rows(self) -> int:
+        """Rows of ``data.sequence_length`` tokens in one optimizer step, over the whole mesh."""
+        return self.training.global_batch_tokens // self.data.sequence_length
+
+    def tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.training.steps * self.training.global_batch_tokens
+
+
+def load_recipe(
+    reference: str, overrides: Sequence[str] = (), *, layers: Sequence[Mapping[str, Any]] = ()
+) -> Recipe:
+    """Recipe by name or path (``350m-c4``, ``my.toml``, ``350m-c4+contexts/16k``).
+
+    Args:
+        reference: name in ``launch/recipes``, path ending in .toml, or several joined by ``+``.
+        overrides: ``a.b=c`` assignments, applied last.
+        layers: tables laid over the files before ``overrides`` (what ``--corpus`` and ``--dataset-dir`` mean).
+
+    Raises:
+        ValueError: one line per problem, each with key, value and remedy.
+        FileNotFoundError: no such recipe.
+    """
+    table = read_layers(reference)
+    for layer in layers:
+        merge(table, layer)
+    override(table, overrides)
+    return parse_recipe(table, source=reference)
+
+
+def parse_recipe(table: Mapping[str, Any], *, source: str) -> Recipe:
+    """Validate a table (from TOML, or a saved ``recipe.json``) strictly: no strings for numbers, no unknown keys."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        # JSON mode is strict about types and still takes arrays for tuples and tables for dataclasses.
+        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), strict=True)
+    except ValidationError as error:
+        lines = [_explain(problem, table) for problem in error.errors()]
+        raise ValueError(_headed(source, lines)) from None
+    problems = list(_contradictions(recipe))
+    if problems:
+        raise ValueError(_headed(source, problems))
+    return recipe
+
+
+def resolve(recipe: Recipe) -> dict[str, Any]:
+    """Every key with its value, as JSON types: what is saved with the run and what ``parse_recipe`` reads back."""
+    resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    return resolved
+
+
+def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
+    """The recipe's mesh with ``dp`` filled in for ``world_size`` ranks.
+
+    Raises:
+        ValueError: it cannot work there; the arithmetic is in the message.
+    """
+    from trellis_dist.parallel.mesh import check_mesh
+
+    return check_mesh(
+        recipe.mesh,
+        world_size=world_size,
+        sequence_length=recipe.data.sequence_length,
+        chunk_size=recipe.model.trellis.chunk_size,
+        num_heads=recipe.model.num_heads,
+        vocab_size=recipe.model.vocab_size,
+        global_rows=recipe.global_rows,
+        micro_batch=recipe.training.micro_batch,
+        conv_kernel=recipe.model.trellis.conv_kernel,
+        pattern=recipe.model.pattern,
+    )
+
+
+def recipe_digest(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe."""
+    return digest(resolve(recipe))
+
+
+def dotted_items(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Leaves of a resolved recipe as ``("model.trellis.slots", 64)``; ``choices`` is documentation and left out."""
+    for key, value in table.items():
+        if not prefix and key == "choices":
+            continue
+        if isinstance(value, Mapping):
+            yield from dotted_items(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Dotted keys whose values differ between two resolved recipes: key -> (before, after)."""
+    old, new = dict(dotted_items(before)), dict(dotted_items(after))
+    return {key: (old.get(key), new.get(key)) for key in {**old, **new} if old.get(key) != new.get(key)}
+
+
+def _headed(source: str, lines: Sequence[str]) -> str:
+    return "\n".join(f"recipe {source}: {line}" for line in lines)
+
+
+def _explain(problem: Mapping[str, Any], table: Mapping[str, Any]) -> str:
+    key = ".".join(str(part) for part in problem["loc"])
+    kind = problem["type"]
+    if kind == "value_error":
+        return str(problem["ctx"]["error"])
+    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+        return f"{key} = {_show(_lookup(table, problem['loc']))}: unknown key; {_nearest(key)}"
+    if kind in ("missing", "missing_keyword_only_argument", "missing_argument"):
+        return f"{key} is missing: add it to the recipe or give --set {key}=..."
+    if kind in ("dataclass_type", "dataclass_exact_type"):
+        return f"{key} = {_show(problem['input'])}: this is a section; write [{key}] with its keys"
+    return f"{key} = {_show(problem['input'])}: {_lower(problem['msg'])}"
+
+
+def _lookup(table: Any, path: Sequence[Any]) -> Any:
+    for part in path:
+        table = table[part]
+    return table
+
+
+def _show(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _lower(message: str) -> str:
+    return message[:1].lower() + message[1:]
+
+
+def _nearest(key: str) -> str:
+    """Closest valid key: the same leaf name in another section, then the closest spelling."""
+    known = list(_known_keys(Recipe))
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
+    section = key.rpartition(".")[0]
+    siblings = [name for name in known if name.rpartition(".")[0] == section]
+    near = (
+        same_leaf
+        or difflib.get_close_matches(key, siblings, n=1)
+        or difflib.get_close_matches(key, known, n=1)
+    )
+    if near:
+        return "did you mean " + " or ".join(near) + "?"
+    return f"valid keys there: {', '.join(siblings)}" if siblings else "remove it"
+
+
+def _known_keys(section: type, prefix: str = "") -> Iterator[str]:
+    hints = get_type_hints(section)
+    for item in dataclasses.fields(section):
+        yield f"{prefix}{item.name}"
+        if dataclasses.is_dataclass(hints[item.name]):
+            yield from _known_keys(hints[item.name], f"{prefix}{item.name}.")
+
+
+def _contradictions(recipe: Recipe) -> Iterator[str]:
+    """What the sections must agree on; each line names the keys, the arithmetic and the remedy."""
+    yield from _vocabulary(recipe)
+    yield from _batch_and_mesh(recipe)
+    yield from _engine(recipe)
+    yield from _schedule(recipe)
+    for key in recipe.choices:
+        if key not in set(_known_keys(Recipe)):
+            yield f"choices.{json.dumps(key)}: there is no such key; {_nearest(key)}"
+
+
+def _vocabulary(recipe: Recipe) -> Iterator[str]:
+    pieces, rows = recipe.data.tokenizer.vocab_size, recipe.model.vocab_size
+    if recipe.data.tokenizer.path is None and pieces > rows:
+        yield (
+            f"data.tokenizer.vocab_size = {pieces} is more than model.vocab_size = {rows}: "
+            "the embedding needs a row for every piece; raise model.vocab_size"
+        )
+
+
+def _batch_and_mesh(recipe: Recipe) -> Iterator[str]:
+    tokens, length = recipe.training.global_batch_tokens, recipe.data.sequence_length
+    if tokens % length:
+        lower = max(length, tokens // length * length)
+        yield (
+            f"training.global_batch_tokens = {tokens} is no multiple of data.sequence_length = {length}: "
+            f"use {lower} or {lower + length}"
+        )
+        return
+    try:
+        fit_mesh(recipe, world_size=recipe.mesh.world_size() or recipe.mesh.sp * recipe.mesh.tp)
+    except ValueError as error:
+        yield str(error)
+
+
+def _engine(recipe: Recipe) -> Iterator[str]:
+    mesh = recipe.mesh
+    ranks = (mesh.dp or 1) * mesh.sp * mesh.tp
+    if recipe.training.engine == "local" and ranks > 1:
+        yield (
+            f'training.engine = "local" runs on one device, but the mesh needs {ranks} ranks '
+            f'(dp {mesh.dp or 1} * sp {mesh.sp} * tp {mesh.tp}): use training.engine = "deepspeed"'
+        )
+
+
+def _schedule(recipe: Recipe) -> Iterator[str]:
+    steps, schedule = recipe.training.steps, recipe.schedule
+    if schedule.warmup_steps >= steps:
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps} leaves nothing of training.steps = {steps}: "
+            f"use at most {max(0, steps - 1)}"
+        )
+    decay = math.ceil(schedule.decay_fraction * steps)
+    if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
+        yield (
+            f"schedule.warmup_steps = {schedule.warmup_steps} + decay {decay} steps (schedule.decay_fraction = "
+            f"{schedule.decay_fraction}) exceed training.steps = {steps}: lower one of them"
+        )
