@@ -1,4 +1,4 @@
-"""A pool of gloo ranks for tests: started once per world size, used by many cases, killed with stacks on a hang.
+"""A pool of gloo ranks for tests: started once per world size, reused by many cases, killed on a hang.
 
     def case(scale):                      # module level: the ranks import it by name
         return scale * dist.get_rank()
@@ -6,7 +6,8 @@
     def test_it():
         assert gloo_pool(2).run(case, 3) == [0, 3]
 
-A rank start costs seconds of imports, so a test module keeps its cases in the pool and compares what comes back.
+A rank start costs seconds of imports, so a test module keeps its cases in the pool and compares what comes
+back.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankFailure", "gloo_pool"]
+__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0
@@ -39,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 _pools: dict[int, GlooPool] = {}
 
 
-class RankFailure(AssertionError):
+class RankError(AssertionError):
     """A rank raised, died or hung; the message holds its traceback or the stacks of the hanging ranks."""
 
 
@@ -93,7 +94,7 @@ class GlooPool:
         """Call the module-level ``function(*args)`` on every rank; returns the results in rank order.
 
         Raises:
-            RankFailure: a rank raised (its traceback), died (its log) or did not finish in time (all stacks).
+            RankError: a rank raised (its traceback), died (its log) or did not finish in time (all stacks).
         """
         assert self.alive, "this pool was killed by an earlier failure: ask gloo_pool() for a new one"
         order = pickle.dumps((function.__module__, function.__qualname__, args))
@@ -127,7 +128,7 @@ class GlooPool:
         message = self._describe(answers, what)
         if len(answers) < self.world_size or not all(not ok for ok, _ in answers.values()):
             self.close()  # the ranks no longer agree on where they are
-        raise RankFailure(message)
+        raise RankError(message)
 
     def _ask_for_stacks(self, silent: list[int]) -> None:
         for rank in silent:
@@ -192,7 +193,8 @@ def _serve(pipe: multiprocessing.connection.Connection, log: str) -> None:
     stream = open(log, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)
-    # The parent asks a hanging rank for its stacks; this answers from C code, also while Python waits in a collective.
+    # The parent asks a hanging rank for its stacks; this answers from C code, also while Python waits in a
+    # collective.
     faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
     sys.path.insert(0, str(ROOT))
     pipe.send_bytes(_answer(_join, ()))

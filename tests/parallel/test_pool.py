@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import RankFailure, gloo_pool
+from tests.distributed import RankError, gloo_pool
 
 
 def add_rank(x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +49,7 @@ def test_results_come_back_in_rank_order_from_the_same_processes():
 
 def test_an_error_on_every_rank_is_reported_and_the_pool_lives_on():
     before = gloo_pool(2).run(process_id)
-    with pytest.raises(RankFailure, match="(?s)rank 0 raised.*rank 0 says no.*rank 1 raised.*rank 1 says no"):
+    with pytest.raises(RankError, match=r"(?s)rank 0 raised.*rank 0 says no.*rank 1 raised.*rank 1 says no"):
         gloo_pool(2).run(fail_everywhere)
     assert gloo_pool(2).run(process_id) == before
 
@@ -57,17 +57,17 @@ def test_an_error_on_every_rank_is_reported_and_the_pool_lives_on():
 def test_a_hang_is_killed_in_time_with_stacks_and_the_next_case_gets_new_ranks():
     pool = gloo_pool(2)
     start = time.monotonic()
-    with pytest.raises(RankFailure, match="(?s)rank 0 did not finish.*wait_for_nobody"):
+    with pytest.raises(RankError, match=r"(?s)rank 0 did not finish.*wait_for_nobody"):
         pool.run(wait_for_nobody, timeout_s=2.0)
     assert time.monotonic() - start < 6.0
     assert not pool.alive
     # One start serves the three failures below: each of them ends the pool it is given.
     with pytest.raises(
-        RankFailure, match="(?s)rank 0 .*fail_on_rank_one.*rank 1 raised.*ValueError: only here"
+        RankError, match=r"(?s)rank 0 .*fail_on_rank_one.*rank 1 raised.*ValueError: only here"
     ):
         gloo_pool(2).run(fail_on_rank_one)
 
 
 def test_a_rank_that_dies_is_named():
-    with pytest.raises(RankFailure, match="rank 1 did not finish"):
+    with pytest.raises(RankError, match="rank 1 did not finish"):
         gloo_pool(2).run(die_on_rank_one)

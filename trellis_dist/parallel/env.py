@@ -1,7 +1,7 @@
 """Process groups: start, stop, and the few collectives a run needs outside a step.
 
-Under torchrun (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment) a process group is
-made; a plain ``python`` process has none, and every helper here then answers for one rank.
+Under torchrun (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` and ``MASTER_PORT`` in the environment) a process
+group is made; a plain ``python`` process has none, and every helper here then answers for one rank.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "world_size",
 ]
 
-# torch gives every later group its own default (30 minutes), whatever the first one was told; so it is kept here.
+# torch gives every later group its own default (30 minutes), whatever the first was told: it is kept here.
 _DEFAULT_TIMEOUT_S = 600.0
 _timeout_s = _DEFAULT_TIMEOUT_S
 
@@ -40,7 +40,8 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
     """Make the default process group of a torchrun environment; do nothing in a single process.
 
     Args:
-        device: "cpu" (gloo) or "cuda" (NCCL for CUDA tensors and gloo for CPU tensors; also selects this rank's GPU).
+        device: "cpu" (gloo) or "cuda" (NCCL for CUDA tensors and gloo for CPU tensors; also selects this
+            rank's GPU).
         timeout_s: seconds after which a collective with a missing rank fails.
 
     Raises:
@@ -53,8 +54,9 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
     if dist.is_initialized() or not _under_torchrun():
         return
     _timeout_s = timeout_s
-    # No device_id here: bound to a device, NCCL would send every point-to-point transfer of a group through one
-    # communicator, and a send to the right would hold back the receive from the left that was posted after it.
+    # No device_id here: bound to a device, NCCL would send every point-to-point transfer of a group through
+    # one communicator, and a send to the right would hold back the receive from the left that was posted
+    # after it.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 

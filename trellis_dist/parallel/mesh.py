@@ -1,14 +1,14 @@
 """The mesh: data ``dp`` x sequence ``sp`` x tensor ``tp`` ranks, checked first, then built.
 
-Rank order is outer to inner dp, sp, tp (megatron-core's "tp-cp-dp"): rank = (dp_rank * sp + sp_rank) * tp + tp_rank.
-``sp`` is megatron-core's context-parallel group.
+Rank order is outer to inner dp, sp, tp (megatron-core's "tp-cp-dp"): rank = (dp_rank * sp + sp_rank) * tp +
+tp_rank. ``sp`` is megatron-core's context-parallel group.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any
 
@@ -30,10 +30,11 @@ class Mesh:
         dp, sp, tp: sizes of the axes.
         rank, dp_rank, sp_rank, tp_rank: this rank, globally and along each axis.
         dp_group: the ranks that hold the same segment of other rows.
-        sp_group: the ranks that hold the other segments of the same rows; collectives over it happen once per step.
+        sp_group: the ranks that hold the other segments of the same rows; collectives over it happen once
+            per step.
         dp_sp_group: dp x sp, every rank that holds the same parameters.
-        rightward, leftward: the sp ranks once more, one communicator for each direction of the transfers inside a
-            step, so that a state travelling right never queues behind an adjoint travelling left.
+        rightward, leftward: the sp ranks once more, one communicator for each direction of the transfers
+            inside a step, so that a state travelling right never queues behind an adjoint travelling left.
     """
 
     dp: int = 1
@@ -43,7 +44,7 @@ class Mesh:
     dp_rank: int = 0
     sp_rank: int = 0
     tp_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     dp_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
     dp_sp_group: dist.ProcessGroup | None = None
@@ -99,8 +100,8 @@ def check_mesh(
     _check_segment(filled.sp, sequence_length, chunk_size, conv_kernel)
     require(
         mesh.sp == 1 or all(kind == "trellis" for kind in pattern),
-        f"mesh.sp = {mesh.sp} splits the sequence, but model.pattern = {list(pattern)} has softmax attention, which "
-        "would have to see the other segments: set mesh.sp = 1 or use trellis layers only",
+        f"mesh.sp = {mesh.sp} splits the sequence, but model.pattern = {list(pattern)} has attention, "
+        "which would have to see the other segments: set mesh.sp = 1 or use trellis layers only",
     )
     _check_batch(filled, global_rows, micro_batch)
     return filled
@@ -125,14 +126,14 @@ def _fill_dp(mesh: MeshConfig, world_size: int) -> MeshConfig:
     if mesh.dp is None:
         require(
             world_size >= inner and world_size % inner == 0,
-            f"world size {world_size} does not divide by mesh.sp * mesh.tp = {mesh.sp} * {mesh.tp} = {inner}: "
-            f"start a multiple of {inner} ranks or change the mesh",
+            f"world size {world_size} does not divide by mesh.sp * mesh.tp = {mesh.sp} * {mesh.tp} = {inner}"
+            f": start a multiple of {inner} ranks or change the mesh",
         )
         return dataclasses.replace(mesh, dp=world_size // inner)
     require(
         mesh.dp * inner == world_size,
-        f"mesh.dp * mesh.sp * mesh.tp = {mesh.dp} * {mesh.sp} * {mesh.tp} = {mesh.dp * inner}, but the world size "
-        f"is {world_size}: start {mesh.dp * inner} ranks, or leave mesh.dp out to take what the world size gives",
+        f"mesh.dp * mesh.sp * mesh.tp = {mesh.dp} * {mesh.sp} * {mesh.tp} = {mesh.dp * inner}, but the world "
+        f"size is {world_size}: start {mesh.dp * inner} ranks, or leave mesh.dp out to take what it gives",
     )
     return mesh
 
@@ -143,15 +144,15 @@ def _check_segment(sp: int, sequence_length: int, chunk_size: int, conv_kernel: 
     whole = sp * chunk_size
     require(
         sequence_length % whole == 0,
-        f"sequence length {sequence_length} / mesh.sp {sp} = {sequence_length / sp:g} tokens per segment, which is "
-        f"no multiple of the chunk size {chunk_size}: use a sequence length that is a multiple of sp * C = {whole} "
-        f"(for example {-(-sequence_length // whole) * whole})",
+        f"sequence length {sequence_length} / mesh.sp {sp} = {sequence_length / sp:g} tokens per segment, "
+        f"which is no multiple of the chunk size {chunk_size}: use a sequence length that is a multiple of "
+        f"sp * C = {whole} (for example {-(-sequence_length // whole) * whole})",
     )
     segment = sequence_length // sp
     require(
         segment >= conv_kernel - 1,
         f"sequence length {sequence_length} / mesh.sp {sp} = {segment} tokens per segment, fewer than the "
-        f"{conv_kernel - 1} that a convolution of {conv_kernel} taps looks back: use longer rows or a smaller sp",
+        f"{conv_kernel - 1} that a convolution of {conv_kernel} taps looks back: use longer rows or less sp",
     )
 
 
@@ -160,8 +161,8 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
     rows = micro_batch * mesh.dp
     require(
         global_rows >= rows and global_rows % rows == 0,
-        f"global batch of {global_rows} rows = micro_batch {micro_batch} x accumulation {global_rows / rows:g} x "
-        f"dp {mesh.dp}: the accumulation must be a whole number, so use a multiple of {rows} rows "
+        f"global batch of {global_rows} rows = micro_batch {micro_batch} x accumulation "
+        f"{global_rows / rows:g} x dp {mesh.dp}: the accumulation must be a whole number, so use a multiple of {rows} rows "
         f"(training.global_batch_tokens = rows x sequence length) or another training.micro_batch",
     )
 
@@ -169,7 +170,8 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
 def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mesh:
     """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
 
-    Every rank must call it, with the same ``config``. A single process needs neither a process group nor megatron.
+    Every rank must call it, with the same ``config``. A single process needs neither a process group nor
+    megatron.
 
     Raises:
         ValueError: the mesh does not fit the world size, or tp > 1.
@@ -212,7 +214,7 @@ def _parallel_state(sp: int) -> Any:
 
 
 def _direction_groups(dp: int, sp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
-    """One group per direction over this rank's sp ranks; new_group is collective, so all ranks walk all rows."""
+    """One group per direction over this rank's sp ranks (new_group is collective: all ranks make all)."""
     mine: list[dist.ProcessGroup | None] = [None, None]
     if sp == 1:
         return None, None
