@@ -9,6 +9,7 @@ from trellis_dist.validation import STRICT, require
 
 __all__ = ["LoggingConfig", "OptimizerConfig", "ScheduleConfig", "TrainingConfig"]
 
+
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
     """AdamW; weight decay applies to matrices only.
@@ -71,12 +72,18 @@ class TrainingConfig:
             global rows = micro_batch * accumulation * dp.
         engine: "local" (plain torch, one device) or "deepspeed".
         zero_stage: DeepSpeed ZeRO stage; stages 0 and 1 are covered by parity tests.
-        precision: "fp32" or "bf16" (bf16 compute; memories, gates and master weights stay fp32).
+        precision: "fp32" or "bf16" (bf16 weights and compute; memories, gates, master weights and optimizer
+            state stay fp32). On a CPU "bf16" runs as fp32, and the start-up lines say so.
         z_loss: weight of the mean squared log-partition added to the loss; 0 switches it off.
         seed: initial weights.
         validation_interval: steps between validation passes; 0 validates only at the end.
         validation_rows: rows per validation pass; 0 uses the whole split.
         threads: torch threads per rank on a CPU; 0 divides the cores among the local ranks.
+        max_skipped_steps: consecutive updates that may be skipped for a non-finite loss or gradient; one more
+            stops the run.
+        first_step_timeout_s: the process dumps its stacks and exits when its first step, a validation pass or
+            a save takes longer than this; 0 switches the watchdog off.
+        step_timeout_s: the same for every later step; 0 switches the watchdog off.
     """
 
     __pydantic_config__ = STRICT
@@ -92,12 +99,25 @@ class TrainingConfig:
     validation_interval: int = 0
     validation_rows: int = 0
     threads: int = 0
+    max_skipped_steps: int = 10
+    first_step_timeout_s: float = 1800.0
+    step_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"training.steps = {self.steps}: use 1 or more steps")
         require(self.micro_batch >= 1, f"training.micro_batch = {self.micro_batch}: use 1 or more rows")
-        require(self.global_batch_tokens >= 1, f"training.global_batch_tokens = {self.global_batch_tokens}: must be positive")
+        require(
+            self.global_batch_tokens >= 1,
+            f"training.global_batch_tokens = {self.global_batch_tokens}: must be positive",
+        )
         require(self.z_loss >= 0, f"training.z_loss = {self.z_loss}: use 0 (off) or more")
+        for name in ("validation_interval", "validation_rows", "threads", "max_skipped_steps"):
+            require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: use 0 or more")
+        for name in ("first_step_timeout_s", "step_timeout_s"):
+            require(
+                getattr(self, name) >= 0,
+                f"training.{name} = {getattr(self, name)}: use 0 (off) or more seconds",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,98 @@
+"""What the loop asks of an engine; every engine follows the same gradient contract."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from checkpoints.logical import LogicalTensor
+    from checkpoints.state import CheckpointReader
+    from data_pipeline.loader import Batch
+
+__all__ = ["Engine", "LossModule", "StepResult", "evaluate_batches", "to_device"]
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step as every rank sees it.
+
+    Attributes:
+        loss: mean over the valid tokens of the global batch (nats per token, z-loss included).
+        grad_norm: L2 norm of the whole gradient before clipping; non-finite when the step was skipped for it.
+        applied: False when loss or gradient was not finite and the weights were left alone.
+    """
+
+    loss: float
+    grad_norm: float
+    applied: bool
+
+    @classmethod
+    def judge(cls, *, loss: float, grad_norm: float) -> StepResult:
+        """Decide from numbers that are equal on all ranks, so that all ranks decide alike."""
+        return cls(loss, grad_norm, math.isfinite(loss) and math.isfinite(grad_norm))
+
+
+class Engine(Protocol):
+    """A model, its optimizer and the collectives between their ranks.
+
+    The contract (docs: parallelism, "gradient contract"): the local loss is the token *sum* times dp / N with
+    N = ``valid_tokens`` of the whole global batch, so however the batch is split over micro-batches, replicas
+    and sequence segments, the gradient is that of the mean over all its valid tokens.
+    """
+
+    model: nn.Module
+    optimizer_steps: int
+
+    def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
+        """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""
+        ...
+
+    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+        """Return (sum of token losses in nats, valid tokens) of this rank's batches, without gradients."""
+        ...
+
+    def logical_tensors(self) -> Iterator[LogicalTensor]:
+        """Yield what this rank writes to a checkpoint: weights, and flat masters and moments it owns."""
+        ...
+
+    def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
+        """Restore weights, masters and moments that any engine wrote; ``ValueError`` when one is missing."""
+        ...
+
+
+class LossModule(nn.Module):
+    """The forward pass as one call, because wrappers such as DeepSpeed hook ``forward`` and nothing else."""
+
+    def __init__(self, model: nn.Module, *, z_loss: float) -> None:
+        super().__init__()
+        self.model = model
+        self.z_loss = z_loss
+
+    def forward(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the sum of token losses of ``batch`` (fp32 scalar)."""
+        tokens, labels, cu_seqlens = to_device(batch, device)
+        loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=self.z_loss)
+        return loss
+
+
+def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Copy a batch's tokens [b, T], labels [b, T] and cu_seqlens [n + 1]; a no-op on a CPU."""
+    moved = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
+    tokens, labels, cu_seqlens = moved
+    return tokens, labels, cu_seqlens
+
+
+@torch.no_grad()
+def evaluate_batches(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> tuple[float, int]:
+    """Sum token losses over ``batches`` without the z-loss; one device synchronisation at the end."""
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in batches:
+        tokens, labels, cu_seqlens = to_device(batch, device)
+        total += model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens).double()
+    return float(total), sum(batch.valid_tokens for batch in batches)

@@ -1,0 +1,54 @@
+"""Parameter groups and the torch optimizer that every engine wraps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from trellis_dist.training.config import OptimizerConfig
+
+__all__ = ["build_optimizer", "parameter_groups", "set_learning_rate", "set_step_count"]
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Split trainable parameters into decayed (two or more dimensions) and undecayed groups.
+
+    Norm weights, biases and other vectors are not decayed; a group without members is left out. The order
+    inside a group is the order of ``named``, the same on every rank.
+    """
+    trainable = [parameter for _, parameter in named if parameter.requires_grad]
+    matrices = [p for p in trainable if p.ndim >= 2]
+    vectors = [p for p in trainable if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Make AdamW (decoupled decay, Loshchilov & Hutter 2019) or plain SGD over ``groups``."""
+    if config.kind == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), eps=config.eps)
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set every group's learning rate; called before each step, the schedule keeps no state."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
+    """Give every parameter's state zero moments and ``steps`` applied updates (what bias correction reads).
+
+    Creates AdamW's lazily made state, so that moments can be copied in before the first step.
+    """
+    if not isinstance(optimizer, torch.optim.AdamW) or steps == 0:
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
