@@ -18,6 +18,7 @@ LayerKind = Literal["trellis", "attention"]
 
 __all__ = ["AttentionConfig", "Gate", "LayerKind", "ModelConfig", "Phi", "Readout", "TrellisConfig"]
 
+
 @dataclass(frozen=True, kw_only=True)
 class TrellisConfig:
     """The Trellis mixer (docs/math.md); one head compresses keys and values into ``slots`` rows.
@@ -33,7 +34,7 @@ class TrellisConfig:
         alpha_norm: "rms" normalises the latent target over the M slots (our choice); "none" leaves it raw.
         value_norm: "l2" gives v unit norm inside the memory update (our choice); "none" leaves it raw.
         gate_bias: b of beta = sigmoid(w.x + b); the paper biases the forget gate towards one.
-        gates: forget gate per layer, cycled over the layers: "learned", "fixed" (at sigmoid(gate_bias)), "off".
+        gates: forget gate per layer, cycled: "learned", "fixed" (at sigmoid(gate_bias)) or "off".
         conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
     """
@@ -57,9 +58,14 @@ class TrellisConfig:
     def __post_init__(self) -> None:
         require(1 <= self.slots <= 1024, f"model.trellis.slots = {self.slots}: use 1 to 1024 memory slots")
         require(self.chunk_size >= 1, f"model.trellis.chunk_size = {self.chunk_size}: use 1 or more tokens")
-        require(self.step_size_max > 0, f"model.trellis.step_size_max = {self.step_size_max}: must be positive")
+        require(
+            self.step_size_max > 0, f"model.trellis.step_size_max = {self.step_size_max}: must be positive"
+        )
         require(len(self.gates) > 0, "model.trellis.gates is empty: name at least one of learned, fixed, off")
-        require(self.conv_kernel >= 0, f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps")
+        require(
+            self.conv_kernel >= 0,
+            f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +83,9 @@ class AttentionConfig:
     window: int | None = None
 
     def __post_init__(self) -> None:
-        require(self.window is None or self.window >= 1, f"model.attention.window = {self.window}: use 1 or more")
+        require(
+            self.window is None or self.window >= 1, f"model.attention.window = {self.window}: use 1 or more"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,11 +121,14 @@ class ModelConfig:
             require(getattr(self, name) >= 1, f"model.{name} = {getattr(self, name)}: must be at least 1")
         require(
             self.dim % self.num_heads == 0,
-            f"model.dim = {self.dim} does not divide by model.num_heads = {self.num_heads}: change one of them",
+            f"model.dim = {self.dim} is no multiple of model.num_heads = {self.num_heads}: change one",
         )
         require(len(self.pattern) > 0, "model.pattern is empty: name at least one of trellis, attention")
         if "attention" in self.pattern:
-            require(self.head_dim % 2 == 0, f"model.dim / model.num_heads = {self.head_dim}: rotary needs an even head")
+            require(
+                self.head_dim % 2 == 0,
+                f"model.dim / model.num_heads = {self.head_dim}: rotary needs an even head",
+            )
 
     @property
     def head_dim(self) -> int:

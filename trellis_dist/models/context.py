@@ -1,0 +1,85 @@
+"""Where documents start in a batch: computed once per forward pass, shared by every layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels import PackedLayout
+from trellis_dist.models.conv import document_edges
+
+__all__ = ["SequenceContext", "packed_context"]
+
+
+@dataclass(frozen=True)
+class SequenceContext:
+    """The documents of one forward pass. The default is: every row is one document.
+
+    When packed, activations are flattened to one row [1, B*T, .] and the fields below are set.
+
+    Attributes:
+        layout: chunk grid of the Trellis operation, one grid per document.
+        cu_seqlens: int64 [n+1], document boundaries in the flattened stream (row starts included).
+        lengths: document lengths in tokens, on the host.
+        positions: int64 [B*T], position of each token inside its document.
+        edges: per tap 1..conv_kernel-1, the stream indices whose tap reaches into the previous document.
+    """
+
+    layout: PackedLayout | None = None
+    cu_seqlens: Tensor | None = None
+    lengths: tuple[int, ...] | None = None
+    positions: Tensor | None = None
+    edges: tuple[Tensor, ...] | None = None
+
+    @property
+    def packed(self) -> bool:
+        """Whether activations are one flattened row of several documents."""
+        return self.cu_seqlens is not None
+
+
+def packed_context(
+    cu_seqlens: Tensor, *, rows: int, length: int, chunk_size: int, conv_kernel: int
+) -> SequenceContext:
+    """Context of ``rows`` x ``length`` tokens whose documents start at ``cu_seqlens`` and at every row start.
+
+    Args:
+        cu_seqlens: int32 or int64 [n+1], non-decreasing from 0 to rows * length over the flattened stream.
+        chunk_size: C; each document has its own chunk grid.
+        conv_kernel: taps of the short convolution.
+
+    Raises:
+        ValueError: ``cu_seqlens`` is no such tensor.
+    """
+    starts = _document_starts(cu_seqlens, rows=rows, length=length)
+    total = rows * length
+    boundaries = torch.cat([starts, starts.new_tensor([total])])
+    lengths = boundaries.diff()
+    positions = torch.arange(total) - starts.repeat_interleave(lengths)
+    edges = document_edges(starts, total=total, kernel=conv_kernel)
+    device = cu_seqlens.device
+    return SequenceContext(
+        layout=PackedLayout.from_cu_seqlens(boundaries, chunk_size).to(device),
+        cu_seqlens=boundaries.to(device),
+        lengths=tuple(lengths.tolist()),
+        positions=positions.to(device),
+        edges=tuple(index.to(device) for index in edges),
+    )
+
+
+def _document_starts(cu_seqlens: Tensor, *, rows: int, length: int) -> Tensor:
+    """Sorted int64 starts [n] of the non-empty documents, every row start among them; on the host."""
+    total = rows * length
+    if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:
+        raise ValueError(
+            f"cu_seqlens is {cu_seqlens.dtype} {list(cu_seqlens.shape)}: pass int32 or int64 [documents + 1]"
+        )
+    values = cu_seqlens.to(device="cpu", dtype=torch.int64)
+    if int(values[0]) != 0 or int(values[-1]) != total or bool((values.diff() < 0).any()):
+        raise ValueError(
+            f"cu_seqlens runs from {int(values[0])} to {int(values[-1])}: it must rise from 0 to {total}, "
+            f"the {rows} x {length} tokens of the batch"
+        )
+    starts: Tensor = torch.unique(torch.cat([values, torch.arange(0, total, length)]))
+    return starts[starts < total]

@@ -1,0 +1,88 @@
+"""Parameters, floating-point operations and decode-state bytes of a configuration, without building it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from trellis_dist.models.config import ModelConfig
+
+__all__ = ["ParameterCounts", "flops_per_token", "parameter_counts", "state_bytes"]
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Number of parameters.
+
+    Attributes:
+        total: every distinct parameter (a tied embedding once).
+        embedding: the embedding, plus the output projection when it is not tied.
+        non_embedding: the rest.
+    """
+
+    total: int
+    embedding: int
+    non_embedding: int
+
+
+def parameter_counts(config: ModelConfig) -> ParameterCounts:
+    """Count on torch's meta device: no memory is taken whatever the size."""
+    from trellis_dist.models.language_model import LanguageModel
+
+    with torch.device("meta"):
+        model = LanguageModel(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    embedding = config.vocab_size * config.dim * (1 if config.tie_embeddings else 2)
+    return ParameterCounts(total=total, embedding=embedding, non_embedding=total - embedding)
+
+
+def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
+    """Forward and backward FLOPs per trained token, the model's own (recomputation is not counted).
+
+    A multiply-add is 2 FLOPs and the backward pass twice the forward. Attention counts the average causal
+    context of a document of ``sequence_length`` tokens; Trellis counts whole chunks, as they are computed.
+    """
+    forward = 2.0 * config.vocab_size * config.dim
+    for layer in range(config.num_layers):
+        forward += 2.0 * 3 * config.dim * config.mlp_width
+        kind = config.layer_kind(layer)
+        forward += _trellis_flops(config) if kind == "trellis" else _attention_flops(config, sequence_length)
+    return 3.0 * forward
+
+
+def _trellis_flops(config: ModelConfig) -> float:
+    """Forward FLOPs per token of one Trellis mixer (docs/math.md, chunkwise form)."""
+    heads, head_dim, options = config.num_heads, config.head_dim, config.trellis
+    slots, chunk = options.slots, options.chunk_size
+    projections = 5 * config.dim**2 + config.dim * heads * (slots + 2) + 2 * config.dim * options.conv_kernel
+    scan = 4 * slots * head_dim  # Z = K S', S update, and the same for the value memory
+    readout = 2 * slots * head_dim + 2 * chunk * (head_dim + slots)  # Q S', P R; Q K', E U, P W', E V
+    return 2.0 * (projections + heads * (scan + readout))
+
+
+def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
+    """Forward FLOPs per token of one attention mixer."""
+    window = config.attention.window
+    context = (sequence_length + 1) / 2
+    if window is not None and window < sequence_length:
+        context = window - window * (window - 1) / (2 * sequence_length)
+    return 2.0 * (4 * config.dim**2 + 2 * config.dim * context)
+
+
+def state_bytes(config: ModelConfig, *, position: int, element_bytes: int = 4) -> int:
+    """Decode-state bytes of one sequence after ``position`` tokens.
+
+    Trellis holds both memories and their chunk-start copies in fp32 or wider plus the convolution's tail,
+    whatever the position; attention holds keys and values of every token (or of the last ``window``).
+
+    Args:
+        element_bytes: of an activation (4 for fp32, 2 for bf16).
+    """
+    options, window = config.trellis, config.attention.window
+    memories = 4 * max(4, element_bytes) * config.dim * options.slots
+    tail = max(options.conv_kernel - 1, 0) * 2 * config.dim * element_bytes
+    kept = position if window is None else min(position, window)
+    cache = 2 * kept * config.dim * element_bytes
+    kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
+    return sum(memories + tail if kind == "trellis" else cache for kind in kinds)

@@ -1,0 +1,215 @@
+"""The decoder-only language model: embedding, blocks, norm, output projection.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trellis_dist.models.block import Block
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.context import SequenceContext, packed_context
+from trellis_dist.models.init import Normal, initialise, new_parameter
+from trellis_dist.models.loss import linear_cross_entropy_sum
+from trellis_dist.models.norm import RMSNorm
+from trellis_dist.models.parallel_kind import ParallelKind
+from trellis_dist.models.registry import LayerState
+
+__all__ = ["LMState", "LanguageModel", "build_language_model"]
+
+
+@dataclass(frozen=True)
+class LMState:
+    """Everything needed to continue B rows; immutable, so one prefix can be continued in several ways.
+
+    Attributes:
+        layers: one state per block.
+        position: tokens seen so far (the same for every row).
+        batch: B.
+    """
+
+    layers: tuple[LayerState, ...]
+    position: int
+    batch: int
+
+    def bytes(self) -> int:
+        """Bytes held over all layers and rows."""
+        return sum(layer.bytes() for layer in self.layers)
+
+
+class LanguageModel(nn.Module):
+    """Built by ``build_language_model``, which also draws the weights.
+
+    Attributes:
+        token_loss: like ``loss.linear_cross_entropy_sum``; parallel/ replaces it to split the vocabulary.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.token_loss = linear_cross_entropy_sum
+        shape, initial = (config.vocab_size, config.dim), Normal(config.init_std)
+        self.embedding_weight = new_parameter(*shape, initial=initial, kind=ParallelKind.SHARDED, dim=0)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.dim, eps=config.norm_eps)
+        if not config.tie_embeddings:
+            self.head_weight = new_parameter(*shape, initial=initial, kind=ParallelKind.SHARDED, dim=0)
+
+    @property
+    def output_weight(self) -> nn.Parameter:
+        """[V, dim] of the output projection: the embedding itself when tied."""
+        return self.embedding_weight if self.config.tie_embeddings else self.head_weight
+
+    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Logits [B, T, V] of the token after each of ``tokens`` [B, T].
+
+        Args:
+            tokens: int32 or int64 in [0, V).
+            cu_seqlens: int32 or int64 [n+1], document boundaries over the flattened [B*T] stream; a document
+                sees nothing of its neighbours, and a row start is always a document start. None: one per row.
+
+        Raises:
+            ValueError: wrong shape, dtype or token, or ``cu_seqlens`` that do not cover the stream.
+        """
+        return F.linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.output_weight)
+
+    def loss_sum(
+        self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
+    ) -> Tensor:
+        """Sum of the token losses: an fp32 scalar (fp64 for an fp64 model).
+
+        Args:
+            tokens, cu_seqlens: as in ``forward``.
+            labels: int64 [B, T], the token each position should predict; -100 is ignored.
+            z_loss: adds z_loss * logsumexp(logits)^2 per labelled token.
+
+        Raises:
+            ValueError: as ``forward``; labels of another shape or outside the vocabulary.
+        """
+        self._check_labels(tokens, labels)
+        hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
+        return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
+
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+        """Final normalised activations [B, T, dim]; arguments as in ``forward``."""
+        self._check_tokens(tokens, dimensions=2)
+        context = self._context(tokens, cu_seqlens)
+        x = F.embedding(tokens, self.embedding_weight)
+        if context.packed:
+            x = x.flatten(0, 1).unsqueeze(0)
+        for block in self.blocks:
+            x = block(x, context)
+        return self.norm(x).view(*tokens.shape, -1)  # type: ignore[no-any-return]
+
+    def init_state(self, batch: int) -> LMState:
+        """The state before the first token of ``batch`` rows.
+
+        Raises:
+            ValueError: ``batch`` is below 1.
+        """
+        if batch < 1:
+            raise ValueError(f"batch = {batch}: a state needs at least one row")
+        layers = tuple(block.init_state(batch) for block in self.blocks)  # type: ignore[operator]
+        return LMState(layers=layers, position=0, batch=batch)
+
+    @torch.no_grad()
+    def prefill(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """Logits [B, T, V] of ``tokens`` [B, T] after ``state``, and the state after them. No gradients.
+
+        Raises:
+            ValueError: as ``forward``, or the rows are not those of ``state``.
+        """
+        self._check_tokens(tokens, dimensions=2)
+        self._check_rows(tokens, state)
+        x, layers = F.embedding(tokens, self.embedding_weight), []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, after = block.prefill(x, layer)  # type: ignore[operator]
+            layers.append(after)
+        after_all = LMState(tuple(layers), state.position + tokens.shape[1], state.batch)
+        return F.linear(self.norm(x), self.output_weight), after_all
+
+    @torch.no_grad()
+    def decode_step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+        """Logits [B, V] after one more token per row, ``tokens`` [B], and the state after it. No gradients.
+
+        Raises:
+            ValueError: as ``prefill``.
+        """
+        self._check_tokens(tokens, dimensions=1)
+        self._check_rows(tokens, state)
+        x, layers = F.embedding(tokens, self.embedding_weight), []
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x, after = block.decode_step(x, layer)  # type: ignore[operator]
+            layers.append(after)
+        after_all = LMState(tuple(layers), state.position + 1, state.batch)
+        return F.linear(self.norm(x), self.output_weight), after_all
+
+    def _context(self, tokens: Tensor, cu_seqlens: Tensor | None) -> SequenceContext:
+        if cu_seqlens is None:
+            return SequenceContext()
+        rows, length = tokens.shape
+        options = self.config.trellis
+        return packed_context(
+            cu_seqlens,
+            rows=rows,
+            length=length,
+            chunk_size=options.chunk_size,
+            conv_kernel=options.conv_kernel,
+        )
+
+    def _check_tokens(self, tokens: Tensor, *, dimensions: int) -> None:
+        shape = "[rows, tokens]" if dimensions == 2 else "[rows]"
+        if (
+            tokens.dim() != dimensions
+            or tokens.dtype not in (torch.int32, torch.int64)
+            or tokens.numel() == 0
+        ):
+            raise ValueError(
+                f"tokens are {tokens.dtype} {list(tokens.shape)}: pass a non-empty int32 or int64 {shape}"
+            )
+        self._check_vocabulary(tokens, "tokens")
+
+    def _check_labels(self, tokens: Tensor, labels: Tensor) -> None:
+        if labels.shape != tokens.shape or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels are {labels.dtype} {list(labels.shape)}: pass int64 {list(tokens.shape)}"
+            )
+        self._check_vocabulary(labels[labels != -100], "labels")
+
+    def _check_vocabulary(self, values: Tensor, name: str) -> None:
+        """On a CPU only: on a GPU the check would wait for the device at every step."""
+        if values.device.type != "cpu" or values.numel() == 0:
+            return
+        low, high = int(values.min()), int(values.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise ValueError(
+                f"{name} run from {low} to {high}: model.vocab_size = {self.config.vocab_size}; "
+                "use the tokenizer the model was trained with"
+            )
+
+    @staticmethod
+    def _check_rows(tokens: Tensor, state: LMState) -> None:
+        if len(tokens) != state.batch:
+            raise ValueError(
+                f"{len(tokens)} rows of tokens for a state of {state.batch}: make one with init_state"
+            )
+
+
+def build_language_model(
+    config: ModelConfig, *, seed: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model with initial weights drawn from (seed, parameter name, global index), the same on every device.
+
+    Args:
+        seed: any integer.
+        dtype: of weights and activations; gates, memories and losses are at least fp32.
+    """
+    with torch.device(device):
+        model = LanguageModel(config).to(dtype)
+    initialise(model, seed)
+    return model

@@ -1,0 +1,230 @@
+"""The Trellis mixer (arXiv 2512.23852, figure 1 and equations 13-14; docs/math.md).
+
+Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
+
+    q, k = l2norm(silu(conv(W_q x))), l2norm(silu(conv(W_k x)))     v = l2norm(W_v x)
+    alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
+    out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import CompressState, compress_kv, decode_step
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.context import SequenceContext
+from trellis_dist.models.conv import ConvFunction, causal_conv
+from trellis_dist.models.init import Constant, Normal, new_parameter
+from trellis_dist.models.norm import l2_normalise, rms_normalise
+from trellis_dist.models.parallel_kind import ParallelKind
+
+__all__ = ["TrellisMixer", "TrellisState"]
+
+
+@dataclass(frozen=True)
+class TrellisState:
+    """What a layer carries between calls; its size does not depend on the position.
+
+    Attributes:
+        memory: both memories, [B, H, M, D] and [B, H, M, V].
+        tail: [B, K-1, 2F], the last inputs of the convolution on q and k; None without convolution.
+    """
+
+    memory: CompressState
+    tail: Tensor | None
+
+    def bytes(self) -> int:
+        """Bytes of every tensor in the state."""
+        memory = self.memory
+        tensors = [memory.key_memory, memory.value_memory, memory.key_chunk_start, memory.value_chunk_start]
+        return sum(t.numel() * t.element_size() for t in [*tensors, self.tail] if t is not None)
+
+
+class _Projected(NamedTuple):
+    """The fused input projection, cut up: widths 2F, F, F, H M, H, H (no decay unless it is learned)."""
+
+    query_key: Tensor
+    value: Tensor
+    output_gate: Tensor
+    alpha: Tensor
+    step: Tensor
+    decay: Tensor | None
+
+
+class TrellisMixer(nn.Module):
+    """One layer's compressed memory.
+
+    Attributes:
+        operation: called like ``kernels.compress_kv``; parallel/ replaces it to pass states between ranks.
+        convolution: called like ``conv.causal_conv``; parallel/ replaces it to fetch the halo.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.options, self.gate = config, config.trellis, config.gate(layer)
+        self.operation: Callable[..., tuple[Tensor, CompressState | None]] = compress_kv
+        self.convolution: ConvFunction = causal_conv
+        heads, slots, width = config.num_heads, self.options.slots, config.dim
+        weight = Normal(config.init_std)
+        sharded: dict[str, Any] = {"kind": ParallelKind.SHARDED, "dim": 0}
+        self.q_weight = new_parameter(width, width, initial=weight, **sharded)
+        self.k_weight = new_parameter(width, width, initial=weight, **sharded)
+        self.v_weight = new_parameter(width, width, initial=weight, **sharded)
+        self.output_gate_weight = new_parameter(width, width, initial=weight, **sharded)
+        self.alpha_weight = new_parameter(heads * slots, width, initial=weight, **sharded)
+        self.step_weight = new_parameter(heads, width, initial=weight, **sharded)
+        self.step_bias = new_parameter(heads, initial=Constant(self.options.step_size_bias), **sharded)
+        if self.gate == "learned":
+            self.decay_weight = new_parameter(heads, width, initial=weight, **sharded)
+            self.decay_bias = new_parameter(heads, initial=Constant(self.options.gate_bias), **sharded)
+        self._add_convolution(sharded)
+        self._add_initial_memory(sharded)
+        self.norm_weight = new_parameter(heads, config.head_dim, initial=Constant(1.0), **sharded)
+        depth_scaled = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
+        self.out_weight = new_parameter(width, width, initial=depth_scaled, kind=ParallelKind.SHARDED, dim=1)
+
+    def _add_convolution(self, sharded: dict[str, Any]) -> None:
+        taps, width = self.options.conv_kernel, self.config.dim
+        if taps > 0:
+            self.q_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
+            self.k_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
+
+    def _add_initial_memory(self, sharded: dict[str, Any]) -> None:
+        if self.options.learned_initial_memory:
+            shape = (self.config.num_heads, self.options.slots, self.config.head_dim)
+            initial = Normal(self.config.init_std)
+            self.initial_key_memory = new_parameter(*shape, initial=initial, **sharded)
+            self.initial_value_memory = new_parameter(*shape, initial=initial, **sharded)
+
+    def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
+        """[B, T, dim] -> [B, T, dim]; B = 1 when ``context`` holds several documents."""
+        projected = self._project(x)
+        documents = len(context.lengths) if context.lengths is not None else x.shape[0]
+        learned = self.options.learned_initial_memory
+        y, _ = self.operation(
+            *self._inputs(projected, edges=context.edges),
+            **self._settings(),
+            initial_state=self._first_memory(documents) if learned else None,
+            layout=context.layout,
+        )
+        return self._output(y, projected.output_gate)
+
+    def init_state(self, batch: int) -> TrellisState:
+        """The state before the first token of ``batch`` rows."""
+        taps, width = self.options.conv_kernel, self.config.dim
+        tail = self.q_weight.new_zeros(batch, taps - 1, 2 * width) if taps > 0 else None
+        return TrellisState(memory=self._first_memory(batch), tail=tail)
+
+    def prefill(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
+        """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
+        projected = self._project(x)
+        y, memory = self.operation(
+            *self._inputs(projected, tail=state.tail),
+            **self._settings(),
+            initial_state=state.memory,
+            output_final_state=True,
+        )
+        assert memory is not None, "the operation returned no state although one was asked for"
+        return self._output(y, projected.output_gate), self._advance(state, memory, projected.query_key)
+
+    def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
+        """One token: x [B, dim] -> ([B, dim], the state after it)."""
+        projected = self._project(x.unsqueeze(1))
+        inputs = (value.squeeze(1) for value in self._inputs(projected, tail=state.tail))
+        y, memory = decode_step(*inputs, state.memory, **self._settings())
+        out = self._output(y.unsqueeze(1), projected.output_gate).squeeze(1)
+        return out, self._advance(state, memory, projected.query_key)
+
+    def _project(self, x: Tensor) -> _Projected:
+        """Every input projection in one matmul; copying the weights together costs 1/T of it."""
+        weights: list[Tensor] = [
+            self.q_weight,
+            self.k_weight,
+            self.v_weight,
+            self.output_gate_weight,
+            self.alpha_weight,
+        ]
+        weights.append(self.step_weight)
+        sizes = [len(self.q_weight) * 2, len(self.v_weight), len(self.output_gate_weight)]
+        sizes += [len(self.alpha_weight), len(self.step_weight)]
+        if self.gate == "learned":
+            weights.append(self.decay_weight)
+            sizes.append(len(self.decay_weight))
+        query_key, value, gate, alpha, step, *decay = F.linear(x, torch.cat(weights)).split(sizes, dim=-1)
+        return _Projected(query_key, value, gate, alpha, step, decay[0] if decay else None)
+
+    def _inputs(
+        self, projected: _Projected, *, edges: tuple[Tensor, ...] | None = None, tail: Tensor | None = None
+    ) -> tuple[Tensor, ...]:
+        """q, k, v, alpha, log_decay, step_size as the operation takes them."""
+        head_dim, slots = self.config.head_dim, self.options.slots
+        mixed = projected.query_key
+        if self.options.conv_kernel > 0:
+            weight = torch.cat([self.q_conv_weight, self.k_conv_weight])
+            mixed = self.convolution(mixed, weight, edges=edges, tail=tail)
+        query_key = l2_normalise(F.silu(mixed).unflatten(-1, (-1, head_dim)))
+        q, k = query_key.chunk(2, dim=-2)
+        v = projected.value.unflatten(-1, (-1, head_dim))
+        if self.options.value_norm == "l2":
+            v = l2_normalise(v)
+        alpha = projected.alpha.unflatten(-1, (-1, slots))
+        if self.options.alpha_norm == "rms":
+            alpha = rms_normalise(alpha, eps=self.config.norm_eps)
+        return q, k, v, alpha, self._log_decay(projected), self._step_size(projected.step)
+
+    def _log_decay(self, projected: _Projected) -> Tensor:
+        """log beta [B, T, H] in fp32 (fp64 for fp64 inputs): 0 when the gate is off."""
+        if projected.decay is not None:
+            return F.logsigmoid(_wide(projected.decay) + _wide(self.decay_bias))
+        fixed = F.logsigmoid(torch.tensor(self.options.gate_bias, dtype=torch.float64)).item()
+        return torch.full_like(_wide(projected.step), fixed if self.gate == "fixed" else 0.0)
+
+    def _step_size(self, logits: Tensor) -> Tensor:
+        """gamma [B, T, H] in fp32 (fp64 for fp64 inputs); a chunk's sum is at most step_size_max."""
+        bound = self.options.step_size_max
+        if self.options.step_bound == "chunk":
+            bound = bound / self.options.chunk_size
+        return torch.sigmoid(_wide(logits) + _wide(self.step_bias)) * bound
+
+    def _settings(self) -> dict[str, Any]:
+        options = self.options
+        return {"chunk_size": options.chunk_size, "phi": options.phi, "readout": options.readout}
+
+    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
+        """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
+        normed = rms_normalise(y, eps=self.config.norm_eps, weight=self.norm_weight)
+        return F.linear(normed.flatten(-2) * F.gelu(gate), self.out_weight)
+
+    def _first_memory(self, documents: int) -> CompressState:
+        """Both memories [documents, H, M, .] before the first token."""
+        if self.options.learned_initial_memory:
+            pair = (self.initial_key_memory, self.initial_value_memory)
+            key, value = (_wide(memory).expand(documents, -1, -1, -1) for memory in pair)
+            return CompressState(key_memory=key, value_memory=value)
+        heads = len(self.step_weight)
+        shape = (documents, heads, self.options.slots, self.config.head_dim)
+        zeros = torch.zeros(shape, dtype=_wide_dtype(self.q_weight), device=self.q_weight.device)
+        return CompressState(key_memory=zeros, value_memory=zeros)
+
+    def _advance(self, state: TrellisState, memory: CompressState, query_key: Tensor) -> TrellisState:
+        """The state after the tokens whose projected inputs are ``query_key`` [B, T, 2F]."""
+        if state.tail is None:
+            return replace(state, memory=memory)
+        inputs = torch.cat([state.tail, query_key], dim=1)
+        return TrellisState(memory=memory, tail=inputs[:, inputs.shape[1] - state.tail.shape[1] :].clone())
+
+
+def _wide_dtype(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """x in fp32, or fp64 when it is fp64: gates and memories never live in half precision."""
+    return x.to(_wide_dtype(x))
