@@ -1,7 +1,7 @@
 """Files that survive: write, fsync, rename; canonical JSON; hashing.
 
-Every room writes through these functions, so that a process killed at any moment leaves either the old file or
-the new one, never half of one. The target must be a file system with atomic rename and a working fsync.
+Every room writes through these functions, so that a process killed at any moment leaves either the old file
+or the new one, never half of one. The file system must have an atomic rename and a working fsync.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "REAL",
     "FileSystem",
+    "Piece",
     "atomic_write",
     "canonical_json",
     "commit_directory",
@@ -31,12 +33,15 @@ Piece = bytes | memoryview
 class FileSystem:
     """The few operations that decide whether data survives, in one replaceable object.
 
-    Tests subclass it to raise "disk full" or to stop at every boundary; what must survive is written through it.
+    Tests subclass it to raise "disk full" or to stop at every boundary.
     """
 
     def write(self, path: Path, pieces: Iterable[Piece]) -> None:
-        """Create or truncate `path` with the joined pieces; not durable before `fsync_file`. Raises OSError."""
-        with open(path, "wb") as file:
+        """Create `path` from the joined pieces; not durable before `fsync_file`. Raises OSError.
+
+        A file that is there already is refused (FileExistsError), so two writers never share one.
+        """
+        with open(path, "xb") as file:
             for piece in pieces:
                 file.write(piece)
 
@@ -49,16 +54,28 @@ class FileSystem:
         _fsync(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
 
     def rename(self, source: Path, target: Path) -> None:
-        """Atomically give `source` the name `target`. Raises OSError."""
-        os.rename(source, target)
-
-    def replace(self, source: Path, target: Path) -> None:
         """Atomically give `source` the name `target`, replacing a file already there. Raises OSError."""
         os.replace(source, target)
 
     def unlink(self, path: Path) -> None:
         """Remove the file `path`; one that is gone already is no error. Raises OSError."""
         path.unlink(missing_ok=True)
+
+    def make_directory(self, path: Path) -> None:
+        """Create `path`, whose parent must exist. Raises FileExistsError and other OSErrors."""
+        path.mkdir()
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove the empty directory `path`. Raises OSError."""
+        path.rmdir()
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove `path` and all in it, links not followed; one that is gone is no error. Raises OSError."""
+        for folder, folders, names in os.walk(path, topdown=False):
+            links = [name for name in folders if Path(folder, name).is_symlink()]
+            for name in sorted(names + links):
+                self.unlink(Path(folder, name))
+            self.remove_directory(Path(folder))
 
 
 REAL = FileSystem()
@@ -73,7 +90,7 @@ def _fsync(path: Path, flags: int) -> None:
 
 
 def atomic_write(path: Path, data: bytes | str, *, file_system: FileSystem = REAL) -> None:
-    """Replace `path` by `data` (text is UTF-8): write a temporary file beside it, fsync, rename, fsync the folder.
+    """Replace `path` by `data` (text is UTF-8): write a temporary file, fsync, rename, fsync the folder.
 
     Raises:
         OSError: the folder is missing, the disk is full, ...; `path` then still holds what it held before.
@@ -82,9 +99,9 @@ def atomic_write(path: Path, data: bytes | str, *, file_system: FileSystem = REA
     try:
         file_system.write(temporary, [data.encode() if isinstance(data, str) else data])
         file_system.fsync_file(temporary)
-        file_system.replace(temporary, path)
+        file_system.rename(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        file_system.unlink(temporary)
         raise
     file_system.fsync_directory(path.parent)
 
@@ -137,7 +154,7 @@ def digest(value: object) -> str:
 
 
 def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = REAL) -> None:
-    """Give the finished directory `attempt` its name `final`: fsync everything in it, rename, fsync the parent.
+    """Give the finished directory `attempt` its name `final`: fsync all of it, rename, fsync the parent.
 
     A reader therefore sees `final` complete or not at all. `attempt` must lie on the same file system.
 
