@@ -1,0 +1,152 @@
+"""The inner nonlinearity phi and the readout activation f, with the derivatives the kernels need.
+
+Shapes: every tensor is [..., M]; a sum or mean over slots is over the last dimension.
+
+    inner gradient      u = J_phi(z)^T (phi(z) - a)                     gradient of |phi(z) - a|^2 / 2 in z
+      elementwise phi   u = phi' e,  e = phi(z) - a
+      softmax           p = phi(z);  u = p (e - sum p e)
+      ln_silu           s = SiLU(z), h = LN(s), r = 1 / sqrt(var s + eps);  u = s' A(e)
+                        A(x) = r (x - mean x - h mean(h x))              backward of LN at s
+    its backward, g = dL/du
+      elementwise phi   dz = (phi'^2 + e phi'') g;  da = -phi' g
+      softmax           t = p (g - sum g p);  dp = g (e - sum p e) - e sum g p + t;  dz = p (dp - sum p dp);  da = -t
+      ln_silu           t = A(e), G = s' g;  dh = A(G) - r (G mean(h e) + e mean(h G));
+                        ds = A(dh) - r h mean(G t);  dz = s' ds + s'' g t;  da = -A(G)
+    readout  ln_silu    LN(SiLU(x)), eps 1e-5, no affine
+             l2_silu    s / sqrt(sum s^2 + 1e-6), s = SiLU(x)
+             softmax    softmax(x)
+
+SiLU: sigma = sigmoid(z), s' = sigma (1 + z (1 - sigma)), s'' = sigma (1 - sigma) (2 + z (1 - 2 sigma)).
+aten's fused backward formulas are called by name: each is one pass over memory where the plain expression is five.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+__all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "apply_phi", "apply_readout"]
+__all__ += ["inner_backward", "inner_gradient", "readout_backward"]
+
+PHI = ("silu", "tanh", "identity", "ln_silu", "softmax")
+ELEMENTWISE_PHI = ("silu", "tanh", "identity")
+READOUT = ("ln_silu", "l2_silu", "softmax")
+LN_EPS = 1e-5
+L2_EPS = 1e-6
+
+_aten: Any = torch.ops.aten
+
+
+def apply_phi(z: Tensor, phi: str) -> Tensor:
+    """phi(z)."""
+    if phi == "silu":
+        return functional.silu(z)
+    if phi == "tanh":
+        return torch.tanh(z)
+    if phi == "identity":
+        return z
+    return apply_readout(z, phi)
+
+
+def inner_gradient(z: Tensor, alpha: Tensor, phi: str) -> Tensor:
+    """u = J_phi(z)^T (phi(z) - alpha), shapes [..., M]."""
+    if phi == "silu":
+        return cast(Tensor, _aten.silu_backward(functional.silu(z).sub_(alpha), z))
+    if phi == "tanh":
+        t = torch.tanh(z)
+        return cast(Tensor, _aten.tanh_backward(t - alpha, t))
+    if phi == "identity":
+        return z - alpha
+    return readout_backward(z, apply_readout(z, phi) - alpha, phi)
+
+
+def inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, phi: str) -> tuple[Tensor, Tensor]:
+    """(dz, dalpha) of ``inner_gradient`` for the upstream gradient ``grad`` = dL/du, shapes [..., M]."""
+    if phi == "silu":
+        return _silu_inner_backward(z, alpha, grad)
+    if phi == "tanh":
+        t = torch.tanh(z)
+        first = _aten.tanh_backward(grad, t)  # phi' g
+        curvature = _aten.tanh_backward(
+            (t - alpha).mul_(grad).mul_(t), t
+        )  # e g t phi', and phi'' = -2 t phi'
+        return _aten.tanh_backward(first, t).sub_(curvature, alpha=2), first.neg_()
+    if phi == "identity":
+        return grad, -grad
+    if phi == "softmax":
+        return _softmax_inner_backward(z, alpha, grad)
+    return _ln_silu_inner_backward(z, alpha, grad)
+
+
+def apply_readout(x: Tensor, readout: str) -> Tensor:
+    """f(x), shapes [..., M]."""
+    if readout == "softmax":
+        return torch.softmax(x, -1)
+    s = functional.silu(x)
+    if readout == "ln_silu":
+        return functional.layer_norm(s, s.shape[-1:], None, None, LN_EPS)
+    return s * _inverse_norm(s)
+
+
+def readout_backward(x: Tensor, grad: Tensor, readout: str) -> Tensor:
+    """J_f(x)^T grad, shapes [..., M]."""
+    if readout == "softmax":
+        p = torch.softmax(x, -1)
+        return cast(Tensor, _aten._softmax_backward_data(grad, p, -1, p.dtype))
+    s = functional.silu(x)
+    if readout == "ln_silu":
+        _, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, LN_EPS)
+        ds = _layer_norm_backward(grad, s, mean, rstd)
+    else:
+        scale = _inverse_norm(s)
+        unit = s * scale
+        ds = (grad - unit * (unit * grad).sum(-1, keepdim=True)) * scale
+    return cast(Tensor, _aten.silu_backward(ds, x))
+
+
+def _inverse_norm(s: Tensor) -> Tensor:
+    return torch.rsqrt((s * s).sum(-1, keepdim=True) + L2_EPS)
+
+
+def _layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) -> Tensor:
+    mask = [True, False, False]
+    return cast(
+        Tensor, _aten.native_layer_norm_backward(grad, x, x.shape[-1:], mean, rstd, None, None, mask)[0]
+    )
+
+
+def _silu_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    sigma = torch.sigmoid(z)
+    s = z * sigma
+    first = _aten.silu_backward(grad, z)  # phi' g
+    curvature = _aten.sigmoid_backward((s - alpha).mul_(grad), sigma)  # e g sigma (1 - sigma)
+    slope = torch.sub(z, s, alpha=2).add_(2)  # 2 + z (1 - 2 sigma)
+    dz = _aten.silu_backward(first, z).addcmul_(curvature, slope)
+    return dz, first.neg_()
+
+
+def _softmax_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    p = torch.softmax(z, -1)
+    e = p - alpha
+    gp = (grad * p).sum(-1, keepdim=True)
+    t = p * (grad - gp)
+    dp = grad * (e - (p * e).sum(-1, keepdim=True)) - e * gp + t
+    return p * (dp - (p * dp).sum(-1, keepdim=True)), -t
+
+
+def _ln_silu_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    sigma = torch.sigmoid(z)
+    s = z * sigma
+    h, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, LN_EPS)
+    e = h - alpha
+    t = _layer_norm_backward(e, s, mean, rstd)
+    slope = sigma + s * (1 - sigma)  # s'
+    big_g = slope * grad
+    ag = _layer_norm_backward(big_g, s, mean, rstd)
+    dh = ag - rstd * (big_g * (h * e).mean(-1, keepdim=True) + e * (h * big_g).mean(-1, keepdim=True))
+    ds = _layer_norm_backward(dh, s, mean, rstd) - rstd * h * (big_g * t).mean(-1, keepdim=True)
+    curvature = sigma * (1 - sigma) * (2 + z - 2 * s)  # s''
+    return slope * ds + curvature * grad * t, -ag

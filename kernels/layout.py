@@ -1,0 +1,213 @@
+"""PackedLayout: where each token sits in the grid of chunks.
+
+    token order  [B, T, H, .]     what callers hold; packed documents lie end to end in a row with B = 1
+    chunk order  [P, H, C, .]     what the stages work on: P chunks of C slots, each of one document
+
+Chunks are sorted by (index inside the document, rank of the document), documents ranked by descending number of
+chunks. So the chunks of one scan step lie together, the documents still running are a prefix of all documents, and
+an evenly filled batch is a plain transposition. A slot that holds no token (a pad) reads a token of its own chunk,
+so that not even a NaN crosses documents; the gates are what silences it (stages.arrange).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["PackedLayout"]
+
+
+@dataclass(frozen=True, eq=False)
+class PackedLayout:
+    """The chunk grid of a batch of documents; build it once and hand it to every layer.
+
+    Attributes:
+        chunk_size: C.
+        lengths: tokens of each document, N of them.
+        offsets: for each document, how many tokens of its first chunk an earlier call has already consumed.
+        steps: for scan step i, the range of chunks (begin, end) it works on.
+        order, rank: document at each rank, rank of each document [N]; None when documents are already ranked.
+        token_of_slot: token of each slot [P * C]; None when the grid is a plain transposition.
+        slot_of_token: its inverse on the tokens [B * T].
+        valid: which slots hold a token, bool [P, C]; None when all do.
+        last_chunk: last chunk of each document, by rank [N].
+        ends_inside: whether each document, by rank, ends inside a chunk, bool [N]; None when none does.
+    """
+
+    chunk_size: int
+    lengths: tuple[int, ...]
+    offsets: tuple[int, ...]
+    steps: tuple[tuple[int, int], ...]
+    order: Tensor | None
+    rank: Tensor | None
+    token_of_slot: Tensor | None
+    slot_of_token: Tensor | None
+    valid: Tensor | None
+    last_chunk: Tensor
+    ends_inside: Tensor | None
+
+    @staticmethod
+    def from_cu_seqlens(
+        cu_seqlens: Tensor, chunk_size: int, *, offsets: int | Sequence[int] = 0
+    ) -> PackedLayout:
+        """Layout of documents that lie end to end in one row.
+
+        Args:
+            cu_seqlens: integers [N + 1], the first token of each document and, last, the number of tokens.
+            chunk_size: C.
+            offsets: tokens of the current chunk that the carried state has already seen (one, or one per document).
+
+        Raises:
+            ValueError: cu_seqlens is not a strictly increasing integer vector from 0, or an offset is not in [0, C).
+        """
+        bounds = _checked_bounds(cu_seqlens)
+        lengths = tuple(end - begin for begin, end in zip(bounds[:-1], bounds[1:], strict=True))
+        return _build(lengths, chunk_size, _per_document(offsets, len(lengths))).to(cu_seqlens.device)
+
+    @staticmethod
+    def uniform(batch: int, length: int, chunk_size: int, *, offset: int | Sequence[int] = 0) -> PackedLayout:
+        """Layout of ``batch`` rows of ``length`` tokens, one document each. Raises ValueError as above."""
+        if batch < 1 or length < 1:
+            raise ValueError(f"batch = {batch}, length = {length}: both must be at least 1")
+        return _build((length,) * batch, chunk_size, _per_document(offset, batch))
+
+    @property
+    def num_documents(self) -> int:
+        """N."""
+        return len(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """B * T."""
+        return sum(self.lengths)
+
+    @property
+    def num_chunks(self) -> int:
+        """P."""
+        return self.steps[-1][1]
+
+    @property
+    def end_offsets(self) -> tuple[int, ...]:
+        """Offset of each document's state after its last token."""
+        return tuple((o + n) % self.chunk_size for o, n in zip(self.offsets, self.lengths, strict=True))
+
+    def to(self, device: torch.device | str) -> PackedLayout:
+        """The same layout with its tables on ``device`` (itself when they are there)."""
+        device = torch.device(device)
+        if self.last_chunk.device == device:
+            return self
+        names = ("order", "rank", "token_of_slot", "slot_of_token", "valid", "last_chunk", "ends_inside")
+        tables = {name: getattr(self, name) for name in names}
+        return replace(self, **{name: None if t is None else t.to(device) for name, t in tables.items()})
+
+    def to_chunks(self, x: Tensor) -> Tensor:
+        """Token order [B, T, H, F] to contiguous chunk order [P, H, C, F]; pads repeat a token of their chunk."""
+        heads, width, c = x.shape[2], x.shape[3], self.chunk_size
+        if self.token_of_slot is None:
+            grid = x.reshape(self.num_documents, len(self.steps), c, heads, width)
+            return grid.permute(1, 0, 3, 2, 4).contiguous().view(-1, heads, c, width)
+        head = torch.arange(heads, device=x.device)
+        rows = self.token_of_slot.view(-1, 1, c) * heads + head[:, None]  # [P, H, C]
+        return x.reshape(-1, width).index_select(0, rows.view(-1)).view(-1, heads, c, width)
+
+    def from_chunks(self, x: Tensor, batch: int) -> Tensor:
+        """Chunk order [P, H, C, F] back to token order [batch, T, H, F]; what the pads hold is dropped."""
+        heads, width, c = x.shape[1], x.shape[3], self.chunk_size
+        if self.slot_of_token is None:
+            grid = x.view(len(self.steps), self.num_documents, heads, c, width).permute(1, 0, 3, 2, 4)
+            return grid.reshape(batch, -1, heads, width)
+        chunk, slot = self.slot_of_token // c, self.slot_of_token % c
+        head = torch.arange(heads, device=x.device)
+        rows = (chunk[:, None] * heads + head) * c + slot[:, None]  # [B * T, H]
+        return x.reshape(-1, width).index_select(0, rows.view(-1)).view(batch, -1, heads, width)
+
+    def rank_documents(self, x: Tensor) -> Tensor:
+        """[N, ...] in the caller's order to rank order."""
+        return x if self.order is None else x.index_select(0, self.order)
+
+    def unrank_documents(self, x: Tensor) -> Tensor:
+        """[N, ...] in rank order to the caller's order."""
+        return x if self.rank is None else x.index_select(0, self.rank)
+
+
+def _checked_bounds(cu_seqlens: Tensor) -> list[int]:
+    if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seqlens has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}: "
+            "give an integer vector of the N document starts followed by the number of tokens"
+        )
+    bounds: list[int] = cu_seqlens.tolist()
+    if bounds[0] != 0:
+        raise ValueError(f"cu_seqlens[0] = {bounds[0]}: the first document starts at token 0")
+    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        if end <= begin:
+            raise ValueError(
+                f"cu_seqlens[{i + 1}] = {end} after {begin}: it must increase (no empty documents)"
+            )
+    return bounds
+
+
+def _per_document(offsets: int | Sequence[int], documents: int) -> tuple[int, ...]:
+    values = (offsets,) * documents if isinstance(offsets, int) else tuple(offsets)
+    if len(values) != documents:
+        raise ValueError(
+            f"{len(values)} offsets for {documents} documents: give one offset, or one per document"
+        )
+    return values
+
+
+@functools.lru_cache(maxsize=64)
+def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -> PackedLayout:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size}: use 1 or more tokens")
+    if any(not 0 <= o < chunk_size for o in offsets):
+        raise ValueError(
+            f"offset = {offsets}: an offset counts tokens of a chunk, so it is in [0, {chunk_size})"
+        )
+    length, offset = torch.tensor(lengths), torch.tensor(offsets)
+    chunks = (offset + length + chunk_size - 1) // chunk_size  # of each document
+    order = torch.argsort(chunks, descending=True, stable=True)
+    rank = torch.argsort(order)
+    active = (chunks[None, :] > torch.arange(int(chunks.max()))[:, None]).sum(1)  # documents in each step
+    ends = active.cumsum(0)
+    base = ends - active  # first chunk of each step
+    ranked_end = (offset + length)[order] % chunk_size
+    plain = chunk_size * len(active) == lengths[0] and len(set(lengths)) == 1 and not any(offsets)
+    tables = (None, None, None) if plain else _tables(length, offset, rank, base, int(ends[-1]), chunk_size)
+    ranked = bool((order == torch.arange(len(lengths))).all())
+    return PackedLayout(
+        chunk_size=chunk_size,
+        lengths=lengths,
+        offsets=offsets,
+        steps=tuple(zip(base.tolist(), ends.tolist(), strict=True)),
+        order=None if ranked else order,
+        rank=None if ranked else rank,
+        token_of_slot=tables[0],
+        slot_of_token=tables[1],
+        valid=tables[2],
+        last_chunk=base[chunks[order] - 1] + torch.arange(len(lengths)),
+        ends_inside=(ranked_end > 0) if bool(ranked_end.any()) else None,
+    )
+
+
+def _tables(
+    length: Tensor, offset: Tensor, rank: Tensor, base: Tensor, num_chunks: int, chunk_size: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    tokens = int(length.sum())
+    document = torch.repeat_interleave(torch.arange(len(length)), length)
+    position = offset[document] + torch.arange(tokens) - (length.cumsum(0) - length)[document]
+    step = position // chunk_size
+    slot = position % chunk_size - torch.where(step == 0, offset[document], 0)
+    chunk = base[step] + rank[document]
+    slot_of_token = chunk * chunk_size + slot
+    # Pads read the first token of their own chunk.
+    first = torch.full((num_chunks,), tokens).scatter_reduce(0, chunk, torch.arange(tokens), "amin")
+    token_of_slot = first.repeat_interleave(chunk_size)
+    token_of_slot[slot_of_token] = torch.arange(tokens)
+    valid = torch.zeros(num_chunks * chunk_size, dtype=torch.bool)
+    valid[slot_of_token] = True
+    return token_of_slot, slot_of_token, None if bool(valid.all()) else valid.view(num_chunks, chunk_size)
