@@ -27,7 +27,7 @@ MAX_SPREAD = 32
 # Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB).
 LOGIT_BUDGET = 2**25
 
-__all__ = ["CausalLM", "Prefix", "Score", "Scorer", "TextCodec", "map_tensors"]
+__all__ = ["CausalLM", "Prefix", "Score", "Scorer", "TextCodec", "map_tensors", "select_rows"]
 
 
 class CausalLM(Protocol):
@@ -94,6 +94,16 @@ def map_tensors(state: State, function: Callable[[Tensor], Tensor]) -> State:
     if isinstance(state, dict):
         return {key: map_tensors(part, function) for key, part in state.items()}  # type: ignore[return-value]
     return state
+
+
+def select_rows(state: State, rows: Sequence[int]) -> State:
+    """The state whose row r continues row ``rows[r]`` of ``state``; rows may repeat.
+
+    Every tensor of a state has its rows first; a field ``batch``, where there is one, counts them.
+    """
+    index = torch.tensor(list(rows), dtype=torch.long)
+    chosen = map_tensors(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+    return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen  # type: ignore
 
 
 class Scorer:
@@ -190,7 +200,7 @@ class Scorer:
             part = rows[: self._rows_that_fit(prefix, choices, rows)]
             rows = rows[len(part) :]
             scores = self._score_rows(
-                map_tensors(prefix.state, _rows([b for b, _ in part])),
+                select_rows(prefix.state, [b for b, _ in part]),
                 [prefix.rests[b] for b, _ in part],
                 [list(choices[b][c]) for b, c in part],
             )
@@ -281,11 +291,6 @@ class _Writer:
     def text(self) -> str:
         """What was written, cut before the first stop string."""
         return self._tokenizer.decode(self._ids)[: self._stop_place()]
-
-
-def _rows(index: list[int]) -> Callable[[Tensor], Tensor]:
-    """Select (and repeat) rows of the leading batch axis."""
-    return lambda tensor: tensor.index_select(0, torch.tensor(index, device=tensor.device))
 
 
 def _score(logits: Tensor, continuation: Ids) -> Score:

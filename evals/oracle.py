@@ -1,0 +1,64 @@
+"""A scripted stand-in for a language model: shows that a task's scoring can be passed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+__all__ = ["OracleModel"]
+
+# Logit of the right token; the others are 0. exp(-30) leaves the rest of any vocabulary without mass.
+CERTAIN = 30.0
+
+
+@dataclass(frozen=True)
+class _History:
+    tokens: Tensor  # [B, T] everything read so far
+
+
+class OracleModel:
+    """Continues a prompt it knows with its known answer, then EOS; predicts token 0 elsewhere.
+
+    Args:
+        known: pairs of prompt ids and answer ids.
+        vocab_size: V.
+        eos_id: follows every answer.
+    """
+
+    def __init__(self, known: Sequence[tuple[list[int], list[int]]], *, vocab_size: int, eos_id: int) -> None:
+        self._lines = [torch.tensor([*prompt, *answer, eos_id]) for prompt, answer in known]
+        self._answer_start = [len(prompt) for prompt, _ in known]
+        self._vocab_size = vocab_size
+
+    def init_state(self, batch: int) -> _History:
+        """Nothing read."""
+        return _History(torch.zeros(batch, 0, dtype=torch.long))
+
+    def prefill(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
+        """tokens [B, T] -> logits [B, T, V]."""
+        before = state.tokens.shape[1]
+        state = replace(state, tokens=torch.cat([state.tokens, tokens.cpu()], 1))
+        logits = torch.zeros(*tokens.shape, self._vocab_size)
+        for row, history in enumerate(state.tokens):
+            for line, start in zip(self._lines, self._answer_start):
+                self._mark(logits[row], history, line, start=start, before=before)
+        return logits, state
+
+    @staticmethod
+    def _mark(logits: Tensor, history: Tensor, line: Tensor, *, start: int, before: int) -> None:
+        """Put mass on the tokens of ``line`` that follow positions of ``history`` inside its answer."""
+        if len(history) < start or not torch.equal(history[:start], line[:start]):
+            return
+        for position in range(start - 1, min(len(history), len(line) - 1)):
+            if not torch.equal(history[start : position + 1], line[start : position + 1]):
+                return
+            if position >= before:
+                logits[position - before, line[position + 1]] = CERTAIN
+
+    def decode_step(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
+        """tokens [B] -> logits [B, V]."""
+        logits, state = self.prefill(tokens[:, None], state)
+        return logits[:, 0], state

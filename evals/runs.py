@@ -1,0 +1,151 @@
+"""From a run folder to a model that can be scored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.state import CheckpointReader, latest_verified, verify_checkpoint
+from data_pipeline.tokenizer import Tokenizer
+from evals.config import Device
+from trellis_dist.files import read_json, sha256_file
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.language_model import LanguageModel, build_language_model
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["LoadedRun", "checkpoint_digest", "find_checkpoint", "load_run", "read_recipe"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadedRun:
+    """A checkpoint with everything that scoring it needs.
+
+    Attributes:
+        model: fp32, in evaluation mode.
+        tokenizer: of the data set the run was trained on.
+        recipe: the resolved recipe saved with the run.
+        step: optimizer steps of the checkpoint.
+        run_dir, dataset_dir, checkpoint: where things were read.
+        digest: identifies the checkpoint's content.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    recipe: dict[str, Any]
+    step: int
+    run_dir: Path
+    dataset_dir: Path
+    checkpoint: Path
+    digest: str
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model.parameters()).device
+
+
+def read_recipe(run_dir: Path) -> dict[str, Any]:
+    """The resolved recipe of a run. Raises ValueError when the folder is no run."""
+    path = run_dir / "recipe.json"
+    if not path.is_file():
+        raise ValueError(
+            f"{run_dir} is no run folder (it has no recipe.json): train first, or name another folder"
+        )
+    recipe = read_json(path)
+    missing = [name for name in ("model", "data") if name not in recipe]
+    if missing:
+        raise ValueError(
+            f"{path} lacks the section {missing[0]!r}: it is no resolved recipe; train the run again"
+        )
+    return recipe
+
+
+def find_checkpoint(run_dir: Path, *, step: int | None = None) -> Path:
+    """The newest verified checkpoint of a run, or the one of ``step`` (verified too).
+
+    Raises:
+        ValueError: there is none, or the one asked for is damaged.
+    """
+    root = run_dir / "checkpoints"
+    if step is None:
+        found = latest_verified(root) if root.is_dir() else None
+        if found is None:
+            raise ValueError(f"{root} holds no verified checkpoint: train first, or name another run")
+        return found
+    path = root / f"step-{step:08d}"
+    if not path.is_dir():
+        have = ", ".join(str(int(p.name[5:])) for p in sorted(root.glob("step-*"))) or "none"
+        raise ValueError(f"{root} has no checkpoint of step {step}: it has {have}")
+    if problems := verify_checkpoint(path):
+        raise ValueError(f"{path} is damaged ({problems[0]}): choose another step")
+    return path
+
+
+def checkpoint_digest(checkpoint: Path) -> str:
+    """Identity of a committed checkpoint: the hash of its manifest, which holds the hash of every file."""
+    return sha256_file(checkpoint / "manifest.json")
+
+
+def load_run(run_dir: Path, *, step: int | None = None, device: Device = "auto") -> LoadedRun:
+    """Build a run's model and fill it from a checkpoint.
+
+    Args:
+        run_dir: RUN, with recipe.json and checkpoints/.
+        step: a saved step; None takes the newest verified one.
+        device: "auto" takes a CUDA device when there is one.
+
+    Raises:
+        ValueError: no run, no verified checkpoint, or weights that do not fit the recipe's model.
+        OSError: the data set's tokenizer cannot be read.
+    """
+    from pydantic import TypeAdapter
+
+    recipe = read_recipe(run_dir)
+    checkpoint = find_checkpoint(run_dir, step=step)
+    dataset_dir = Path(recipe["data"]["directory"])
+    tokenizer = Tokenizer.load(dataset_dir / "tokenizer.model")
+    config = TypeAdapter(ModelConfig).validate_python(recipe["model"])
+    model = build_language_model(config, seed=0, device=_device(device))
+    _fill(model, CheckpointReader(checkpoint))
+    return LoadedRun(
+        model=model.eval(),
+        tokenizer=tokenizer,
+        recipe=recipe,
+        step=int(checkpoint.name.removeprefix("step-")),
+        run_dir=run_dir,
+        dataset_dir=dataset_dir,
+        checkpoint=checkpoint,
+        digest=checkpoint_digest(checkpoint),
+    )
+
+
+def _device(device: Device) -> str:
+    import torch
+
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError('evals.device = "cuda" but torch sees no CUDA device: use "cpu" or "auto"')
+    return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+
+
+def _fill(model: LanguageModel, reader: CheckpointReader) -> None:
+    """Copy every parameter from the checkpoint."""
+    import torch
+
+    saved = set(reader.names())
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            key = f"model/{name}"
+            if key not in saved:
+                raise ValueError(
+                    f"the checkpoint has no {key}: recipe.json and checkpoint do not belong together"
+                )
+            value = reader.read(key)
+            if value.shape != parameter.shape:
+                raise ValueError(
+                    f"{key} is {list(value.shape)} in the checkpoint and {list(parameter.shape)} in the "
+                    "recipe's model: recipe.json and checkpoint do not belong together"
+                )
+            parameter.copy_(value)

@@ -1,0 +1,130 @@
+"""Decoding measured: state bytes and milliseconds per token by position, beside softmax attention.
+
+The run's model is compared with one of the same configuration whose every layer is attention with a key-value
+cache. Its weights are random and its cache is filled with random keys and values of the right size: reading
+64K tokens through attention would take minutes and change neither the bytes nor the time of a step. A Trellis
+model really reads its tokens; a model that has attention layers itself gets a filled cache too.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from tqdm import tqdm
+
+from evals.config import EvalConfig
+from evals.tasks.protocol import Result, Task
+from trellis_dist.models.kv_cache import KVCache
+from trellis_dist.models.language_model import LanguageModel, LMState, build_language_model
+
+if TYPE_CHECKING:
+    from evals.runs import LoadedRun
+
+__all__ = ["TASK", "measure", "states_at"]
+
+WARMUP_STEPS, TIMED_STEPS = 4, 24
+PREFILL_CHUNK = 1024
+FILLED = "cache filled with random keys and values of the right size"
+READ = "tokens really read"
+
+
+def states_at(model: LanguageModel, positions: Sequence[int]) -> Iterator[LMState]:
+    """One state of one row per (increasing) position."""
+    if _has_cache(model):
+        yield from (_filled(model, position) for position in positions)
+        return
+    state = model.init_state(1)
+    weights = next(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for position in positions:
+        while state.position < position:
+            count = min(PREFILL_CHUNK, position - state.position)
+            tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator)
+            _, state = model.prefill(tokens.to(weights.device), state)
+        yield state
+
+
+def _has_cache(model: LanguageModel) -> bool:
+    return any(isinstance(layer, KVCache) for layer in model.init_state(1).layers)
+
+
+def _filled(model: LanguageModel, position: int) -> LMState:
+    """The first state, with ``position`` random keys and values in every cache."""
+    state = model.init_state(1)
+    layers = []
+    for layer in state.layers:
+        if isinstance(layer, KVCache):
+            keys = layer.keys_values()[0]
+            shape = (keys.shape[0], keys.shape[1], position, keys.shape[3])
+            layer = layer.append(keys.new_empty(shape).normal_(), keys.new_empty(shape).normal_())
+        layers.append(layer)
+    return replace(state, layers=tuple(layers), position=position)
+
+
+def measure(
+    model: LanguageModel, positions: Sequence[int], *, progress: bool = False
+) -> list[dict[str, Any]]:
+    """Decode one row at each position.
+
+    Returns:
+        Per position: "position", "state_bytes" (after the timed steps), "ms_per_token" (their median).
+    """
+    rows = []
+    name = "decode, attention" if _has_cache(model) else "decode"
+    states = tqdm(states_at(model, positions), total=len(positions), desc=name, disable=not progress)
+    for position, state in zip(positions, states):
+        milliseconds, state = _timed_steps(model, state)
+        median = statistics.median(milliseconds[WARMUP_STEPS:])
+        rows.append({"position": position, "state_bytes": state.bytes(), "ms_per_token": median})
+    return rows
+
+
+def _timed_steps(model: LanguageModel, state: LMState) -> tuple[list[float], LMState]:
+    device = next(model.parameters()).device
+    token = torch.zeros(1, dtype=torch.long, device=device)
+    milliseconds = []
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        start = time.perf_counter()
+        logits, state = model.decode_step(token, state)
+        token = logits.argmax(-1)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        milliseconds.append(1000 * (time.perf_counter() - start))
+    return milliseconds, state
+
+
+def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
+    model = loaded.model
+    dtype = next(model.parameters()).dtype
+    attention_config = replace(model.config, pattern=("attention",))
+    attention = build_language_model(attention_config, seed=0, device=loaded.device, dtype=dtype).eval()
+    positions = config.decode_positions
+    return {
+        "model": measure(model, positions, progress=progress),
+        "attention": measure(attention, positions, progress=progress),
+        "model_parameters": sum(p.numel() for p in model.parameters()),
+        "attention_parameters": sum(p.numel() for p in attention.parameters()),
+        "model_method": FILLED if _has_cache(model) else READ,
+        "attention_method": FILLED,
+        "rows": 1,
+        "device": str(loaded.device),
+        "threads": torch.get_num_threads(),
+        "timed_steps": TIMED_STEPS,
+    }
+
+
+def _settings(config: EvalConfig) -> Mapping[str, Any]:
+    return {"positions": list(config.decode_positions), "device": config.device}
+
+
+def _scalars(result: Result) -> dict[str, float]:
+    last = result["model"][-1]
+    return {f"decode/{name}": float(last[name]) for name in ("state_bytes", "ms_per_token")}
+
+
+TASK = Task(name="decode", settings=_settings, run=_run, scalars=_scalars)

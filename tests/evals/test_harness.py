@@ -1,0 +1,94 @@
+"""lm-evaluation-harness through our scorer: the same numbers per sample, offline."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from evals.harness import harness_model, run_harness
+from evals.sampling import Sampling
+from evals.scorer import Scorer
+from tests.evals.fakes import ByteTokenizer, RecurrentModel
+
+ROWS = [
+    {"question": "Ice is", "choices": ["cold", "hot", "loud"], "answer": 0},
+    {"question": "A bird can", "choices": ["read", "fly", "melt", "rust"], "answer": 1},
+    {"question": "Water boils when it is", "choices": ["hot enough", "asleep"], "answer": 0},
+]
+CHOICE_TASK = """
+task: tiny_choice
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: "{{{{choices}}}}"
+doc_to_target: answer
+metric_list:
+  - {{metric: acc, aggregation: mean, higher_is_better: true}}
+  - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("harness")
+    (root / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    tasks = root / "tasks"
+    tasks.mkdir()
+    text = CHOICE_TASK.format(data=root / "rows.jsonl", cache=root / "cache")
+    (tasks / "tiny_choice.yaml").write_text(text)
+    return tasks
+
+
+def test_harness_and_native_scorer_give_the_same_numbers_per_sample(folder):
+    scorer = Scorer(RecurrentModel(), ByteTokenizer())
+    outcome = run_harness(scorer, ["tiny_choice"], include_path=folder)
+    samples = sorted(outcome["samples"]["tiny_choice"], key=lambda sample: sample["doc_id"])
+    right = []
+    for row, sample in zip(ROWS, samples, strict=True):
+        native = scorer.log_likelihoods([(row["question"], f" {choice}") for choice in row["choices"]])
+        shown = [float(response[0]) for response in sample["filtered_resps"]]
+        assert shown == pytest.approx([score.log_prob for score in native], abs=1e-9)
+        right.append(max(range(len(native)), key=lambda c: native[c].log_prob) == row["answer"])
+    assert outcome["results"]["tiny_choice"]["acc,none"] == pytest.approx(sum(right) / len(right))
+
+
+def test_an_unknown_harness_task_is_refused(folder):
+    with pytest.raises(ValueError, match=r"no harness task 'other': it has tiny_choice"):
+        run_harness(Scorer(RecurrentModel(), ByteTokenizer()), ["other"], include_path=folder)
+
+
+def test_rolling_and_generation_through_the_adapter():
+    from lm_eval.api.instance import Instance
+
+    scorer = Scorer(RecurrentModel(), ByteTokenizer())
+    model = harness_model(scorer)
+
+    def request(kind, *args):
+        return Instance(request_type=kind, doc={}, arguments=args, idx=0)
+
+    text = "some text"
+    assert model.loglikelihood_rolling([request("loglikelihood_rolling", text)]) == [
+        scorer.rolling([text])[0].log_prob
+    ]
+    options = {"until": ["\n\n"], "max_gen_toks": 5}
+    prompt = scorer.encode_pair(text, "")[0]
+    expected = scorer.generate([prompt], Sampling(max_tokens=5, stop=("\n\n",)))
+    assert model.generate_until([request("generate_until", text, options)]) == expected
+
+
+def test_our_rooms_are_imported_beside_published_packages_of_the_same_names():
+    root = Path(__file__).parents[2]
+    # transformers looks for a package named `kernels`; lm_eval imports `evaluate`.
+    for name in ("transformers", "lm_eval", "lm_eval.evaluator", "datasets"):
+        if importlib.util.find_spec(name.split(".")[0]) is not None:
+            importlib.import_module(name)
+    for room in ("kernels", "evals", "evals.config", "data_pipeline", "checkpoints", "launch"):
+        module = importlib.import_module(room)
+        assert module.__file__ is not None
+        assert Path(module.__file__).is_relative_to(root), f"{room} is {module.__file__}"
