@@ -14,12 +14,12 @@ RECIPES = Path(__file__).parent / "recipes"
 
 
 def recipe_names() -> list[str]:
-    """Names of the shipped recipes: every TOML file in ``launch/recipes`` itself (its sub-folders hold parts)."""
+    """Names of the shipped recipes: the TOML files in ``launch/recipes`` itself (sub-folders hold parts)."""
     return sorted(path.stem for path in RECIPES.glob("*.toml"))
 
 
 def read_layers(reference: str) -> dict[str, Any]:
-    """Table of ``NAME_OR_PATH[+PART...]``, each file laid over the files it extends, later parts over earlier.
+    """Table of ``NAME_OR_PATH[+PART...]``, each file over those it extends, later parts over earlier.
 
     Raises:
         ValueError: the file is not TOML, or files extend each other in a circle.
@@ -41,7 +41,7 @@ def merge(table: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def override(table: dict[str, Any], assignments: Iterable[str]) -> None:
-    """Apply ``a.b=c`` in place; ``c`` is TOML or a bare string, and an empty ``c`` goes back to the default."""
+    """Apply ``a.b=c`` in place; ``c`` is TOML or a bare string, an empty one means the default."""
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
         keys = [key.strip() for key in dotted.split(".")]

@@ -11,11 +11,13 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from evals.config import EvalConfig
+from launch.corpus import corpus_layer
 from launch.layers import merge, override, read_layers
 from trellis_dist.files import digest
 from trellis_dist.models.config import ModelConfig
@@ -72,28 +74,36 @@ class Recipe:
 
 
 def load_recipe(
-    reference: str, overrides: Sequence[str] = (), *, layers: Sequence[Mapping[str, Any]] = ()
+    reference: str,
+    overrides: Sequence[str] = (),
+    *,
+    corpus: str | None = None,
+    dataset_dir: Path | None = None,
 ) -> Recipe:
     """Recipe by name or path (``350m-c4``, ``my.toml``, ``350m-c4+contexts/16k``).
 
     Args:
         reference: name in ``launch/recipes``, path ending in .toml, or several joined by ``+``.
         overrides: ``a.b=c`` assignments, applied last.
-        layers: tables laid over the files before ``overrides`` (what ``--corpus`` and ``--dataset-dir`` mean).
+        corpus: another text than the recipe's: a path, or a Hugging Face name with its revision.
+        dataset_dir: where the token shards are, instead of ``data.directory``.
 
     Raises:
         ValueError: one line per problem, each with key, value and remedy.
-        FileNotFoundError: no such recipe.
+        FileNotFoundError: no such recipe, or no such corpus.
     """
     table = read_layers(reference)
-    for layer in layers:
-        merge(table, layer)
+    if corpus is not None:
+        table.setdefault("data", {}).pop("source", None)
+        merge(table, corpus_layer(corpus, recipe_name=str(table.get("name", "run"))))
+    if dataset_dir is not None:
+        merge(table, {"data": {"directory": str(dataset_dir)}})
     override(table, overrides)
     return parse_recipe(table, source=reference)
 
 
 def parse_recipe(table: Mapping[str, Any], *, source: str) -> Recipe:
-    """Validate a table (from TOML, or a saved ``recipe.json``) strictly: no strings for numbers, no unknown keys."""
+    """Validate a table (TOML, or a saved ``recipe.json``): no strings for numbers, no unknown keys."""
     from pydantic import TypeAdapter, ValidationError
 
     try:
@@ -109,7 +119,7 @@ def parse_recipe(table: Mapping[str, Any], *, source: str) -> Recipe:
 
 
 def resolve(recipe: Recipe) -> dict[str, Any]:
-    """Every key with its value, as JSON types: what is saved with the run and what ``parse_recipe`` reads back."""
+    """Every key with its value, as JSON types: what is saved with the run; ``parse_recipe`` reads it."""
     resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     return resolved
 
@@ -142,7 +152,7 @@ def recipe_digest(recipe: Recipe) -> str:
 
 
 def dotted_items(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Leaves of a resolved recipe as ``("model.trellis.slots", 64)``; ``choices`` is documentation and left out."""
+    """Leaves of a resolved recipe as ``("model.trellis.slots", 64)``, without ``choices`` (documentation)."""
     for key, value in table.items():
         if not prefix and key == "choices":
             continue
@@ -271,6 +281,7 @@ def _schedule(recipe: Recipe) -> Iterator[str]:
     decay = math.ceil(schedule.decay_fraction * steps)
     if schedule.kind == "wsd" and schedule.warmup_steps + decay > steps:
         yield (
-            f"schedule.warmup_steps = {schedule.warmup_steps} + decay {decay} steps (schedule.decay_fraction = "
-            f"{schedule.decay_fraction}) exceed training.steps = {steps}: lower one of them"
+            f"schedule.warmup_steps = {schedule.warmup_steps} + decay {decay} steps "
+            f"(schedule.decay_fraction = {schedule.decay_fraction}) exceed training.steps = {steps}: "
+            "lower one of them"
         )

@@ -1,0 +1,248 @@
+"""The `trellis` command. Rooms are imported by the command that needs them, so that `--help` is quick."""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from launch.recipe import Recipe
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="trellis",
+    help="Train, score and inspect Trellis language models. Add --debug to any command for tracebacks.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipeArgument = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="name, path.toml, or several joined: 350m-c4+contexts/16k")
+]
+RunArgument = Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a recipe key; repeatable")
+]
+Corpus = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PATH|NAME@REVISION", help="text to use: a file or folder, or a Hugging Face data set"
+    ),
+]
+DatasetDir = Annotated[Path | None, typer.Option(help="folder of the token shards (data.directory)")]
+RunDir = Annotated[Path | None, typer.Option(help="run folder; runs/<recipe name> unless given")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Step = Annotated[int | None, typer.Option(help="a saved step; the newest verified one unless given")]
+
+
+@app.command()
+def plan(recipe: RecipeArgument, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the resolved recipe, parameter counts, batch equation and memory per rank; start nothing."""
+    from launch.plan import make_plan, render_plan
+
+    made = make_plan(_load(recipe, set_))
+    print(json.dumps(made, indent=1) if as_json else render_plan(made))
+
+
+@app.command()
+def prepare(
+    recipe: RecipeArgument,
+    set_: Overrides = None,
+    corpus: Corpus = None,
+    dataset_dir: DatasetDir = None,
+    workers: Annotated[int | None, typer.Option(help="Ray workers; one per core unless given")] = None,
+    ray_address: Annotated[
+        str | None, typer.Option(help="a running Ray cluster; a local one unless given")
+    ] = None,
+) -> None:
+    """Turn the recipe's text into token shards on Ray; shards that are there are re-used."""
+    from launch.preflight import check_source
+
+    loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+    check_source(loaded)
+    from data_pipeline.job import prepare as prepare_shards
+
+    manifest = prepare_shards(
+        loaded.data, workers=workers, ray_address=ray_address, progress=loaded.logging.progress
+    )
+    for split, info in manifest.splits.items():
+        print(f"{split}: {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes")
+    print(f"shards in {loaded.data.directory}, fingerprint {manifest.fingerprint}")
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    set_: Overrides = None,
+    run_dir: RunDir = None,
+    corpus: Corpus = None,
+    dataset_dir: DatasetDir = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="fail unless there is a checkpoint to continue from")
+    ] = False,
+    stop_at_step: Annotated[
+        int | None, typer.Option(help="save and stop there; a later start continues")
+    ] = None,
+) -> None:
+    """Train on this machine, one process per rank of the mesh; continues from the newest checkpoint."""
+    from launch.training_run import train as train_run
+
+    loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+    folder = _run_folder(loaded, run_dir)
+    train_run(loaded, folder, resume="require" if resume else "auto", stop_at_step=stop_at_step)
+    print(f"run folder: {folder}")
+
+
+@app.command()
+def run(
+    recipe: RecipeArgument,
+    set_: Overrides = None,
+    run_dir: RunDir = None,
+    corpus: Corpus = None,
+    dataset_dir: DatasetDir = None,
+) -> None:
+    """The whole job: prepare, train (with a stop and a resume), evaluate, report; what is done is re-used."""
+    from launch.main_job import main_job, render_summary
+
+    loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+    folder = _run_folder(loaded, run_dir)
+    summary = main_job(loaded, folder, say=lambda line: print(f"trellis: {line}", flush=True))
+    print(render_summary(summary, folder))
+
+
+@app.command("eval")
+def evaluate(run_dir: RunArgument, set_: Overrides = None, as_json: AsJson = False) -> None:
+    """Score a run's newest checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
+    from launch.layers import override
+    from launch.recipe import parse_recipe, resolve
+    from launch.run_folder import recipe_of_run
+
+    table = resolve(recipe_of_run(run_dir))
+    strangers = [item for item in set_ or [] if not item.startswith("evals.")]
+    if strangers:
+        raise ValueError(
+            f"--set {strangers[0]}: a trained run keeps its recipe; only evals.* can be set here"
+        )
+    override(table, set_ or [])
+    recipe = parse_recipe(table, source=str(run_dir))
+    from evals.evaluate import evaluate_run
+    from evals.report import write_run_report
+
+    results = evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+    report = write_run_report(run_dir)
+    print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")
+
+
+@app.command()
+def generate(
+    run_dir: RunArgument,
+    prompt: Annotated[str, typer.Option(help="text to continue")],
+    tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.8,
+    top_p: Annotated[
+        float, typer.Option(help="draw among the most probable tokens holding this mass")
+    ] = 0.95,
+    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    step: Step = None,
+) -> None:
+    """Continue a text with a run's model."""
+    from evals.runs import load_run
+    from evals.sampling import Sampling
+    from evals.scorer import Scorer
+
+    sampling = Sampling(max_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
+    loaded = load_run(run_dir, step=step)
+    ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
+    print(prompt + Scorer(loaded.model, loaded.tokenizer).generate([ids], sampling)[0])
+
+
+@app.command()
+def export(
+    run_dir: RunArgument,
+    output: Annotated[Path, typer.Argument(help="new folder for weights, model section and tokenizer")],
+    step: Step = None,
+) -> None:
+    """Write a run's weights (safetensors), model section and tokenizer as a folder of their own."""
+    from checkpoints.export import export_model
+    from evals.runs import find_checkpoint
+    from launch.recipe import resolve
+    from launch.run_folder import recipe_of_run
+
+    recipe = recipe_of_run(run_dir)
+    checkpoint = find_checkpoint(run_dir, step=step)
+    tokenizer = Path(recipe.data.directory) / "tokenizer.model"
+    export_model(checkpoint, output, tokenizer=tokenizer, model_config=resolve(recipe)["model"])
+    print(f"exported {checkpoint} to {output}")
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path, typer.Argument(help="a checkpoint, a run or a data set")], as_json: AsJson = False
+) -> None:
+    """Verify a checkpoint, a run or a data set by its hashes; exit status 1 when something is damaged."""
+    from launch.doctor import examine
+
+    report = examine(path)
+    if as_json:
+        print(json.dumps(report, indent=1))
+    else:
+        for problem in report["problems"]:
+            print(f"damaged: {problem}")
+        verdict = "whole" if not report["problems"] else f"{len(report['problems'])} problem(s)"
+        print(f"{report['kind']} {path}: {verdict} ({len(report['examined'])} examined)")
+    if report["problems"]:
+        raise typer.Exit(1)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line; returns 0, 1 (an error), 2 (a misused command) or 130 (interrupted)."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in given
+    given = [item for item in given if item != "--debug"]
+    try:
+        status = app(given, prog_name="trellis", standalone_mode=False)
+    except KeyboardInterrupt:
+        print("trellis: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
+        return 130
+    except Exception as error:
+        return _fail(error, debug=debug)
+    return status if isinstance(status, int) else 0
+
+
+def _fail(error: Exception, *, debug: bool) -> int:
+    """Say what went wrong, one line per problem; with --debug also the traceback, a failed rank's own."""
+    from launch.ranks import RankError
+    from launch.worker import error_line
+
+    usage = getattr(error, "format_message", None)  # a misused command line, from typer's parser
+    if debug:
+        detail = error.detail if isinstance(error, RankError) else traceback.format_exc()
+        print(detail, file=sys.stderr)
+    text = usage() if usage else str(error) if isinstance(error, RankError) else error_line(error)
+    for line in text.splitlines():
+        print(f"trellis: error: {line}", file=sys.stderr)
+    return 2 if usage else 1
+
+
+def _load(
+    reference: str, overrides: list[str] | None, *, corpus: str | None = None, dataset_dir: Path | None = None
+) -> Recipe:
+    from launch.recipe import load_recipe
+
+    return load_recipe(reference, overrides or (), corpus=corpus, dataset_dir=dataset_dir)
+
+
+def _run_folder(recipe: Recipe, given: Path | None) -> Path:
+    return given if given is not None else Path("runs") / recipe.name
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,71 @@
+"""`trellis doctor`: is a checkpoint, a run or a data set whole? Hashes are compared; nothing is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+__all__ = ["examine"]
+
+
+def examine(path: Path) -> dict[str, Any]:
+    """What ``path`` is, what was examined, and every problem found (none: it is whole).
+
+    Returns:
+        ``{"path", "kind": "checkpoint" | "run" | "dataset", "examined": [paths], "problems": [lines]}``.
+
+    Raises:
+        FileNotFoundError: no such path.
+        ValueError: it is none of the three.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or folder")
+    if (path / "recipe.json").is_file():
+        return _report(path, "run", _run_parts(path))
+    if (path / "tokenizer.model").is_file() or any(path.glob("*.idx")):
+        return _report(path, "dataset", {path: _dataset_problems(path)})
+    if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
+        return _report(path, "checkpoint", {path: _checkpoint_problems(path)})
+    raise ValueError(
+        f"{path} is no checkpoint (step-N), no run (recipe.json) and no data set (tokenizer.model)"
+    )
+
+
+def _report(path: Path, kind: str, parts: dict[Path, list[str]]) -> dict[str, Any]:
+    return {
+        "path": str(path),
+        "kind": kind,
+        "examined": [str(part) for part in parts],
+        "problems": [line for problems in parts.values() for line in problems],
+    }
+
+
+def _run_parts(run_dir: Path) -> dict[Path, list[str]]:
+    from launch.run_folder import recipe_of_run
+
+    parts: dict[Path, list[str]] = {}
+    try:
+        dataset = Path(recipe_of_run(run_dir).data.directory)
+        if dataset.is_dir():
+            parts[dataset] = _dataset_problems(dataset)
+    except ValueError as error:
+        parts[run_dir / "recipe.json"] = str(error).splitlines()
+    checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))
+    if not checkpoints:
+        parts[run_dir / "checkpoints"] = [f"{run_dir / 'checkpoints'}: no checkpoint"]
+    return parts | {checkpoint: _checkpoint_problems(checkpoint) for checkpoint in checkpoints}
+
+
+def _checkpoint_problems(path: Path) -> list[str]:
+    from checkpoints.state import verify_checkpoint
+
+    return verify_checkpoint(path)
+
+
+def _dataset_problems(path: Path) -> list[str]:
+    from data_pipeline.manifest import verify_dataset
+
+    try:
+        return list(verify_dataset(path))
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]

@@ -1,0 +1,99 @@
+"""Starts the ranks of a run on this machine with torchrun's agent, and turns a failed rank into one line."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from trellis_dist.files import read_json, write_json
+
+__all__ = ["RankError", "log_folder", "record_failure", "run_ranks", "under_torchrun"]
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+class RankError(RuntimeError):
+    """A rank failed; ``detail`` is its traceback, or a pointer to its log."""
+
+    def __init__(self, message: str, detail: str) -> None:
+        super().__init__(message)
+        self.detail = detail
+
+
+def under_torchrun() -> bool:
+    """True in a process that torchrun, or a scheduler that sets its variables, started as a rank."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def log_folder(run_dir: Path) -> Path:
+    """Where the output of ranks other than 0, and the failure of any rank, is written."""
+    return run_dir / "logs"
+
+
+def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
+    """Run ``python -m launch.worker ARGUMENTS`` as ``count`` ranks and wait; rank 0 keeps this terminal.
+
+    Raises:
+        RankError: a rank failed; the message is that rank's own error line.
+        KeyboardInterrupt: interrupted; the ranks were stopped.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    _prepare_environment(count)
+    for stale in log_folder(run_dir).glob("failure-rank-*.json"):
+        stale.unlink()
+    # The agent's own account of a failed rank is a page of log lines; the rank has written a better one.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "launch.worker", *arguments])
+    except ChildFailedError as error:
+        raise _explain(error, run_dir) from None
+    except SignalException:
+        raise KeyboardInterrupt from None
+
+
+def record_failure(run_dir: Path, *, rank: int, message: str, detail: str) -> None:
+    """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself."""
+    folder = log_folder(run_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        failure = {"rank": rank, "message": message, "detail": detail}
+        write_json(folder / f"failure-rank-{rank:05d}.json", failure)
+    except OSError:
+        print(detail, flush=True)
+
+
+def _prepare_environment(count: int) -> None:
+    """Threads divided among the ranks (torchrun would warn and take one), and our rooms first on the path."""
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    path = os.environ.get("PYTHONPATH", "")
+    if str(CHECKOUT) not in path.split(os.pathsep):
+        os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), path]))
+
+
+def _explain(error: Any, run_dir: Path) -> RankError:
+    """The first rank that failed by itself; the others usually only lost their peer."""
+    recorded = sorted(
+        log_folder(run_dir).glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns
+    )
+    if recorded:
+        failures = [read_json(path) for path in recorded]
+        first = failures[0]
+        alike = len({failure["message"] for failure in failures}) == 1
+        where = "" if (alike and len(failures) > 1) or len(error.failures) == 1 else f"rank {first['rank']}: "
+        return RankError(f"{where}{first['message']}", first["detail"])
+    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+    cause = f"exit status {failure.exitcode}"
+    if failure.exitcode < 0:
+        name = signal.Signals(-failure.exitcode).name
+        cause = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    logs = log_folder(run_dir)
+    return RankError(
+        f"rank {rank}: {cause}; logs of the ranks are in {logs}", f"no traceback was recorded in {logs}"
+    )

@@ -1,0 +1,91 @@
+"""The run folder as the launcher sees it: its recipe, and which stages of the main job are done."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from launch.recipe import Recipe, differences, parse_recipe, resolve
+from trellis_dist.files import read_json, write_json
+
+__all__ = ["Stages", "claim_run", "recipe_of_run"]
+
+# What may change between two starts of one run: nothing that decides which weights come out.
+_FREE = (
+    "name",
+    "description",
+    "logging.",
+    "checkpoint.",
+    "evals.",
+    "data.directory",
+    "mesh.",
+    "training.threads",
+)
+_FREE_TRAINING = ("training.micro_batch", "training.validation_interval", "training.validation_rows")
+
+
+def recipe_of_run(run_dir: Path) -> Recipe:
+    """The recipe saved in a run folder.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = run_dir / "recipe.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{run_dir} is no run folder: it has no recipe.json; give the folder of a trained run"
+        )
+    return parse_recipe(read_json(path), source=str(path))
+
+
+def claim_run(run_dir: Path, recipe: Recipe) -> Path:
+    """Save the resolved recipe in ``run_dir`` and return its path; a run with checkpoints keeps its recipe.
+
+    Raises:
+        ValueError: the folder's run was trained with other values; the message lists them.
+    """
+    path = run_dir / "recipe.json"
+    resolved = resolve(recipe)
+    if path.is_file() and any((run_dir / "checkpoints").glob("step-*")):
+        changed = {
+            key: values
+            for key, values in differences(read_json(path), resolved).items()
+            if not key.startswith((*_FREE, *_FREE_TRAINING))
+        }
+        if changed:
+            listed = ", ".join(
+                f"{key} {_show(old)} -> {_show(new)}" for key, (old, new) in sorted(changed.items())
+            )
+            raise ValueError(f"{run_dir} holds a run with another recipe ({listed}): use another --run-dir")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(path, resolved)
+    return path
+
+
+def _show(value: Any) -> str:
+    return json.dumps(value)
+
+
+class Stages:
+    """``RUN/stages.json``: for each finished stage the digest of its inputs, and the seconds it took."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "stages.json"
+        self._done: dict[str, dict[str, Any]] = {}
+        if self._path.is_file():
+            self._done = read_json(self._path)
+
+    def done(self, stage: str, key: str) -> bool:
+        """True when ``stage`` finished for exactly this question (``key``: a digest of its inputs)."""
+        return self._done.get(stage, {}).get("key") == key
+
+    def finish(self, stage: str, key: str, seconds: float) -> None:
+        """Record a finished stage, durably."""
+        self._done[stage] = {"key": key, "seconds": round(seconds, 3)}
+        write_json(self._path, self._done)
+
+    def seconds(self) -> Mapping[str, float]:
+        """Seconds of every recorded stage, as first measured."""
+        return {stage: record["seconds"] for stage, record in self._done.items()}

@@ -1,0 +1,51 @@
+"""`trellis train`: preflight, then the ranks."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from launch import preflight
+from launch.ranks import run_ranks, under_torchrun
+from launch.recipe import Recipe
+from launch.run_folder import claim_run
+from launch.worker import Resume, train_rank
+
+__all__ = ["train"]
+
+
+def train(recipe: Recipe, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int | None = None) -> None:
+    """Train (or continue) the run in ``run_dir`` on this machine, starting as many ranks as its mesh needs.
+
+    Under torchrun this process is one of the ranks already, and trains as that rank.
+
+    Raises:
+        ValueError, OSError: what a user can change, one line each.
+        launch.ranks.RankError: a rank failed; the message is that rank's error.
+    """
+    if under_torchrun():
+        if os.environ["RANK"] == "0":
+            claim_run(run_dir, recipe)
+        train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step)
+        return
+    if resume == "require" and not any((run_dir / "checkpoints").glob("step-*")):
+        raise FileNotFoundError(
+            f"nothing to resume in {run_dir}: it holds no checkpoint; start without --resume"
+        )
+    preflight.check_dataset(recipe)
+    ranks = preflight.local_ranks(recipe)
+    preflight.check_writable(run_dir)
+    preflight.check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=recipe.checkpoint.keep)
+    saved = claim_run(run_dir, recipe)
+    arguments = [f"--recipe={saved}", f"--run-dir={run_dir}", f"--resume={resume}"]
+    if stop_at_step is not None:
+        arguments.append(f"--stop-at-step={stop_at_step}")
+    run_ranks(ranks, run_dir=run_dir, arguments=arguments)
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Weights, master weights and two moments, all fp32."""
+    from trellis_dist.models.counts import parameter_counts
+
+    copies = 3 if recipe.training.precision == "fp32" else 4
+    return parameter_counts(recipe.model).total * 4 * copies

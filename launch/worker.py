@@ -1,0 +1,90 @@
+"""One rank of a training run: what torchrun starts (``python -m launch.worker``)."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from launch.ranks import log_folder, record_failure
+from launch.recipe import Recipe, parse_recipe, resolve
+from trellis_dist.files import read_json
+
+__all__ = ["Resume", "error_line", "main", "train_rank"]
+
+Resume = Literal["auto", "require", "never"]
+
+# What a user can cause; anything else is a bug and says so.
+USER_ERRORS = (ValueError, OSError)
+
+
+def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> Any:
+    """Train in this process, as the rank that its environment says, and return the loop's result."""
+    from trellis_dist.training.loop import Job, run
+
+    job = Job(
+        model=recipe.model,
+        mesh=recipe.mesh,
+        data=recipe.data,
+        optimizer=recipe.optimizer,
+        schedule=recipe.schedule,
+        training=recipe.training,
+        checkpoint=recipe.checkpoint,
+        logging=recipe.logging,
+        recipe=resolve(recipe),
+    )
+    return run(job, run_dir, resume=resume, stop_at_step=stop_at_step)
+
+
+def error_line(error: BaseException) -> str:
+    """One line per problem, no traceback: the message of what a user can cause, a named bug otherwise."""
+    text = str(error).strip() or repr(error)
+    if isinstance(error, USER_ERRORS):
+        return text
+    return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Train, and leave a failure where the launcher finds it; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    rank = int(os.environ.get("RANK", "0"))
+    if rank > 0:
+        _redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")
+    try:
+        recipe = parse_recipe(read_json(options.recipe), source=str(options.recipe))
+        train_rank(
+            recipe, options.run_dir, resume=cast(Resume, options.resume), stop_at_step=options.stop_at_step
+        )
+    except Exception as error:
+        record_failure(options.run_dir, rank=rank, message=error_line(error), detail=traceback.format_exc())
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m launch.worker", description=__doc__)
+    parser.add_argument("--recipe", type=Path, required=True, help="the run's resolved recipe.json")
+    parser.add_argument("--run-dir", type=Path, required=True)
+    parser.add_argument("--resume", choices=("auto", "require", "never"), default="auto")
+    parser.add_argument("--stop-at-step", type=int, default=None)
+    return parser
+
+
+def _redirect_output(path: Path) -> None:
+    """Send what this process prints, C libraries included, to a file: the terminal belongs to rank 0."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("ab") as stream:
+        os.dup2(stream.fileno(), 1)
+        os.dup2(stream.fileno(), 2)
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if status:
+        # A rank that failed must not wait in a library's clean-up for peers that wait for it.
+        os._exit(status)

@@ -1,0 +1,77 @@
+"""What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to."""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+from pathlib import Path
+
+import pytest
+
+# Before any test module imports torch, DeepSpeed, Ray or a Hugging Face library: they read these once.
+_ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "DS_ACCELERATOR": "cpu",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+for _name, _value in _ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
+
+SKIPS_ALLOWED = Path(__file__).with_name("skips_allowed.txt")
+_skipped: dict[str, str] = {}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    marked = [item for item in items if item.get_closest_marker("gpu")]
+    if not marked:
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        for item in marked:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Remember every skip; an expected failure is none."""
+    if report.skipped and not hasattr(report, "wasxfail"):
+        _skipped[report.nodeid] = _reason(report)
+
+
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    """Remember modules that skip themselves while they are imported."""
+    if report.skipped:
+        _skipped[report.nodeid] = _reason(report)
+
+
+def unexpected_skips(skipped: dict[str, str], allowed: str) -> dict[str, str]:
+    """Skips whose node id matches no line of the allow list (fnmatch patterns, # for comments)."""
+    lines = (line.partition("#")[0].strip() for line in allowed.splitlines())
+    patterns = [line for line in lines if line]
+    return {
+        node: reason
+        for node, reason in skipped.items()
+        if not any(fnmatch.fnmatchcase(node, pattern) for pattern in patterns)
+    }
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Under CI=true, fail the session for each skip that tests/skips_allowed.txt does not name."""
+    if os.environ.get("CI", "").lower() not in ("1", "true"):
+        return
+    refused = unexpected_skips(_skipped, SKIPS_ALLOWED.read_text(encoding="utf-8"))
+    for node, reason in sorted(refused.items()):
+        print(
+            f"\nskip not allowed under CI: {node}: {reason}; make it run, or list it in {SKIPS_ALLOWED.name}"
+        )
+    if refused:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    return report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
