@@ -12,7 +12,7 @@ VOCAB, WIDTH, ROW = 13, 8, 12
 
 
 class TinyModel(nn.Module):
-    """Embedding, tanh layer, norm weight, output: matrices and vectors, odd sizes so that ZeRO splits inside."""
+    """Embedding, tanh layer, norm weight, output: odd sizes, so that ZeRO splits inside a parameter."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()

@@ -1,17 +1,22 @@
-"""The two agreements of a step: numbers summed over all ranks, gradients summed over sequence ranks."""
+"""The agreements between ranks outside an engine's gradients; all on host memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
-__all__ = ["sum_scalars"]
+from trellis_dist.parallel import env
+
+T = TypeVar("T")
+
+__all__ = ["on_main", "sum_scalars", "together"]
 
 
 def sum_scalars(values: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:
-    """Sum each value over the ranks of ``group`` (default: all) in fp64, in one call on host memory.
+    """Sum each value over the ranks of ``group`` (default: all) in fp64, in one call.
 
     Exact for integers below 2^53. Without a process group the values come back as they are.
     """
@@ -20,3 +25,36 @@ def sum_scalars(values: Sequence[float], group: dist.ProcessGroup | None = None)
     buffer = torch.tensor(list(values), dtype=torch.float64)
     dist.all_reduce(buffer, group=group)
     return [float(value) for value in buffer.tolist()]
+
+
+def together(work: Callable[[], T], *, what: str) -> T:
+    """Run ``work`` on every rank; when it fails on any, raise on all, so that no rank waits for a dead one.
+
+    A rank that failed raises its own error, the others a ``ValueError`` naming ``what``.
+    """
+    result: list[T] = []
+    failure: Exception | None = None
+    try:
+        result.append(work())
+    except Exception as error:
+        failure = error
+    everywhere = env.agree(failure is None)
+    if failure is not None:
+        raise failure
+    if not everywhere:
+        raise ValueError(f"{what} failed on another rank, which says why")
+    return result[0]
+
+
+def on_main(work: Callable[[], T]) -> T:
+    """Run ``work`` on rank 0 and hand its result, or its error, to every rank."""
+    answer: tuple[T | None, Exception | None] = (None, None)
+    if env.is_main():
+        try:
+            answer = (work(), None)
+        except Exception as error:
+            answer = (None, error)
+    value, failure = env.broadcast_object(answer)
+    if failure is not None:
+        raise failure
+    return value  # type: ignore[return-value]

@@ -16,7 +16,7 @@ def learning_rate(step: int, *, peak: float, steps: int, schedule: ScheduleConfi
     ``final_ratio * peak`` at the last step; "wsd" stays at ``peak`` and falls linearly to the same value over
     the last ``decay_fraction`` of all steps.
     """
-    assert 1 <= step, f"steps are counted from 1, got {step}"
+    assert step >= 1, f"steps are counted from 1, got {step}"
     if step <= schedule.warmup_steps:
         return peak * step / schedule.warmup_steps
     if schedule.kind == "cosine":

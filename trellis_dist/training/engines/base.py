@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from checkpoints.logical import LogicalTensor
     from checkpoints.state import CheckpointReader
     from data_pipeline.loader import Batch
+    from trellis_dist.parallel.segments import Segments
 
-__all__ = ["Engine", "LossModule", "StepResult", "evaluate_batches", "to_device"]
+__all__ = ["Engine", "LossModule", "StepResult"]
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,10 @@ class Engine(Protocol):
         ...
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return (sum of token losses in nats, valid tokens) of this rank's batches, without gradients."""
+        """Return (nats summed over this rank's tokens, valid tokens of its whole rows), without gradients.
+
+        Summed over all ranks the first is the total; the second counts each row once per sequence rank.
+        """
         ...
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
@@ -69,30 +73,29 @@ class Engine(Protocol):
 class LossModule(nn.Module):
     """The forward pass as one call, because wrappers such as DeepSpeed hook ``forward`` and nothing else."""
 
-    def __init__(self, model: nn.Module, *, z_loss: float) -> None:
+    def __init__(self, model: Any, *, z_loss: float, segments: Segments | None) -> None:
+        """Hold ``model``; ``segments`` cuts each batch when the sequence is split over ranks."""
         super().__init__()
-        self.model = model
-        self.z_loss = z_loss
+        self.model: Any = model
+        self._z_loss = z_loss
+        self._segments = segments
 
     def forward(self, batch: Batch, device: torch.device) -> Tensor:
-        """Return the sum of token losses of ``batch`` (fp32 scalar)."""
-        tokens, labels, cu_seqlens = to_device(batch, device)
-        loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=self.z_loss)
+        """Return the sum of the token losses of this rank's part of ``batch`` (fp32 scalar)."""
+        return self._loss(batch, device, self._z_loss)
+
+    def _loss(self, batch: Batch, device: torch.device, z_loss: float) -> Tensor:
+        parts = (batch.tokens, batch.labels, batch.cu_seqlens)
+        # Right before the forward pass: the split layers ask about the batch that was cut last.
+        cut = parts if self._segments is None else self._segments.cut(*parts)
+        tokens, labels, cu_seqlens = (x if x is None else x.to(device, non_blocking=True) for x in cut)
+        loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss)
         return loss
 
-
-def to_device(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Copy a batch's tokens [b, T], labels [b, T] and cu_seqlens [n + 1]; a no-op on a CPU."""
-    moved = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
-    tokens, labels, cu_seqlens = moved
-    return tokens, labels, cu_seqlens
-
-
-@torch.no_grad()
-def evaluate_batches(model: nn.Module, batches: Sequence[Batch], device: torch.device) -> tuple[float, int]:
-    """Sum token losses over ``batches`` without the z-loss; one device synchronisation at the end."""
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    for batch in batches:
-        tokens, labels, cu_seqlens = to_device(batch, device)
-        total += model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens).double()
-    return float(total), sum(batch.valid_tokens for batch in batches)
+    @torch.no_grad()
+    def evaluate(self, batches: Sequence[Batch], device: torch.device) -> tuple[float, int]:
+        """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""
+        total = torch.zeros((), dtype=torch.float64, device=device)
+        for batch in batches:
+            total += self._loss(batch, device, 0.0).double()
+        return float(total), sum(batch.valid_tokens for batch in batches)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from trellis_dist.training import collectives
 from trellis_dist.training.config import OptimizerConfig
-from trellis_dist.training.engines.base import LossModule, StepResult, evaluate_batches
+from trellis_dist.training.engines.base import LossModule, StepResult
 from trellis_dist.training.engines.fragments import (
     Fragment,
     fragment_tensors,
@@ -71,7 +71,8 @@ class DeepSpeedEngine:
         initial = {name: p.detach().float().clone() for name, p in self._named} if bf16 else {}
         self._base = build_optimizer(parameter_groups(self._named, optimizer.weight_decay), optimizer)
         config = _deepspeed_config(stage=zero_stage, bf16=bf16, clip_norm=optimizer.clip_norm)
-        self._engine = _initialize(LossModule(self.model, z_loss=z_loss), self._base, config)
+        self._loss = LossModule(self.model, z_loss=z_loss, segments=None)
+        self._engine = _initialize(self._loss, self._base, config)
         self._keep_initial_digits(initial)
 
     @torch.no_grad()
@@ -107,7 +108,7 @@ class DeepSpeedEngine:
         return result
 
     def _step_partitioned(self, loss: float) -> StepResult:
-        """Stage 1: ZeRO measures the norm and skips a non-finite gradient by itself, on all ranks together."""
+        """Stage 1: ZeRO measures the norm and skips a non-finite gradient, on all ranks together."""
         if not StepResult.judge(loss=loss, grad_norm=0.0).applied:
             self._poison_gradients()
         self._engine.step()
@@ -124,8 +125,8 @@ class DeepSpeedEngine:
                 gradient.fill_(float("nan"))
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return (sum of token losses in nats, valid tokens) of this rank's batches."""
-        return evaluate_batches(self.model, batches, self._device)
+        """Return (nats, valid tokens) of this rank's batches, without gradients."""
+        return self._loss.evaluate(batches, self._device)
 
     def _fragments(self) -> Iterator[Fragment]:
         """Yield the optimizer state this rank holds: everything at stage 0, its partition at stage 1."""
@@ -191,11 +192,11 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     logger.setLevel(logging.ERROR)
     # ZeRO calls a collective by the name that newer torch deprecates: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
-    # On a CPU DeepSpeed would compile and start a C++ op for inference all-reduces, which training never calls.
+    # On a CPU it would compile and start a C++ op for inference all-reduces, which training never calls.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     if not dist.is_initialized():  # a plain process: DeepSpeed needs a group, if only of one
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False

@@ -45,7 +45,7 @@ class Fragment:
 def whole_fragments(
     named: Sequence[tuple[str, nn.Parameter]], masters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer
 ) -> Iterator[Fragment]:
-    """Yield one fragment per parameter for an optimizer that holds whole tensors (its keys are ``masters``)."""
+    """Yield one fragment per parameter of an optimizer that holds whole tensors (keyed by ``masters``)."""
     for name, parameter in named:
         master = masters[name]
         state = optimizer.state.get(master, {})

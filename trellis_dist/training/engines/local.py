@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from trellis_dist.parallel.gradients import sum_sequence_gradients
+from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.training import collectives
 from trellis_dist.training.config import OptimizerConfig
-from trellis_dist.training.engines.base import LossModule, StepResult, evaluate_batches
+from trellis_dist.training.engines.base import LossModule, StepResult
 from trellis_dist.training.engines.fragments import (
     fragment_tensors,
     load_moments,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from checkpoints.logical import LogicalTensor
     from checkpoints.state import CheckpointReader
     from data_pipeline.loader import Batch
+    from trellis_dist.parallel.segments import Segments
 
 __all__ = ["LocalEngine"]
 
@@ -48,20 +51,19 @@ class LocalEngine:
         device: torch.device,
         bf16: bool = False,
         z_loss: float = 0.0,
-        sequence_group: torch.distributed.ProcessGroup | None = None,
-        writes: bool = True,
+        mesh: Mesh | None = None,
+        segments: Segments | None = None,
     ) -> None:
-        """Wrap ``model``; only the rank with ``writes`` hands tensors to a checkpoint (all hold the same)."""
+        """Wrap ``model``, on one rank or (with ``segments`` from apply_parallelism) on sequence ranks."""
         self.model = model.to(device)
         self.optimizer_steps = 0
         self._device = device
         self._bf16 = bf16
         self._clip_norm = optimizer.clip_norm
-        self._group = sequence_group
-        self._writes = writes
+        self._mesh = mesh or Mesh(device=device)
         self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self._masters = self._make_masters()
-        self._loss = LossModule(self.model, z_loss=z_loss)
+        self._loss = LossModule(self.model, z_loss=z_loss, segments=segments)
         groups = parameter_groups(self._masters.items(), optimizer.weight_decay)
         self._optimizer = build_optimizer(groups, optimizer)
 
@@ -83,6 +85,7 @@ class LocalEngine:
             (loss / valid_tokens).backward()
             total += loss.detach()
         gradients = complete_gradients(self._masters.values())
+        sum_sequence_gradients(gradients, self._mesh)
         grad_norm = clip_gradients(gradients, self._clip_norm)
         mean = collectives.sum_scalars([float(total)])[0] / valid_tokens
         result = StepResult.judge(loss=mean, grad_norm=grad_norm)
@@ -100,12 +103,12 @@ class LocalEngine:
                 torch._foreach_copy_([p for _, p in self._named], list(self._masters.values()))
 
     def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
-        """Return (sum of token losses in nats, valid tokens) of this rank's batches."""
-        return evaluate_batches(self.model, batches, self._device)
+        """Return (nats, valid tokens) of this rank's batches, without gradients."""
+        return self._loss.evaluate(batches, self._device)
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
         """Yield weights, fp32 masters (bf16 only) and Adam moments."""
-        if self._writes:
+        if self._mesh.rank == 0:
             yield from weight_tensors(self._named)
             fragments = whole_fragments(self._named, self._masters, self._optimizer)
             yield from fragment_tensors(fragments, masters=self._bf16)

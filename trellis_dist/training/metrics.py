@@ -1,0 +1,192 @@
+"""What a run measures, written three ways: JSON lines, TensorBoard events, one console line per interval."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from trellis_dist.files import atomic_write
+
+__all__ = ["Console", "JsonLines", "MetricsWriter", "TensorBoard", "read_rows"]
+
+Row = Mapping[str, float]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a metrics file (none without a file), less a line that a crash cut short."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+class JsonLines:
+    """One JSON object per line, flushed per row. Non-finite numbers are written as null."""
+
+    def __init__(self, path: Path, *, resumed_step: int) -> None:
+        """Open for appending; rows after ``resumed_step`` are dropped, so that each step is there once."""
+        kept = [row for row in read_rows(path) if row.get("step", 0) <= resumed_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, "".join(_line(row) for row in kept))
+        self._file = path.open("a", encoding="utf-8")
+
+    def write(self, row: Row) -> None:
+        """Append one row; ``OSError`` when the disk refuses."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    def clean(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return json.dumps({key: clean(value) for key, value in row.items()}) + "\n"
+
+
+class TensorBoard:
+    """Scalars under the names of the JSON rows; on resume TensorBoard hides events after the resumed step."""
+
+    def __init__(self, folder: Path, *, resumed_step: int) -> None:
+        """Open an event file in ``folder``."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resumed_step + 1 if resumed_step else None
+        self._writer: Any = SummaryWriter(str(folder), purge_step=purge, flush_secs=20)
+
+    def write(self, row: Row) -> None:
+        """Add every key but ``step`` as a scalar at ``row["step"]``."""
+        for key, value in row.items():
+            if key != "step":
+                self._writer.add_scalar(key, value, global_step=int(row["step"]))
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._writer.close()
+
+
+class Console:
+    """A progress bar on a terminal, and the interval lines above it; plain lines elsewhere."""
+
+    def __init__(
+        self,
+        *,
+        steps: int,
+        first: int,
+        progress: bool,
+        stream: TextIO | None = None,
+        clock: Any = time.monotonic,
+    ) -> None:
+        """Start at step ``first`` of ``steps``; the ETA counts from the second step of this start."""
+        self._stream = stream or sys.stderr
+        self._steps, self._first, self._clock = steps, first, clock
+        self._mark: tuple[int, float] | None = None
+        self._bar: Any = None
+        if progress and self._stream.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=steps, initial=first, unit="step", file=self._stream, dynamic_ncols=True)
+
+    def advance(self, step: int) -> None:
+        """Note that ``step`` is done."""
+        if self._mark is None:
+            self._mark = (step, self._clock())
+        if self._bar is not None:
+            self._bar.update(step - self._bar.n)
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self._bar is not None:
+            self._bar.write(text, file=self._stream)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def line(self, row: Row) -> None:
+        """Print the interval line of ``row``: step/total, share, ETA, loss, gradient norm, speed."""
+        step = int(row["step"])
+        parts = [f"step {step}/{self._steps} ({100 * step / self._steps:.0f}%)"]
+        eta = self._eta(step)
+        parts += [f"ETA {eta}"] if eta else []
+        labels = {
+            "loss/train": "loss {:.4f}",
+            "loss/validation": "validation {:.4f}",
+            "validation/bits_per_byte": "bits/byte {:.4f}",
+            "optim/gradient_norm": "grad norm {:.3f}",
+            "optim/lr": "lr {:.2e}",
+            "perf/tokens_per_second": "{:,.0f} tokens/s",
+        }
+        parts += [form.format(row[key]) for key, form in labels.items() if key in row]
+        self.say(" | ".join(parts))
+
+    def _eta(self, step: int) -> str:
+        if self._mark is None or step <= self._mark[0]:
+            return ""
+        per_step = (self._clock() - self._mark[1]) / (step - self._mark[0])
+        seconds = int(per_step * (self._steps - step))
+        hours, rest = divmod(seconds, 3600)
+        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+class MetricsWriter:
+    """Everything rank 0 writes; on the other ranks every call does nothing.
+
+    A full disk must not end a run that could still save its work, so a row that cannot be written is
+    announced on the console and given up.
+    """
+
+    def __init__(
+        self, run_dir: Path, *, main: bool, resumed_step: int, steps: int, tensorboard: bool, progress: bool
+    ):
+        """Open ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``."""
+        self._sinks: list[JsonLines | TensorBoard] = []
+        self._console: Console | None = None
+        if not main:
+            return
+        self._console = Console(steps=steps, first=resumed_step, progress=progress)
+        self._sinks.append(JsonLines(run_dir / "metrics.jsonl", resumed_step=resumed_step))
+        if tensorboard:
+            self._sinks.append(TensorBoard(run_dir / "tensorboard", resumed_step=resumed_step))
+
+    def advance(self, step: int) -> None:
+        """Move the progress bar."""
+        if self._console:
+            self._console.advance(step)
+
+    def say(self, text: str) -> None:
+        """Print one line."""
+        if self._console:
+            self._console.say(text)
+
+    def write(self, row: Row) -> None:
+        """Write one row everywhere."""
+        if self._console:
+            self._console.line(row)
+        for sink in self._sinks:
+            try:
+                sink.write(row)
+            except OSError as error:
+                self.say(f"alert: the metrics of step {row['step']} were not written: {error}")
+
+    def close(self) -> None:
+        """Close files and bar."""
+        for sink in self._sinks:
+            sink.close()
+        if self._console:
+            self._console.close()

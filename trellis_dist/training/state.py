@@ -1,0 +1,98 @@
+"""What a run remembers beside its tensors, and the checks when it comes back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from checkpoints.state import latest_verified, load_run_state
+from trellis_dist.files import digest
+from trellis_dist.training.job import Job, Resume
+
+__all__ = ["Progress", "check_same_run", "find_resume", "run_state"]
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: ``samples`` is the data counter, rows consumed over the whole mesh."""
+
+    step: int = 0
+    samples: int = 0
+    tokens: int = 0
+    skipped: int = 0
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, Any]) -> Progress:
+        """Read what ``run_state`` wrote."""
+        return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})
+
+
+def run_state(job: Job, progress: Progress, *, optimizer_steps: int, fingerprint: str) -> dict[str, Any]:
+    """Return the JSON state of a checkpoint."""
+    return {
+        **dataclasses.asdict(progress),
+        "optimizer_steps": optimizer_steps,
+        "data": _data_identity(job, fingerprint),
+        "model": _plain(dataclasses.asdict(job.model)),
+        "mesh": dataclasses.asdict(job.mesh),
+        "engine": f"{job.training.engine}-{job.training.zero_stage}",
+        "recipe_digest": digest(_plain(job.recipe)),
+    }
+
+
+def _data_identity(job: Job, fingerprint: str) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "sequence_length": job.data.sequence_length, "seed": job.data.seed}
+
+
+def _plain(value: Any) -> Any:
+    """Turn tuples into lists, as a file would."""
+    return json.loads(json.dumps(value))
+
+
+def check_same_run(state: Mapping[str, Any], job: Job, *, fingerprint: str, checkpoint: Path) -> None:
+    """Raise ``ValueError`` when ``checkpoint`` belongs to other data or another model, with both values."""
+    for key, value in _data_identity(job, fingerprint).items():
+        saved = state["data"][key]
+        if saved != value:
+            raise ValueError(
+                f"the data of this run changed: data {key} is {value}, {checkpoint} was trained with {saved}: "
+                "restore the data set and its settings, or start a new run in another folder"
+            )
+    model = _plain(dataclasses.asdict(job.model))
+    changed = [key for key in model if state["model"].get(key) != model[key]]
+    if changed:
+        key = changed[0]
+        raise ValueError(
+            f"model.{key} = {model[key]}, but {checkpoint} was saved with {state['model'].get(key)}: use the "
+            "recipe the run began with, or start a new run in another folder"
+        )
+
+
+def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | None:
+    """Choose the checkpoint to continue from: the newest verified one, or None for a new run.
+
+    Raises:
+        FileNotFoundError: ``resume`` is "require" and there is none.
+        ValueError: ``resume`` is "never" and there is one; or all that are there are damaged.
+    """
+    present = sorted(root.glob("step-*")) if root.is_dir() else []
+    if resume == "never":
+        if present:
+            raise ValueError(
+                f"{root} already holds checkpoints ({present[-1].name} is the newest): resume the run, or use "
+                "another run folder"
+            )
+        return None
+    found = latest_verified(root)
+    if found is not None:
+        return found, load_run_state(found)
+    if present:
+        raise ValueError(
+            f"none of the {len(present)} checkpoints in {root} is intact: restore one, or use another run folder"
+        )
+    if resume == "require":
+        raise FileNotFoundError(f"no checkpoint in {root}: start without --resume")
+    return None
