@@ -7,7 +7,7 @@ paper (arXiv 2512.23852) leaves open is marked "our choice"; docs/math.md gives 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args
 
 from trellis_dist.validation import STRICT, require
 
@@ -62,6 +62,10 @@ class TrellisConfig:
             self.step_size_max > 0, f"model.trellis.step_size_max = {self.step_size_max}: must be positive"
         )
         require(len(self.gates) > 0, "model.trellis.gates is empty: name at least one of learned, fixed, off")
+        for gate in self.gates:
+            require(
+                gate in get_args(Gate), f"model.trellis.gates names {gate!r}: use {', '.join(get_args(Gate))}"
+            )
         require(
             self.conv_kernel >= 0,
             f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
@@ -123,7 +127,13 @@ class ModelConfig:
             self.dim % self.num_heads == 0,
             f"model.dim = {self.dim} is no multiple of model.num_heads = {self.num_heads}: change one",
         )
+        for name in ("init_std", "norm_eps"):
+            require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be positive")
+        require(self.mlp_width >= 1, f"model.mlp_hidden = {self.mlp_hidden}: use 1 or more, or leave it out")
         require(len(self.pattern) > 0, "model.pattern is empty: name at least one of trellis, attention")
+        kinds = get_args(LayerKind)
+        for kind in self.pattern:
+            require(kind in kinds, f"model.pattern names {kind!r}: use {', '.join(kinds)}")
         if "attention" in self.pattern:
             require(
                 self.head_dim % 2 == 0,

@@ -73,8 +73,8 @@ def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
 def state_bytes(config: ModelConfig, *, position: int, element_bytes: int = 4) -> int:
     """Decode-state bytes of one sequence after ``position`` tokens.
 
-    Trellis holds both memories and their chunk-start copies in fp32 or wider plus the convolution's tail,
-    whatever the position; attention holds keys and values of every token (or of the last ``window``).
+    Trellis holds both memories and their copies from the chunk's start, in fp32 or wider, and the tail of the
+    convolution: it does not grow. Attention holds keys and values of every token (or of the last ``window``).
 
     Args:
         element_bytes: of an activation (4 for fp32, 2 for bf16).

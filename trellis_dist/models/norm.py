@@ -23,9 +23,9 @@ def rms_normalise(x: Tensor, *, eps: float, weight: Tensor | None = None, scale:
         weight: broadcastable to x's last dimensions, or None.
     """
     if x.is_cuda:
-        y: Tensor = F.rms_norm(x, (x.shape[-1],), None, eps)
+        y = F.rms_norm(x, (x.shape[-1],), None, eps)
         y = y if weight is None else y * weight
-        return y if scale == 1.0 else y.mul(scale)
+        return y if scale == 1.0 else scale * y
     # F.rms_norm is a chain of six operations on a CPU; one Function with a short backward takes a third.
     return _RMSNormalise.apply(x, weight, eps, scale)  # type: ignore[no-any-return]
 
@@ -54,7 +54,7 @@ class _RMSNormalise(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor | None, eps: float, scale: float) -> Tensor:
         wide = x if x.dtype == torch.float64 else x.float()
         size = x.shape[-1]
-        norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        norm: Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = norm.square_().div_(size).add_(eps).rsqrt_()
         if scale != 1.0:
             inverse.mul_(scale)

@@ -41,10 +41,10 @@ class TrellisState:
     tail: Tensor | None
 
     def bytes(self) -> int:
-        """Bytes of every tensor in the state."""
-        memory = self.memory
-        tensors = [memory.key_memory, memory.value_memory, memory.key_chunk_start, memory.value_chunk_start]
-        return sum(t.numel() * t.element_size() for t in [*tensors, self.tail] if t is not None)
+        """Bytes of the state; the chunk-start pair counts even while it is the same as the memories."""
+        pair = (self.memory.key_memory, self.memory.value_memory)
+        tensors = [*pair, *pair] if self.tail is None else [*pair, *pair, self.tail]
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class _Projected(NamedTuple):
@@ -137,8 +137,8 @@ class TrellisMixer(nn.Module):
     def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
         projected = self._project(x.unsqueeze(1))
-        inputs = (value.squeeze(1) for value in self._inputs(projected, tail=state.tail))
-        y, memory = decode_step(*inputs, state.memory, **self._settings())
+        q, k, v, alpha, decay, step = (part.squeeze(1) for part in self._inputs(projected, tail=state.tail))
+        y, memory = decode_step(q, k, v, alpha, decay, step, state.memory, **self._settings())
         out = self._output(y.unsqueeze(1), projected.output_gate).squeeze(1)
         return out, self._advance(state, memory, projected.query_key)
 

@@ -1,0 +1,96 @@
+"""Reading a prefix and then single tokens gives what one forward pass gives."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trellis_dist.models.counts import state_bytes
+from trellis_dist.models.kv_cache import KVCache
+
+MODELS = {
+    "trellis": {},
+    "attention": {"pattern": ("attention",)},
+    "hybrid": {"pattern": ("trellis", "attention"), "num_layers": 3},
+    "window": {"pattern": ("attention",), "attention_window": 5},
+    "fixed gate, learned start, no convolution": {
+        "trellis": {"gates": ("fixed", "off"), "learned_initial_memory": True, "conv_kernel": 0}
+    },
+    "one token per chunk": {"trellis": {"chunk_size": 1, "conv_kernel": 1}},
+}
+
+
+@pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
+def model(request, tiny):
+    from trellis_dist.models.config import AttentionConfig
+
+    options = dict(request.param)
+    if "attention_window" in options:
+        options["attention"] = AttentionConfig(window=options.pop("attention_window"))
+    return tiny(**options)
+
+
+@pytest.mark.parametrize("pieces", [[1], [3, 1, 4], [4, 4], [13], [2, 9]])
+def test_prefill_then_decode_equals_forward(model, tokens, pieces):
+    x = tokens(2, 19)
+    expected, state, outputs = model(x), model.init_state(2), []
+    for piece in x[:, : sum(pieces)].split(pieces, dim=1):
+        logits, state = model.prefill(piece, state)
+        outputs.append(logits)
+    while state.position < x.shape[1]:
+        logits, state = model.decode_step(x[:, state.position], state)
+        outputs.append(logits.unsqueeze(1))
+    torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_one_prefix_continues_in_two_ways(model, tokens):
+    x, other = tokens(1, 9), tokens(1, 9, seed=1)
+    _, prefix = model.prefill(x, model.init_state(1))
+    first, state = model.decode_step(other[:, 0], prefix)
+    model.decode_step(other[:, 1], prefix)
+    second, _ = model.decode_step(other[:, 2], state)
+    expected = model(torch.cat([x, other[:, [0, 2]]], dim=1))[:, -2:]
+    torch.testing.assert_close(torch.stack([first, second], dim=1), expected, atol=1e-10, rtol=1e-10)
+
+
+def sizes(model, length, tokens):
+    state, sizes = model.init_state(1), []
+    for token in tokens(1, length).unbind(1):
+        _, state = model.decode_step(token, state)
+        sizes.append(state.bytes())
+    return sizes
+
+
+def test_trellis_state_does_not_grow(tiny, tokens):
+    model = tiny()
+    expected = state_bytes(model.config, position=23, element_bytes=8)
+    assert set(sizes(model, 23, tokens)) == {expected}
+    assert model.init_state(1).bytes() == expected
+    assert model.prefill(tokens(1, 8), model.init_state(1))[1].bytes() == expected
+
+
+def test_attention_state_grows_with_every_token(tiny, tokens):
+    model = tiny(pattern=("attention",))
+    expected = [state_bytes(model.config, position=i + 1, element_bytes=8) for i in range(70)]
+    assert sizes(model, 70, tokens) == expected
+    assert expected[-1] == 70 * expected[0]
+
+
+def test_windowed_cache_keeps_the_window_in_bounded_storage():
+    cache = KVCache.empty(torch.empty(1, 2, 0, 4), window=5)
+    for i in range(1000):
+        step = torch.full((1, 2, 1, 4), float(i))
+        cache = cache.append(step, -step)
+    keys, values = cache.keys_values()
+    assert keys[0, 0, :, 0].tolist() == [995, 996, 997, 998, 999]
+    assert torch.equal(values, -keys)
+    assert cache.buffer.keys.shape[2] <= 64
+    assert cache.bytes() == 2 * 5 * 8 * 4
+
+
+def test_rows_must_be_those_of_the_state(tiny, tokens):
+    model = tiny()
+    with pytest.raises(ValueError, match="2 rows of tokens for a state of 3"):
+        model.prefill(tokens(2, 4), model.init_state(3))
+    with pytest.raises(ValueError, match="at least one row"):
+        model.init_state(0)

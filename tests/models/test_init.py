@@ -1,0 +1,103 @@
+"""Initial values come from (seed, name, index) alone, and every parameter says how it shards."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from trellis_dist.models.init import Constant, Normal, initialise, new_parameter
+from trellis_dist.models.parallel_kind import ParallelKind, kind_of, shard_dim, undeclared
+
+
+def values(model):
+    return dict(model.named_parameters())
+
+
+class Pair(nn.Module):
+    def __init__(self, names):
+        super().__init__()
+        for name in names:
+            weight = new_parameter(5, 7, initial=Normal(1.0), kind=ParallelKind.REPLICATED)
+            self.register_parameter(name, weight)
+
+
+def test_same_seed_same_weights(tiny):
+    first, second, other = values(tiny(seed=3)), values(tiny(seed=3)), values(tiny(seed=4))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["embedding_weight"], other["embedding_weight"])
+
+
+def test_order_of_construction_and_neighbours_do_not_matter():
+    forwards, backwards, alone = Pair(["a", "b"]), Pair(["b", "a"]), Pair(["b"])
+    for model in (forwards, backwards, alone):
+        initialise(model, 1)
+    assert torch.equal(forwards.a, backwards.a)
+    assert torch.equal(forwards.b, backwards.b)
+    assert torch.equal(forwards.b, alone.b)
+    assert not torch.equal(forwards.a, forwards.b)
+
+
+def test_layers_keep_their_weights_when_the_model_deepens(tiny):
+    shallow, deep = values(tiny(num_layers=2)), values(tiny(num_layers=4))
+    assert torch.equal(shallow["blocks.1.mixer.q_weight"], deep["blocks.1.mixer.q_weight"])
+
+
+def test_global_random_state_is_neither_read_nor_moved(tiny):
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    tiny()
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_lower_precision_is_the_rounded_draw(tiny):
+    wide, narrow = values(tiny(dtype=torch.float32)), values(tiny(dtype=torch.bfloat16))
+    assert all(torch.equal(wide[name].bfloat16(), narrow[name]) for name in wide)
+
+
+def test_output_projections_are_scaled_by_depth(tiny):
+    model = values(tiny(num_layers=8, dim=64, init_std=0.1))
+    assert model["blocks.0.mixer.q_weight"].std().item() == pytest.approx(0.1, rel=0.05)
+    for name in ("mixer.out_weight", "mlp.down_weight"):
+        assert model[f"blocks.0.{name}"].std().item() == pytest.approx(0.1 / 4, rel=0.05)
+
+
+def test_a_foreign_parameter_is_refused_and_listed():
+    model = nn.Linear(2, 2)
+    assert undeclared(model) == ["weight", "bias"]
+    with pytest.raises(ValueError, match="weight has no initial distribution"):
+        initialise(model, 0)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_declares_its_kind(tiny, tied):
+    options = {"learned_initial_memory": True}
+    model = tiny(pattern=("trellis", "attention"), tie_embeddings=tied, trellis=options)
+    assert undeclared(model) == []
+    for name, parameter in model.named_parameters():
+        sharded = kind_of(parameter) is ParallelKind.SHARDED
+        assert sharded == (shard_dim(parameter) is not None), name
+        assert sharded != name.endswith("norm.weight"), name
+
+
+def test_sharded_parameters_split_by_heads_columns_or_vocabulary(tiny):
+    model = tiny(pattern=("trellis", "attention"), trellis={"learned_initial_memory": True})
+    sharded = {name: p.shape[shard_dim(p)] for name, p in values(model).items() if shard_dim(p) is not None}
+    assert all(size % model.config.num_heads == 0 for name, size in sharded.items() if "mixer" in name)
+
+
+def test_tied_embeddings_share_storage(tiny):
+    tied, untied = tiny(), tiny(tie_embeddings=False)
+    assert tied.output_weight is tied.embedding_weight
+    assert untied.output_weight is not untied.embedding_weight
+    assert "head_weight" not in tied.state_dict()
+    assert untied.state_dict()["head_weight"].shape == untied.embedding_weight.shape
+
+
+def test_constants_are_exact(tiny):
+    model = tiny(trellis={"gate_bias": 4.0, "step_size_bias": -1.0})
+    assert Constant(2.0).draw(torch.Size([3]), torch.Generator()).tolist() == [2.0, 2.0, 2.0]
+    mixer = model.blocks[0].mixer
+    assert set(mixer.decay_bias.tolist()) == {4.0}
+    assert set(mixer.step_bias.tolist()) == {-1.0}
+    assert set(mixer.norm_weight.flatten().tolist()) == {1.0}

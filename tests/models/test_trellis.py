@@ -1,0 +1,181 @@
+"""The Trellis mixer: what it hands to the operation, and the whole mixer against a token recurrence."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from trellis_dist.models.context import SequenceContext
+from trellis_dist.models.language_model import build_language_model
+from trellis_dist.models.registry import MIXERS, build_mixer
+
+
+def recurrence(q, k, v, alpha, log_decay, step_size, *, chunk_size, S, R):
+    """docs/math.md, token recurrence with phi = SiLU and f = LN-SiLU; all inputs [B, T, H, .]."""
+    outputs = []
+    for t in range(q.shape[1]):
+        if t % chunk_size == 0:
+            stale_S, stale_R = S, R
+        u, w = gradient(stale_S, k[:, t], alpha[:, t]), gradient(stale_R, v[:, t], alpha[:, t])
+        beta, gamma = log_decay[:, t, :, None, None].exp(), step_size[:, t, :, None, None]
+        S = beta * S - gamma * u[..., None] * k[:, t, :, None]
+        R = beta * R - gamma * w[..., None] * v[:, t, :, None]
+        read = F.silu(torch.einsum("bhmd,bhd->bhm", S, q[:, t]))
+        read = F.layer_norm(read, read.shape[-1:], eps=1e-5)
+        outputs.append(torch.einsum("bhmv,bhm->bhv", R, read))
+    return torch.stack(outputs, dim=1)
+
+
+def gradient(memory, x, alpha):
+    z = torch.einsum("bhmd,bhd->bhm", memory, x)
+    sigma = torch.sigmoid(z)
+    return sigma * (1 + z * (1 - sigma)) * (F.silu(z) - alpha)
+
+
+class Spy:
+    """Stands in for the operation and keeps what it was given."""
+
+    def __call__(self, q, k, v, alpha, log_decay, step_size, **settings):
+        self.inputs = {"q": q, "k": k, "v": v, "alpha": alpha, "log_decay": log_decay, "step_size": step_size}
+        self.settings = settings
+        return v.clone(), None
+
+
+def handed(model, rows=2, length=9):
+    """What the first layer's operation receives for random activations."""
+    mixer = model.blocks[0].mixer
+    mixer.operation = Spy()
+    dtype = model.embedding_weight.dtype
+    x = torch.randn(rows, length, model.config.dim, generator=torch.Generator().manual_seed(0)).to(dtype)
+    mixer(x, SequenceContext())
+    return mixer.operation
+
+
+@pytest.mark.parametrize("learned_start", [False, True])
+def test_mixer_equals_the_token_recurrence(tiny, learned_start):
+    model = tiny(
+        trellis={"learned_initial_memory": learned_start, "step_bound": "token", "step_size_max": 0.5}
+    )
+    mixer = model.blocks[0].mixer
+    x = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = mixer(x, SequenceContext())
+    S = R = torch.zeros(2, 2, 6, 8, dtype=torch.float64)
+    if learned_start:
+        S, R = (
+            memory.expand(2, -1, -1, -1) for memory in (mixer.initial_key_memory, mixer.initial_value_memory)
+        )
+
+    def operation(*inputs, chunk_size, **_):
+        return recurrence(*inputs, chunk_size=chunk_size, S=S, R=R), None
+
+    mixer.operation = operation
+    torch.testing.assert_close(ours, mixer(x, SequenceContext()), atol=1e-10, rtol=1e-10)
+
+
+def test_queries_keys_and_values_have_unit_norm(tiny):
+    inputs = handed(tiny()).inputs
+    for name in ("q", "k", "v"):
+        norms = inputs[name].norm(dim=-1)
+        torch.testing.assert_close(norms, torch.ones_like(norms), atol=1e-3, rtol=0)
+    alpha = inputs["alpha"]
+    assert alpha.shape == (2, 9, 2, 6)
+    torch.testing.assert_close(alpha.square().mean(-1), torch.ones(2, 9, 2).double(), atol=1e-3, rtol=0)
+
+
+def test_raw_values_and_targets_are_options(tiny):
+    inputs = handed(tiny(trellis={"value_norm": "none", "alpha_norm": "none"})).inputs
+    assert inputs["v"].norm(dim=-1).std() > 0.1
+    assert inputs["alpha"].square().mean(-1).std() > 0.1
+
+
+@pytest.mark.parametrize("gate, expected", [("off", 0.0), ("fixed", -math.log1p(math.exp(-2.0)))])
+def test_gates_that_are_not_learned(tiny, gate, expected):
+    model = tiny(trellis={"gates": (gate,), "gate_bias": 2.0})
+    log_decay = handed(model).inputs["log_decay"]
+    torch.testing.assert_close(log_decay, torch.full((2, 9, 2), expected, dtype=torch.float64))
+    assert not any("decay" in name for name, _ in model.named_parameters())
+
+
+def test_gates_cycle_over_the_layers(tiny):
+    model = tiny(num_layers=3, trellis={"gates": ("learned", "off")})
+    assert [block.mixer.gate for block in model.blocks] == ["learned", "off", "learned"]
+
+
+@pytest.mark.parametrize("bound, largest", [("chunk", 2.0 / 4), ("token", 2.0)])
+def test_steps_are_bounded(tiny, bound, largest):
+    step_size = handed(tiny(trellis={"step_bound": bound}, init_std=5.0)).inputs["step_size"]
+    assert 0 <= step_size.min() < 0.1 * largest
+    assert 0.9 * largest < step_size.max() <= largest
+
+
+def test_operation_gets_the_models_settings(tiny):
+    settings = handed(tiny(trellis={"phi": "tanh", "readout": "softmax"})).settings
+    assert settings == {
+        "chunk_size": 4,
+        "phi": "tanh",
+        "readout": "softmax",
+        "initial_state": None,
+        "layout": None,
+    }
+
+
+def test_layers_share_one_layout(tiny, tokens):
+    model = tiny(num_layers=3)
+    for block in model.blocks:
+        block.mixer.operation = Spy()
+    model(tokens(1, 12), cu_seqlens=torch.tensor([0, 5, 12]))
+    first, *others = [block.mixer.operation.settings["layout"] for block in model.blocks]
+    assert first is not None
+    assert all(layout is first for layout in others)
+
+
+def test_half_precision_keeps_gates_in_fp32(tiny, tokens):
+    inputs = handed(tiny(dtype=torch.bfloat16)).inputs
+    assert inputs["q"].dtype == inputs["alpha"].dtype == torch.bfloat16
+    assert inputs["log_decay"].dtype == inputs["step_size"].dtype == torch.float32
+
+
+def test_half_precision_model_is_close_to_fp32(config, tokens):
+    options = {"dim": 32, "init_std": 0.1, "pattern": ("trellis", "attention")}
+    models = [
+        build_language_model(config(**options), seed=0, dtype=dtype)
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    x, labels = tokens(2, 20), tokens(2, 20, seed=1)
+    wide, narrow = (model.loss_sum(x, labels) for model in models)
+    assert narrow.dtype == torch.float32
+    assert narrow.item() == pytest.approx(wide.item(), rel=0.02)
+    narrow.backward()
+    assert all(p.grad.dtype == torch.bfloat16 and p.grad.isfinite().all() for p in models[1].parameters())
+    _, state = models[1].prefill(x, models[1].init_state(2))
+    assert state.layers[0].memory.key_memory.dtype == torch.float32
+    logits, _ = models[1].decode_step(x[:, 0], state)
+    assert logits.dtype == torch.bfloat16
+
+
+def test_every_parameter_gets_a_gradient(tiny, tokens):
+    options = {"learned_initial_memory": True}
+    model = tiny(pattern=("trellis", "attention"), tie_embeddings=False, trellis=options)
+    model.loss_sum(tokens(2, 13), tokens(2, 13, seed=1)).backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_unknown_mixer_is_refused(config):
+    with pytest.raises(ValueError, match="known layer kinds are attention, trellis"):
+        build_mixer("mamba", config(), 0)
+    assert set(MIXERS) == {"trellis", "attention"}
+
+
+def test_overfits_a_small_batch(config, tokens):
+    model = build_language_model(config(dim=32, init_std=0.1), seed=0)
+    x = tokens(4, 25)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
+    for _ in range(120):
+        optimizer.zero_grad()
+        loss = model.loss_sum(x[:, :-1], x[:, 1:].contiguous()) / (4 * 24)
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.1
