@@ -26,8 +26,8 @@ def local_ranks(recipe: Recipe) -> int:
     count = recipe.mesh.world_size() or max(inner, devices // inner * inner)
     if devices and count > devices:
         raise ValueError(
-            f"the mesh needs {count} ranks, one per CUDA device, but this machine has {devices}: change mesh.dp "
-            "or mesh.sp, or start on several machines with launch/torchrun/train.sh"
+            f"the mesh needs {count} ranks, one per CUDA device, but this machine has {devices}: "
+            "change mesh.dp or mesh.sp, or start on several machines with launch/torchrun/train.sh"
         )
     fit_mesh(recipe, world_size=count)
     return count
@@ -48,12 +48,13 @@ def check_writable(run_dir: Path) -> None:
 
 def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
     """Raise ``OSError`` unless the checkpoints a run keeps, and the one being written, fit on its disk."""
-    needed = checkpoint_bytes * (max(kept, 1) + 1)
+    copies = max(kept, 1) + 1
+    needed = checkpoint_bytes * copies
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise OSError(
-            f"{run_dir} has {free / 1e9:.1f} GB free, but its checkpoints need {needed / 1e9:.1f} GB "
-            f"({max(kept, 1) + 1} of {checkpoint_bytes / 1e9:.2f} GB): free some space, lower checkpoint.keep, or use another --run-dir"
+            f"{run_dir} has {free / 1e9:.1f} GB free, but {copies} checkpoints need {needed / 1e9:.1f} GB: "
+            "free some space, lower checkpoint.keep, or use another --run-dir"
         )
 
 

@@ -208,11 +208,8 @@ def _nearest(key: str) -> str:
     same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
     section = key.rpartition(".")[0]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
-    near = (
-        same_leaf
-        or difflib.get_close_matches(key, siblings, n=1)
-        or difflib.get_close_matches(key, known, n=1)
-    )
+    leaves = {name.rsplit(".", 1)[-1]: name for name in [*known, *siblings]}
+    near = same_leaf or [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
     if near:
         return "did you mean " + " or ".join(near) + "?"
     return f"valid keys there: {', '.join(siblings)}" if siblings else "remove it"

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Every check of the repository: set-up, lint, types, layers, shell scripts, tests. Needs no root.
+#
+#   ./launch/test.sh                    everything
+#   ./launch/test.sh tests/kernels -x   the checks, then pytest with these arguments
+#
+# With CI=true a skipped test that tests/skips_allowed.txt does not name is a failure.
+set -euo pipefail
+
+root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+cd -- "$root"
+launch/setup.sh train,data,evals,dev
+
+check() {
+    printf '== %s\n' "$*" >&2
+    "$@"
+}
+
+PATH=$root/.venv/bin:$PATH
+check ruff check .
+check ruff format --check .
+check mypy
+check lint-imports
+if command -v shellcheck >/dev/null; then
+    mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+    check shellcheck "${scripts[@]}"
+else
+    printf '== shellcheck is not here: shell scripts were not checked\n' >&2
+fi
+check python -m pytest "$@"
