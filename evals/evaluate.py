@@ -1,0 +1,131 @@
+"""Score a run: each task's result is one JSON file, kept under a key of everything it depends on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from evals.config import EvalConfig
+from evals.runs import LoadedRun, checkpoint_digest, find_checkpoint, load_run, read_recipe
+from evals.tasks.protocol import Task
+from evals.tasks.registry import get_task
+from trellis_dist.files import digest, read_json, sha256_file, write_json
+
+__all__ = ["Job", "evaluate_run", "job_of", "run_job", "stored_result"]
+
+# Part of every key: raise it when a task's numbers change their meaning.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """One task on one checkpoint.
+
+    Attributes:
+        run_dir, checkpoint, step: what is scored.
+        task: its name.
+        settings: the part of the configuration its numbers depend on.
+        key: hash of (checkpoint digest, task, settings, tokenizer, data set).
+    """
+
+    run_dir: Path
+    checkpoint: Path
+    step: int
+    task: str
+    settings: Mapping[str, Any]
+    key: str
+
+    @property
+    def path(self) -> Path:
+        """Where the result is kept."""
+        return self.run_dir / "evals" / f"{self.task}-step-{self.step}.json"
+
+
+def job_of(run_dir: Path, checkpoint: Path, task: Task, config: EvalConfig) -> Job:
+    """The job and its key. Raises ValueError or OSError when the run's data set is missing."""
+    recipe = read_recipe(run_dir)
+    dataset = Path(recipe["data"]["directory"])
+    settings = dict(task.settings(config))
+    parts = {
+        "format": FORMAT,
+        "checkpoint": checkpoint_digest(checkpoint),
+        "task": task.name,
+        "settings": settings,
+        "tokenizer": sha256_file(dataset / "tokenizer.model"),
+        "data": sha256_file(dataset / "manifest.json"),
+        "sequence_length": recipe["data"].get("sequence_length"),
+    }
+    step = int(checkpoint.name.removeprefix("step-"))
+    return Job(run_dir, checkpoint, step, task.name, settings, digest(parts))
+
+
+def stored_result(job: Job) -> dict[str, Any] | None:
+    """The record of a job that was run before, or None; a file of another key or a damaged one is None."""
+    if not job.path.is_file():
+        return None
+    try:
+        record = read_json(job.path)
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and record.get("key") == job.key else None
+
+
+def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
+    """Run the task, keep its record and log its scalars at the training step."""
+    task = get_task(job.task)
+    start = time.perf_counter()
+    result = task.run(loaded, config, progress)
+    record = {
+        "key": job.key,
+        "task": job.task,
+        "step": job.step,
+        "settings": dict(job.settings),
+        "seconds": time.perf_counter() - start,
+        "result": result,
+    }
+    job.path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(job.path, record)
+    _log_scalars(job, task.scalars(result))
+    return record
+
+
+def evaluate_run(
+    run_dir: Path, config: EvalConfig, *, progress: bool = True, step: int | None = None
+) -> dict[str, Any]:
+    """Score the newest verified checkpoint of a run (or the one of ``step``) on the tasks of ``config``.
+
+    Writes RUN/evals/<task>-step-<N>.json and TensorBoard scalars at the training step; a result whose key is
+    there already is re-used, and the model is loaded only when something is left to run.
+
+    Returns:
+        Per task its record: "key", "task", "step", "settings", "seconds", "result".
+
+    Raises:
+        ValueError, OSError: no run, no verified checkpoint, no data set, or settings that do not fit them.
+    """
+    run_dir = Path(run_dir)
+    checkpoint = find_checkpoint(run_dir, step=step)
+    loaded: LoadedRun | None = None
+    records = {}
+    for name in config.tasks:
+        job = job_of(run_dir, checkpoint, get_task(name), config)
+        record = stored_result(job)
+        if record is None:
+            loaded = loaded or load_run(run_dir, step=job.step, device=config.device)
+            record = run_job(job, loaded, config, progress=progress)
+        records[name] = record
+    return records
+
+
+def _log_scalars(job: Job, scalars: Mapping[str, float]) -> None:
+    """TensorBoard events in the run's own log folder."""
+    if not scalars:
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(job.run_dir / "tensorboard"), filename_suffix=f".eval-{job.task}") as writer:
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, global_step=job.step)

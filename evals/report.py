@@ -1,0 +1,191 @@
+"""RUN/report.html: one self-contained page about a run, for a reader who has only the page."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from evals.runs import read_recipe
+from evals.summary import read_metrics, read_results, summarise
+from trellis_dist.files import atomic_write, read_json
+from trellis_dist.report import Report
+
+__all__ = ["write_run_report"]
+
+NEEDLE_TEXT = (
+    "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts when "
+    "the output contains it; choice, when it is the most likely of ten values of the same form. "
+    "A model of a few million parameters, trained for minutes, scores near chance on generation: it has not "
+    "learned to copy. The oracle row scores a program that copies the answer, through the same code."
+)
+DECODE_TEXT = (
+    "Measured, one row at a time: what a token costs after so many tokens, and the state kept for it. "
+    "The Trellis memory has one size; a key-value cache grows with every token."
+)
+
+Json = Mapping[str, Any]
+
+
+def write_run_report(run_dir: Path) -> Path:
+    """Write RUN/report.html from what the run folder holds, and return its path.
+
+    Raises:
+        ValueError: the folder is no run.
+    """
+    run_dir = Path(run_dir)
+    recipe, results, metrics = read_recipe(run_dir), read_results(run_dir), read_metrics(run_dir)
+    summary = _stored_summary(run_dir) | summarise(run_dir, {})
+    report = Report(str(recipe.get("name", run_dir.name)), "What was trained, how it learned, what it scores")
+    report.facts(_facts(recipe, summary))
+    scores = {name: record["result"] for name, record in results.items()}
+    _learning(report, metrics, scores.get("perplexity"))
+    for name, section in _SECTIONS.items():
+        if name in scores:
+            section(report, scores[name])
+    _seconds(report, summary, results)
+    path = run_dir / "report.html"
+    atomic_write(path, report.render())
+    return path
+
+
+def _stored_summary(run_dir: Path) -> dict[str, Any]:
+    """The seconds per stage, which only the summary knows."""
+    path = run_dir / "summary.json"
+    stored = read_json(path) if path.is_file() else {}
+    return {key: value for key, value in stored.items() if key.startswith("seconds/")}
+
+
+def _facts(recipe: Json, summary: Json) -> dict[str, str]:
+    model, facts = recipe["model"], {}
+    for label, key, form in (
+        ("Held-out bits per byte", "validation/bits_per_byte", "{:.3f}"),
+        ("Token bigram, bits per byte", "baseline/bigram_bits_per_byte", "{:.3f}"),
+        ("Step", "step", "{:,}"),
+        ("Tokens trained on", "tokens", "{:,}"),
+        ("Tokens per second (median)", "perf/tokens_per_second", "{:,.0f}"),
+    ):
+        if key in summary:
+            facts[label] = form.format(summary[key])
+    names = ("num_layers", "dim", "num_heads", "vocab_size")
+    facts["Model"] = ", ".join(f"{name} {model[name]}" for name in names if name in model)
+    facts["Tokens per row"] = str(recipe["data"].get("sequence_length", "-"))
+    return facts
+
+
+def _learning(report: Report, metrics: list[dict[str, Any]], perplexity: Json | None) -> None:
+    report.section("Learning")
+    curves = {
+        name: [(row["tokens"], row[key]) for row in metrics if key in row and "tokens" in row]
+        for name, key in (("training", "loss/train"), ("validation", "loss/validation"))
+    }
+    report.line_chart("Loss while training", curves, x_label="tokens", y_label="loss, nats per token")
+    if perplexity is None:
+        return
+    # Loss is per token; the split's own ratio of tokens to bytes turns it into bits per byte.
+    scale = perplexity["targets"] / (math.log(2) * perplexity["bytes"])
+    held_out = [(x, loss * scale) for x, loss in curves["validation"]]
+    ends = [point[0] for point in held_out or curves["training"]] or [0, 1]
+    series = {"model": held_out}
+    for name in ("bigram", "unigram"):
+        level = perplexity[name]["bits_per_byte"]
+        series[name] = [(min(ends), level), (max(ends), level)]
+    report.line_chart("Held-out text while training", series, x_label="tokens", y_label="bits per byte")
+
+
+def _perplexity(report: Report, result: Json) -> None:
+    report.section("Held-out text")
+    lower = {"kneser_ney": "Kneser-Ney", "unigram": "add-one unigram"}[result["bigram"]["lower_order"]]
+    report.text(
+        f"The whole validation split: {result['targets']:,} predicted tokens, {result['bytes']:,} bytes of "
+        f"text that training never saw. The n-grams were counted on {result['ngram_training_targets']:,} training "
+        f"tokens and scored on exactly the same targets; the bigram uses absolute discounting over a {lower} "
+        "lower order, the stronger of the two that were tried."
+    )
+    entries = (
+        ("this model", "model"),
+        ("token bigram", "bigram"),
+        ("unigram", "unigram"),
+        ("uniform", "uniform"),
+    )
+    rows = [[label, *_loss_cells(result[key])] for label, key in entries]
+    rows[-1][0] = f"uniform (ln V = {result['ln_vocab']:.3f})"
+    report.table(["", "bits per byte", "nats per token", "perplexity"], rows)
+    points = [(max(b["from"], 1), b["loss"]) for b in result["by_position"]]
+    report.line_chart(
+        "Loss by tokens of context",
+        {"model": points},
+        x_label="tokens before the target",
+        y_label="nats per token",
+        log_x=True,
+    )
+
+
+def _loss_cells(entry: Json) -> list[str]:
+    return [f"{entry['bits_per_byte']:.3f}", f"{entry['loss']:.3f}", f"{math.exp(entry['loss']):,.1f}"]
+
+
+def _needle(report: Report, result: Json) -> None:
+    report.section("A needle in a long text")
+    report.text(NEEDLE_TEXT)
+    rows = [
+        [f"{row['length']:,} tokens", row["samples"], _share(row["generation"]), _share(row["choice"])]
+        for row in result["rows"]
+    ]
+    chance, oracle = result["chance"], result["oracle"]
+    rows.append(["chance", "", f"{chance['generation']:.0f}", f"{chance['choice']:.0f}"])
+    rows.append(["oracle", oracle["samples"], f"{oracle['generation']:.0f}", f"{oracle['choice']:.0f}"])
+    report.table(["", "prompts", "generation, % (95% interval)", "choice among 10, % (95% interval)"], rows)
+
+
+def _share(share: Json) -> str:
+    return f"{share['score']:.0f} ({share['low']:.0f}-{share['high']:.0f})"
+
+
+def _decode(report: Report, result: Json) -> None:
+    report.section("The cost of a token")
+    report.text(DECODE_TEXT)
+    names = {"this model": "model", "attention with a cache": "attention"}
+    for title, key, scale, unit in (
+        ("State kept while decoding", "state_bytes", 2**20, "MiB"),
+        ("Time per token", "ms_per_token", 1, "ms"),
+    ):
+        series = {
+            label: [(row["position"], row[key] / scale) for row in result[name]]
+            for label, name in names.items()
+        }
+        report.line_chart(title, series, x_label="position", y_label=unit, log_x=True, log_y=True)
+    rows = [
+        [f"{own['position']:,}", *(f"{row['state_bytes'] / 2**20:,.2f}" for row in (own, other)),
+         *(f"{row['ms_per_token']:,.2f}" for row in (own, other))]
+        for own, other in zip(result["model"], result["attention"])
+    ]  # fmt: skip
+    header = ["position", "state, MiB", "state, MiB (attention)", "ms per token", "ms per token (attention)"]
+    report.table(header, rows)
+    report.text(
+        f"On {result['device']}, {result['threads']} threads, medians of {result['timed_steps']} steps. This "
+        f"model ({result['model_parameters']:,} parameters): {result['model_method']}. Attention "
+        f"({result['attention_parameters']:,} parameters, random weights): {result['attention_method']}."
+    )
+
+
+def _sample(report: Report, result: Json) -> None:
+    report.section("A sample")
+    report.text("The start of a held-out document, then what the model wrote, then what really follows.")
+    for key in ("prompt", "continuation", "actual"):
+        report.text({"prompt": "Given:", "continuation": "Written by the model:", "actual": "Really:"}[key])
+        report.preformatted(result[key])
+
+
+def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None:
+    report.section("Where the time went")
+    stages = {
+        key.removeprefix("seconds/"): value for key, value in summary.items() if key.startswith("seconds/")
+    }
+    rows = [[name, f"{value:,.1f}"] for name, value in stages.items()]
+    rows += [[f"eval: {name}", f"{record['seconds']:,.1f}"] for name, record in sorted(results.items())]
+    report.table(["stage", "seconds"], rows)
+
+
+_SECTIONS = {"perplexity": _perplexity, "needle": _needle, "decode": _decode, "sample": _sample}

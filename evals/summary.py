@@ -1,0 +1,105 @@
+"""RUN/summary.json: the numbers of a run in one flat mapping."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trellis_dist.files import read_json, write_json
+
+__all__ = ["read_metrics", "read_results", "summarise", "write_summary"]
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of RUN/metrics.jsonl; of a step written twice (before and after a resume) the later row."""
+    path = run_dir / "metrics.jsonl"
+    rows: dict[int, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a line cut short by a killed run
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows[row["step"]] = {**rows.get(row["step"], {}), **row}
+    return [rows[step] for step in sorted(rows)]
+
+
+def read_results(run_dir: Path) -> dict[str, dict[str, Any]]:
+    """Per task the record of the highest step."""
+    newest: dict[str, dict[str, Any]] = {}
+    for path in sorted((run_dir / "evals").glob("*-step-*.json")):
+        record = read_json(path)
+        if record["task"] not in newest or record["step"] > newest[record["task"]]["step"]:
+            newest[record["task"]] = record
+    return newest
+
+
+def write_summary(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
+    """Write and return the summary; ``stages`` are seconds by stage. A key is absent when not measured."""
+    run_dir = Path(run_dir)
+    summary = summarise(run_dir, stages)
+    write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
+    """The summary of what a run folder holds."""
+    results = read_results(run_dir)
+    metrics = read_metrics(run_dir)
+    summary: dict[str, Any] = _training(metrics)
+    parts = {"perplexity": _perplexity, "needle": _needle, "decode": _decode}
+    for name, part in parts.items():
+        if name in results:
+            summary |= part(results[name]["result"])
+            summary["step"] = max(summary.get("step", 0), results[name]["step"])
+    summary |= {f"seconds/{name}": float(seconds) for name, seconds in stages.items()}
+    return summary
+
+
+def _training(metrics: list[dict[str, Any]]) -> dict[str, Any]:
+    """Last step, tokens and losses; the median speed, which a slow first step does not change."""
+    summary: dict[str, Any] = {}
+    for row in metrics:
+        summary |= {
+            key: row[key] for key in ("step", "tokens", "loss/train", "loss/validation") if key in row
+        }
+    speeds = [row["perf/tokens_per_second"] for row in metrics if "perf/tokens_per_second" in row]
+    if speeds:
+        summary["perf/tokens_per_second"] = statistics.median(speeds)
+    return summary
+
+
+def _perplexity(result: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        "validation/bits_per_byte": result["model"]["bits_per_byte"],
+        "validation/loss": result["model"]["loss"],
+        "baseline/bigram_bits_per_byte": result["bigram"]["bits_per_byte"],
+        "baseline/bigram_loss": result["bigram"]["loss"],
+        "baseline/unigram_bits_per_byte": result["unigram"]["bits_per_byte"],
+        "baseline/unigram_loss": result["unigram"]["loss"],
+        "ln_vocab": result["ln_vocab"],
+    }
+
+
+def _needle(result: Mapping[str, Any]) -> dict[str, float]:
+    summary = {
+        f"needle/{kind}/{row['length']}": row[kind]["score"]
+        for row in result["rows"]
+        for kind in ("generation", "choice")
+    }
+    for kind in ("generation", "choice"):
+        summary[f"needle/{kind}/chance"] = result["chance"][kind]
+        summary[f"needle/{kind}/oracle"] = result["oracle"][kind]
+    return summary
+
+
+def _decode(result: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"decode/{model}/{name}/{row['position']}": row[name]
+        for model in ("model", "attention")
+        for row in result[model]
+        for name in ("state_bytes", "ms_per_token")
+    }

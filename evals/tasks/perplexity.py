@@ -1,0 +1,167 @@
+"""Held-out bits per byte of the whole validation split, beside n-grams on exactly the same targets.
+
+    bits per byte = (sum of token losses in nats) / (ln 2 * bytes of the split's text)
+
+The split is read as in training, in rows of the recipe's sequence length; a document that a row cuts goes on
+in the next row without its beginning. The n-grams see the same (token, label) pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+from tqdm import tqdm
+
+from data_pipeline.loader import Batch, BatchLoader, TokenDataset
+from evals.config import EvalConfig
+from evals.ngram import InterpolatedBigram, Lower, Unigram, count_ngrams
+from evals.scorer import LOGIT_BUDGET
+from evals.tasks.protocol import Result, Task
+
+if TYPE_CHECKING:
+    from evals.runs import LoadedRun
+    from trellis_dist.models.language_model import LanguageModel
+
+__all__ = ["TASK", "token_losses"]
+
+# Rows are grouped to about this many tokens per forward pass.
+BATCH_TOKENS = 8192
+FIRST_BUCKET = 16
+
+
+@torch.no_grad()
+def token_losses(model: LanguageModel, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Loss of every position in nats, 0 where the label is -100: [B, T] fp32 (fp64 for an fp64 model)."""
+    hidden = model.hidden(tokens, cu_seqlens=cu_seqlens).flatten(0, 1)
+    step = max(LOGIT_BUDGET // len(model.output_weight), 1)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    parts = [
+        F.cross_entropy(
+            F.linear(hidden[i : i + step], model.output_weight).to(wide),
+            labels.flatten()[i : i + step],
+            reduction="none",
+            ignore_index=-100,
+        )
+        for i in range(0, len(hidden), step)
+    ]
+    return torch.cat(parts).view(labels.shape)
+
+
+class _Sums:
+    """Running sums over the scored targets: the model's, by position, and the n-grams'."""
+
+    def __init__(self, unigram: Unigram, bigrams: Mapping[Lower, InterpolatedBigram], length: int) -> None:
+        self._unigram, self._bigrams = unigram, bigrams
+        self.loss = {"model": 0.0, "unigram": 0.0, **{f"bigram/{lower}": 0.0 for lower in bigrams}}
+        self.bucket_loss = np.zeros(_bucket(np.array([length]))[0] + 1)
+        self.bucket_tokens = np.zeros_like(self.bucket_loss)
+
+    def add(self, losses: NDArray, tokens: NDArray, labels: NDArray, positions: NDArray) -> None:
+        """Arrays of one shape; positions count from the start of the document in its row."""
+        scored = labels != -100
+        losses, before, target = losses[scored].astype(np.float64), tokens[scored], labels[scored]
+        self.loss["model"] += float(losses.sum())
+        self.loss["unigram"] -= float(self._unigram.log_prob(target).sum())
+        for lower, bigram in self._bigrams.items():
+            self.loss[f"bigram/{lower}"] -= float(bigram.log_prob(before, target).sum())
+        buckets, size = _bucket(positions[scored]), len(self.bucket_loss)
+        self.bucket_loss += np.bincount(buckets, weights=losses, minlength=size)
+        self.bucket_tokens += np.bincount(buckets, minlength=size)
+
+    def by_position(self) -> list[dict[str, float]]:
+        """Mean loss of the targets after 0-15, 16-31, 32-63, ... tokens of context."""
+        edges = [0] + [FIRST_BUCKET * 2**i for i in range(len(self.bucket_loss))]
+        return [
+            {"from": edges[i], "to": edges[i + 1], "tokens": int(tokens), "loss": float(loss / tokens)}
+            for i, (loss, tokens) in enumerate(zip(self.bucket_loss, self.bucket_tokens))
+            if tokens
+        ]
+
+
+def _bucket(positions: NDArray) -> NDArray:
+    return np.where(
+        positions < FIRST_BUCKET, 0, np.log2(np.maximum(positions, 1) / FIRST_BUCKET).astype(int) + 1
+    )
+
+
+def _positions(batch: Batch) -> NDArray:
+    """Tokens before each position in its document, inside its row: [B, T]."""
+    rows, length = batch.tokens.shape
+    starts = np.zeros(rows * length, np.int64)
+    starts[batch.cu_seqlens[:-1].numpy()] = batch.cu_seqlens[:-1].numpy()
+    starts[::length] = np.arange(0, rows * length, length)
+    return (np.arange(rows * length) - np.maximum.accumulate(starts)).reshape(rows, length)
+
+
+def _batches(dataset: TokenDataset, rows: int) -> Iterator[Batch]:
+    """Every sample of the split once, in order."""
+    loader = BatchLoader(
+        dataset, global_batch=dataset.num_samples, micro_batch=rows, dp_rank=0, dp_size=1, shuffle=False
+    )
+    yield from loader.micro_batches(0)
+
+
+def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
+    length = int(loaded.recipe["data"]["sequence_length"])
+    validation = TokenDataset(loaded.dataset_dir, "validation", sequence_length=length, seed=0)
+    train = TokenDataset(loaded.dataset_dir, "train", sequence_length=length, seed=0, verify=False)
+    vocab_size = loaded.tokenizer.vocab_size
+    documents = (train.tokens_of(i) for i in range(train.num_documents))
+    counts = count_ngrams(documents, vocab_size, max_tokens=config.ngram_max_tokens or None)
+    lowers: tuple[Lower, ...] = ("unigram", "kneser_ney")
+    sums = _Sums(
+        Unigram(counts), {lower: InterpolatedBigram(counts, lower=lower) for lower in lowers}, length
+    )
+    rows = max(BATCH_TOKENS // length, 1)
+    total = -(-validation.num_samples // rows)
+    for batch in tqdm(_batches(validation, rows), total=total, desc="perplexity", disable=not progress):
+        tokens, labels, starts = (x.to(loaded.device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
+        losses = token_losses(loaded.model, tokens, labels, starts).cpu().numpy()
+        sums.add(losses, batch.tokens.numpy(), batch.labels.numpy(), _positions(batch))
+    scored = int(sums.bucket_tokens.sum())
+    expected = validation.num_tokens - validation.num_documents
+    assert scored == expected, f"{scored} targets scored, the validation split has {expected}"
+    return _result(sums, scored, validation.num_bytes, counts.tokens, vocab_size)
+
+
+def _result(sums: _Sums, scored: int, num_bytes: int, counted: int, vocab_size: int) -> Result:
+    def entry(nats: float) -> dict[str, float]:
+        return {"loss": nats / scored, "bits_per_byte": nats / (math.log(2) * num_bytes)}
+
+    lower = min(("unigram", "kneser_ney"), key=lambda name: sums.loss[f"bigram/{name}"])
+    return {
+        "model": entry(sums.loss["model"]),
+        "bigram": {**entry(sums.loss[f"bigram/{lower}"]), "lower_order": lower},
+        "bigram_by_lower_order": {
+            name.split("/")[1]: entry(n) for name, n in sums.loss.items() if "/" in name
+        },
+        "unigram": entry(sums.loss["unigram"]),
+        "uniform": entry(scored * math.log(vocab_size)),
+        "ln_vocab": math.log(vocab_size),
+        "targets": scored,
+        "bytes": num_bytes,
+        "ngram_training_targets": counted,
+        "by_position": sums.by_position(),
+    }
+
+
+def _settings(config: EvalConfig) -> Mapping[str, Any]:
+    return {"ngram_max_tokens": config.ngram_max_tokens}
+
+
+def _scalars(result: Result) -> dict[str, float]:
+    return {
+        "eval/bits_per_byte": result["model"]["bits_per_byte"],
+        "eval/loss": result["model"]["loss"],
+        "eval/bigram_bits_per_byte": result["bigram"]["bits_per_byte"],
+    }
+
+
+TASK = Task(name="perplexity", settings=_settings, run=_run, scalars=_scalars)

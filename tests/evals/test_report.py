@@ -1,0 +1,113 @@
+"""Summary and report from a written run folder: keys, escaping, absent parts."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from evals.report import write_run_report
+from evals.summary import read_metrics, write_summary
+
+SCRIPT = "<script>alert('corpus')</script>"
+ENTRY = {"loss": 3.0, "bits_per_byte": 1.5}
+SHARE = {"score": 10.0, "low": 1.0, "high": 30.0}
+RESULTS = {
+    "perplexity": {
+        "model": ENTRY,
+        "bigram": {"loss": 4.0, "bits_per_byte": 2.0, "lower_order": "kneser_ney"},
+        "unigram": {"loss": 6.0, "bits_per_byte": 3.0},
+        "uniform": {"loss": 8.3, "bits_per_byte": 4.0},
+        "ln_vocab": 8.3,
+        "targets": 1000,
+        "bytes": 3000,
+        "ngram_training_targets": 50_000,
+        "by_position": [{"from": 0, "to": 16, "tokens": 10, "loss": 4.0}],
+    },
+    "needle": {
+        "rows": [{"length": 1024, "samples": 10, "generation": SHARE, "choice": SHARE}],
+        "chance": {"generation": 0.0, "choice": 10.0},
+        "oracle": {"samples": 8, "generation": 100.0, "choice": 100.0},
+    },
+    "decode": {
+        "model": [{"position": 1024, "state_bytes": 100, "ms_per_token": 1.0}],
+        "attention": [{"position": 1024, "state_bytes": 900, "ms_per_token": 2.0}],
+        "model_parameters": 5,
+        "attention_parameters": 4,
+        "model_method": "read",
+        "attention_method": "filled",
+        "device": "cpu",
+        "threads": 1,
+        "timed_steps": 24,
+    },
+    "sample": {"prompt": SCRIPT, "continuation": SCRIPT, "actual": SCRIPT},
+}
+METRICS = [
+    {"step": 1, "tokens": 512, "loss/train": 8.0, "perf/tokens_per_second": 100.0},
+    {"step": 2, "tokens": 1024, "loss/train": 7.0, "loss/validation": 7.5, "perf/tokens_per_second": 300.0},
+    {"step": 2, "tokens": 1024, "loss/train": 6.5, "perf/tokens_per_second": 500.0},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "evals").mkdir()
+    for task, result in RESULTS.items():
+        for step in (1, 2):
+            record = {"task": task, "step": step, "key": "k", "seconds": 1.0, "result": result}
+            (tmp_path / "evals" / f"{task}-step-{step}.json").write_text(json.dumps(record))
+    lines = "".join(json.dumps(row) + "\n" for row in METRICS)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 3, "tok')
+    model = {"num_layers": 2, "dim": 64, "num_heads": 2, "vocab_size": 4096}
+    recipe = {"name": f"quick {SCRIPT}", "model": model, "data": {"directory": "d", "sequence_length": 512}}
+    (tmp_path / "recipe.json").write_text(json.dumps(recipe))
+    return tmp_path
+
+
+def test_summary_has_the_keys_of_the_contract(run):
+    summary = write_summary(run, {"train": 12.5, "prepare": 3})
+    assert summary == json.loads((run / "summary.json").read_text())
+    assert summary["validation/bits_per_byte"] == 1.5
+    assert summary["validation/loss"] == 3.0
+    assert summary["baseline/bigram_bits_per_byte"] == 2.0
+    assert summary["baseline/unigram_bits_per_byte"] == 3.0
+    assert summary["ln_vocab"] == 8.3
+    assert summary["perf/tokens_per_second"] == 300.0  # the median; the step written twice counts once
+    assert summary["seconds/train"] == 12.5
+    assert summary["needle/choice/1024"] == 10.0
+    assert summary["needle/choice/chance"] == 10.0
+    assert summary["needle/generation/oracle"] == 100.0
+    assert summary["decode/model/state_bytes/1024"] == 100
+    assert summary["decode/attention/ms_per_token/1024"] == 2.0
+    assert summary["step"] == 2
+
+
+def test_a_line_cut_short_and_a_step_written_twice_are_read_right(run):
+    rows = read_metrics(run)
+    assert [row["step"] for row in rows] == [1, 2]
+    assert rows[1]["loss/train"] == 6.5
+    assert rows[1]["loss/validation"] == 7.5
+
+
+def test_report_is_complete_and_escaped(run):
+    write_summary(run, {"train": 12.5})
+    page = write_run_report(run).read_text()
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") >= 4
+    for text in ("Where the time went", "12.5", "Kneser-Ney", "near chance on generation", "oracle", "2.000"):
+        assert text in page, text
+    assert "http://" not in page.replace("http://www.w3.org", "")
+    assert "https://" not in page
+
+
+def test_report_of_a_run_that_was_not_scored_yet(run):
+    for path in (run / "evals").glob("*.json"):
+        path.unlink()
+    (run / "metrics.jsonl").unlink()
+    assert "no data yet" in write_run_report(run).read_text()
+    assert "validation/bits_per_byte" not in write_summary(run, {})
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"is no run folder \(it has no recipe.json\)"):
+        write_run_report(tmp_path)
