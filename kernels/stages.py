@@ -37,7 +37,8 @@ read nothing and receive no gradient. Exponents are masked before exp, so nothin
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +57,9 @@ __all__ += [
     "scan_forward",
 ]
 
+LOG2_E = 1.4426950408889634  # exponents are kept in base 2: exp2 is several times faster than exp on a CPU
+BLOCK_BYTES = 1 << 18  # of one [., H, C, C] matrix in a block; with the others beside it this fits a core's L2
+
 
 @dataclass(frozen=True)
 class Memories:
@@ -70,14 +74,14 @@ class Gates:
     """Decay factors and step sizes of every slot.
 
     Attributes:
-        log_decay: l, cumulative inside the chunk [P, H, C]; flat over pads.
+        log2_decay: l / ln 2, cumulative inside the chunk [P, H, C]; flat over pads.
         mu: e^l, 0 on pads [P, H, C, 1].
         tail: e^{l_C - l} [P, H, C, 1].
         total: e^{l_C} [P, H, 1, 1].
         step: gamma, 0 on pads [P, H, C, 1].
     """
 
-    log_decay: Tensor
+    log2_decay: Tensor
     mu: Tensor
     tail: Tensor
     total: Tensor
@@ -86,7 +90,16 @@ class Gates:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the stages read, in chunk order: query and key [P, H, C, D], value [P, H, C, V], alpha [P, H, C, M]."""
+    """What the stages read, in chunk order.
+
+    Attributes:
+        query, key: [P, H, C, D]; the queries may be missing where only the scan runs.
+        value: [P, H, C, V].
+        alpha: [P, H, C, M].
+        gates: decay factors and step sizes.
+        layout: the chunk grid.
+        valid: which slots hold a token [P, C]; None when all do.
+    """
 
     query: Tensor | None
     key: Tensor
@@ -94,6 +107,7 @@ class Inputs:
     alpha: Tensor
     gates: Gates
     layout: PackedLayout
+    valid: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -112,24 +126,16 @@ class ScanResult:
 
 
 @dataclass(frozen=True)
-class _Writes:
-    """Pre-activation z = x M^T, its inner gradient and gamma times that, each [P, H, C, M]."""
-
-    z: Tensor
-    gradient: Tensor
-    scaled: Tensor
-
-
-@dataclass(frozen=True)
 class ReadoutGradients:
     """What the readout alone contributes to each gradient.
 
     Attributes:
         query, key, value: [P, H, C, .].
         key_write, value_write: gradients of gamma U and gamma W [P, H, C, M].
+        key_z, value_z: recomputed pre-activations K S'^T and V R'^T [P, H, C, M].
+        key_gradient, value_gradient: recomputed inner gradients U and W [P, H, C, M].
         start: adjoint of the memories at each chunk's start [P, ...].
         log_decay: Q.dQ + P.dP, gradient of the cumulative l [P, H, C].
-        key_writes, value_writes: the recomputed writes, handed on to the later stages.
     """
 
     query: Tensor
@@ -137,10 +143,12 @@ class ReadoutGradients:
     value: Tensor
     key_write: Tensor
     value_write: Tensor
+    key_z: Tensor
+    value_z: Tensor
+    key_gradient: Tensor
+    value_gradient: Tensor
     start: Memories
     log_decay: Tensor
-    key_writes: _Writes
-    value_writes: _Writes
 
 
 @dataclass(frozen=True)
@@ -202,6 +210,7 @@ def arrange(
         alpha=chunks[-1],
         gates=_gates(gates, layout),
         layout=layout,
+        valid=layout.valid,
     )
 
 
@@ -210,14 +219,14 @@ def _gates(gates: Tensor, layout: PackedLayout) -> Gates:
     pads = None if layout.valid is None else ~layout.valid[:, None, :, None]
     if pads is not None:
         gates = gates.masked_fill(pads, 0)
-    cumulative = gates[..., :1].cumsum(2)
+    cumulative = (gates[..., :1] * LOG2_E).cumsum(2)
     end = cumulative[:, :, -1:]
-    mu = torch.exp(cumulative)
+    mu = torch.exp2(cumulative)
     return Gates(
-        log_decay=cumulative.squeeze(-1),
+        log2_decay=cumulative.squeeze(-1),
         mu=mu if pads is None else mu.masked_fill(pads, 0),
-        tail=torch.exp(end - cumulative),
-        total=torch.exp(end),
+        tail=torch.exp2(end - cumulative),
+        total=torch.exp2(end),
         step=gates[..., 1:].contiguous(),
     )
 
@@ -270,55 +279,72 @@ def _scan(
 
 def readout_forward(inputs: Inputs, states: ScanResult, gradients: Memories, *, readout: str) -> Tensor:
     """Outputs [P, H, C, V] from the states and inner gradients of ``scan_forward``; zero on pads."""
-    query, gates = _query(inputs), inputs.gates
-    decay = _decay_matrix(inputs)
-    scores = _bmm(query, inputs.key.mT).mul_(decay)  # (Q K^T) o Omega [P, H, C, C]
-    y_hat = _bmm(query * gates.mu, states.start.key.mT)
-    p = apply_readout(_baddbmm_(y_hat, scores, gradients.key * gates.step, -1), readout)
-    scores = _bmm(p, (gradients.value * gates.step).mT).mul_(decay)
-    y = _bmm(p * gates.mu, states.start.value)
-    return _baddbmm_(y, scores, inputs.value, -1)
+    y = torch.empty_like(inputs.value)
+    for block in _blocks(inputs):
+        part, start = _take(inputs, block), Memories(states.start.key[block], states.start.value[block])
+        query, gates = _query(part), part.gates
+        decay = _decay_matrix(part)
+        scores = _bmm(query, part.key.mT).mul_(decay)  # (Q K^T) o Omega [., H, C, C]
+        y_hat = _bmm(query * gates.mu, start.key.mT)
+        p = apply_readout(_baddbmm_(y_hat, scores, gradients.key[block] * gates.step, -1), readout)
+        scores = _bmm(p, (gradients.value[block] * gates.step).mT).mul_(decay)
+        y[block] = _baddbmm_(_bmm(p * gates.mu, start.value), scores, part.value, -1)
+    return y
 
 
 def readout_backward(
     inputs: Inputs, states: ScanResult, dy: Tensor, *, phi: str, readout: str
 ) -> ReadoutGradients:
     """Gradients of the readout for the upstream gradient ``dy`` [P, H, C, V]; recomputes what forward dropped."""
+    like = (inputs.key, inputs.key, inputs.value, *[inputs.alpha] * 6, states.start.key, states.start.value)
+    out = [torch.empty_like(x) for x in like] + [torch.empty_like(inputs.gates.log2_decay)]
+    for block in _blocks(inputs):
+        at = [Memories(m.key[block], m.value[block]) for m in (states.start, states.stale)]
+        results = _readout_backward(_take(inputs, block), *at, dy[block], phi=phi, readout=readout)
+        for whole, part in zip(out, results, strict=True):
+            whole[block] = part
+    return ReadoutGradients(
+        *out[:5],
+        key_z=out[5],
+        value_z=out[6],
+        key_gradient=out[7],
+        value_gradient=out[8],
+        start=Memories(out[9], out[10]),
+        log_decay=out[11],
+    )
+
+
+def _readout_backward(
+    inputs: Inputs, start: Memories, stale: Memories, dy: Tensor, *, phi: str, readout: str
+) -> tuple[Tensor, ...]:
     query, key, value, gates = _query(inputs), inputs.key, inputs.value, inputs.gates
-    key_writes = _recompute(key, inputs, states.stale.key, phi)
-    value_writes = _recompute(value, inputs, states.stale.value, phi)
+    key_z, value_z = _bmm(key, stale.key.mT), _bmm(value, stale.value.mT)
+    u, w = inner_gradient(key_z, inputs.alpha, phi), inner_gradient(value_z, inputs.alpha, phi)
+    key_write, value_write = u * gates.step, w * gates.step
     decay = _decay_matrix(inputs)
     scores = _bmm(query, key.mT).mul_(decay)
     scaled_query = query * gates.mu
-    y_hat = _baddbmm_(_bmm(scaled_query, states.start.key.mT), scores, key_writes.scaled, -1)
+    y_hat = _baddbmm_(_bmm(scaled_query, start.key.mT), scores, key_write, -1)
     p = apply_readout(y_hat, readout)
 
     # Second pass: Y = mu P R - ((P W'^T) o Omega) V.
-    value_scores = _bmm(p, value_writes.scaled.mT).mul_(decay)
-    dvalue = _bmm(value_scores.mT, dy).neg_()
-    dscores = torch.bmm(_flat(dy), _flat(value).mT, out=_flat(value_scores)).view_as(decay).mul_(decay)
-    dvalue_write = _bmm(dscores.mT, p).neg_()
-    dp = _baddbmm_(_bmm(dy, states.start.value.mT).mul_(gates.mu), dscores, value_writes.scaled, -1)
+    value_scores = _bmm(p, value_write.mT).mul_(decay)
+    dvalue = _bmm(value_scores.mT, dy, -1)
+    dscores = _bmm(dy, value.mT).mul_(decay)
+    dvalue_write = _bmm(dscores.mT, p, -1)
+    dp = _baddbmm_(_bmm(dy, start.value.mT).mul_(gates.mu), dscores, value_write, -1)
     dvalue_start = _bmm((p * gates.mu).mT, dy)
 
     # First pass: Yhat = mu Q S^T - ((Q K^T) o Omega) U'.
     dy_hat = activation_backward(y_hat, dp, readout)
-    dkey_write = _bmm(scores.mT, dy_hat).neg_()
-    dscores = (
-        torch.bmm(_flat(dy_hat), _flat(key_writes.scaled).mT, out=_flat(dscores)).view_as(decay).mul_(decay)
-    )
-    dquery = _baddbmm_(_bmm(dy_hat, states.start.key).mul_(gates.mu), dscores, key, -1)
-    return ReadoutGradients(
-        query=dquery,
-        key=_bmm(dscores.mT, query).neg_(),
-        value=dvalue,
-        key_write=dkey_write,
-        value_write=dvalue_write,
-        start=Memories(_bmm(dy_hat.mT, scaled_query), dvalue_start),
-        log_decay=_row_dot(query, dquery) + _row_dot(p, dp),
-        key_writes=key_writes,
-        value_writes=value_writes,
-    )
+    dkey_write = _bmm(scores.mT, dy_hat, -1)
+    dscores = _bmm(dy_hat, key_write.mT).mul_(decay)
+    dquery = _baddbmm_(_bmm(dy_hat, start.key).mul_(gates.mu), dscores, key, -1)
+    dkey = _bmm(dscores.mT, query, -1)
+    dkey_start = _bmm(dy_hat.mT, scaled_query)
+    dlog = _row_dot(query, dquery).add_(_row_dot(p, dp))
+    writes = (dkey_write, dvalue_write, key_z, value_z, u, w)
+    return dquery, dkey, dvalue, *writes, dkey_start, dvalue_start, dlog
 
 
 def scan_backward(
@@ -338,32 +364,12 @@ def scan_backward(
         phi: inner nonlinearity.
         stale_adjoint: adjoint of ``states.stale`` from outside (a returned chunk-start pair) [P, ...]; None is zero.
     """
-    extra_key, extra_value = (
-        (None, None) if stale_adjoint is None else (stale_adjoint.key, stale_adjoint.value)
-    )
+    extra = (None, None) if stale_adjoint is None else (stale_adjoint.key, stale_adjoint.value)
     own_pair = states.stale.key is not states.start.key
-    k = _reverse_scan(
-        inputs.key,
-        inputs,
-        grads.key_writes,
-        grads.key_write,
-        grads.start.key,
-        final.key,
-        extra_key,
-        own_pair,
-        phi,
-    )
-    v = _reverse_scan(
-        inputs.value,
-        inputs,
-        grads.value_writes,
-        grads.value_write,
-        grads.start.value,
-        final.value,
-        extra_value,
-        own_pair,
-        phi,
-    )
+    key = (inputs.key, grads.key_z, grads.key_write, grads.start.key, final.key, extra[0])
+    value = (inputs.value, grads.value_z, grads.value_write, grads.start.value, final.value, extra[1])
+    k = _reverse_scan(*key, inputs=inputs, own_pair=own_pair, phi=phi)
+    v = _reverse_scan(*value, inputs=inputs, own_pair=own_pair, phi=phi)
     return ScanGradients(
         initial=Memories(k.initial, v.initial),
         initial_stale=None if k.stale is None or v.stale is None else Memories(k.stale, v.stale),
@@ -388,26 +394,28 @@ class _Reverse:
 
 def _reverse_scan(
     x: Tensor,
-    inputs: Inputs,
-    writes: _Writes,
+    z: Tensor,
     readout_write: Tensor,
     start_adjoint: Tensor,
     final: Tensor,
     extra: Tensor | None,
+    *,
+    inputs: Inputs,
     own_pair: bool,
     phi: str,
 ) -> _Reverse:
+    """One memory; ``extra`` is the part of the stale pair's adjoint that comes from outside."""
     gates, steps = inputs.gates, inputs.layout.steps
     tail_x = x * gates.tail
     adjoint, stale = final.clone(), None  # dS+ of the running documents
-    end, write, dz, dalpha = (torch.empty_like(t) for t in (start_adjoint, writes.z, writes.z, writes.z))
+    end, write, dz, dalpha = (torch.empty_like(t) for t in (start_adjoint, z, z, z))
     for i, (a, b) in reversed(list(enumerate(steps))):
         now = adjoint[: b - a]
         end[a:b] = now
         step_write = write[a:b].copy_(readout_write[a:b])
         _baddbmm_(step_write, tail_x[a:b], now.mT, -1)
         grad = step_write * gates.step[a:b]
-        dz[a:b], dalpha[a:b] = inner_backward(writes.z[a:b], inputs.alpha[a:b], grad, phi)
+        dz[a:b], dalpha[a:b] = inner_backward(z[a:b], inputs.alpha[a:b], grad, phi)
         now.mul_(gates.total[a:b]).add_(start_adjoint[a:b])
         if i == 0 and own_pair:
             stale = _bmm(dz[a:b].mT, x[a:b])
@@ -424,37 +432,50 @@ def input_backward(
     """Gradients of everything but the queries, parallel over chunks (theirs are ``grads.query``)."""
     gates = inputs.gates
     # The part of dK, dV that goes through S+ = e^{l_C} S - (gamma U)^T (tail K), and the part through Z = K S'^T.
-    key_end = _bmm(grads.key_writes.scaled, adjoints.end.key).mul_(gates.tail).neg_()
-    value_end = _bmm(grads.value_writes.scaled, adjoints.end.value).mul_(gates.tail).neg_()
+    key_end = _bmm(grads.key_gradient * gates.step, adjoints.end.key, -1).mul_(gates.tail)
+    value_end = _bmm(grads.value_gradient * gates.step, adjoints.end.value, -1).mul_(gates.tail)
     dkey = _baddbmm_(grads.key + key_end, adjoints.key_z, states.stale.key, 1)
     dvalue = _baddbmm_(grads.value + value_end, adjoints.value_z, states.stale.value, 1)
-    dstep = _row_dot(adjoints.key_write, grads.key_writes.gradient)
-    dstep += _row_dot(adjoints.value_write, grads.value_writes.gradient)
+    dstep = _row_dot(adjoints.key_write, grads.key_gradient)
+    dstep += _row_dot(adjoints.value_write, grads.value_gradient)
     dlog = torch.addcmul(grads.log_decay, dstep, gates.step.squeeze(-1), value=-1)
-    through_state = _row_dot(states.start.key, adjoints.end.key) + _row_dot(
-        states.start.value, adjoints.end.value
-    )
-    at_end = (_row_dot(key_end, inputs.key) + _row_dot(value_end, inputs.value)).sum(-1)
-    dlog[..., -1] += at_end + through_state.sum(-1) * gates.total[..., 0, 0]
+    kept = _row_dot(states.start.key, adjoints.end.key) + _row_dot(states.start.value, adjoints.end.value)
+    written = _row_dot(key_end, inputs.key) + _row_dot(value_end, inputs.value)
+    dlog[..., -1] += written.sum(-1) + kept.sum(-1) * gates.total[..., 0, 0]
     dlog = dlog.flip(-1).cumsum(-1).flip(-1)
     return InputGradients(dkey, dvalue, adjoints.alpha, dlog[..., None], dstep[..., None])
 
 
-def _recompute(x: Tensor, inputs: Inputs, stale: Tensor, phi: str) -> _Writes:
-    z = _bmm(x, stale.mT)
-    gradient = inner_gradient(z, inputs.alpha, phi)
-    return _Writes(z, gradient, gradient * inputs.gates.step)
+def _blocks(inputs: Inputs) -> Iterator[slice]:
+    """Ranges of chunks for the parallel stages: on a CPU, few enough that a block's matrices stay in cache."""
+    chunks, heads, c, _ = inputs.key.shape
+    size = chunks
+    if inputs.key.device.type == "cpu":
+        size = max(1, BLOCK_BYTES // (heads * c * max(c, inputs.key.shape[-1]) * inputs.key.element_size()))
+    return (slice(a, min(a + size, chunks)) for a in range(0, chunks, size))
+
+
+def _take(inputs: Inputs, block: slice) -> Inputs:
+    """The chunks of a block; only for stages that do not read the layout's steps."""
+    gates = inputs.gates
+    names = ("log2_decay", "mu", "tail", "total", "step")
+    return replace(
+        inputs,
+        query=None if inputs.query is None else inputs.query[block],
+        key=inputs.key[block],
+        value=inputs.value[block],
+        alpha=inputs.alpha[block],
+        valid=None if inputs.valid is None else inputs.valid[block],
+        gates=Gates(*(getattr(gates, name)[block] for name in names)),
+    )
 
 
 def _decay_matrix(inputs: Inputs) -> Tensor:
     """Omega [P, H, C, C]; rows of pads are zero."""
-    cumulative, layout = inputs.gates.log_decay, inputs.layout
-    rows = cumulative
-    if layout.valid is not None:
-        rows = cumulative.masked_fill(~layout.valid[:, None, :], -torch.inf)
-    c = layout.chunk_size
+    columns, c = inputs.gates.log2_decay, inputs.key.shape[2]
+    rows = columns if inputs.valid is None else columns.masked_fill(~inputs.valid[:, None, :], -torch.inf)
     future = torch.full((c, c), -torch.inf, dtype=rows.dtype, device=rows.device).triu_(1)
-    return (rows[..., :, None] - cumulative[..., None, :]).add_(future).exp_()
+    return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_()
 
 
 def _query(inputs: Inputs) -> Tensor:
@@ -467,9 +488,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.flatten(0, 1)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b per chunk and head."""
-    return torch.bmm(_flat(a), _flat(b)).view(*a.shape[:-1], b.shape[-1])
+def _bmm(a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
+    """sign * a @ b per chunk and head."""
+    a, b, shape = _flat(a), _flat(b), (*a.shape[:-1], b.shape[-1])
+    if sign == 1:
+        return torch.bmm(a, b).view(shape)
+    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=sign).view(shape)
 
 
 def _baddbmm_(total: Tensor, a: Tensor, b: Tensor, sign: int) -> Tensor:
