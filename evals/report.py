@@ -15,8 +15,8 @@ from trellis_dist.report import Report
 __all__ = ["write_run_report"]
 
 NEEDLE_TEXT = (
-    "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts when "
-    "the output contains it; choice, when it is the most likely of ten values of the same form. "
+    "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts "
+    "when the output contains it; choice, when it is the most likely of ten values of the same form. "
     "A model of a few million parameters, trained for minutes, scores near chance on generation: it has not "
     "learned to copy. The oracle row scores a program that copies the answer, through the same code."
 )
@@ -99,9 +99,9 @@ def _perplexity(report: Report, result: Json) -> None:
     lower = {"kneser_ney": "Kneser-Ney", "unigram": "add-one unigram"}[result["bigram"]["lower_order"]]
     report.text(
         f"The whole validation split: {result['targets']:,} predicted tokens, {result['bytes']:,} bytes of "
-        f"text that training never saw. The n-grams were counted on {result['ngram_training_targets']:,} training "
-        f"tokens and scored on exactly the same targets; the bigram uses absolute discounting over a {lower} "
-        "lower order, the stronger of the two that were tried."
+        f"text that training never saw. The n-grams were counted on {result['ngram_training_targets']:,} "
+        f"training tokens and scored on exactly the same targets; the bigram uses absolute "
+        f"discounting over a {lower} lower order, the stronger of the two that were tried."
     )
     entries = (
         ("this model", "model"),
