@@ -6,7 +6,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.loader import Batch
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Batch:
+    tokens: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    valid_tokens: int
+
 
 VOCAB, WIDTH, ROW = 13, 8, 12
 

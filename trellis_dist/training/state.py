@@ -58,7 +58,7 @@ def check_same_run(state: Mapping[str, Any], job: Job, *, fingerprint: str, chec
         saved = state["data"][key]
         if saved != value:
             raise ValueError(
-                f"the data of this run changed: data {key} is {value}, {checkpoint} was trained with {saved}: "
+                f"the data changed: data {key} is {value}, but {checkpoint} was trained with {saved}: "
                 "restore the data set and its settings, or start a new run in another folder"
             )
     model = _plain(dataclasses.asdict(job.model))
@@ -82,8 +82,8 @@ def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | Non
     if resume == "never":
         if present:
             raise ValueError(
-                f"{root} already holds checkpoints ({present[-1].name} is the newest): resume the run, or use "
-                "another run folder"
+                f"{root} already holds checkpoints, up to {present[-1].name}: resume the run, or use another "
+                "run folder"
             )
         return None
     found = latest_verified(root)
@@ -91,7 +91,7 @@ def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | Non
         return found, load_run_state(found)
     if present:
         raise ValueError(
-            f"none of the {len(present)} checkpoints in {root} is intact: restore one, or use another run folder"
+            f"none of the {len(present)} checkpoints in {root} is intact: restore one, or use another folder"
         )
     if resume == "require":
         raise FileNotFoundError(f"no checkpoint in {root}: start without --resume")

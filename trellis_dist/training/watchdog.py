@@ -27,7 +27,7 @@ class Watchdog:
         seconds = self._long if long else self._short
         self.disarm()
         if seconds > 0:
-            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__)
+            faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
             self._armed = True
 
     def disarm(self) -> None:

@@ -34,7 +34,10 @@ def uses_bf16(training: TrainingConfig, mesh: Mesh) -> bool:
 def build_engine(
     model: nn.Module, training: TrainingConfig, *, optimizer: OptimizerConfig, mesh: Mesh, segments: Segments
 ) -> Engine:
-    """Wrap ``model`` (after ``apply_parallelism``, which gave ``segments``) in its engine. Raises ``ValueError`` as ``check_engine`` does."""
+    """Wrap ``model`` in its engine; ``segments`` is what ``apply_parallelism(model, mesh)`` returned.
+
+    Raises ``ValueError`` as ``check_engine`` does.
+    """
     check_engine(training, dp=mesh.dp, sp=mesh.sp)
     bf16 = uses_bf16(training, mesh)
     if training.engine == "local":

@@ -1,0 +1,198 @@
+"""The training loop: from a job to a trained, saved, measured model.
+
+    agree on valid tokens and on ending | update | measure, validate, save where due
+
+Everything that decides what happens next (valid tokens, losses, a request to end, a failed save) is agreed
+between the ranks before it is acted on, so that no rank waits in a collective another never enters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from trellis_dist.training.collectives import sum_scalars
+from trellis_dist.training.engines.base import StepResult
+from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
+from trellis_dist.training.metrics import read_rows
+from trellis_dist.training.schedule import learning_rate
+from trellis_dist.training.setup import Session, checked_mesh, open_session, runtime
+from trellis_dist.training.termination import TerminationRequest
+from trellis_dist.training.watchdog import SkipBudget
+
+__all__ = ["EXIT_TERMINATED", "Job", "TrainResult", "run"]
+
+
+def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int | None = None) -> TrainResult:
+    """Train ``job`` in ``run_dir`` until its last step, ``stop_at_step`` or SIGTERM; called on every rank.
+
+    Writes ``recipe.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` (every rank writes its
+    part). A run killed anywhere continues from its newest verified checkpoint, bit for bit on the same mesh
+    and machine.
+
+    Args:
+        job: the sections of a recipe.
+        run_dir: folder of this run, shared by all ranks.
+        resume: "auto" continues where a checkpoint is, "require" insists on one, "never" refuses one.
+        stop_at_step: save and return after this step; the schedule still runs to ``training.steps``.
+
+    Raises:
+        ValueError: a mesh, data set, model or checkpoint that does not fit, with the remedy; or a run whose
+            loss or gradient stayed non-finite (``DivergedError``).
+        FileNotFoundError: ``resume="require"`` without a checkpoint, or no data set.
+        OSError: the last save of this start failed.
+    """
+    started = time.monotonic()
+    job = dataclasses.replace(job, mesh=checked_mesh(job))
+    with runtime(job) as device:
+        session = open_session(job, Path(run_dir), resume=resume, device=device, started=started)
+        if session is None:
+            return _finished_before(job, Path(run_dir))
+        try:
+            return _Loop(session).until(min(stop_at_step or job.training.steps, job.training.steps))
+        finally:
+            session.close()
+
+
+def _finished_before(job: Job, run_dir: Path) -> TrainResult:
+    """Report a run that has nothing left to do from its own metrics."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    validation = [row for row in rows if "loss/validation" in row]
+    steps = job.training.steps
+    return TrainResult(
+        outcome="finished",
+        step=steps,
+        tokens=steps * job.training.global_batch_tokens,
+        resumed_step=steps,
+        loss=rows[-1].get("loss/train") if rows else None,
+        validation=_validation_part(validation[-1]) if validation else {},
+    )
+
+
+def _validation_part(row: dict[str, float]) -> dict[str, float]:
+    return {key: row[key] for key in ("loss/validation", "validation/bits_per_byte") if key in row}
+
+
+class _Loop:
+    """The state of one start of a run that nothing has to remember."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.budget = SkipBudget(session.job.training.max_skipped_steps)
+        self.loss: float | None = None
+        self.validation: dict[str, float] = {}
+        self.first_loss: float | None = None
+        self._seconds = self._steps = 0.0  # of training, since the last row
+
+    def until(self, last: int) -> TrainResult:
+        """Train up to step ``last`` and save."""
+        session, terminated = self.session, False
+        with TerminationRequest() as request:
+            while session.progress.step < last and not terminated:
+                terminated = self._step(request)
+            session.watchdog.arm(long=True)
+            session.saver.save(session.engine, session.progress, final=True)
+        finished = session.progress.step >= session.job.training.steps
+        outcome: Outcome = "terminated" if terminated else "finished" if finished else "stopped"
+        if terminated:
+            session.metrics.say(f"SIGTERM: saved step {session.progress.step}; start again to resume")
+        return self._result(outcome)
+
+    def _step(self, request: TerminationRequest) -> bool:
+        """Do one step with what is due after it; True when any rank was asked to end (no step is done)."""
+        session, begin = self.session, time.monotonic()
+        session.watchdog.arm(long=self.first_loss is None)
+        batches = session.loader.micro_batches(session.progress.samples)
+        counted = sum(batch.valid_tokens for batch in batches)
+        valid, asked = sum_scalars([counted, request.received])
+        if asked:
+            return True
+        step = session.progress.step + 1
+        rate = self._rate(step)
+        # Every sequence rank counts the whole rows, so each token was counted sp times.
+        result = session.engine.train_step(
+            batches, lr=rate, valid_tokens=max(1, int(valid) // session.mesh.sp)
+        )
+        self._advance(step, result, time.monotonic() - begin)
+        self._afterwards(step, rate, result)
+        return False
+
+    def _rate(self, step: int) -> float:
+        job = self.session.job
+        return learning_rate(step, peak=job.optimizer.lr, steps=job.training.steps, schedule=job.schedule)
+
+    def _advance(self, step: int, result: StepResult, seconds: float) -> None:
+        session = self.session
+        progress, job = session.progress, session.job
+        progress.step = step
+        progress.samples += job.global_rows
+        progress.tokens += job.training.global_batch_tokens
+        progress.skipped += not result.applied
+        self.loss = result.loss
+        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        session.metrics.advance(step)
+        if not result.applied:
+            session.metrics.say(
+                f"alert: step {step} skipped: loss {result.loss}, gradient norm {result.grad_norm}"
+            )
+        self.budget.note(step, result)
+
+    def _afterwards(self, step: int, rate: float, result: StepResult) -> None:
+        """Validate, write the row, save: whatever is due after ``step``."""
+        session, job = self.session, self.session.job
+        last = step == job.training.steps
+        row = self._row(step, rate, result) if self._row_due(step) else {}
+        if last or (job.training.validation_interval and step % job.training.validation_interval == 0):
+            session.watchdog.arm(long=True)
+            row = row or self._row(step, rate, result)
+            self.validation = session.validator.run(session.engine)
+            row |= self.validation
+        if row:
+            session.metrics.write(row)
+        if step % job.checkpoint.interval == 0 and not last:
+            session.watchdog.arm(long=True)
+            session.saver.save(session.engine, session.progress, final=False)
+
+    def _row_due(self, step: int) -> bool:
+        job = self.session.job
+        return self.first_loss is None or step % job.logging.interval == 0 or step == job.training.steps
+
+    def _row(self, step: int, rate: float, result: StepResult) -> dict[str, float]:
+        """Return what was measured at ``step``; speeds are means since the last row, without validation."""
+        session = self.session
+        tokens = self._steps * session.job.training.global_batch_tokens
+        row: dict[str, float] = {
+            "step": step,
+            "tokens": session.progress.tokens,
+            "loss/train": result.loss,
+            "optim/lr": rate,
+            "optim/gradient_norm": result.grad_norm,
+            "perf/tokens_per_second": tokens / self._seconds,
+            "perf/step_seconds": self._seconds / self._steps,
+        }
+        self._seconds = self._steps = 0.0
+        if self.first_loss is None:
+            self.first_loss = time.monotonic() - session.started
+            row["perf/seconds_to_first_loss"] = self.first_loss
+        if session.saver.last_seconds is not None:
+            row["perf/save_seconds"] = session.saver.last_seconds
+            session.saver.last_seconds = None
+        if session.progress.skipped:
+            row["health/skipped_steps"] = session.progress.skipped
+        if session.saver.failures:
+            row["health/failed_saves"] = session.saver.failures
+        return row
+
+    def _result(self, outcome: Outcome) -> TrainResult:
+        session = self.session
+        return TrainResult(
+            outcome=outcome,
+            step=session.progress.step,
+            tokens=session.progress.tokens,
+            resumed_step=session.resumed_step,
+            loss=self.loss,
+            validation=self.validation,
+            seconds=time.monotonic() - session.started,
+            seconds_to_first_loss=self.first_loss,
+        )

@@ -1,0 +1,223 @@
+"""From a job to everything a loop needs, on every rank, with every refusal before the first step."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from checkpoints.state import CheckpointReader
+from trellis_dist.files import write_json
+from trellis_dist.models.counts import parameter_counts
+from trellis_dist.models.language_model import build_language_model
+from trellis_dist.parallel import env
+from trellis_dist.parallel.apply import apply_parallelism
+from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.mesh import Mesh, build_mesh, check_mesh
+from trellis_dist.training.collectives import on_main, together
+from trellis_dist.training.engines.base import Engine
+from trellis_dist.training.engines.factory import build_engine, check_engine, uses_bf16
+from trellis_dist.training.evaluate import Validator
+from trellis_dist.training.job import Job, Resume
+from trellis_dist.training.metrics import MetricsWriter
+from trellis_dist.training.saving import Saver
+from trellis_dist.training.state import Progress, check_same_run, find_resume
+from trellis_dist.training.watchdog import Watchdog
+
+if TYPE_CHECKING:
+    from data_pipeline.loader import BatchLoader, TokenDataset
+
+__all__ = ["Session", "checked_mesh", "open_session", "runtime"]
+
+
+@dataclass
+class Session:
+    """A run in progress on this rank; ``started`` is the monotonic time at which this start began."""
+
+    job: Job
+    mesh: Mesh
+    engine: Engine
+    loader: BatchLoader
+    validator: Validator
+    metrics: MetricsWriter
+    saver: Saver
+    watchdog: Watchdog
+    progress: Progress
+    resumed_step: int
+    started: float
+
+    def close(self) -> None:
+        """Stop the watchdog, close files."""
+        self.watchdog.disarm()
+        self.metrics.close()
+
+
+def checked_mesh(job: Job) -> MeshConfig:
+    """Return the job's mesh with dp filled in from the world size; ``ValueError`` when it cannot work."""
+    model = job.model
+    mesh = check_mesh(
+        job.mesh,
+        world_size=env.world_size(),
+        sequence_length=job.data.sequence_length,
+        chunk_size=model.trellis.chunk_size,
+        num_heads=model.num_heads,
+        vocab_size=model.vocab_size,
+        global_rows=job.global_rows,
+        micro_batch=job.training.micro_batch,
+        conv_kernel=model.trellis.conv_kernel,
+        pattern=model.pattern,
+    )
+    check_engine(job.training, dp=mesh.dp or 1, sp=mesh.sp)
+    return mesh
+
+
+@contextlib.contextmanager
+def runtime(job: Job) -> Iterator[torch.device]:
+    """Set threads, join the process group; leave it at the end if it was joined (or made) here."""
+    device = torch.device("cuda", env.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(job.training.threads or _share_of_cores())
+    joined_before = dist.is_initialized()
+    longest = max(job.training.first_step_timeout_s, job.training.step_timeout_s) or 1800.0
+    # The watchdog names the stuck line; the collectives' own timeout comes after it.
+    env.init_distributed(device, timeout_s=longest + 60.0)
+    try:
+        yield device
+    finally:
+        if not joined_before:
+            env.shutdown()
+
+
+def _share_of_cores() -> int:
+    """Cores of this machine that this process may use, divided among its ranks."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def open_session(
+    job: Job, run_dir: Path, *, resume: Resume, device: torch.device, started: float
+) -> Session | None:
+    """Open data, model, engine and outputs, and restore the newest checkpoint.
+
+    Returns None when that checkpoint is already at ``training.steps``.
+
+    Raises:
+        ValueError, FileNotFoundError: what a user can put right, in one line; on every rank.
+    """
+    root = run_dir / "checkpoints"
+    found = on_main(lambda: find_resume(root, resume))
+    train, validation = together(lambda: _open_data(job), what="opening the data")
+    if found is not None:
+        check_same_run(found[1], job, fingerprint=train.fingerprint, checkpoint=found[0])
+    progress = Progress.from_state(found[1]) if found else Progress()
+    if progress.step >= job.training.steps:
+        return None
+    mesh = build_mesh(job.mesh, device=device)
+    engine = together(lambda: _engine(job, mesh, found), what="building or restoring the model")
+    on_main(lambda: _record(job, run_dir))
+    metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
+    metrics.say(_describe(job, mesh, found))
+    return Session(
+        job=job,
+        mesh=mesh,
+        engine=engine,
+        loader=_loader(job, train, mesh),
+        validator=_validator(job, validation, mesh),
+        metrics=metrics,
+        saver=Saver(root, job, fingerprint=train.fingerprint, metrics=metrics, saved_step=progress.step),
+        watchdog=Watchdog(first_step_s=job.training.first_step_timeout_s, step_s=job.training.step_timeout_s),
+        progress=progress,
+        resumed_step=progress.step,
+        started=started,
+    )
+
+
+def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
+    """Open both splits; rank 0 checks the files' hashes, for all."""
+    from data_pipeline.loader import TokenDataset
+    from data_pipeline.manifest import load_manifest
+
+    folder = Path(job.data.directory)
+    vocabulary = int(load_manifest(folder).tokenizer["vocab_size"])
+    if vocabulary > job.model.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {folder} has {vocabulary} pieces, model.vocab_size is {job.model.vocab_size}: "
+            f"set model.vocab_size to {vocabulary} or more, or train a smaller tokenizer"
+        )
+    options: dict[str, Any] = {
+        "sequence_length": job.data.sequence_length,
+        "seed": job.data.seed,
+        "verify": env.is_main(),
+    }
+    return TokenDataset(folder, "train", **options), TokenDataset(folder, "validation", **options)
+
+
+def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> Engine:
+    """Build the model, split it over the mesh, wrap it, and restore ``found``."""
+    model = build_language_model(job.model, seed=job.training.seed, device=mesh.device)
+    segments = apply_parallelism(model, mesh)
+    engine = build_engine(model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments)
+    if found is not None:
+        path, state = found
+        engine.load(CheckpointReader(path), optimizer_steps=int(state["optimizer_steps"]))
+    return engine
+
+
+def _record(job: Job, run_dir: Path) -> None:
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / "recipe.json", dict(job.recipe))
+
+
+def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
+    return MetricsWriter(
+        run_dir,
+        main=env.is_main(),
+        resumed_step=progress.step,
+        steps=job.training.steps,
+        tensorboard=job.logging.tensorboard,
+        progress=job.logging.progress,
+    )
+
+
+def _loader(job: Job, dataset: TokenDataset, mesh: Mesh) -> BatchLoader:
+    from data_pipeline.loader import BatchLoader
+
+    return BatchLoader(
+        dataset,
+        global_batch=job.global_rows,
+        micro_batch=job.training.micro_batch,
+        dp_rank=mesh.dp_rank,
+        dp_size=mesh.dp,
+    )
+
+
+def _validator(job: Job, dataset: TokenDataset, mesh: Mesh) -> Validator:
+    return Validator(
+        dataset, rows=job.training.validation_rows, micro_batch=job.training.micro_batch, mesh=mesh
+    )
+
+
+def _describe(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> str:
+    """Say in a few lines what is about to run."""
+    training, rows = job.training, job.global_rows
+    count = parameter_counts(job.model).total
+    engine = f"deepspeed ZeRO {training.zero_stage}" if training.engine == "deepspeed" else "local"
+    precision = "bf16" if uses_bf16(training, mesh) else "fp32"
+    if training.precision != precision:
+        precision += " (bf16 was asked for; a CPU computes in fp32)"
+    accumulation = rows // (training.micro_batch * mesh.dp)
+    lines = [
+        f"model: {count:,} parameters; engine: {engine}, {precision}; mesh: dp {mesh.dp} x sp {mesh.sp} x "
+        f"tp {mesh.tp} on {mesh.device.type}",
+        f"batch: micro {training.micro_batch} x accumulation {accumulation} x dp {mesh.dp} = {rows} rows of "
+        f"{job.data.sequence_length} tokens; steps: {training.steps}",
+    ]
+    if found is not None:
+        lines.append(f"resuming from {found[0]}")
+    return "\n".join(lines)
