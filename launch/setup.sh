@@ -90,7 +90,7 @@ else
     pip_install -c "$pins" torch # first: DeepSpeed looks at it while it is installed
 fi
 say "installing trellis-dist[$extras] and what it needs (a few minutes)"
-pip_install -c "$pins" -e "$root[$extras]"
+pip_install -c "$pins" -e "${root}[$extras]"
 
 # Extras of earlier calls at the same hash stay installed.
 previous=$([[ -f $stamp && $(head -n 1 "$stamp") == "$hash" ]] && tail -n +2 "$stamp" || true)

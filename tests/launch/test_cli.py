@@ -1,0 +1,117 @@
+"""The command line: one clear line for what a user can cause, a traceback only with --debug."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+
+BAD = {
+    "unknown key": (["plan", "quickstart", "--set", "model.dimm=128"], "did you mean model.dim?"),
+    "mesh that does not fit": (["plan", "quickstart", "--set", "mesh.dp=3"], "dp 3"),
+    "segment no multiple of C": (
+        [
+            "plan",
+            "quickstart",
+            "--set",
+            "mesh.sp=2",
+            "--set",
+            "mesh.dp=1",
+            "--set",
+            "data.sequence_length=64",
+        ],
+        "chunk size",
+    ),
+    "missing corpus": (["prepare", "quickstart", "--corpus", "nowhere/at/all.txt"], "no such file or folder"),
+    "unpinned data set": (
+        ["prepare", "350m-c4", "--set", "data.source.revision="],
+        "--set data.source.revision=COMMIT",
+    ),
+    "resume without checkpoint": (
+        ["train", "quickstart", "--resume", "--run-dir", "RUN"],
+        "nothing to resume",
+    ),
+    "train before prepare": (
+        ["train", "quickstart", "--run-dir", "RUN", "--dataset-dir", "RUN/none"],
+        "trellis prepare",
+    ),
+    "eval of no run": (["eval", "RUN"], "is no run folder"),
+    "export of no run": (["export", "RUN", "RUN/out"], "is no run folder"),
+    "doctor of nothing": (["doctor", "RUN/nothing"], "no such file or folder"),
+    "doctor of anything": (["doctor", "RUN"], "is no checkpoint"),
+    "unknown recipe": (["plan", "quikstart"], "quickstart"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_a_non_zero_exit(
+    case: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments, words = BAD[case]
+    status = main([item.replace("RUN", str(tmp_path)) for item in arguments])
+    printed = capsys.readouterr()
+    assert status == 1
+    assert printed.err.startswith("trellis: error: ")
+    assert len(printed.err.splitlines()) == 1
+    assert words in printed.err
+    assert printed.out == ""
+
+
+def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart", "--set", "model.dimm=1", "--debug"]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback (most recent call last)" in printed
+    assert printed.splitlines()[-1].startswith("trellis: error: ")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["plan"], ["no-such-command"], ["plan", "quickstart", "--no-such-option"]]
+)
+def test_misuse_is_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_help_is_quick_and_a_subprocess_reports_its_status() -> None:
+    start = time.monotonic()
+    shown = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "--help"], capture_output=True, text=True, timeout=60
+    )
+    assert time.monotonic() - start < 10.0  # seconds would mean torch; the limit is wide for a loaded machine
+    assert shown.returncode == 0
+    for command in ("plan", "prepare", "train", "eval", "run", "generate", "export", "doctor"):
+        assert command in shown.stdout
+    code = "import sys; from launch.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+    refused = subprocess.run(
+        [sys.executable, "-m", "launch.cli", "plan", "nothing"], capture_output=True, text=True, timeout=60
+    )
+    assert refused.returncode == 1
+    assert "Traceback" not in refused.stderr
+
+
+def test_plan_prints_what_the_recipe_means(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "quickstart", "--set", "optimizer.lr=1e-3"]) == 0
+    shown = capsys.readouterr().out
+    assert "optimizer.lr = 0.001" in shown
+    assert "default: 0.003" in shown
+    assert "global rows" in shown
+    assert "without embeddings" in shown
+
+
+def test_plan_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "350m-c4+contexts/16k", "--set", "mesh.dp=8", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out)
+    batch, memory = plan["batch"], plan["memory_per_rank_bytes"]
+    assert batch["global_rows"] == batch["micro_batch"] * batch["accumulation"] * batch["dp"]
+    assert batch["tokens"] == batch["steps"] * batch["global_rows"] * batch["sequence_length"]
+    assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
+    parameters = plan["parameters"]["total"]
+    assert memory["weights"] == 2 * parameters
+    assert memory["optimizer_moments"] == pytest.approx(8 * parameters / 8, abs=8)

@@ -1,0 +1,53 @@
+"""Ranks: what one of them fails with reaches the user as one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch import worker
+from launch.ranks import RankError, log_folder, record_failure, run_ranks
+from launch.recipe import load_recipe, resolve
+from trellis_dist.files import read_json, write_json
+
+
+def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path) -> None:
+    table = resolve(load_recipe("quickstart"))
+    table["model"]["dimm"] = 1
+    write_json(tmp_path / "recipe.json", table)
+    with pytest.raises(RankError) as caught:
+        run_ranks(
+            2, run_dir=tmp_path, arguments=[f"--recipe={tmp_path / 'recipe.json'}", f"--run-dir={tmp_path}"]
+        )
+    assert "model.dimm = 1: unknown key; did you mean model.dim?" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+    assert "Traceback (most recent call last)" in caught.value.detail
+
+
+def test_a_rank_that_dies_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # No recipe argument: argparse ends the rank with status 2 before it can record anything.
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with pytest.raises(RankError, match=r"rank 0: exit status 2; logs"):
+        run_ranks(1, run_dir=tmp_path, arguments=[f"--run-dir={tmp_path}", "--resume=perhaps"])
+
+
+def test_the_worker_records_its_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert worker.main([f"--recipe={tmp_path / 'none.json'}", f"--run-dir={tmp_path}"]) == 1
+    failure = read_json(log_folder(tmp_path) / "failure-rank-00000.json")
+    assert "none.json" in failure["message"]
+    assert "Traceback" in failure["detail"]
+
+
+def test_a_bug_is_named_as_one() -> None:
+    assert worker.error_line(ValueError("say --this")) == "say --this"
+    assert worker.error_line(KeyError("x")).startswith("KeyError: 'x' (a bug; run again with --debug")
+
+
+def test_a_failure_that_cannot_be_written_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("in the way")
+    record_failure(tmp_path, rank=1, message="m", detail="the whole story")
+    assert "the whole story" in capsys.readouterr().out

@@ -1,0 +1,36 @@
+"""A run keeps its recipe; stages remember what they were asked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.recipe import load_recipe
+from launch.run_folder import Stages, claim_run, recipe_of_run
+
+
+def test_a_run_keeps_its_recipe_once_it_has_a_checkpoint(tmp_path: Path) -> None:
+    claim_run(tmp_path, load_recipe("quickstart"))
+    claim_run(
+        tmp_path, load_recipe("quickstart", ["optimizer.lr=1e-3"])
+    )  # nothing trained yet: free to change
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"optimizer.lr 0.001 -> 0.002.*--run-dir"):
+        claim_run(tmp_path, load_recipe("quickstart", ["optimizer.lr=2e-3"]))
+    assert recipe_of_run(tmp_path).optimizer.lr == 1e-3
+
+
+def test_what_decides_no_weight_may_change(tmp_path: Path) -> None:
+    claim_run(tmp_path, load_recipe("quickstart"))
+    (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
+    claim_run(tmp_path, load_recipe("quickstart", ["logging.interval=1", "evals.needle_samples=3"]))
+    assert recipe_of_run(tmp_path).logging.interval == 1
+
+
+def test_a_stage_is_done_only_for_the_same_question(tmp_path: Path) -> None:
+    Stages(tmp_path).finish("prepare", "a", 1.5)
+    assert Stages(tmp_path).done("prepare", "a")
+    assert not Stages(tmp_path).done("prepare", "b")
+    assert not Stages(tmp_path).done("train", "a")
+    assert Stages(tmp_path).seconds() == {"prepare": 1.5}

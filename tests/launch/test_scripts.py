@@ -1,0 +1,113 @@
+"""The shell scripts: the dry run prints what would run, and a wrong Python is refused with the remedy."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ROOT / "launch" / "torchrun" / "train.sh"
+
+
+def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [str(argument) for argument in arguments],
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def dry_run(*options: str) -> list[list[str]]:
+    ran = shell(TORCHRUN, "--dry-run", "--ranks-per-node", "4", *options)
+    assert ran.returncode == 0, ran.stderr
+    return [shlex.split(line) for line in ran.stdout.splitlines() if not line.startswith("#")]
+
+
+def test_static_rendezvous_gives_every_node_its_place() -> None:
+    lines = dry_run(
+        "--nodes", "3", "--master", "10.1.0.1", "--rendezvous", "static", "350m-c4", "--set", "mesh.sp=2"
+    )
+    assert len(lines) == 3
+    for place, line in enumerate(lines):
+        assert f"--node-rank={place}" in line
+        assert {"--nnodes=3", "--nproc-per-node=4", "--master-addr=10.1.0.1", "--master-port=29500"} <= set(
+            line
+        )
+        assert line[-6:] == ["-m", "launch.cli", "train", "350m-c4", "--set", "mesh.sp=2"]
+
+
+def test_c10d_rendezvous_is_the_same_command_everywhere() -> None:
+    first, second = dry_run(
+        "--nodes", "2", "--master", "host", "--port", "29511", "--job", "seven", "quickstart"
+    )
+    assert first == second
+    assert {"--rdzv-backend=c10d", "--rdzv-endpoint=host:29511", "--rdzv-id=seven"} <= set(first)
+
+
+def test_overrides_with_spaces_survive_the_shell() -> None:
+    (line,) = dry_run(
+        "--nodes", "1", "--master", "h", "quickstart", "--set", 'model.pattern=["trellis", "attention"]'
+    )
+    assert line[-1] == 'model.pattern=["trellis", "attention"]'
+
+
+def test_torchrun_refuses_what_cannot_work() -> None:
+    for options, words in [
+        (["--master", "h", "quickstart"], "--nodes is missing"),
+        (["--nodes", "2", "quickstart"], "--master is missing"),
+        (["--nodes", "2", "--master", "h"], "no recipe"),
+        (["--nodes", "two", "--master", "h", "quickstart"], "whole number"),
+        (["--nodes", "2", "--master", "h", "--rendezvous", "etcd", "quickstart"], "use c10d or static"),
+        (
+            ["--nodes", "2", "--master", "h", "--rendezvous", "static", "--ranks-per-node", "1", "q"],
+            "--node-rank",
+        ),
+    ]:
+        ran = shell(TORCHRUN, *options)
+        assert ran.returncode == 2
+        assert words in ran.stderr
+        assert len(ran.stderr.splitlines()) == 1
+
+
+def checkout(tmp_path: Path) -> Path:
+    """A folder with the set-up script and what it hashes, but no .venv."""
+    (tmp_path / "launch").mkdir()
+    for name in ("launch/setup.sh", "constraints.txt", "pyproject.toml"):
+        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    return tmp_path / "launch" / "setup.sh"
+
+
+def test_an_old_python_is_refused(tmp_path: Path) -> None:
+    old = tmp_path / "python-old"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2" && exit 0\nexit 1\n')
+    old.chmod(0o755)
+    ran = shell("bash", checkout(tmp_path), "train", PYTHON=str(old))
+    assert ran.returncode == 1
+    assert "is Python 3.9.2: trellis-dist needs Python 3.11 or newer" in ran.stderr
+
+
+def test_a_python_without_venv_names_the_package(tmp_path: Path) -> None:
+    bare = tmp_path / "python-bare"
+    bare.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 0;; esac\nexit 1\n')
+    bare.chmod(0o755)
+    ran = shell("bash", checkout(tmp_path), "train", PYTHON=str(bare))
+    assert ran.returncode == 1
+    assert "apt install python3-venv" in ran.stderr
+
+
+def test_a_second_set_up_does_nothing(tmp_path: Path) -> None:
+    script = checkout(tmp_path)
+    digest = shell(
+        "bash",
+        "-c",
+        f"cat {tmp_path}/constraints.txt {tmp_path}/pyproject.toml | sha256sum | cut -d ' ' -f 1",
+    ).stdout.strip()
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv" / ".trellis-installed").write_text(f"{digest}\ndata\ntrain\n")
+    ran = shell("bash", script, "train,data", PYTHON="/nonexistent")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert shell("bash", script, "train,evals", PYTHON="/nonexistent").returncode == 1
