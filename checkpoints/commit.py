@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 STEP = re.compile(r"step-([0-9]{8,})")
-ATTEMPT = re.compile(r"\.attempt-step-([0-9]{8,})-(.+)-([0-9]+)-([0-9a-f]{8})")
+ATTEMPT = re.compile(r"\.attempt-step-([0-9]{8,})-(.+)-([0-9]+)-([0-9a-f]{8})-[0-9a-f]{8}")
 REMOVED = re.compile(r"\.removed-step-[0-9]{8,}-[0-9a-f]{8}")
 # Tells this process from an earlier one that had the same host name and process id (containers).
 PROCESS = os.urandom(4).hex()
@@ -69,7 +69,7 @@ def begin_attempt(root: Path, step: int, *, file_system: FileSystem) -> Path:
         file_system.make_directory(folder)
         file_system.fsync_directory(folder.parent)
     remove_leftovers(root, step=step, file_system=file_system)
-    attempt = root / f".attempt-{step_name(step)}-{_host()}-{os.getpid()}-{PROCESS}"
+    attempt = root / f".attempt-{step_name(step)}-{_host()}-{os.getpid()}-{PROCESS}-{os.urandom(4).hex()}"
     file_system.make_directory(attempt)
     return attempt
 

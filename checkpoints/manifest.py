@@ -199,13 +199,9 @@ def load_manifest(directory: Path) -> Manifest:
     data, line = (_read_small(directory / name) for name in (MANIFEST_FILE, DIGEST_FILE))
     match = DIGEST_LINE.fullmatch(line.decode("latin-1"))
     if not match:
-        raise ValueError(
-            f"{directory / DIGEST_FILE} is damaged: it does not hold the digest of {MANIFEST_FILE}"
-        )
+        raise ValueError(f"{directory / DIGEST_FILE} is damaged: it does not hold a SHA-256")
     if hashlib.sha256(data).hexdigest() != match[1]:
-        raise ValueError(
-            f"{directory / MANIFEST_FILE} is damaged: its SHA-256 is not the one in {DIGEST_FILE}"
-        )
+        raise ValueError(f"{directory / MANIFEST_FILE} and {DIGEST_FILE} disagree: one of them is damaged")
     try:
         return _parse(json.loads(data), digest=match[1])
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

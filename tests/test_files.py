@@ -1,0 +1,165 @@
+"""trellis_dist.files: a write leaves the old file or the new one, never a part of one."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.checkpoints.helpers import DyingFileSystem, FailingFileSystem, Killed
+from trellis_dist.files import (
+    FileSystem,
+    atomic_write,
+    commit_directory,
+    digest,
+    read_json,
+    sha256_file,
+    write_json,
+)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(JSON)
+def test_json_round_trip_and_digest(tmp_path_factory: pytest.TempPathFactory, value: object) -> None:
+    path = tmp_path_factory.getbasetemp() / "value.json"
+    write_json(path, value)
+    assert read_json(path) == value
+    assert digest(read_json(path)) == digest(value)
+
+
+def test_json_is_canonical(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"b": 1, "a": [1.5, None]})
+    write_json(tmp_path / "b.json", {"a": [1.5, None], "b": 1})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert (tmp_path / "a.json").read_text().endswith("}\n")
+
+
+def test_digest_is_sha256_of_compact_sorted_json() -> None:
+    assert digest({"b": 1, "a": 2}) == hashlib.sha256(b'{"a":2,"b":1}').hexdigest()
+
+
+def test_values_json_cannot_hold_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError):
+        write_json(tmp_path / "a.json", {"loss": float("nan")})
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"path": tmp_path})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"a":1', b"[" * 100_000])
+def test_malformed_json_names_the_file(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "broken.json"
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"broken\.json"):
+        read_json(path)
+
+
+def test_read_json_of_a_missing_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 20) - 1, 1 << 20, (1 << 20) + 1])
+def test_sha256_file(tmp_path: Path, size: int) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(bytes(range(256)) * (size // 256) + b"x" * (size % 256))
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_atomic_write_replaces(tmp_path: Path) -> None:
+    atomic_write(tmp_path / "f", "old")
+    atomic_write(tmp_path / "f", b"new")
+    assert (tmp_path / "f").read_bytes() == b"new"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+@pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
+def test_atomic_write_keeps_the_old_file_when_the_disk_fails(tmp_path: Path, operation: str) -> None:
+    atomic_write(tmp_path / "f", "old")
+    with pytest.raises(OSError):
+        atomic_write(tmp_path / "f", "new", file_system=FailingFileSystem(operation, "f"))
+    assert (tmp_path / "f").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_atomic_write_killed_at_every_boundary(tmp_path: Path) -> None:
+    counter = DyingFileSystem()
+    atomic_write(tmp_path / "f", json.dumps({"a": 1}), file_system=counter)
+    assert [operation for operation, _ in counter.log] == [
+        "create",
+        "write",
+        "fsync",
+        "rename",
+        "fsync-directory",
+    ]
+    for stop_at in range(len(counter.log)):
+        atomic_write(tmp_path / "f", "old")
+        with pytest.raises(Killed):
+            atomic_write(tmp_path / "f", "new", file_system=DyingFileSystem(stop_at))
+        assert (tmp_path / "f").read_text() == ("new" if stop_at == 4 else "old")
+
+
+def test_commit_directory_syncs_everything_then_renames(tmp_path: Path) -> None:
+    (tmp_path / "attempt" / "inner").mkdir(parents=True)
+    (tmp_path / "attempt" / "a").write_text("a")
+    (tmp_path / "attempt" / "inner" / "b").write_text("b")
+    system = DyingFileSystem()
+    commit_directory(tmp_path / "attempt", tmp_path / "final", file_system=system)
+    assert system.log == [
+        ("fsync", "b"),
+        ("fsync-directory", "inner"),
+        ("fsync", "a"),
+        ("fsync-directory", "attempt"),
+        ("rename", "final"),
+        ("fsync-directory", tmp_path.name),
+    ]
+    assert (tmp_path / "final" / "inner" / "b").read_text() == "b"
+    assert not (tmp_path / "attempt").exists()
+
+
+@pytest.mark.parametrize("kind", ["directory", "empty", "file", "dangling link"])
+def test_commit_directory_never_overwrites(tmp_path: Path, kind: str) -> None:
+    attempt, final = tmp_path / "attempt", tmp_path / "final"
+    attempt.mkdir()
+    (attempt / "a").write_text("new")
+    if kind in ("directory", "empty"):
+        final.mkdir()
+    if kind == "directory":
+        (final / "a").write_text("old")
+    if kind == "file":
+        final.write_text("old")
+    if kind == "dangling link":
+        final.symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="final"):
+        commit_directory(attempt, final)
+    assert (attempt / "a").read_text() == "new"
+    if kind == "directory":
+        assert (final / "a").read_text() == "old"
+
+
+def test_a_written_file_is_never_shared(tmp_path: Path) -> None:
+    FileSystem().write(tmp_path / "f", [b"first"])
+    with pytest.raises(FileExistsError):
+        FileSystem().write(tmp_path / "f", [b"second"])
+    assert (tmp_path / "f").read_bytes() == b"first"
+
+
+def test_remove_tree_does_not_follow_links(tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "precious").write_text("p")
+    (tmp_path / "tree" / "inner").mkdir(parents=True)
+    (tmp_path / "tree" / "inner" / "link").symlink_to(tmp_path / "outside")
+    (tmp_path / "tree" / "file-link").symlink_to(tmp_path / "outside" / "precious")
+    FileSystem().remove_tree(tmp_path / "tree")
+    FileSystem().remove_tree(tmp_path / "tree")  # gone already: no error
+    assert not (tmp_path / "tree").exists()
+    assert (tmp_path / "outside" / "precious").read_text() == "p"
