@@ -123,7 +123,7 @@ def evaluate(run_dir: RunArgument, set_: Overrides = None, as_json: AsJson = Fal
     """Score a run's newest checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
     from launch.layers import override
     from launch.recipe import parse_recipe, resolve
-    from launch.run_folder import recipe_of_run
+    from launch.run_folder import StageSeconds, recipe_of_run
 
     table = resolve(recipe_of_run(run_dir))
     strangers = [item for item in set_ or [] if not item.startswith("evals.")]
@@ -135,8 +135,10 @@ def evaluate(run_dir: RunArgument, set_: Overrides = None, as_json: AsJson = Fal
     recipe = parse_recipe(table, source=str(run_dir))
     from evals.evaluate import evaluate_run
     from evals.report import write_run_report
+    from evals.summary import write_summary
 
     results = evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+    write_summary(run_dir, StageSeconds(run_dir).all())
     report = write_run_report(run_dir)
     print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")
 
@@ -203,7 +205,7 @@ def doctor(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 (an error), 2 (a misused command) or 130 (interrupted)."""
+    """Run the command line; returns 0, 1 (error), 2 (misuse), 75 (SIGTERM, saved) or 130 (interrupted)."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [item for item in given if item != "--debug"]
@@ -219,8 +221,13 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(error: Exception, *, debug: bool) -> int:
     """Say what went wrong, one line per problem; with --debug also the traceback, a failed rank's own."""
-    from launch.ranks import RankError
+    from launch.ranks import RankError, TerminatedError
     from launch.worker import error_line
+    from trellis_dist.training.job import EXIT_TERMINATED
+
+    if isinstance(error, TerminatedError):
+        print(f"trellis: {error}", file=sys.stderr)
+        return EXIT_TERMINATED
 
     usage = getattr(error, "format_message", None)  # a misused command line, from typer's parser
     if debug:

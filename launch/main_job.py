@@ -3,54 +3,52 @@
 from __future__ import annotations
 
 import os
-import platform
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from launch.preflight import check_source
-from launch.recipe import Recipe, resolve
-from launch.run_folder import Stages, claim_run
+from launch.recipe import Recipe
+from launch.run_folder import StageSeconds, claim_run
 from launch.training_run import train
-from launch.worker import Resume
-from trellis_dist.files import digest
 
 __all__ = ["main_job", "render_summary"]
 
 STARTED_AT = "TRELLIS_STARTED_AT"
+Say = Callable[[str], None]
 
 
-def main_job(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] = print) -> dict[str, Any]:
+def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, Any]:
     """Do what is left of the job and return its summary (also ``RUN/summary.json``, ``RUN/report.html``).
 
     Raises:
         ValueError, OSError: what a user can change, one line each.
         launch.ranks.RankError: a training rank failed.
+        launch.ranks.TerminatedError: SIGTERM; the run was saved.
     """
-    from evals.report import write_run_report
-    from evals.summary import write_summary
-
     check_source(recipe)
     claim_run(run_dir, recipe)
-    stages = Stages(run_dir)
-    keys = _keys(recipe)
-    _stage(stages, "prepare", keys["prepare"], _has_shards(recipe), lambda: _prepare(recipe), say)
-    _train_in_two_halves(recipe, run_dir, stages, keys["train"], say)
-    evaluated = any((run_dir / "evals").glob("*.json"))
-    fresh = _stage(stages, "eval", keys["eval"], evaluated, lambda: _evaluate(recipe, run_dir), say)
-    summary: dict[str, Any] = write_summary(run_dir, dict(stages.seconds()))
-    if fresh or not (run_dir / "report.html").is_file():
-        write_run_report(run_dir)
-    return summary
+    seconds = StageSeconds(run_dir)
+    fingerprint = _prepare(recipe, seconds, say)
+    if _trained_on(run_dir, recipe.training.steps) == fingerprint:
+        say("train: done before, re-used")
+    else:
+        _train_in_two_halves(recipe, run_dir, seconds, say)
+    return _evaluate(recipe, run_dir, seconds, say)
 
 
 def render_summary(summary: dict[str, Any], run_dir: Path) -> str:
-    """The closing lines of `trellis run`: where things are, then the numbers."""
-    rows = [f"  {key:<40} {_number(value)}" for key, value in sorted(summary.items()) if _number(value)]
-    where = [f"results in {run_dir}: report.html, summary.json, metrics.jsonl, tensorboard/, checkpoints/"]
-    return "\n".join([*rows, *where])
+    """The closing lines of `trellis run`: the numbers, then where things are."""
+    shown = {key: value for key, value in summary.items() if not key.startswith("decode/")}
+    rows = [f"  {key:<36} {_number(value)}" for key, value in sorted(shown.items()) if _number(value)]
+    if "seconds/first_loss" in summary:
+        rows.append(f"time to the first loss line: {summary['seconds/first_loss']:.0f} s after the start")
+    rows.append(f"results in {run_dir}: report.html, summary.json, metrics.jsonl, evals/, checkpoints/")
+    rows.append(f"curves: .venv/bin/tensorboard --logdir {run_dir / 'tensorboard'}")
+    return "\n".join(rows)
 
 
 def _number(value: Any) -> str:
@@ -59,80 +57,86 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
-def _keys(recipe: Recipe) -> dict[str, str]:
-    """What each stage's result depends on; a changed answer runs that stage and those after it again."""
-    resolved = resolve(recipe)
-    # The default corpus is the running Python's library, so another Python is another corpus.
-    shards = {k: v for k, v in resolved["data"].items() if k not in ("sequence_length", "seed", "packing")}
-    prepare = digest([shards, platform.python_version() if recipe.data.source.kind == "stdlib" else None])
-    elsewhere = ("evals", "logging", "checkpoint", "choices", "description")
-    trained = {k: v for k, v in resolved.items() if k not in elsewhere}
-    train_key = digest([prepare, trained])
-    return {"prepare": prepare, "train": train_key, "eval": digest([train_key, resolved["evals"]])}
-
-
-def _stage(
-    stages: Stages, name: str, key: str, present: bool, work: Callable[[], None], say: Callable[[str], None]
-) -> bool:
-    """Run ``work`` unless its result is there already; True when it ran."""
-    if present and stages.done(name, key):
-        say(f"{name}: done before, re-used")
-        return False
-    say(f"{name}: started")
+@contextmanager
+def _timed(stage: str, seconds: StageSeconds, say: Say) -> Iterator[None]:
+    say(f"{stage}: started")
     start = time.monotonic()
-    work()
-    seconds = time.monotonic() - start
-    stages.finish(name, key, seconds)
-    say(f"{name}: done in {seconds:.0f} s")
-    return True
+    yield
+    took = time.monotonic() - start
+    seconds.record(stage, took)
+    say(f"{stage}: done in {took:.0f} s")
 
 
-def _has_shards(recipe: Recipe) -> bool:
-    return (Path(recipe.data.directory) / "manifest.json").is_file()
-
-
-def _prepare(recipe: Recipe) -> None:
+def _prepare(recipe: Recipe, seconds: StageSeconds, say: Say) -> str:
+    """Make the token shards (or find them made of the same text), and return the data set's fingerprint."""
     from data_pipeline.job import prepare
+    from data_pipeline.manifest import load_manifest
 
-    prepare(recipe.data, progress=recipe.logging.progress)
+    directory = Path(recipe.data.directory)
+    before = load_manifest(directory).fingerprint if (directory / "manifest.json").is_file() else None
+    start = time.monotonic()
+    manifest = prepare(recipe.data, progress=recipe.logging.progress)
+    if manifest.fingerprint == before:
+        say(f"prepare: done before, re-used ({directory})")
+        if "prepare" not in seconds.all():
+            seconds.record("prepare", sum(manifest.seconds.values()))
+    else:
+        seconds.record("prepare", time.monotonic() - start)
+        say(f"prepare: done in {time.monotonic() - start:.0f} s ({directory})")
+    return manifest.fingerprint
 
 
-def _evaluate(recipe: Recipe, run_dir: Path) -> None:
-    from evals.evaluate import evaluate_run
+def _trained_on(run_dir: Path, steps: int) -> str | None:
+    """Fingerprint of the data a finished run was trained on; None when its last step is not there."""
+    from checkpoints.commit import list_steps
+    from checkpoints.state import load_run_state
 
-    evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+    path = list_steps(run_dir / "checkpoints").get(steps)
+    return None if path is None else str(load_run_state(path)["data"]["fingerprint"])
 
 
-def _train_in_two_halves(
-    recipe: Recipe, run_dir: Path, stages: Stages, key: str, say: Callable[[str], None]
-) -> None:
+def _train_in_two_halves(recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say) -> None:
     """Stop at half the steps and continue from the checkpoint in new processes, as after a crash."""
-    steps = recipe.training.steps
-    half = steps // 2
-    finished = _newest_step(run_dir) >= steps
-    if half > 0 and _newest_step(run_dir) < half:
-        with _FirstLoss(run_dir, stages, key):
-            _stage(
-                stages, "train_first_half", key, False, lambda: train(recipe, run_dir, stop_at_step=half), say
-            )
-        say(
-            f"train: stopped at step {_newest_step(run_dir)}; continuing from its checkpoint in new processes"
-        )
-    resume: Resume = "require" if half > 0 else "auto"
-    _stage(stages, "train_second_half", key, finished, lambda: train(recipe, run_dir, resume=resume), say)
-
-
-def _newest_step(run_dir: Path) -> int:
     from checkpoints.commit import list_steps
 
-    return max(list_steps(run_dir / "checkpoints"), default=-1)
+    half = recipe.training.steps // 2
+    newest = max(list_steps(run_dir / "checkpoints"), default=0)
+    if newest < half:
+        with _timed("train_first_half", seconds, say), _FirstLoss(run_dir, seconds):
+            train(recipe, run_dir, stop_at_step=half)
+        say(f"train: stopped at step {half}; continuing from its checkpoint in new processes")
+    with _timed("train_second_half", seconds, say):
+        train(recipe, run_dir, resume="require" if half else "auto")
+
+
+def _evaluate(recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say) -> dict[str, Any]:
+    """Score what has no stored result yet, then write summary and report."""
+    from evals.evaluate import evaluate_run
+    from evals.report import write_run_report
+    from evals.summary import write_summary
+
+    before = _stored_results(run_dir)
+    start = time.monotonic()
+    evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+    if _stored_results(run_dir) == before:
+        say("eval: done before, re-used")
+    else:
+        seconds.record("eval", time.monotonic() - start)
+        say(f"eval: done in {time.monotonic() - start:.0f} s")
+    summary: dict[str, Any] = write_summary(run_dir, seconds.all())
+    write_run_report(run_dir)  # after the summary: it shows the seconds per stage
+    return summary
+
+
+def _stored_results(run_dir: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (run_dir / "evals").glob("*.json")}
 
 
 class _FirstLoss:
     """Seconds from the command's start (``TRELLIS_STARTED_AT``, or now) to the first line of metrics."""
 
-    def __init__(self, run_dir: Path, stages: Stages, key: str) -> None:
-        self._metrics, self._stages, self._key = run_dir / "metrics.jsonl", stages, key
+    def __init__(self, run_dir: Path, seconds: StageSeconds) -> None:
+        self._metrics, self._seconds = run_dir / "metrics.jsonl", seconds
         self._started = float(os.environ.get(STARTED_AT, time.time()))
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
@@ -148,7 +152,7 @@ class _FirstLoss:
         if self._thread.ident is not None:
             self._thread.join()
         if self._seen is not None:
-            self._stages.finish("first_loss", self._key, self._seen - self._started)
+            self._seconds.record("first_loss", self._seen - self._started)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):

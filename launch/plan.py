@@ -55,14 +55,15 @@ def _batch(recipe: Recipe, *, dp: int) -> dict[str, int]:
 def _memory(recipe: Recipe, *, parameters: int, replicas: int) -> dict[str, int]:
     """Bytes by part on one rank; ZeRO 1 divides masters and moments over the ``replicas`` (dp * sp) ranks."""
     training = recipe.training
-    half = training.precision == "bf16" and training.engine == "deepspeed"
+    half = training.precision == "bf16"
     zero = training.engine == "deepspeed" and training.zero_stage == 1
     owned = -(-parameters // replicas) if zero else parameters
     moments = 8 if recipe.optimizer.kind == "adamw" else 0
     parts = {
         "weights": parameters * (2 if half else 4),
-        "gradients": parameters * (2 if half else 4),
-        "master_weights": owned * 4 if zero else 0,
+        # The local engine accumulates gradients in fp32, on its masters.
+        "gradients": parameters * (2 if half and training.engine == "deepspeed" else 4),
+        "master_weights": owned * 4 if zero or half else 0,
         "optimizer_moments": owned * moments,
         "activations_estimate": _activations(recipe),
     }

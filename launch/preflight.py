@@ -20,10 +20,9 @@ def local_ranks(recipe: Recipe) -> int:
     import torch
 
     devices = torch.cuda.device_count()
-    if recipe.training.engine == "local":
-        return 1
     inner = recipe.mesh.sp * recipe.mesh.tp
-    count = recipe.mesh.world_size() or max(inner, devices // inner * inner)
+    replicas = 1 if recipe.training.engine == "local" else max(1, devices // inner)
+    count = recipe.mesh.world_size() or replicas * inner
     if devices and count > devices:
         raise ValueError(
             f"the mesh needs {count} ranks, one per CUDA device, but this machine has {devices}: "

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from trellis_dist.files import read_json, write_json
+from trellis_dist.training.job import EXIT_TERMINATED
 
-__all__ = ["RankError", "log_folder", "record_failure", "run_ranks", "under_torchrun"]
+__all__ = ["RankError", "TerminatedError", "log_folder", "record_failure", "run_ranks", "under_torchrun"]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+class TerminatedError(RuntimeError):
+    """The run was asked to end (SIGTERM), saved a checkpoint and ended; starting it again resumes it."""
 
 
 class RankError(RuntimeError):
@@ -39,6 +44,7 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
 
     Raises:
         RankError: a rank failed; the message is that rank's own error line.
+        TerminatedError: SIGTERM; the ranks saved and ended.
         KeyboardInterrupt: interrupted; the ranks were stopped.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -53,8 +59,12 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
     try:
         torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "launch.worker", *arguments])
     except ChildFailedError as error:
+        if {failure.exitcode for failure in error.failures.values()} == {EXIT_TERMINATED}:
+            raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None
         raise _explain(error, run_dir) from None
-    except SignalException:
+    except SignalException as error:
+        if error.sigval == signal.SIGTERM:
+            raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None
         raise KeyboardInterrupt from None
 
 

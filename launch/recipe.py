@@ -128,11 +128,12 @@ def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
     """The recipe's mesh with ``dp`` filled in for ``world_size`` ranks.
 
     Raises:
-        ValueError: it cannot work there; the arithmetic is in the message.
+        ValueError: it, or the engine on it, cannot work there; the arithmetic is in the message.
     """
     from trellis_dist.parallel.mesh import check_mesh
+    from trellis_dist.training.engines.factory import check_engine
 
-    return check_mesh(
+    mesh = check_mesh(
         recipe.mesh,
         world_size=world_size,
         sequence_length=recipe.data.sequence_length,
@@ -144,6 +145,8 @@ def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
         conv_kernel=recipe.model.trellis.conv_kernel,
         pattern=recipe.model.pattern,
     )
+    check_engine(recipe.training, dp=mesh.dp or 1, sp=mesh.sp)
+    return mesh
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -227,7 +230,6 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     """What the sections must agree on; each line names the keys, the arithmetic and the remedy."""
     yield from _vocabulary(recipe)
     yield from _batch_and_mesh(recipe)
-    yield from _engine(recipe)
     yield from _schedule(recipe)
     for key in recipe.choices:
         if key not in set(_known_keys(Recipe)):
@@ -256,16 +258,6 @@ def _batch_and_mesh(recipe: Recipe) -> Iterator[str]:
         fit_mesh(recipe, world_size=recipe.mesh.world_size() or recipe.mesh.sp * recipe.mesh.tp)
     except ValueError as error:
         yield str(error)
-
-
-def _engine(recipe: Recipe) -> Iterator[str]:
-    mesh = recipe.mesh
-    ranks = (mesh.dp or 1) * mesh.sp * mesh.tp
-    if recipe.training.engine == "local" and ranks > 1:
-        yield (
-            f'training.engine = "local" runs on one device, but the mesh needs {ranks} ranks '
-            f'(dp {mesh.dp or 1} * sp {mesh.sp} * tp {mesh.tp}): use training.engine = "deepspeed"'
-        )
 
 
 def _schedule(recipe: Recipe) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""The run folder as the launcher sees it: its recipe, and which stages of the main job are done."""
+"""The run folder as the launcher sees it: its recipe, and how long the stages of the main job took."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from launch.recipe import Recipe, differences, parse_recipe, resolve
 from trellis_dist.files import read_json, write_json
 
-__all__ = ["Stages", "claim_run", "recipe_of_run"]
+__all__ = ["StageSeconds", "claim_run", "recipe_of_run"]
 
 # What may change between two starts of one run: nothing that decides which weights come out.
 _FREE = (
@@ -68,24 +68,18 @@ def _show(value: Any) -> str:
     return json.dumps(value)
 
 
-class Stages:
-    """``RUN/stages.json``: for each finished stage the digest of its inputs, and the seconds it took."""
+class StageSeconds:
+    """``RUN/stages.json``: how long each stage of the main job took when it was done, over several starts."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "stages.json"
-        self._done: dict[str, dict[str, Any]] = {}
-        if self._path.is_file():
-            self._done = read_json(self._path)
+        self._seconds: dict[str, float] = read_json(self._path) if self._path.is_file() else {}
 
-    def done(self, stage: str, key: str) -> bool:
-        """True when ``stage`` finished for exactly this question (``key``: a digest of its inputs)."""
-        return self._done.get(stage, {}).get("key") == key
+    def record(self, stage: str, seconds: float) -> None:
+        """Set the seconds of a stage, durably."""
+        self._seconds[stage] = round(seconds, 3)
+        write_json(self._path, self._seconds)
 
-    def finish(self, stage: str, key: str, seconds: float) -> None:
-        """Record a finished stage, durably."""
-        self._done[stage] = {"key": key, "seconds": round(seconds, 3)}
-        write_json(self._path, self._done)
-
-    def seconds(self) -> Mapping[str, float]:
-        """Seconds of every recorded stage, as first measured."""
-        return {stage: record["seconds"] for stage, record in self._done.items()}
+    def all(self) -> Mapping[str, float]:
+        """Stage -> seconds, of the stages that were recorded."""
+        return dict(self._seconds)

@@ -6,10 +6,11 @@ import os
 from pathlib import Path
 
 from launch import preflight
-from launch.ranks import run_ranks, under_torchrun
+from launch.ranks import TerminatedError, run_ranks, under_torchrun
 from launch.recipe import Recipe
 from launch.run_folder import claim_run
-from launch.worker import Resume, train_rank
+from launch.worker import train_rank
+from trellis_dist.training.job import EXIT_TERMINATED, Resume
 
 __all__ = ["train"]
 
@@ -22,11 +23,14 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Resume = "auto", stop_at_ste
     Raises:
         ValueError, OSError: what a user can change, one line each.
         launch.ranks.RankError: a rank failed; the message is that rank's error.
+        launch.ranks.TerminatedError: SIGTERM; the run was saved.
     """
     if under_torchrun():
         if os.environ["RANK"] == "0":
             claim_run(run_dir, recipe)
-        train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step)
+        result = train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step)
+        if result.exit_status == EXIT_TERMINATED:
+            raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it")
         return
     if resume == "require" and not any((run_dir / "checkpoints").glob("step-*")):
         raise FileNotFoundError(

@@ -7,23 +7,22 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import cast
 
 from launch.ranks import log_folder, record_failure
 from launch.recipe import Recipe, parse_recipe, resolve
 from trellis_dist.files import read_json
+from trellis_dist.training.job import Job, Resume, TrainResult
 
-__all__ = ["Resume", "error_line", "main", "train_rank"]
-
-Resume = Literal["auto", "require", "never"]
+__all__ = ["error_line", "main", "train_rank"]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
 
 
-def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> Any:
+def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> TrainResult:
     """Train in this process, as the rank that its environment says, and return the loop's result."""
-    from trellis_dist.training.loop import Job, run
+    from trellis_dist.training.loop import run
 
     job = Job(
         model=recipe.model,
@@ -55,13 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
         _redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")
     try:
         recipe = parse_recipe(read_json(options.recipe), source=str(options.recipe))
-        train_rank(
-            recipe, options.run_dir, resume=cast(Resume, options.resume), stop_at_step=options.stop_at_step
-        )
+        resume = cast(Resume, options.resume)
+        result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
     except Exception as error:
         record_failure(options.run_dir, rank=rank, message=error_line(error), detail=traceback.format_exc())
         return 1
-    return 0
+    except KeyboardInterrupt:
+        return 130  # every process of the terminal got the signal; the launcher says so once
+    return result.exit_status
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -33,11 +33,12 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_an_open_dp_takes_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    recipe = load_recipe("350m-c4", ["mesh.sp=2"])
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    assert preflight.local_ranks(recipe) == 4
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert preflight.local_ranks(recipe) == 2
+    recipe = load_recipe("350m-c4")
+    segments = load_recipe("350m-c4", ["training.engine=local", "mesh.sp=2"])
+    for devices, ranks in ((4, 4), (2, 2), (0, 1)):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
+        assert preflight.local_ranks(recipe) == ranks
+        assert preflight.local_ranks(segments) == 2
 
 
 def test_sources_are_checked_before_ray_starts(tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() ->
         ("mesh.tp=2", "mesh.tp = 2"),
         ("schedule.warmup_steps=100000", "schedule.warmup_steps = 100000"),
         ("choices.model.dimm=x", "choices"),
-        ('training.engine="local"', 'use training.engine = "deepspeed"'),
+        ('training.engine="local"', 'use engine = "deepspeed"'),
     ],
 )
 def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:

@@ -1,4 +1,4 @@
-"""A run keeps its recipe; stages remember what they were asked."""
+"""A run keeps its recipe; the seconds of its stages survive."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.recipe import load_recipe
-from launch.run_folder import Stages, claim_run, recipe_of_run
+from launch.run_folder import StageSeconds, claim_run, recipe_of_run
 
 
 def test_a_run_keeps_its_recipe_once_it_has_a_checkpoint(tmp_path: Path) -> None:
@@ -28,9 +28,7 @@ def test_what_decides_no_weight_may_change(tmp_path: Path) -> None:
     assert recipe_of_run(tmp_path).logging.interval == 1
 
 
-def test_a_stage_is_done_only_for_the_same_question(tmp_path: Path) -> None:
-    Stages(tmp_path).finish("prepare", "a", 1.5)
-    assert Stages(tmp_path).done("prepare", "a")
-    assert not Stages(tmp_path).done("prepare", "b")
-    assert not Stages(tmp_path).done("train", "a")
-    assert Stages(tmp_path).seconds() == {"prepare": 1.5}
+def test_seconds_of_stages_survive_a_new_start(tmp_path: Path) -> None:
+    StageSeconds(tmp_path).record("prepare", 1.5)
+    StageSeconds(tmp_path).record("eval", 2.0)
+    assert StageSeconds(tmp_path).all() == {"prepare": 1.5, "eval": 2.0}
