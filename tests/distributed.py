@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
+__all__ = ["CASE_TIMEOUT_S", "START_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0

@@ -162,8 +162,8 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
     require(
         global_rows >= rows and global_rows % rows == 0,
         f"global batch of {global_rows} rows = micro_batch {micro_batch} x accumulation "
-        f"{global_rows / rows:g} x dp {mesh.dp}: the accumulation must be a whole number, so use a multiple of {rows} rows "
-        f"(training.global_batch_tokens = rows x sequence length) or another training.micro_batch",
+        f"{global_rows / rows:g} x dp {mesh.dp}: the accumulation must be a whole number, so use a "
+        f"multiple of {rows} rows (training.global_batch_tokens = rows x T) or another training.micro_batch",
     )
 
 

@@ -1,0 +1,62 @@
+"""Everything parallelism does to a model, in order, in one place; the model itself knows nothing of it."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from trellis_dist.models.mixers.attention import AttentionMixer
+from trellis_dist.models.mixers.trellis import TrellisMixer
+from trellis_dist.models.parallel_kind import undeclared
+from trellis_dist.parallel.halo import HaloConvolution
+from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.parallel.segments import Segments
+from trellis_dist.parallel.sequence import StatePassing
+from trellis_dist.parallel.transfers import Transfers
+
+__all__ = ["apply_parallelism"]
+
+
+def apply_parallelism(model: nn.Module, mesh: Mesh) -> Segments:
+    """Split ``model`` (a ``LanguageModel`` or a part of one) over ``mesh``, in place.
+
+    Returns:
+        What cuts each batch for this rank: ``tokens, labels, cu_seqlens = segments.cut(tokens, labels,
+        cu_seqlens)`` before every forward pass (the batch itself when sp = 1).
+
+    Raises:
+        ValueError: a parameter declares no parallel kind, or a layer cannot be split over the sequence.
+    """
+    _check_declared(model)
+    mixers = [module for module in model.modules() if isinstance(module, TrellisMixer)]
+    chunk_sizes = {mixer.options.chunk_size for mixer in mixers} or {1}
+    assert len(chunk_sizes) == 1, "all layers of a model share one chunk size"
+    segments = Segments(mesh, chunk_size=chunk_sizes.pop())
+    if mesh.sp > 1:
+        _check_layers(model, mesh)
+        _split_sequence(mixers, Transfers(mesh), segments)
+    return segments
+
+
+def _check_declared(model: nn.Module) -> None:
+    names = undeclared(model)
+    if names:
+        raise ValueError(
+            f"parameter {names[0]} (and {len(names) - 1} more) declares no parallel kind, so its gradient "
+            "would be counted wrongly: make it with models.init.new_parameter"
+        )
+
+
+def _check_layers(model: nn.Module, mesh: Mesh) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionMixer):
+            raise ValueError(
+                f"layer {name} is softmax attention, which would have to see the other segments: with "
+                f"mesh.sp = {mesh.sp} use trellis layers only, or set mesh.sp = 1"
+            )
+
+
+def _split_sequence(mixers: list[TrellisMixer], transfers: Transfers, segments: Segments) -> None:
+    """One set of transfers for all layers: their order is the order in which the layers run."""
+    for mixer in mixers:
+        mixer.operation = StatePassing(transfers, segments)
+        mixer.convolution = HaloConvolution(mixer.convolution, transfers, segments)

@@ -1,0 +1,109 @@
+"""The short convolution over a sequence that is cut into segments: fetch the K-1 inputs before the segment.
+
+Forward, each rank sends the last K-1 inputs of its segment right and receives its own tail from the left;
+backward, the gradient of the tail travels back and is added to the inputs it came from.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from trellis_dist.models.conv import ConvFunction
+from trellis_dist.parallel.segments import Segments
+from trellis_dist.parallel.transfers import Transfers
+
+__all__ = ["HaloConvolution"]
+
+
+class HaloConvolution:
+    """A mixer's convolution, replaced: the same function of the whole sequence, computed on one segment.
+
+    Args:
+        dense: the mixer's own convolution, which takes the inputs before the first token as ``tail``.
+        transfers: the neighbours.
+        segments: which rows of the current batch continue a document of the segment before.
+    """
+
+    def __init__(self, dense: ConvFunction, transfers: Transfers, segments: Segments) -> None:
+        self._dense = dense
+        self._transfers = transfers
+        self._segments = segments
+
+    def __call__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        *,
+        edges: tuple[Tensor, ...] | None = None,
+        tail: Tensor | None = None,
+    ) -> Tensor:
+        """Convolve the segment x [B, L, F] with weight [F, K]; see ``models.conv.causal_conv``.
+
+        ``edges`` says that x is one packed row; where its documents start is taken from the cut. ``tail``,
+        inputs before the whole sequence, is what the first segment starts from.
+
+        Raises:
+            ValueError: the segment is shorter than the convolution's reach.
+        """
+        reach = weight.shape[1] - 1
+        if reach < 1:
+            return self._dense(x, weight, edges=edges, tail=tail)
+        rows = self._segments.rows(len(x), packed=edges is not None)
+        by_row = x.reshape(rows, -1, x.shape[-1])
+        _check_reach(by_row.shape[1], reach)
+        by_row, halo = _Halo.apply(by_row, reach, self._transfers)
+        before = self._segments.before(rows, at_most=reach)
+        if min(before) < reach:
+            halo = halo * _halo_mask(before, reach, halo)
+        if edges is None:
+            return self._dense(by_row, weight, tail=halo if any(before) else tail)
+        # One packed row again, each of its rows now preceded by its halo; the halo's own outputs are dropped.
+        stream = torch.cat([halo, by_row], dim=1).flatten(0, 1).unsqueeze(0)
+        y = self._dense(stream, weight, edges=self._segments.edges(reach + 1, x.device))
+        return y.view(rows, -1, x.shape[-1])[:, reach:].reshape(x.shape)
+
+
+def _halo_mask(before: tuple[int, ...], reach: int, like: Tensor) -> Tensor:
+    """1 where a halo token belongs to the document the segment continues, else 0: [R, reach, 1]."""
+    distance = torch.arange(reach, 0, -1, device=like.device)
+    mask = distance <= torch.tensor(before, device=like.device)[:, None]
+    return mask.to(like.dtype)[..., None]
+
+
+def _check_reach(length: int, reach: int) -> None:
+    if length < reach:
+        raise ValueError(
+            f"a segment of {length} tokens is shorter than the {reach} a convolution of {reach + 1} taps "
+            "looks back: use longer rows or a smaller mesh.sp"
+        )
+
+
+class _Halo(torch.autograd.Function):
+    """x [B, T, F] -> (x, the last ``reach`` inputs of the segment before [B, reach, F]; zeros on the first).
+
+    x passes through so that its gradient meets this node: every rank then runs the backward, and with it the
+    transfer, whatever the values of the gradients are.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, reach: int, transfers: Transfers) -> tuple[Tensor, Tensor]:
+        ctx.reach, ctx.transfers = reach, transfers
+        arrival = transfers.expect_left(x[:, :reach])
+        transfers.send_right(x[:, -reach:])
+        tail = torch.zeros_like(x[:, :reach]) if arrival is None else arrival.wait()[0]
+        return x.view_as(x), tail
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dx: Tensor, dtail: Tensor) -> tuple[Tensor, None, None]:
+        arrival = ctx.transfers.expect_right(dtail)
+        ctx.transfers.send_left(dtail)
+        if arrival is None:
+            return dx, None, None
+        dx = dx.clone()
+        dx[:, -ctx.reach :] += arrival.wait()[0]
+        return dx, None, None

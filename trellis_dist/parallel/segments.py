@@ -1,0 +1,162 @@
+"""Cutting a batch over sp, and what this segment must know of its rows' documents.
+
+Shapes: R rows of T tokens, cut into sp segments of L = T/sp tokens; this rank keeps tokens [sp_rank L, +L) of
+every row. A document that began in an earlier segment continues here; a row start always begins one.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trellis_dist.models.conv import document_edges
+from trellis_dist.parallel.mesh import Mesh
+
+__all__ = ["Segments", "row_ends"]
+
+
+@dataclass(frozen=True)
+class _Documents:
+    """The documents of the last batch that was cut.
+
+    Attributes:
+        before: per row, tokens that the document at this segment's first token has in the segments before.
+        inner: row and column of each document that starts inside this segment, past its first token.
+        length: L.
+    """
+
+    before: tuple[int, ...]
+    inner: tuple[tuple[int, int], ...]
+    length: int
+
+
+class Segments:
+    """Cuts batches for one rank; the model's replaced functions ask it about the batch that was cut last.
+
+    With sp > 1 every batch goes through ``cut`` right before the model's forward pass. Without a cut, and
+    after one without ``cu_seqlens``, every row is one document that runs through all segments.
+    """
+
+    def __init__(self, mesh: Mesh, *, chunk_size: int) -> None:
+        self.mesh = mesh
+        self._chunk_size = chunk_size
+        self._documents: _Documents | None = None
+
+    def cut(
+        self, tokens: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """This rank's segment of a batch; the batch itself when sp = 1.
+
+        Args:
+            tokens, labels: [R, T]. Labels are already shifted: the label of a segment's last token is the
+                first token of the next segment, which only the whole row knows.
+            cu_seqlens: [n+1], document boundaries in the flattened [R*T] stream, or None.
+
+        Returns:
+            tokens and labels [R, L], and the documents inside the segment (None when no document starts
+            inside it).
+
+        Raises:
+            ValueError: T does not divide into segments that are multiples of C, or a document does not start
+                at a multiple of C.
+        """
+        if self.mesh.sp == 1:
+            return tokens, labels, cu_seqlens
+        length = self._segment_length(tokens.shape[1])
+        here = slice(self.mesh.sp_rank * length, (self.mesh.sp_rank + 1) * length)
+        self._documents = None
+        if cu_seqlens is not None:
+            self._documents = self._find_documents(cu_seqlens, tokens.shape[0], tokens.shape[1], length)
+        return tokens[:, here], labels[:, here], self._local_bounds(cu_seqlens)
+
+    def rows(self, batch: int, *, packed: bool) -> int:
+        """R, the rows behind activations of ``batch`` rows (1 when ``packed``).
+
+        Raises:
+            ValueError: packed documents that did not come from ``cut``.
+        """
+        if not packed:
+            return batch
+        if self._documents is None:
+            raise ValueError(
+                "packed documents reached a model split over the sequence without being cut: pass the whole "
+                "rows and their cu_seqlens through Segments.cut before the forward pass"
+            )
+        return len(self._documents.before)
+
+    def continues(self, rows: int) -> tuple[bool, ...]:
+        """Per row, whether this segment continues a document of the segment before."""
+        return tuple(before > 0 for before in self.before(rows, at_most=1))
+
+    def before(self, rows: int, *, at_most: int) -> tuple[int, ...]:
+        """Per row, how many of the ``at_most`` tokens before this segment belong to its first document."""
+        if self.mesh.left is None:
+            return (0,) * rows
+        if self._documents is None:
+            return (at_most,) * rows
+        before = self._documents.before
+        assert len(before) == rows, "the batch in the model is not the one that was cut last"
+        return tuple(min(tokens, at_most) for tokens in before)
+
+    def edges(self, kernel: int, device: torch.device) -> tuple[Tensor, ...]:
+        """``conv.document_edges`` of the stream in which each row follows its kernel-1 halo tokens."""
+        assert self._documents is not None, "edges are asked for packed documents only"
+        stride = self._documents.length + kernel - 1
+        starts = [0] + [row * stride + kernel - 1 + column for row, column in self._documents.inner]
+        total = len(self._documents.before) * stride
+        return document_edges(torch.tensor(starts, device=device), total=total, kernel=kernel)
+
+    def _segment_length(self, total: int) -> int:
+        whole = self.mesh.sp * self._chunk_size
+        if total % whole:
+            raise ValueError(
+                f"rows of {total} tokens do not cut into mesh.sp = {self.mesh.sp} segments that are "
+                f"multiples of the chunk size {self._chunk_size}: use a multiple of {whole} tokens"
+            )
+        return total // self.mesh.sp
+
+    def _find_documents(self, cu_seqlens: Tensor, rows: int, total: int, length: int) -> _Documents:
+        starts = sorted({divmod(start, total) for start in cu_seqlens[:-1].tolist()})
+        for row, column in starts:
+            if column % self._chunk_size:
+                raise ValueError(
+                    f"a document starts at token {column} of row {row}, no multiple of the chunk size "
+                    f"{self._chunk_size}, so a segment boundary would fall inside a chunk: with mesh.sp = "
+                    f"{self.mesh.sp} pack documents at multiples of the chunk size, or set mesh.sp = 1"
+                )
+        begin = self.mesh.sp_rank * length
+        current = [0] * rows  # where each row's document at ``begin`` starts
+        for row, column in starts:
+            current[row] = max(current[row], column) if column <= begin else current[row]
+        return _Documents(
+            before=tuple(begin - column for column in current),
+            inner=tuple((row, col - begin) for row, col in starts if begin < col < begin + length),
+            length=length,
+        )
+
+    def _local_bounds(self, cu_seqlens: Tensor | None) -> Tensor | None:
+        documents = self._documents
+        if cu_seqlens is None or documents is None or not documents.inner:
+            return None
+        rows = len(documents.before)
+        bounds = {row * documents.length for row in range(rows + 1)}
+        bounds |= {row * documents.length + column for row, column in documents.inner}
+        return torch.tensor(sorted(bounds), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+
+
+@functools.lru_cache(maxsize=64)
+def row_ends(lengths: tuple[int, ...], rows: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """First and last document of each row; documents of ``lengths`` tokens fill ``rows`` equal rows."""
+    row_length = sum(lengths) // rows
+    first, last, position = [], [], 0
+    for document, length in enumerate(lengths):
+        if position % row_length == 0:
+            first.append(document)
+        position += length
+        if position % row_length == 0:
+            last.append(document)
+    assert len(first) == len(last) == rows, "a row start is always a document start"
+    return tuple(first), tuple(last)

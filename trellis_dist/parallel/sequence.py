@@ -1,0 +1,234 @@
+"""State passing: the compress operation over a sequence cut into segments, one segment per sp rank.
+
+Shapes: B rows of L tokens (this segment), H heads, D and V head widths, M slots, N documents of this segment,
+R rows (R = B; behind a packed row, where B = 1, the rows it holds).
+
+    forward   (S, R) from the left | scan | (S, R) to the right | readout
+    backward  readout gradients | (dS+, dR+) from the right | reverse scan | (dS, dR) to the left | input
+    gradients
+
+The state leaves right after the scan and the adjoint right after the reverse scan, so a neighbour waits for
+the short sequential part of a layer only. Both directions live in one autograd.Function over ``kernels.stages``.
+The stages work chunk by chunk, so cut at a multiple of C no bit differs from one process (parallelism.md). On
+a CPU that holds where B L H is a multiple of 32 and D, V, M are multiples of 8: what is left over after whole
+vectors goes through other routines in torch and MKL, so at odd sizes some numbers differ in the last bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from kernels import CompressState, PackedLayout, stages
+from kernels.stages import Memories, ScanResult
+from trellis_dist.parallel.segments import Segments, row_ends
+from trellis_dist.parallel.transfers import Arrival, Transfers
+
+__all__ = ["StatePassing"]
+
+
+class StatePassing:
+    """A mixer's operation, replaced: ``compress_kv`` of the whole sequence, computed on one segment.
+
+    Args:
+        transfers: the neighbours.
+        segments: which rows of the current batch continue a document of the segment before.
+    """
+
+    def __init__(self, transfers: Transfers, segments: Segments) -> None:
+        self._transfers = transfers
+        self._segments = segments
+
+    def __call__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        alpha: Tensor,
+        log_decay: Tensor,
+        step_size: Tensor,
+        *,
+        chunk_size: int,
+        phi: str = "silu",
+        readout: str = "ln_silu",
+        initial_state: CompressState | None = None,
+        layout: PackedLayout | None = None,
+        output_final_state: bool = False,
+    ) -> tuple[Tensor, CompressState | None]:
+        """Outputs y [B, L, H, V] of this segment; arguments as for ``kernels.compress_kv``.
+
+        ``initial_state`` holds for documents that begin in this segment; the others continue what the left
+        neighbour sends. The returned state is the one at the segment's end (the sequence's end on the last).
+
+        Raises:
+            ValueError: a document of the segment is no multiple of C, or a state enters inside a chunk.
+        """
+        rows = self._segments.rows(q.shape[0], packed=layout is not None)
+        if layout is None:
+            layout = PackedLayout.uniform(q.shape[0], q.shape[1], chunk_size).to(q.device)
+        _check_chunks(layout, chunk_size, initial_state)
+        first, last = row_ends(layout.lengths, rows)
+        call = _Call(
+            transfers=self._transfers,
+            layout=layout,
+            phi=phi,
+            readout=readout,
+            first=first,
+            last=last,
+            continues=self._segments.continues(rows),
+        )
+        initial = _initial_memories(initial_state, layout.num_documents, q, v, alpha)
+        y, key, value = _PassStates.apply(call, *initial, q, k, v, alpha, log_decay, step_size)
+        return y, CompressState(key_memory=key, value_memory=value) if output_final_state else None
+
+
+@dataclass(frozen=True)
+class _Call:
+    """What one call carries besides tensors; ``first`` and ``last`` name each row's outer documents."""
+
+    transfers: Transfers
+    layout: PackedLayout
+    phi: str
+    readout: str
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+    continues: tuple[bool, ...]
+
+
+def _check_chunks(layout: PackedLayout, chunk_size: int, state: CompressState | None) -> None:
+    if layout.chunk_size != chunk_size:
+        raise ValueError(
+            f"layout has chunk_size {layout.chunk_size}, the call {chunk_size}: use the same for both"
+        )
+    ragged = [length for length in layout.lengths if length % chunk_size]
+    if ragged:
+        raise ValueError(
+            f"a document of {ragged[0]} tokens in a segment is no multiple of the chunk size {chunk_size}: "
+            "with mesh.sp > 1 segments and documents are cut at multiples of it"
+        )
+    if state is not None and state.inside_chunk:
+        raise ValueError(
+            f"initial_state has offset {state.offset}: with mesh.sp > 1 a state enters between chunks"
+        )
+
+
+def _initial_memories(
+    state: CompressState | None, documents: int, q: Tensor, v: Tensor, alpha: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Both memories [N, H, M, .] before each document, in the compute type."""
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in (q, v, alpha)) else torch.float32
+    if state is not None:
+        return state.key_memory.to(dtype), state.value_memory.to(dtype)
+    heads, slots = alpha.shape[-2:]
+    key = torch.zeros(documents, heads, slots, q.shape[-1], dtype=dtype, device=q.device)
+    return key, key.new_zeros(documents, heads, slots, v.shape[-1])
+
+
+class _PassStates(torch.autograd.Function):
+    """(call, S, R [N, H, M, .], operands in token order) -> y [B, L, H, V], S and R after each document."""
+
+    @staticmethod
+    def forward(ctx: Any, call: _Call, key: Tensor, value: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.call, layout = call, call.layout
+        own = [_pick(memory, call.first) for memory in (key, value)]
+        arrival = call.transfers.expect_left(*own)
+        with _full_precision(key):
+            inputs = stages.arrange(*operands, layout=layout)
+            initial = [key, value] if arrival is None else _continue((key, value), own, arrival, call)
+            ranked = Memories(*(layout.rank_documents(memory) for memory in initial))
+            states, gradients = stages.scan_forward(inputs, ranked, phi=call.phi)
+            final = [layout.unrank_documents(memory) for memory in (states.final.key, states.final.value)]
+            call.transfers.send_right(*(_pick(memory, call.last) for memory in final))
+            y = stages.readout_forward(inputs, states, gradients, readout=call.readout)
+        ctx.save_for_backward(states.start.key, states.start.value, *operands)
+        q, v = operands[0], operands[2]
+        return layout.from_chunks(y, q.shape[0]).to(v.dtype), *final
+
+    @staticmethod
+    @once_differentiable  # type: ignore[misc]
+    def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        call, layout, (start_key, start_value, *operands) = ctx.call, ctx.call.layout, ctx.saved_tensors
+        rows = len(call.first)
+        # Any tensors of the shape of one memory per row will do to size the receive.
+        arrival = call.transfers.expect_right(start_key[:rows], start_value[:rows])
+        start = Memories(start_key, start_value)
+        with _full_precision(start_key):
+            inputs = stages.arrange(*operands, layout=layout)
+            chunks = (
+                torch.zeros_like(inputs.value) if dy is None else layout.to_chunks(dy).to(inputs.value.dtype)
+            )
+            states = ScanResult(
+                final=start, start=start, stale=start
+            )  # backward never reads the final memories
+            grads = stages.readout_backward(inputs, states, chunks, phi=call.phi, readout=call.readout)
+            final = _final_adjoints(dfinal, start, arrival, call)
+            scan = stages.scan_backward(inputs, states, grads, final, phi=call.phi)
+            dinitial = [layout.unrank_documents(d) for d in (scan.initial.key, scan.initial.value)]
+            _hand_left(dinitial, call)
+            rest = stages.input_backward(inputs, states, grads, scan)
+        outputs = (grads.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
+        batch = operands[0].shape[0]
+        doperands = [layout.from_chunks(d, batch).to(o.dtype).view_as(o) for d, o in zip(outputs, operands)]
+        return None, *dinitial, *doperands
+
+
+def _continue(
+    memories: tuple[Tensor, Tensor], own: list[Tensor], arrival: Arrival, call: _Call
+) -> list[Tensor]:
+    """Initial memories [N, ...] with the received ones in the rows that continue."""
+    received = arrival.wait()
+    if not all(call.continues):
+        mask = _row_mask(call, received[0])
+        received = [torch.where(mask, theirs, ours) for theirs, ours in zip(received, own, strict=True)]
+    if len(call.first) == len(memories[0]):
+        return received
+    index = torch.tensor(call.first, device=memories[0].device)
+    return [memory.index_copy(0, index, row) for memory, row in zip(memories, received, strict=True)]
+
+
+def _final_adjoints(
+    dfinal: tuple[Tensor | None, ...], start: Memories, arrival: Arrival | None, call: _Call
+) -> Memories:
+    """Adjoints of the final memories, by rank [N, ...]: the caller's own plus the right neighbour's."""
+    documents = call.layout.num_documents
+    totals = [
+        like.new_zeros(documents, *like.shape[1:]) if own is None else own.clone()
+        for own, like in zip(dfinal, (start.key, start.value), strict=True)
+    ]
+    if arrival is not None:
+        index = torch.tensor(call.last, device=start.key.device)
+        for total, received in zip(totals, arrival.wait(), strict=True):
+            total.index_add_(0, index, received)
+    return Memories(*(call.layout.rank_documents(total) for total in totals))
+
+
+def _hand_left(dinitial: list[Tensor], call: _Call) -> None:
+    """Send the adjoints of received memories left; in ``dinitial`` they become 0, being no input here."""
+    outgoing = [_pick(d, call.first) for d in dinitial]
+    if not all(call.continues):
+        mask = _row_mask(call, dinitial[0])
+        outgoing = [d.masked_fill(~mask, 0) for d in outgoing]
+    call.transfers.send_left(*outgoing)
+    received = [document for document, continues in zip(call.first, call.continues, strict=True) if continues]
+    for d in dinitial:
+        d[received] = 0
+
+
+def _pick(memories: Tensor, documents: tuple[int, ...]) -> Tensor:
+    """Rows of [N, ...] in the given order; itself when that is all of them."""
+    return memories if len(documents) == len(memories) else memories[list(documents)]
+
+
+def _row_mask(call: _Call, like: Tensor) -> Tensor:
+    """Whether each row continues, bool [R, 1, 1, 1]."""
+    return torch.tensor(call.continues, device=like.device).view(-1, 1, 1, 1)
+
+
+def _full_precision(x: Tensor) -> torch.autocast:
+    """Autocast off: memories and gates stay fp32 whatever surrounds the call."""
+    return torch.autocast(device_type=x.device.type, enabled=False)
