@@ -9,6 +9,7 @@ from trellis_dist.validation import STRICT, require
 
 __all__ = ["DataConfig", "SourceConfig", "TokenizerConfig"]
 
+
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
     """Where documents come from.
@@ -22,6 +23,8 @@ class SourceConfig:
         licence: licence of the corpus, copied into the manifest and the report.
         max_documents: stop after this many documents; None reads all.
         max_document_bytes: a longer record is quarantined.
+        text_document_bytes: cut a .txt file, at blank lines where it has them, into documents of at most this
+            many bytes; None keeps a file whole. For a corpus that is one long file.
     """
 
     __pydantic_config__ = STRICT
@@ -36,10 +39,17 @@ class SourceConfig:
     licence: str = "unknown"
     max_documents: int | None = None
     max_document_bytes: int = 64 * 2**20
+    text_document_bytes: int | None = None
 
     def __post_init__(self) -> None:
         require(self.kind != "path" or bool(self.path), 'data.source.kind = "path" needs data.source.path')
-        require(self.kind != "huggingface" or bool(self.name), 'data.source.kind = "huggingface" needs data.source.name')
+        require(
+            self.kind != "huggingface" or bool(self.name),
+            'data.source.kind = "huggingface" needs data.source.name',
+        )
+        for name in ("max_documents", "max_document_bytes", "text_document_bytes"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"data.source.{name} = {value}: use 1 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +59,11 @@ class TokenizerConfig:
     Attributes:
         path: an existing .model file; None trains one.
         vocab_size: pieces, 256 bytes and control tokens included.
-        model_type: "unigram" or "bpe".
-        sample_bytes: text used for training, drawn evenly over the training documents.
+        model_type: "bpe" trains in seconds; "unigram" takes ten times as long to train and encodes five times
+            faster (about 20 MB/s per core), which pays on a corpus of billions of tokens.
+        split_by_script: keep letters, digits and punctuation in separate pieces. False lets a piece mix them
+            ("self.", "):\\n"): 6% fewer tokens on held-out code.
+        sample_bytes: text used for training, drawn evenly over the work units, held-out documents left out.
         threads: training threads; part of the recipe because the result may depend on it.
     """
 
@@ -58,12 +71,19 @@ class TokenizerConfig:
 
     path: str | None = None
     vocab_size: int = 4096
-    model_type: Literal["unigram", "bpe"] = "unigram"
-    sample_bytes: int = 8 * 2**20
+    model_type: Literal["unigram", "bpe"] = "bpe"
+    split_by_script: bool = False
+    sample_bytes: int = 16 * 2**20
     threads: int = 2
 
     def __post_init__(self) -> None:
-        require(self.vocab_size > 260, f"data.tokenizer.vocab_size = {self.vocab_size}: 256 byte pieces need more")
+        require(
+            self.vocab_size > 260, f"data.tokenizer.vocab_size = {self.vocab_size}: 256 byte pieces need more"
+        )
+        require(
+            self.sample_bytes >= 1, f"data.tokenizer.sample_bytes = {self.sample_bytes}: use 1 or more bytes"
+        )
+        require(self.threads >= 1, f"data.tokenizer.threads = {self.threads}: use 1 or more threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +94,9 @@ class DataConfig:
         directory: where shards, tokenizer and manifest are written and read.
         sequence_length: T, tokens per row.
         packing: "concat" fills rows end to end.
-        validation_fraction: share of whole documents held out, chosen by document hash.
+        validation_fraction: share of whole documents held out, chosen by document hash (never less than one).
         unit_bytes: input bytes per Ray task (a work unit).
+        shard_tokens: a shard is closed before it would hold more tokens than this.
         seed: order of the samples.
     """
 
@@ -86,14 +107,18 @@ class DataConfig:
     packing: Literal["concat"] = "concat"
     validation_fraction: float = 0.02
     unit_bytes: int = 2 * 2**20
+    shard_tokens: int = 2**28
     seed: int = 0
     source: SourceConfig = field(default_factory=SourceConfig)
     tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
 
     def __post_init__(self) -> None:
-        require(self.sequence_length >= 2, f"data.sequence_length = {self.sequence_length}: use 2 or more tokens")
+        require(
+            self.sequence_length >= 2, f"data.sequence_length = {self.sequence_length}: use 2 or more tokens"
+        )
         require(
             0.0 < self.validation_fraction < 0.5,
             f"data.validation_fraction = {self.validation_fraction}: use a share between 0 and 0.5",
         )
         require(self.unit_bytes >= 1, f"data.unit_bytes = {self.unit_bytes}: use 1 or more bytes")
+        require(self.shard_tokens >= 1, f"data.shard_tokens = {self.shard_tokens}: use 1 or more tokens")

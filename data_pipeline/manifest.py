@@ -1,0 +1,152 @@
+"""The manifest: what a prepared data set is, with the hash of every file, in one JSON file written last."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trellis_dist.files import digest, read_json, sha256_file, write_json
+
+__all__ = [
+    "MANIFEST",
+    "Manifest",
+    "ShardInfo",
+    "SplitInfo",
+    "load_manifest",
+    "verify_dataset",
+    "write_manifest",
+]
+
+MANIFEST, TIMINGS = "manifest.json", "timings.json"
+REMAKE = "delete it and run `trellis prepare` again: only what is missing is made"
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard: NAME.bin and NAME.idx."""
+
+    name: str
+    sha256_bin: str
+    sha256_idx: str
+    documents: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split. `tokens` are stored tokens (BOS and EOS of each document included), `bytes` the UTF-8 bytes
+    of its normalised text."""
+
+    documents: int
+    tokens: int
+    bytes: int
+    shards: tuple[ShardInfo, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A prepared data set.
+
+    Attributes:
+        fingerprint: hash over tokenizer, shards and config: two data sets with the same one are the same.
+        config_digest: hash of the config fields that decide the shards.
+        source: what the corpus is: kind, licence, path or name, Python version for "stdlib".
+        listing: hash of the corpus' file names and sizes when it was read; None where there are none.
+        tokenizer: sha256, vocab_size, bos, eos and the training options.
+        splits: "train" and "validation".
+        sources: documents, tokens and bytes per label of the corpus' documents.
+        quarantined: records left out; quarantine.jsonl names each.
+        quarantine_sha256: hash of quarantine.jsonl.
+        seconds: per stage; kept in timings.json, so that equal data sets have equal manifests.
+    """
+
+    fingerprint: str
+    config_digest: str
+    source: Mapping[str, Any]
+    listing: str | None
+    tokenizer: Mapping[str, Any]
+    splits: Mapping[str, SplitInfo]
+    sources: Mapping[str, Mapping[str, int]]
+    quarantined: int
+    quarantine_sha256: str
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+
+def fingerprint_of(config_digest: str, tokenizer_sha256: str, splits: Mapping[str, SplitInfo]) -> str:
+    """Hash over tokenizer, shard hashes and config."""
+    shards = {name: [[s.sha256_bin, s.sha256_idx] for s in split.shards] for name, split in splits.items()}
+    return digest({"config": config_digest, "tokenizer": tokenizer_sha256, "shards": shards})
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write timings.json, then manifest.json: from then on the data set is complete. Raises OSError."""
+    fields = asdict(manifest)
+    write_json(directory / TIMINGS, fields.pop("seconds"))
+    write_json(directory / MANIFEST, fields)
+
+
+def load_manifest(directory: Path | str) -> Manifest:
+    """Read a prepared data set's manifest.
+
+    Raises:
+        FileNotFoundError: there is none: the data set was never finished.
+        ValueError: it is damaged; the message names the file.
+    """
+    path = Path(directory) / MANIFEST
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no prepared data set in {directory} ({MANIFEST} is missing): run `trellis prepare`"
+        )
+    fields = read_json(path)
+    try:
+        splits = {
+            name: SplitInfo(**(split | {"shards": tuple(ShardInfo(**shard) for shard in split["shards"])}))
+            for name, split in fields.pop("splits").items()
+        }
+        timings = path.with_name(TIMINGS)
+        seconds = read_json(timings) if timings.is_file() else {}
+        manifest = Manifest(**fields, splits=splits, seconds=seconds)
+        expected = fingerprint_of(manifest.config_digest, manifest.tokenizer["sha256"], splits)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{path} is no data set manifest of this version ({error}): {REMAKE}") from error
+    if manifest.fingerprint != expected:
+        raise ValueError(f"{path} is damaged (its fingerprint does not match its hashes): {REMAKE}")
+    return manifest
+
+
+def file_hashes(manifest: Manifest) -> dict[str, str]:
+    """File name -> sha256 of every file the manifest vouches for."""
+    hashes = {"tokenizer.model": manifest.tokenizer["sha256"], "quarantine.jsonl": manifest.quarantine_sha256}
+    for split in manifest.splits.values():
+        for shard in split.shards:
+            hashes[f"{shard.name}.bin"] = shard.sha256_bin
+            hashes[f"{shard.name}.idx"] = shard.sha256_idx
+    return hashes
+
+
+def verify_files(directory: Path, hashes: Mapping[str, str]) -> list[str]:
+    """Problems of the named files, one line each with the file's path and the remedy; empty when all is well."""
+    problems = []
+    for name, expected in hashes.items():
+        path = directory / name
+        if not path.is_file():
+            problems.append(f"{path} is missing: run `trellis prepare` again")
+        elif (found := sha256_file(path)) != expected:
+            problems.append(f"{path} is damaged (sha256 {found[:12]}, manifest {expected[:12]}): {REMAKE}")
+    return problems
+
+
+def verify_dataset(directory: Path | str) -> list[str]:
+    """Check every file of a prepared data set against its manifest.
+
+    Returns:
+        One line per problem, naming the file; an empty list when all is well.
+    """
+    try:
+        manifest = load_manifest(directory)
+    except (OSError, ValueError) as error:
+        return [str(error)]
+    return verify_files(Path(directory), file_hashes(manifest))

@@ -1,0 +1,285 @@
+"""Readers: one input (a file, a range of one, a topic, a streamed data set) to documents, never raising on bad text.
+
+A record that cannot be a document is yielded as `Quarantined` with file, offset and reason, and reading goes on.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from data_pipeline.config import SourceConfig
+
+__all__ = ["Document", "Item", "Quarantined", "open_parquet", "read_item"]
+
+# A compressed file that expands beyond this ratio (and beyond a size where ratios mean something) is a bomb.
+MAX_EXPANSION, EXPANSION_FLOOR = 200, 64 * 2**20
+PARQUET_ROWS = 256
+
+
+@dataclass(frozen=True)
+class Document:
+    """One document: `id` is unique in the corpus, `source` a label counted in the report, `offset` its place
+    in the input (a byte, or a row)."""
+
+    id: str
+    text: str
+    source: str
+    offset: int
+
+
+@dataclass(frozen=True)
+class Quarantined:
+    """A record left out: the input's name, the byte or row where it starts, and why."""
+
+    file: str
+    offset: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Item:
+    """One input of a work unit.
+
+    Attributes:
+        reader: "text", "jsonl", "parquet", "topic" or "huggingface".
+        name: what the user sees: path relative to the corpus, topic, data set.
+        source: label of its documents.
+        path: where it lies on this machine; no part of the content address.
+        content: hash of the content (sha256 of the whole file), part of the content address.
+        start, stop: bytes of a .jsonl file, row groups of a .parquet file, shard and shard count of a data set.
+        size: input bytes, for grouping and progress; 0 when unknown.
+    """
+
+    reader: str
+    name: str
+    source: str
+    path: str
+    content: str
+    start: int
+    stop: int
+    size: int
+
+    def address(self) -> list[Any]:
+        """What decides this input's documents, as JSON."""
+        return [self.reader, self.name, self.source, self.content, self.start, self.stop]
+
+
+def read_item(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    """Documents of one input in their order, with `Quarantined` in place of what cannot be one.
+
+    Raises:
+        OSError: the input vanished or the disk fails; that is no property of the text, so it is not quarantined.
+    """
+    return {
+        "text": _read_text,
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+        "topic": _read_topic,
+        "huggingface": _read_huggingface,
+    }[item.reader](item, source)
+
+
+def _checked(item: Item, text: object, offset: int, source: SourceConfig) -> Document | Quarantined:
+    if not isinstance(text, str):
+        return Quarantined(item.name, offset, f"field {source.text_column!r} is missing or no text")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return Quarantined(item.name, offset, "lone surrogate in the text")
+    if size > source.max_document_bytes:
+        return Quarantined(item.name, offset, f"{size} bytes, more than {source.max_document_bytes}")
+    if not text.strip("\0\r\n\t "):
+        return Quarantined(item.name, offset, "no text")
+    return Document(f"{item.name}:{offset}", text, item.source, offset)
+
+
+def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    limit = source.max_document_bytes
+    if source.text_document_bytes is None and item.size > limit:
+        yield Quarantined(item.name, 0, f"{item.size} bytes, more than {limit}")
+        return
+    data = Path(item.path).read_bytes()
+    offset = 0
+    for part in _cut(data, source.text_document_bytes):
+        try:
+            yield _checked(item, part.decode(), offset, source)
+        except UnicodeDecodeError as error:
+            yield Quarantined(item.name, offset + error.start, f"not UTF-8 ({error.reason})")
+        offset += len(part)
+
+
+def _cut(data: bytes, limit: int | None) -> Iterator[bytes]:
+    """Consecutive parts of at most `limit` bytes, ending at a blank line, else a line, else a character."""
+    start = 0
+    while limit is not None and len(data) - start > limit:
+        stop = start + limit
+        for mark in (b"\n\n", b"\n", b" "):
+            found = data.rfind(mark, start, stop)
+            if found > start:
+                stop = found + len(mark)
+                break
+        else:
+            while stop > start + 1 and data[stop] & 0xC0 == 0x80:  # not inside a UTF-8 character
+                stop -= 1
+        yield data[start:stop]
+        start = stop
+    yield data[start:]
+
+
+def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    offset = item.start
+    # A JSON escape takes up to six bytes per byte of text, and the record has other fields.
+    limit = 8 * source.max_document_bytes + 4096
+    compressed = not item.path.endswith(".jsonl")
+    ceiling = max(EXPANSION_FLOOR, MAX_EXPANSION * item.size) if compressed else None
+    try:
+        with _open_lines(item.path) as file:
+            offset = _seek_line(file, offset)
+            while (compressed or offset < item.stop) and (line := file.readline(limit + 1)):
+                whole = len(line)
+                if whole > limit:
+                    whole += _skip_line(file, line, ceiling)
+                    yield Quarantined(item.name, offset, f"record longer than {limit} bytes")
+                elif line.strip():
+                    yield _parse_line(item, line, offset, source)
+                offset += whole
+                if ceiling is not None and offset > ceiling:
+                    yield Quarantined(
+                        item.name, offset, f"expands more than {MAX_EXPANSION} times: rest left out"
+                    )
+                    return
+    except (EOFError, zlib.error, gzip.BadGzipFile, _zstd_error()) as error:
+        yield Quarantined(item.name, offset, f"damaged compressed file, rest left out ({error})")
+
+
+def _open_lines(path: str) -> IO[bytes]:
+    if path.endswith(".gz"):
+        return gzip.open(path, "rb")  # type: ignore[return-value]
+    if path.endswith(".zst"):
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(
+            open(path, "rb"), read_across_frames=True, closefd=True
+        )
+        return io.BufferedReader(reader)  # type: ignore[arg-type]
+    return open(path, "rb")
+
+
+def _zstd_error() -> type[Exception]:
+    try:
+        import zstandard
+    except ModuleNotFoundError:
+        return EOFError
+    return zstandard.ZstdError
+
+
+def _seek_line(file: IO[bytes], start: int) -> int:
+    """Go to the first line that begins at or after `start`; a line belongs to the range it begins in."""
+    if start == 0:
+        return 0
+    file.seek(start - 1)
+    return start - 1 + _skip_line(file, b"", None)
+
+
+def _skip_line(file: IO[bytes], line: bytes, ceiling: int | None) -> int:
+    skipped = 0
+    while not line.endswith(b"\n") and (ceiling is None or skipped <= ceiling):
+        line = file.readline(1 << 20)
+        if not line:
+            break
+        skipped += len(line)
+    return skipped
+
+
+def _parse_line(item: Item, line: bytes, offset: int, source: SourceConfig) -> Document | Quarantined:
+    try:
+        record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        return Quarantined(item.name, offset + error.start, f"not UTF-8 ({error.reason})")
+    except (ValueError, RecursionError) as error:
+        return Quarantined(item.name, offset, f"not JSON ({error})")
+    text = record.get(source.text_column) if isinstance(record, dict) else None
+    return _checked(item, text, offset, source)
+
+
+def open_parquet(path: str) -> Any:
+    """The file as a ``pyarrow.parquet.ParquetFile``, or the reason (a str) why it is none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        return f"not a parquet file ({str(error).splitlines()[0]})"
+
+
+def _read_parquet(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    import pyarrow
+
+    file = open_parquet(item.path)
+    if isinstance(file, str):
+        yield Quarantined(item.name, 0, file)
+        return
+    if source.text_column not in file.schema_arrow.names:
+        yield Quarantined(
+            item.name, 0, f"no column {source.text_column!r}: {', '.join(file.schema_arrow.names)}"
+        )
+        return
+    row = sum(file.metadata.row_group(i).num_rows for i in range(item.start))
+    groups = list(range(item.start, item.stop))
+    try:
+        for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[source.text_column]):
+            for value in batch.column(0):
+                try:
+                    yield _checked(item, value.as_py(), row, source)
+                except UnicodeDecodeError as error:
+                    yield Quarantined(item.name, row, f"not UTF-8 ({error.reason})")
+                row += 1
+    except (pyarrow.ArrowException, OSError) as error:
+        yield Quarantined(
+            item.name, row, f"damaged parquet file, rest left out ({str(error).splitlines()[0]})"
+        )
+
+
+def _read_topic(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    from pydoc_data.topics import topics
+
+    yield _checked(item, topics[item.path], 0, source)
+
+
+def _read_huggingface(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    stream = load_streaming(source)
+    if item.stop > 1:
+        stream = stream.shard(num_shards=item.stop, index=item.start)
+    for row, record in enumerate(stream):
+        yield _checked(item, record.get(source.text_column), row, source)
+
+
+def load_streaming(source: SourceConfig) -> Any:
+    """The data set as a streaming ``datasets.IterableDataset``; nothing from the repository is executed.
+
+    Raises:
+        ValueError: no such data set, subset, split or revision, or no text column; the message says which.
+    """
+    import datasets
+
+    named = f"{source.name}, subset {source.subset}, split {source.split}, revision {source.revision}"
+    try:
+        stream = datasets.load_dataset(
+            source.name, source.subset, split=source.split, revision=source.revision, streaming=True
+        )
+    except (ValueError, RuntimeError, OSError) as error:
+        reason = re.sub(r"\s+", " ", str(error))
+        raise ValueError(f"data.source: cannot open data set {named}: {reason}") from error
+    if stream.column_names is not None and source.text_column not in stream.column_names:
+        columns = ", ".join(stream.column_names)
+        raise ValueError(f"data.source.text_column = {source.text_column!r}: {source.name} has {columns}")
+    return stream

@@ -1,0 +1,125 @@
+"""Token shards in Megatron's indexed format, and a reader of them that needs numpy only.
+
+A shard is two files (megatron/core/datasets/indexed_dataset.py): NAME.bin holds the tokens end to end, NAME.idx is
+    "MMIDIDX\\0\\0" | version 1 (u64) | dtype code (u8) | sequences n (u64) | documents n + 1 (u64)
+    | lengths int32[n] | byte offsets int64[n] | first sequence of each document int64[n + 1]
+(little endian). One sequence is one document here. Megatron's own builder neither syncs nor renames; this one does,
+and the same documents give the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from trellis_dist.files import REAL, atomic_write
+
+__all__ = ["Shard", "ShardFiles", "token_dtype", "write_shard"]
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")
+CODES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+
+
+@dataclass(frozen=True)
+class ShardFiles:
+    """Hashes and sizes of a written shard."""
+
+    sha256_bin: str
+    sha256_idx: str
+    documents: int
+    tokens: int
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The dtype Megatron takes for a vocabulary: uint16 where the ids fit, else int32."""
+    return CODES[8] if vocab_size < 65500 else CODES[4]
+
+
+def write_shard(stem: Path, documents: Iterable[np.ndarray], *, dtype: np.dtype) -> ShardFiles:
+    """Write ``stem.bin`` and ``stem.idx``, each durable and under its name only when complete.
+
+    Args:
+        stem: folder and shard name; files already there are replaced.
+        documents: token ids of each document, 1-D; consumed once, one document in memory at a time.
+        dtype: of the stored tokens (`token_dtype`).
+
+    Raises:
+        OSError: the disk is full, ...; a shard that was there before is still there.
+    """
+    lengths: list[int] = []
+    state = hashlib.sha256()
+
+    def pieces() -> Iterator[bytes]:
+        for document in documents:
+            piece = np.ascontiguousarray(document, dtype=dtype).tobytes()
+            lengths.append(len(document))
+            state.update(piece)
+            yield piece
+
+    _write_stream(stem.with_name(stem.name + ".bin"), pieces())
+    index = _index_bytes(np.array(lengths, dtype="<i4"), dtype)
+    atomic_write(stem.with_name(stem.name + ".idx"), index)
+    return ShardFiles(state.hexdigest(), hashlib.sha256(index).hexdigest(), len(lengths), sum(lengths))
+
+
+def _write_stream(path: Path, pieces: Iterable[bytes]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
+    try:
+        REAL.write(temporary, pieces)
+        REAL.fsync_file(temporary)
+        REAL.rename(temporary, path)
+    except BaseException:
+        REAL.unlink(temporary)
+        raise
+    REAL.fsync_directory(path.parent)
+
+
+def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
+    count = len(lengths)
+    code = next(code for code, known in CODES.items() if known == dtype)
+    offsets = np.zeros(count, dtype="<i8")
+    np.cumsum(lengths[:-1], out=offsets[1:])
+    offsets *= dtype.itemsize
+    header = HEADER.pack(MAGIC, 1, code, count, count + 1)
+    return b"".join(
+        [header, lengths.tobytes(), offsets.tobytes(), np.arange(count + 1, dtype="<i8").tobytes()]
+    )
+
+
+class Shard:
+    """A shard opened through memory maps.
+
+    Attributes:
+        tokens: all tokens, 1-D, read-only memory map.
+        starts: int64 [documents + 1], where each document begins, and the number of tokens.
+    """
+
+    def __init__(self, stem: Path) -> None:
+        """Open ``stem.bin`` and ``stem.idx``; ValueError names the file that is missing or malformed."""
+        index, data = (stem.with_name(stem.name + suffix) for suffix in (".idx", ".bin"))
+        for path in (index, data):
+            if not path.is_file():
+                raise ValueError(f"shard file {path} is missing: run `trellis prepare` to make it again")
+        raw = index.read_bytes()
+        dtype, lengths = _parse_index(raw, index)
+        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
+        expected = int(self.starts[-1]) * dtype.itemsize
+        if data.stat().st_size != expected:
+            raise ValueError(f"shard file {data} has {data.stat().st_size} bytes, its index says {expected}")
+        self.tokens = np.memmap(data, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
+
+
+def _parse_index(raw: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
+    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+        raise ValueError(f"shard file {path} is no Megatron index")
+    _, version, code, count, _ = HEADER.unpack_from(raw)
+    if version != 1 or code not in CODES or len(raw) < HEADER.size + 4 * count:
+        raise ValueError(f"shard file {path} is damaged (version {version}, dtype {code}, {count} sequences)")
+    return CODES[code], np.frombuffer(raw, "<i4", count, HEADER.size)

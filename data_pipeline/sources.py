@@ -1,0 +1,220 @@
+"""Sources: a corpus as a list of inputs in one fixed order, cut into content-addressed work units.
+
+Planning looks at names, sizes and hashes; no text is decoded here (readers.py does that, in the workers).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import stat
+import sysconfig
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from data_pipeline.config import SourceConfig
+from data_pipeline.normalize import normalize
+from data_pipeline.readers import Document, Item, Quarantined, load_streaming, open_parquet, read_item
+from trellis_dist.files import digest, sha256_file
+
+__all__ = ["Unit", "describe", "listing", "plan_units", "unit_documents"]
+
+SUFFIXES = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
+    ".parquet": "parquet",
+}
+# Not the library's own text (tests, installed packages), tables (encodings), or the same text twice (pydoc_data).
+STDLIB_LEFT_OUT = frozenset(
+    "test tests idle_test idlelib lib2to3 encodings site-packages dist-packages pydoc_data __pycache__".split()
+)
+# Written by whoever built or installed this Python, not part of the library.
+STDLIB_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize")
+STDLIB_REMEDY = (
+    "install the full Python (on Debian: libpython3-stdlib), or name a corpus with data.source.path"
+)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Inputs that one task turns into tokens."""
+
+    items: tuple[Item, ...]
+
+    @property
+    def inputs(self) -> str:
+        """Hash of everything that is read; with the stage's config it is the unit's content address."""
+        return digest([item.address() for item in self.items])
+
+    @property
+    def size(self) -> int:
+        """Input bytes; 0 when unknown."""
+        return sum(item.size for item in self.items)
+
+    @property
+    def name(self) -> str:
+        """For messages: the first input, and how many follow."""
+        more = f" and {len(self.items) - 1} more" if len(self.items) > 1 else ""
+        return f"{self.items[0].name}{more}"
+
+
+def plan_units(source: SourceConfig, unit_bytes: int) -> list[Unit]:
+    """The corpus as work units of about `unit_bytes` input bytes, in corpus order.
+
+    Raises:
+        ValueError: the corpus is missing or holds nothing that can be read; the message has the remedy.
+    """
+    items = {"stdlib": _stdlib_items, "path": _path_items, "huggingface": _huggingface_items}[source.kind]
+    units = [Unit(tuple(group)) for group in _group(items(source, unit_bytes), unit_bytes)]
+    if not units:
+        raise ValueError(f"data.source: the {source.kind} corpus is empty: {STDLIB_REMEDY}")
+    return units
+
+
+def _group(items: Iterator[Item], unit_bytes: int) -> Iterator[list[Item]]:
+    group: list[Item] = []
+    size = 0
+    for item in items:
+        if group and (size + item.size > unit_bytes or item.size == 0):
+            yield group
+            group, size = [], 0
+        group.append(item)
+        size += item.size or unit_bytes
+    if group:
+        yield group
+
+
+def unit_documents(unit: Unit, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    """The unit's documents, normalised, in order; at most ``source.max_documents`` of them."""
+    count = 0
+    for found in (found for item in unit.items for found in read_item(item, source)):
+        if isinstance(found, Document):
+            if count == source.max_documents:
+                return
+            count += 1
+            found = replace(found, text=normalize(found.text))
+        yield found
+
+
+def describe(source: SourceConfig) -> dict[str, object]:
+    """The corpus for the manifest: what it is, its licence, and for "stdlib" the Python it came from."""
+    fields: dict[str, object] = {"kind": source.kind, "licence": source.licence}
+    if source.kind == "stdlib":
+        fields |= {"python": platform.python_version(), "licence": "PSF-2.0"}
+    elif source.kind == "path":
+        fields |= {"path": source.path}
+    else:
+        fields |= {key: getattr(source, key) for key in ("name", "subset", "revision", "split")}
+    return fields
+
+
+def listing(source: SourceConfig) -> str | None:
+    """Hash of the corpus' file names and sizes: a cheap sign that files came or went.
+
+    None where there is nothing to list: a data set by name, or a corpus that is no longer there.
+    """
+    if source.kind == "path":
+        root = Path(source.path or "")
+        if not root.exists():
+            return None
+        return digest([[_relative(path, root), path.stat().st_size] for path, _ in _text_files(root)])
+    if source.kind == "stdlib":
+        return digest([[name, path.stat().st_size] for name, path in _stdlib_modules()])
+    return None
+
+
+def _stdlib_modules() -> Iterator[tuple[str, Path]]:
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in _walk(root, STDLIB_LEFT_OUT):
+        if path.suffix == ".py" and not path.name.startswith(STDLIB_LOCAL):
+            yield path.relative_to(root).as_posix(), path
+
+
+def _stdlib_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
+    for name, path in _stdlib_modules():
+        if size := path.stat().st_size:
+            yield Item("text", name, "modules", str(path), sha256_file(path), 0, size, size)
+    try:
+        from pydoc_data.topics import topics
+    except ModuleNotFoundError:
+        return
+    for topic in sorted(topics):
+        text = topics[topic]
+        yield Item("topic", f"topic {topic}", "topics", topic, digest(text), 0, 0, max(1, len(text.encode())))
+
+
+def _path_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
+    root = Path(source.path or "")
+    if not root.exists():
+        raise ValueError(
+            f"data.source.path = {str(root)!r} does not exist: name a folder or file with the corpus"
+        )
+    found = False
+    for path, reader in _text_files(root):
+        found = True
+        yield from _file_items(path, _relative(path, root), reader, unit_bytes)
+    if not found:
+        raise ValueError(
+            f"data.source.path = {str(root)!r} holds no text: it needs files that end in {', '.join(SUFFIXES)}"
+        )
+
+
+def _relative(path: Path, root: Path) -> str:
+    return path.name if path == root else path.relative_to(root).as_posix()
+
+
+def _text_files(root: Path) -> Iterator[tuple[Path, str]]:
+    for path in [root] if root.is_file() else _walk(root):
+        for suffix, reader in SUFFIXES.items():
+            if path.name.endswith(suffix):
+                yield path, reader
+                break
+
+
+def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
+    """Regular files below `root`, each folder's sorted files before its sorted folders.
+
+    Names that begin with a dot are left out, and so are the folders in `left_out`.
+    """
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in left_out)
+        for name in sorted(names):
+            path = Path(folder, name)
+            if not name.startswith(".") and path.exists() and stat.S_ISREG(path.stat().st_mode):
+                yield path
+
+
+def _file_items(path: Path, name: str, reader: str, unit_bytes: int) -> Iterator[Item]:
+    size = path.stat().st_size
+    content = sha256_file(path)
+    for start, stop, part in _ranges(path, reader, size, unit_bytes):
+        yield Item(reader, name, reader, str(path), content, start, stop, max(1, part))
+
+
+def _ranges(path: Path, reader: str, size: int, unit_bytes: int) -> Sequence[tuple[int, int, int]]:
+    """(start, stop, bytes) of the parts that can be read alone: bytes of a .jsonl, row groups of a .parquet."""
+    if path.name.endswith(".jsonl"):
+        starts = range(0, max(size, 1), unit_bytes)
+        return [(start, min(start + unit_bytes, size), min(unit_bytes, size - start)) for start in starts]
+    if reader == "parquet":
+        file = open_parquet(str(path))
+        if not isinstance(file, str):
+            groups = range(file.metadata.num_row_groups)
+            return [(i, i + 1, file.metadata.row_group(i).total_byte_size) for i in groups]
+    return [(0, size, size)]
+
+
+def _huggingface_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
+    stream = load_streaming(source)
+    # Files of the Hub carry their revision in their address; local ones are hashed.
+    files = getattr(getattr(stream, "_ex_iterable", None), "kwargs", {}).get("base_files", [])
+    hashes = [sha256_file(Path(file)) if Path(str(file)).is_file() else str(file) for file in files]
+    content = digest([source.name, source.subset, source.revision, source.split, hashes])
+    for index in range(stream.num_shards):
+        name = f"{source.name}[{index}]"
+        yield Item(
+            "huggingface", name, "huggingface", source.name or "", content, index, stream.num_shards, 0
+        )

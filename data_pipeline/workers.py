@@ -1,0 +1,100 @@
+"""Ray: work units as plain tasks on this machine or on a cluster, nothing more.
+
+Ray knows nothing of what is done: a unit commits itself (unit.py), so a lost worker, a lost driver or a second run
+costs only the units in flight.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+__all__ = ["default_workers", "ray_session", "run_tasks"]
+
+RETRIES = 3
+
+
+def default_workers() -> int:
+    """Cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+@contextmanager
+def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
+    """Ray, started on loopback with `workers` cores, or the cluster at `ray_address`; stopped on leaving.
+
+    A session that this process has open already is used and left open.
+
+    Raises:
+        ValueError: Ray is not installed, does not start, or the cluster cannot be reached.
+    """
+    # No usage statistics over the network, and no dashboard: its job interface runs what it is sent.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ValueError("ray is not installed: pip install 'trellis-dist[data]'") from error
+    if ray.is_initialized():
+        yield ray
+        return
+    local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    try:
+        ray.init(
+            address=ray_address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            **({} if ray_address else local),
+        )
+    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+        where = f"the Ray cluster at {ray_address}" if ray_address else "Ray on this machine"
+        raise ValueError(f"cannot start {where}: {error}") from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def run_tasks(
+    ray: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, workers: int
+) -> Iterator[tuple[int, Any]]:
+    """(index, result) of ``function(*arguments[index])`` as they finish, `workers` at a time.
+
+    Where `workers` is all the cores there are, as many tasks again wait in Ray, so that no worker ever does.
+    Closing the iterator cancels what has not begun.
+
+    Raises:
+        Exception: what a task raised, as it raised it; RuntimeError when a worker was lost again and again.
+    """
+    task = ray.remote(num_cpus=1, max_retries=RETRIES)(function)
+    waiting = iter(enumerate(arguments))
+    running: dict[Any, int] = {}
+    cores = int(ray.cluster_resources().get("CPU", 1))
+    in_flight = workers if workers < cores else 2 * cores
+    try:
+        while True:
+            while len(running) < in_flight and (following := next(waiting, None)):
+                running[task.remote(*following[1])] = following[0]
+            if not running:
+                return
+            done, _ = ray.wait(list(running), num_returns=1)
+            yield running.pop(done[0]), _result(ray, done[0])
+    finally:
+        for reference in running:
+            ray.cancel(reference)
+
+
+def _result(ray: Any, reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        # The worker's own error is the news; Ray's wrapper adds only where it ran.
+        raise error.cause from error
+    except ray.exceptions.RayError as error:
+        reason = str(error).splitlines()[0]
+        raise RuntimeError(f"a Ray worker was lost {RETRIES + 1} times on one work unit: {reason}") from error
