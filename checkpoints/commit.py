@@ -28,6 +28,7 @@ __all__ = [
     "remove_checkpoint",
     "remove_leftovers",
     "step_name",
+    "step_of",
 ]
 
 STEP = re.compile(r"step-([0-9]{8,})")
@@ -49,13 +50,19 @@ def step_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def step_of(path: Path) -> int | None:
+    """The step whose name `path` has, or None for any other name."""
+    match = STEP.fullmatch(path.name)
+    return int(match[1]) if match and step_name(int(match[1])) == path.name else None
+
+
 def list_steps(root: Path) -> dict[int, Path]:
     """Step -> directory of everything in `root` that has a step's name, the newest first; unverified."""
     found = {}
     for path in root.iterdir() if root.is_dir() else ():
-        match = STEP.fullmatch(path.name)
-        if match and step_name(int(match[1])) == path.name and path.is_dir():
-            found[int(match[1])] = path
+        step = step_of(path)
+        if step is not None and path.is_dir():
+            found[step] = path
     return dict(sorted(found.items(), reverse=True))
 
 
@@ -117,7 +124,7 @@ def commit_attempt(
             file_system.remove_tree(attempt)
             _warn(f"{final} exists already and verifies: it is kept, and the new attempt at it was dropped")
             return final
-        aside = final.with_name(f"{final.name}.damaged-{os.urandom(4).hex()}")
+        aside = final.with_name(f"damaged-{final.name}-{os.urandom(4).hex()}")
         file_system.rename(final, aside)
         _warn(f"{final} was damaged ({found[0]}): set aside as {aside.name} and saved again")
     commit_directory(attempt, final, file_system=file_system)

@@ -17,6 +17,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from checkpoints.commit import step_name
 from checkpoints.logical import LogicalTensor, check_name
 from checkpoints.manifest import records_from_json, records_to_json
 from checkpoints.reader import CheckpointReader
@@ -152,7 +153,7 @@ def import_model(directory: Path, root: Path) -> Path:
         OSError: the checkpoint could not be written.
     """
     exported = load_exported(directory)
-    if (root / "step-00000000").exists():
+    if (root / step_name(0)).exists():
         raise FileExistsError(f"{root} has a step 0 already: import into another folder")
     tensors = [LogicalTensor.whole(PREFIX + name, values) for name, values in exported.tensors.items()]
     imported = {"step": exported.step, "model_config": dict(exported.model_config)}

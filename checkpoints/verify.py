@@ -6,7 +6,7 @@ import stat
 import warnings
 from pathlib import Path
 
-from checkpoints.commit import STEP, CheckpointWarning, list_steps
+from checkpoints.commit import CheckpointWarning, list_steps, step_of
 from checkpoints.manifest import Manifest, load_manifest
 from checkpoints.tensor_file import FileRecord, read_header
 from trellis_dist.files import sha256_file
@@ -45,8 +45,7 @@ def _problems(path: Path, *, full: bool) -> list[str]:
     except (OSError, ValueError) as error:
         return [str(error)]
     found = []
-    match = STEP.fullmatch(path.name)
-    if match and int(match[1]) != manifest.step:
+    if step_of(path) not in (None, manifest.step):
         found.append(f"{path} holds step {manifest.step}: its manifest.json belongs to another step")
     for name, record in manifest.files.items():
         try:

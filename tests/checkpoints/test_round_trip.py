@@ -210,7 +210,7 @@ def test_the_newest_step_is_found_among_other_names(tmp_path: Path) -> None:
     assert latest_verified(tmp_path / "absent") is None
     for step in (9, 10, 123456789):
         saved(tmp_path, step)
-    for name in ("step-00000011.damaged-ab", "xstep-00000099", "step-99", "step-0000000012", "best"):
+    for name in ("damaged-step-00000011-ab", "xstep-00000099", "step-99", "step-0000000012", "best"):
         (tmp_path / name).mkdir()
     (tmp_path / "step-00000098").write_text("a file")
     assert list(list_steps(tmp_path)) == [123456789, 10, 9]
@@ -236,6 +236,7 @@ def test_a_damaged_step_is_set_aside_not_overwritten(tmp_path: Path) -> None:
     assert_holds(path, contents(4))
     aside = [item for item in tmp_path.iterdir() if item != path]
     assert len(aside) == 1
+    assert aside[0].name.startswith("damaged-step-00000004-")
     assert (aside[0] / shard.name).read_bytes().endswith(b"!")
 
 
