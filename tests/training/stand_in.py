@@ -2,20 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-@dataclass(frozen=True)
-class Batch:
-    tokens: Tensor
-    labels: Tensor
-    cu_seqlens: Tensor
-    valid_tokens: int
-
+from data_pipeline.loader import Batch
 
 VOCAB, WIDTH, ROW = 13, 8, 12
 
@@ -62,26 +53,3 @@ def split(tokens: Tensor, labels: Tensor, *, micro_batch: int, rank: int = 0, ra
         starts = torch.arange(0, t.numel() + 1, t.shape[1], dtype=torch.int32)
         batches.append(Batch(tokens=t, labels=y, cu_seqlens=starts, valid_tokens=int((y >= 0).sum())))
     return batches
-
-
-class MemoryReader:
-    """What an engine asks of a CheckpointReader, over tensors kept in memory."""
-
-    def __init__(self, parts: list) -> None:
-        self._whole: dict[str, Tensor] = {}
-        for part in parts:
-            whole = self._whole.setdefault(part.name, torch.full(part.global_shape, float("nan")))
-            index = tuple(slice(o, o + n) for o, n in zip(part.offset, part.local.shape, strict=True))
-            whole[index] = part.local.float()
-
-    def names(self):
-        return self._whole.keys()
-
-    def shape(self, name):
-        return tuple(self._whole[name].shape)
-
-    def read(self, name, *, offset=None, shape=None):
-        whole = self._whole[name]
-        if offset is None:
-            return whole.clone()
-        return whole[tuple(slice(o, o + n) for o, n in zip(offset, shape, strict=True))].clone()

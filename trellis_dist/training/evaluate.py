@@ -2,51 +2,62 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
 
+from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.training.collectives import sum_scalars
 from trellis_dist.training.engines.base import Engine
 
-if TYPE_CHECKING:
-    from data_pipeline.loader import Batch, TokenDataset
-
 __all__ = ["Validator"]
+
+IGNORED = -100
 
 
 class Validator:
-    """Scores an engine on the validation split.
-
-    Rows go round the replicas in turn, so any mesh scores the same rows and the loss is the mean over all
-    their valid tokens.
-    """
+    """Scores an engine on the validation split: on any mesh the same rows, the mean over their tokens."""
 
     def __init__(self, dataset: TokenDataset, *, rows: int, micro_batch: int, mesh: Mesh) -> None:
         """Take the first ``rows`` rows of ``dataset``, 0 for all; ``ValueError`` when it has none."""
-        if dataset.num_samples == 0:
-            raise ValueError(
-                "the validation split has no whole row: raise data.validation_fraction or give more text"
-            )
-        self._dataset = dataset
+        self._loader = BatchLoader(
+            dataset,
+            global_batch=micro_batch * mesh.dp,
+            micro_batch=micro_batch,
+            dp_rank=mesh.dp_rank,
+            dp_size=mesh.dp,
+            shuffle=False,
+        )
         self._rows = min(rows, dataset.num_samples) if rows else dataset.num_samples
-        self._micro_batch = micro_batch
+        self._whole = self._rows == dataset.num_samples
+        self._bytes = dataset.num_bytes
         self._mesh = mesh
 
-    @property
-    def covers_split(self) -> bool:
-        """Whether a pass scores every row of the split."""
-        return self._rows == self._dataset.num_samples
-
     def run(self, engine: Engine) -> dict[str, float]:
-        """Return ``loss/validation`` (nats per token); over a whole split ``validation/bits_per_byte`` too."""
-        nats, tokens = engine.evaluate(self._batches())
-        nats, tokens_seen = sum_scalars([nats, tokens])
-        valid = tokens_seen / self._mesh.sp
-        metrics = {"loss/validation": nats / max(1.0, valid)}
-        if self.covers_split:
-            metrics["validation/bits_per_byte"] = nats / (math.log(2) * self._dataset.num_bytes)
+        """Return ``loss/validation`` (nats per token); for a whole split ``validation/bits_per_byte`` too."""
+        nats, seen = sum_scalars(engine.evaluate(self._batches()))
+        tokens = seen / self._mesh.sp
+        metrics = {"loss/validation": nats / max(1.0, tokens)}
+        if self._whole:
+            metrics["validation/bits_per_byte"] = nats / (math.log(2) * self._bytes)
         return metrics
 
-    def _batches(self) -> list[Batch]:
-        raise NotImplementedError
+    def _batches(self) -> Iterator[Batch]:
+        """Yield this rank's micro-batches; one without a label to predict is passed over."""
+        share = self._loader.micro_batch
+        for counter in range(0, self._rows, self._loader.global_batch):
+            first = counter + self._mesh.dp_rank * share
+            for batch in self._loader.micro_batches(counter):
+                kept = _first_rows(batch, self._rows - first)
+                if kept.valid_tokens:
+                    yield kept
+
+
+def _first_rows(batch: Batch, count: int) -> Batch:
+    """Mask the labels of all but the first ``count`` rows."""
+    if count >= len(batch.labels):
+        return batch
+    labels = batch.labels.clone()
+    labels[max(0, count) :] = IGNORED
+    return dataclasses.replace(batch, labels=labels, valid_tokens=int((labels != IGNORED).sum()))

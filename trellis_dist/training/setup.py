@@ -7,12 +7,14 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from checkpoints.state import CheckpointReader
+from data_pipeline.loader import BatchLoader, TokenDataset
+from data_pipeline.manifest import load_manifest
 from trellis_dist.files import write_json
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.language_model import build_language_model
@@ -29,9 +31,6 @@ from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.saving import Saver
 from trellis_dist.training.state import Progress, check_same_run, find_resume
 from trellis_dist.training.watchdog import Watchdog
-
-if TYPE_CHECKING:
-    from data_pipeline.loader import BatchLoader, TokenDataset
 
 __all__ = ["Session", "checked_mesh", "open_session", "runtime"]
 
@@ -140,9 +139,6 @@ def open_session(
 
 def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
     """Open both splits; rank 0 checks the files' hashes, for all."""
-    from data_pipeline.loader import TokenDataset
-    from data_pipeline.manifest import load_manifest
-
     folder = Path(job.data.directory)
     vocabulary = int(load_manifest(folder).tokenizer["vocab_size"])
     if vocabulary > job.model.vocab_size:
@@ -186,8 +182,6 @@ def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
 
 
 def _loader(job: Job, dataset: TokenDataset, mesh: Mesh) -> BatchLoader:
-    from data_pipeline.loader import BatchLoader
-
     return BatchLoader(
         dataset,
         global_batch=job.global_rows,

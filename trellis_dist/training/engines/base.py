@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -54,7 +54,7 @@ class Engine(Protocol):
         """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""
         ...
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (nats summed over this rank's tokens, valid tokens of its whole rows), without gradients.
 
         Summed over all ranks the first is the total; the second counts each row once per sequence rank.
@@ -93,9 +93,10 @@ class LossModule(nn.Module):
         return loss
 
     @torch.no_grad()
-    def evaluate(self, batches: Sequence[Batch], device: torch.device) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
         """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""
-        total = torch.zeros((), dtype=torch.float64, device=device)
+        total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
         for batch in batches:
             total += self._loss(batch, device, 0.0).double()
-        return float(total), sum(batch.valid_tokens for batch in batches)
+            tokens += batch.valid_tokens
+        return float(total), tokens

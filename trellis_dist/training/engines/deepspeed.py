@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -124,7 +124,7 @@ class DeepSpeedEngine:
             for gradient in gradients or ():
                 gradient.fill_(float("nan"))
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (nats, valid tokens) of this rank's batches, without gradients."""
         return self._loss.evaluate(batches, self._device)
 

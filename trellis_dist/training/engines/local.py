@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -102,7 +102,7 @@ class LocalEngine:
             with torch.no_grad():
                 torch._foreach_copy_([p for _, p in self._named], list(self._masters.values()))
 
-    def evaluate(self, batches: Sequence[Batch]) -> tuple[float, int]:
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (nats, valid tokens) of this rank's batches, without gradients."""
         return self._loss.evaluate(batches, self._device)
 
