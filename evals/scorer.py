@@ -275,6 +275,8 @@ class _Writer:
         if self._forced:
             self.next_token = self._forced.pop(0)
             return
+        # A model may have more rows than the tokenizer has pieces; those stand for no text.
+        logits = logits[: self._tokenizer.vocab_size]
         self.next_token = draw(logits, self._sampling, self._generator)
         if self.next_token == self._tokenizer.eos_id:
             self.done = True

@@ -17,6 +17,7 @@ from evals.oracle import OracleModel
 from evals.sampling import Sampling
 from evals.scorer import CausalLM, Prefix, Scorer, TextCodec
 from evals.tasks.protocol import Result, Task
+from trellis_dist.files import digest
 
 if TYPE_CHECKING:
     from evals.runs import LoadedRun
@@ -39,13 +40,17 @@ class NeedleOutcome:
 
 
 def _settings(config: EvalConfig) -> dict[str, Any]:
-    names = ("lengths", "samples", "haystack", "essay", "value", "seed")
-    return {name: getattr(config, f"needle_{name}") for name in names} | {"spec": _essay_digest(config)}
+    return {
+        "lengths": sorted(config.needle_lengths),
+        "samples": config.needle_samples,
+        "haystack": config.needle_haystack,
+        "essay": _essay_digest(config),
+        "value": config.needle_value,
+        "seed": config.needle_seed,
+    }
 
 
 def _essay_digest(config: EvalConfig) -> str:
-    from trellis_dist.files import digest
-
     return digest(_essay(config)) if config.needle_haystack == "essay" else ""
 
 

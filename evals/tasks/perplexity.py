@@ -101,11 +101,10 @@ def _positions(batch: Batch) -> NDArray:
 
 
 def _batches(dataset: TokenDataset, rows: int) -> Iterator[Batch]:
-    """Every sample of the split once, in order."""
-    loader = BatchLoader(
-        dataset, global_batch=dataset.num_samples, micro_batch=rows, dp_rank=0, dp_size=1, shuffle=False
-    )
-    yield from loader.micro_batches(0)
+    """Every row of the split once, in order; rows beyond the last have no labels."""
+    loader = BatchLoader(dataset, global_batch=rows, micro_batch=rows, shuffle=False)
+    for batch in range(loader.num_batches):
+        yield from loader.micro_batches(batch * rows)
 
 
 def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
