@@ -15,6 +15,7 @@ from trellis_dist.models.block import Block
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.init import Normal, initialise, new_parameter
+from trellis_dist.models.linear import linear
 from trellis_dist.models.loss import linear_cross_entropy_sum
 from trellis_dist.models.norm import RMSNorm
 from trellis_dist.models.parallel_kind import ParallelKind
@@ -76,7 +77,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: wrong shape, dtype or token, or ``cu_seqlens`` that do not cover the stream.
         """
-        return F.linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.output_weight)
+        return linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.output_weight)
 
     def loss_sum(
         self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
@@ -131,7 +132,7 @@ class LanguageModel(nn.Module):
             x, after = block.prefill(x, layer)  # type: ignore[operator]
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + tokens.shape[1], state.batch)
-        return F.linear(self.norm(x), self.output_weight), after_all
+        return linear(self.norm(x), self.output_weight), after_all
 
     @torch.no_grad()
     def decode_step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
@@ -147,7 +148,7 @@ class LanguageModel(nn.Module):
             x, after = block.decode_step(x, layer)  # type: ignore[operator]
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + 1, state.batch)
-        return F.linear(self.norm(x), self.output_weight), after_all
+        return linear(self.norm(x), self.output_weight), after_all
 
     def _context(self, tokens: Tensor, cu_seqlens: Tensor | None) -> SequenceContext:
         if cu_seqlens is None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from trellis_dist.models.linear import matmul_transposed
 
 __all__ = ["IGNORED_LABEL", "linear_cross_entropy_sum"]
 
@@ -52,8 +53,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             loss, dlogits = _block(hidden[span], weight, labels[span], z_loss, differentiate)
             total += loss
             if dhidden is not None and dweight is not None:
-                dhidden[span] = dlogits @ weight
-                _accumulate(dweight, dlogits.t(), hidden[span])
+                dhidden[span] = matmul_transposed(dlogits, weight.t())
+                dweight += matmul_transposed(dlogits.t(), hidden[span].t())
         ctx.save_for_backward(dhidden, dweight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -69,7 +70,7 @@ def _block(
     hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, differentiate: bool
 ) -> tuple[Tensor, Tensor]:
     """Loss of one block of rows and the gradient of its logits (unused memory when not differentiating)."""
-    logits = F.linear(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
+    logits = matmul_transposed(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
     valid = labels != IGNORED_LABEL
     index = labels.where(valid, 0).unsqueeze(-1)
     log_p = torch.log_softmax(logits, dim=-1)
@@ -82,11 +83,3 @@ def _block(
         log_p.exp_().mul_((1 + 2 * z_loss * log_partition) * valid_column)
         log_p.scatter_add_(-1, index, -valid_column)
     return loss, log_p.to(hidden.dtype)
-
-
-def _accumulate(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b; in one call where the dtypes agree, else with the sum in total's precision."""
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total += a @ b

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.init import Normal, new_parameter
+from trellis_dist.models.linear import linear
 from trellis_dist.models.parallel_kind import ParallelKind
 
 __all__ = ["SwiGLU"]
@@ -27,6 +31,26 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        both = F.linear(x, torch.cat([self.gate_weight, self.up_weight]))
+        both = linear(x, torch.cat([self.gate_weight, self.up_weight]))
+        return linear(_GatedSiLU.apply(both), self.down_weight)
+
+
+class _GatedSiLU(torch.autograd.Function):
+    """silu(gate) * up of [..., gate | up]; one buffer holds both gradients, so none is copied together."""
+
+    @staticmethod
+    def forward(ctx: Any, both: Tensor) -> Tensor:
+        ctx.save_for_backward(both)
         gate, up = both.chunk(2, dim=-1)
-        return F.linear(F.silu(gate) * up, self.down_weight)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (both,) = ctx.saved_tensors
+        gate, up = both.chunk(2, dim=-1)
+        gradient = torch.empty_like(both)
+        dgate, dup = gradient.chunk(2, dim=-1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return gradient

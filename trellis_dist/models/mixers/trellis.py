@@ -22,6 +22,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv
 from trellis_dist.models.init import Constant, Normal, new_parameter
+from trellis_dist.models.linear import linear
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.parallel_kind import ParallelKind
 
@@ -157,7 +158,7 @@ class TrellisMixer(nn.Module):
         if self.gate == "learned":
             weights.append(self.decay_weight)
             sizes.append(len(self.decay_weight))
-        query_key, value, gate, alpha, step, *decay = F.linear(x, torch.cat(weights)).split(sizes, dim=-1)
+        query_key, value, gate, alpha, step, *decay = linear(x, torch.cat(weights)).split(sizes, dim=-1)
         return _Projected(query_key, value, gate, alpha, step, decay[0] if decay else None)
 
     def _inputs(
@@ -200,7 +201,7 @@ class TrellisMixer(nn.Module):
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
         normed = rms_normalise(y, eps=self.config.norm_eps, weight=self.norm_weight)
-        return F.linear(normed.flatten(-2) * F.gelu(gate), self.out_weight)
+        return linear(normed.flatten(-2) * F.gelu(gate), self.out_weight)
 
     def _first_memory(self, documents: int) -> CompressState:
         """Both memories [documents, H, M, .] before the first token."""
