@@ -2,9 +2,9 @@
 
     plan -> hold out -> tokenizer -> work units (Ray tasks) -> shards -> manifest -> report
 
-Exactly once: a unit is a pure function of its inputs and the stage's config, committed under the hash of both; shards
-are made from committed units in corpus order. So the same bytes come out for any number of workers, in any order,
-after any number of kills, and what was committed is never made again.
+Exactly once: a unit is a pure function of its inputs and the stage's config, committed under the hash of
+both; shards are made from committed units in corpus order. So the same bytes come out for any number of workers,
+in any order, after any number of kills, and what was committed is never made again.
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ SAMPLE_PAGE = 65536
 def prepare(
     config: DataConfig, *, workers: int | None = None, ray_address: str | None = None, progress: bool = True
 ) -> Manifest:
-    """Turn the corpus into a tokenizer and token shards in ``config.directory``; re-use what is committed there.
+    """Turn the corpus into a tokenizer and token shards in ``config.directory``; re-use what is there.
 
-    A finished data set of the same config and the same files is returned at once. Otherwise only what is missing
-    is made: a killed run continues, and a changed config re-uses the work units that it does not concern.
+    A finished data set of the same config and the same files is returned at once. Otherwise only what is
+    missing is made: a killed run continues, a changed config re-uses the work units it does not concern.
 
     Args:
         config: the data section of a recipe.
@@ -175,7 +175,7 @@ def _locked(directory: Path) -> Iterator[None]:
 
 
 def _finished(config: DataConfig, directory: Path) -> Manifest | None:
-    """The data set that is there, if it is the one asked for and its files have their sizes; no text is read."""
+    """The data set that is there, if it is the one asked for and its files have their sizes."""
     try:
         manifest = load_manifest(directory)
     except (FileNotFoundError, ValueError):
@@ -238,7 +238,7 @@ def _train(config: DataConfig, units: Sequence[Unit], below: int) -> bytes:
 
 
 def _tokenise(units: Sequence[Unit], stage: Stage, directory: Path, run: _Run) -> list[dict[str, Any]]:
-    """Entries of the units in corpus order, up to the unit that reaches ``max_documents``; missing ones are made."""
+    """Entries of the units in corpus order, missing ones made, up to the one that fills ``max_documents``."""
     limit = stage.source.max_documents
     entries = [read_unit(directory / "work" / "units" / stage.key(unit)) for unit in units]
     missing = [index for index, entry in enumerate(entries) if entry is None]

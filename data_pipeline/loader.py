@@ -1,7 +1,8 @@
 """Shards to batches: memory maps, rows and labels; the state of a loader is one number.
 
-B rows of T tokens. Row i is a slice of the split's token stream (pack.py). The global sequence of rows is a pure
-function of (fingerprint, seed, counter); a rank takes its share by arithmetic, so every mesh sees the same sequence.
+b rows of T tokens. Row i is a slice of the split's token stream (pack.py). The global sequence of rows is a
+pure function of (fingerprint, seed, counter); a rank takes its share by
+arithmetic, so every mesh sees the same one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Batch:
     Attributes:
         tokens: int64 [b, T].
         labels: int64 [b, T], the next token; -100 where there is none (after EOS, and beyond the last token).
-        cu_seqlens: int32 [n + 1] over the flattened [b * T] stream: every row start and document start, and b * T.
+        cu_seqlens: int32 [n + 1] over the flattened [b * T] stream: each row and document start, and b * T.
         valid_tokens: labels that count.
     """
 
@@ -114,9 +115,9 @@ class TokenDataset:
 class BatchLoader:
     """The micro-batches of one data-parallel rank, addressed by a counter.
 
-    Global batch k holds the samples [k * global_batch, (k + 1) * global_batch); rank r takes the r-th of `dp_size`
-    equal runs of them, cut into micro-batches. Sample s is row `permutation(epoch)[s % num_samples]`, a new
-    permutation each epoch. There is no other state.
+    Global batch k holds the samples [k * global_batch, (k + 1) * global_batch); rank r takes the r-th of
+    `dp_size` equal runs of them, cut into micro-batches. Sample s is row
+    `permutation(epoch)[s % num_samples]`, a new permutation each epoch. There is no other state.
     """
 
     def __init__(
@@ -144,13 +145,13 @@ class BatchLoader:
         """
         if min(global_batch, micro_batch, dp_size) < 1 or not 0 <= dp_rank < dp_size:
             raise ValueError(
-                f"a loader needs positive batches and 0 <= dp_rank < dp_size: got global_batch {global_batch}, "
-                f"micro_batch {micro_batch}, dp_rank {dp_rank}, dp_size {dp_size}"
+                "a loader needs positive batches and 0 <= dp_rank < dp_size: got "
+                f"{global_batch = }, {micro_batch = }, {dp_rank = }, {dp_size = }"
             )
         if global_batch % (micro_batch * dp_size):
             raise ValueError(
-                f"global batch of {global_batch} rows is no multiple of micro_batch {micro_batch} x dp {dp_size} = "
-                f"{micro_batch * dp_size}: change one of them"
+                f"global batch of {global_batch} rows is no multiple of micro_batch {micro_batch} x dp "
+                f"{dp_size} = {micro_batch * dp_size}: change one of them"
             )
         if dataset.num_samples == 0:
             raise ValueError(f"the {dataset.split} split has no rows: use a larger corpus")

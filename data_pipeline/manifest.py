@@ -128,7 +128,7 @@ def file_hashes(manifest: Manifest) -> dict[str, str]:
 
 
 def verify_files(directory: Path, hashes: Mapping[str, str]) -> list[str]:
-    """Problems of the named files, one line each with the file's path and the remedy; empty when all is well."""
+    """Problems of the named files, one line each with path and remedy; empty when all is well."""
     problems = []
     for name, expected in hashes.items():
         path = directory / name

@@ -1,8 +1,8 @@
 """Packing and order: which tokens make row i, and which row comes when; arithmetic only.
 
-"concat" cuts the split's token stream (documents end to end, shard after shard) into rows of T + 1 tokens that
-overlap by one, so that every token is the label of exactly one position. The order of an epoch is a keyed permutation
-computed row by row: nothing is stored, and any rank on any mesh gets the same answer.
+"concat" cuts the split's token stream (documents end to end, shard after shard) into rows of T + 1 tokens
+that overlap by one, so that every token is the label of exactly one position. The order of an epoch is a
+keyed permutation computed row by row: nothing is stored, and any rank on any mesh gets the same answer.
 """
 
 from __future__ import annotations
@@ -69,8 +69,8 @@ class EpochOrder:
     """A permutation of range(size), one per (fingerprint, seed, epoch), computed where it is asked for.
 
     A Feistel network on the smallest even number of bits that holds `size`, walked until it falls inside
-    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Uniform enough to shuffle, and the same
-    for every version of every library.
+    (Black and Rogaway, "Ciphers with Arbitrary Finite Domains", 2002). Uniform enough to shuffle, and the
+    same for every version of every library.
     """
 
     fingerprint: str
@@ -102,11 +102,13 @@ class EpochOrder:
         left, right = values >> bits, values & low
         for key in keys:
             left, right = right, left ^ (_mix(right ^ key) & low)
-        return (left << bits) | right
+        joined: np.ndarray = (left << bits) | right
+        return joined
 
 
 def _mix(values: np.ndarray) -> np.ndarray:
     """The finaliser of splitmix64: every output bit depends on every input bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+    mixed: np.ndarray = values ^ (values >> np.uint64(31))
+    return mixed

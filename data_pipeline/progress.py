@@ -1,4 +1,4 @@
-"""What a person sees while a corpus is prepared: a bar on stderr with documents, MB, tokens and quarantined."""
+"""What a person sees while a corpus is prepared: a bar with documents, MB, tokens and quarantined."""
 
 from __future__ import annotations
 

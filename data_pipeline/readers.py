@@ -1,6 +1,7 @@
-"""Readers: one input (a file, a range of one, a topic, a streamed data set) to documents, never raising on bad text.
+"""Readers: one input (a file, a range of one, a topic, a streamed data set) to documents.
 
-A record that cannot be a document is yielded as `Quarantined` with file, offset and reason, and reading goes on.
+They never raise on bad text: a record that cannot be a document is yielded as `Quarantined` with file, offset
+and reason, and reading goes on.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import gzip
 import io
 import json
 import re
+import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -54,7 +56,7 @@ class Item:
         source: label of its documents.
         path: where it lies on this machine; no part of the content address.
         content: hash of the content (sha256 of the whole file), part of the content address.
-        start, stop: bytes of a .jsonl file, row groups of a .parquet file, shard and shard count of a data set.
+        start, stop: bytes of a .jsonl file, row groups of a .parquet, a data set's shard and their count.
         size: input bytes, for grouping and progress; 0 when unknown.
     """
 
@@ -76,7 +78,7 @@ def read_item(item: Item, source: SourceConfig) -> Iterator[Document | Quarantin
     """Documents of one input in their order, with `Quarantined` in place of what cannot be one.
 
     Raises:
-        OSError: the input vanished or the disk fails; that is no property of the text, so it is not quarantined.
+        OSError: the input vanished or the disk fails: no property of the text, so it is not quarantined.
     """
     return {
         "text": _read_text,
@@ -135,42 +137,72 @@ def _cut(data: bytes, limit: int | None) -> Iterator[bytes]:
 
 
 def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
-    offset = item.start
     # A JSON escape takes up to six bytes per byte of text, and the record has other fields.
     limit = 8 * source.max_document_bytes + 4096
     compressed = not item.path.endswith(".jsonl")
-    ceiling = max(EXPANSION_FLOOR, MAX_EXPANSION * item.size) if compressed else None
+    stop = max(EXPANSION_FLOOR, MAX_EXPANSION * item.size) if compressed else item.stop
+    offset = item.start
     try:
         with _open_lines(item.path) as file:
             offset = _seek_line(file, offset)
-            while (compressed or offset < item.stop) and (line := file.readline(limit + 1)):
-                whole = len(line)
-                if whole > limit:
-                    whole += _skip_line(file, line, ceiling)
+            while offset < stop and (line := file.readline(limit + 1)):
+                size = len(line)
+                if size > limit:
+                    size += _skip_line(file, line, stop)
                     yield Quarantined(item.name, offset, f"record longer than {limit} bytes")
                 elif line.strip():
                     yield _parse_line(item, line, offset, source)
-                offset += whole
-                if ceiling is not None and offset > ceiling:
-                    yield Quarantined(
-                        item.name, offset, f"expands more than {MAX_EXPANSION} times: rest left out"
-                    )
-                    return
+                offset += size
+            if compressed and offset >= stop and file.read(1):
+                yield Quarantined(item.name, offset, f"expands over {MAX_EXPANSION} times: rest left out")
     except (EOFError, zlib.error, gzip.BadGzipFile, _zstd_error()) as error:
         yield Quarantined(item.name, offset, f"damaged compressed file, rest left out ({error})")
 
 
-def _open_lines(path: str) -> IO[bytes]:
+def _open_lines(path: str) -> Any:
     if path.endswith(".gz"):
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    if path.endswith(".zst"):
+        return gzip.open(path, "rb")
+    return io.BufferedReader(_ZstdFrames(path)) if path.endswith(".zst") else open(path, "rb")
+
+
+class _ZstdFrames(io.RawIOBase):
+    """The frames of a .zst file as one stream.
+
+    The package's own stream reader takes a file that ends inside a frame for a complete one; this raises EOFError.
+    """
+
+    # A block of n input bytes expands to at most n / 4 blocks of 128 KiB: 32 MiB for 1 KiB.
+    BLOCK = 1024
+
+    def __init__(self, path: str) -> None:
         import zstandard
 
-        reader = zstandard.ZstdDecompressor().stream_reader(
-            open(path, "rb"), read_across_frames=True, closefd=True
-        )
-        return io.BufferedReader(reader)  # type: ignore[arg-type]
-    return open(path, "rb")
+        self._file = open(path, "rb")  # noqa: SIM115 (closed with this object)
+        self._new_frame = zstandard.ZstdDecompressor().decompressobj
+        self._frame: Any = None
+        self._input = self._output = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._output:
+            self._input = self._input or self._file.read(self.BLOCK)
+            if not self._input:
+                if self._frame is not None:
+                    raise EOFError("the file ends inside a frame")
+                return 0
+            self._frame = self._frame or self._new_frame()
+            self._output = self._frame.decompress(self._input)
+            self._input = self._frame.unused_data if self._frame.eof else b""
+            self._frame = None if self._frame.eof else self._frame
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
 
 
 def _zstd_error() -> type[Exception]:
@@ -186,12 +218,13 @@ def _seek_line(file: IO[bytes], start: int) -> int:
     if start == 0:
         return 0
     file.seek(start - 1)
-    return start - 1 + _skip_line(file, b"", None)
+    return start - 1 + _skip_line(file, b"", sys.maxsize)
 
 
-def _skip_line(file: IO[bytes], line: bytes, ceiling: int | None) -> int:
+def _skip_line(file: IO[bytes], line: bytes, most: int) -> int:
+    """Read on to the end of the line that `line` begins, or for about `most` bytes; returns the bytes read."""
     skipped = 0
-    while not line.endswith(b"\n") and (ceiling is None or skipped <= ceiling):
+    while not line.endswith(b"\n") and skipped <= most:
         line = file.readline(1 << 20)
         if not line:
             break
@@ -217,6 +250,8 @@ def open_parquet(path: str) -> Any:
 
     try:
         return pyarrow.parquet.ParquetFile(path)
+    except FileNotFoundError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         return f"not a parquet file ({str(error).splitlines()[0]})"
 

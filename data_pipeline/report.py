@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +101,7 @@ def _lengths(page: Report, streams: dict[str, Stream]) -> None:
     )
     rows = [
         [f"{low:,} to {high - 1:,}", *(f"{counts[name][i]:,}" for name in streams)]
-        for i, (low, high) in enumerate(zip(edges, edges[1:]))
+        for i, (low, high) in enumerate(pairwise(edges))
     ]
     page.table(["tokens", *streams], rows)
 

@@ -1,10 +1,11 @@
 """Token shards in Megatron's indexed format, and a reader of them that needs numpy only.
 
-A shard is two files (megatron/core/datasets/indexed_dataset.py): NAME.bin holds the tokens end to end, NAME.idx is
+A shard is two files (megatron/core/datasets/indexed_dataset.py). NAME.bin holds the tokens end to end;
+NAME.idx is
     "MMIDIDX\\0\\0" | version 1 (u64) | dtype code (u8) | sequences n (u64) | documents n + 1 (u64)
     | lengths int32[n] | byte offsets int64[n] | first sequence of each document int64[n + 1]
-(little endian). One sequence is one document here. Megatron's own builder neither syncs nor renames; this one does,
-and the same documents give the same bytes.
+(little endian). One sequence is one document here. Megatron's own builder neither syncs nor renames; this one
+does, and the same documents give the same bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ __all__ = ["Shard", "ShardFiles", "token_dtype", "write_shard"]
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
-CODES = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
+CODES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 
 
 @dataclass(frozen=True)

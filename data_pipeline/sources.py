@@ -27,9 +27,10 @@ SUFFIXES = {
     ".jsonl.zst": "jsonl",
     ".parquet": "parquet",
 }
-# Not the library's own text (tests, installed packages), tables (encodings), or the same text twice (pydoc_data).
+# Tests, an application and a tool, tables, what was installed, caches; pydoc_data is read as topics.
 STDLIB_LEFT_OUT = frozenset(
-    "test tests idle_test idlelib lib2to3 encodings site-packages dist-packages pydoc_data __pycache__".split()
+    {"test", "tests", "idle_test", "idlelib", "lib2to3", "encodings", "pydoc_data"}
+    | {"site-packages", "dist-packages", "__pycache__"}
 )
 # Written by whoever built or installed this Python, not part of the library.
 STDLIB_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize")
@@ -158,7 +159,7 @@ def _path_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
         yield from _file_items(path, _relative(path, root), reader, unit_bytes)
     if not found:
         raise ValueError(
-            f"data.source.path = {str(root)!r} holds no text: it needs files that end in {', '.join(SUFFIXES)}"
+            f"data.source.path = {str(root)!r} holds no text: it needs files ending in {', '.join(SUFFIXES)}"
         )
 
 
@@ -195,7 +196,7 @@ def _file_items(path: Path, name: str, reader: str, unit_bytes: int) -> Iterator
 
 
 def _ranges(path: Path, reader: str, size: int, unit_bytes: int) -> Sequence[tuple[int, int, int]]:
-    """(start, stop, bytes) of the parts that can be read alone: bytes of a .jsonl, row groups of a .parquet."""
+    """(start, stop, bytes) of parts that can be read alone: bytes of a .jsonl, row groups of a .parquet."""
     if path.name.endswith(".jsonl"):
         starts = range(0, max(size, 1), unit_bytes)
         return [(start, min(start + unit_bytes, size), min(unit_bytes, size - start)) for start in starts]

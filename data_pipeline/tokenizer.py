@@ -14,8 +14,8 @@ from data_pipeline.config import TokenizerConfig
 __all__ = ["Tokenizer", "train_tokenizer"]
 
 UNK_ID, BOS_ID, EOS_ID = 0, 1, 2
-# Characters per training sentence. SentencePiece never learns across sentences, so text is cut into long windows
-# and not into lines: pieces may then hold newlines and whole indents (7% fewer tokens on code).
+# Characters per training sentence. SentencePiece never learns across sentences, so text is cut into long
+# windows and not into lines: pieces may then hold newlines and whole indents (7% fewer tokens on code).
 WINDOW = 4096
 # SentencePiece stores a space as U+2581 and would give a real U+2581 back as a space; NUL ends its strings.
 # Both go around it as byte pieces.

@@ -1,14 +1,14 @@
-"""One work unit: read, normalise, split, tokenise, commit. A pure function of its inputs and the stage's config.
+"""One work unit: read, normalise, split, tokenise, commit; a pure function of inputs and config.
 
-A committed unit is a folder ``work/units/KEY``: train.tokens and validation.tokens (the documents' tokens end to end)
-and unit.json, which lists the documents in order and the hash of both files. KEY is the hash of everything that
-decides the content, so a unit made by any worker, in any run, at any time, is the same.
+A committed unit is a folder ``work/units/KEY``: train.tokens and validation.tokens (the documents' tokens end
+to end) and unit.json, which lists the documents in order and the hash of both files. KEY is the hash of all
+that decides the content, so a unit made by any worker, in any run, at any time, is the same.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -102,7 +102,7 @@ def _write_tokens(attempt: Path, unit: Unit, stage: Stage, tokenizer: Tokenizer)
 
 
 def _write_document(
-    files: dict[str, IO[bytes]], document: Document, stage: Stage, tokenizer: Tokenizer, dtype: np.dtype
+    files: Mapping[str, IO[bytes]], document: Document, stage: Stage, tokenizer: Tokenizer, dtype: np.dtype
 ) -> list[Any]:
     """Append [BOS] pieces [EOS]; returns the record [split, tokens, bytes, source]."""
     ids = [tokenizer.bos_id, *tokenizer.encode(document.text), tokenizer.eos_id]
@@ -112,7 +112,7 @@ def _write_document(
 
 
 def read_unit(folder: Path) -> dict[str, Any] | None:
-    """unit.json of a committed unit whose files match their hashes; None (and the folder removed) otherwise."""
+    """unit.json of a committed unit whose files match their hashes; otherwise None, the folder removed."""
     if not folder.is_dir():
         return None
     try:
@@ -126,7 +126,7 @@ def read_unit(folder: Path) -> dict[str, Any] | None:
 
 
 def sample_texts(units: Iterable[Unit], source: SourceConfig, below: int, budget: int) -> Iterator[str]:
-    """Documents that are not held out (their hash is `below` or more): about `budget` bytes from each unit's start."""
+    """Documents that are not held out (hash `below` or more): about `budget` bytes from each unit's start."""
     for unit in units:
         left = budget
         for found in unit_documents(unit, source):

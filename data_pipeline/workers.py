@@ -1,14 +1,14 @@
 """Ray: work units as plain tasks on this machine or on a cluster, nothing more.
 
-Ray knows nothing of what is done: a unit commits itself (unit.py), so a lost worker, a lost driver or a second run
-costs only the units in flight.
+Ray knows nothing of what is done: a unit commits itself (unit.py), so a lost worker, a lost driver or a
+second run costs only the units in flight.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,7 +62,7 @@ def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
 
 def run_tasks(
     ray: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, workers: int
-) -> Iterator[tuple[int, Any]]:
+) -> Generator[tuple[int, Any], None, None]:
     """(index, result) of ``function(*arguments[index])`` as they finish, `workers` at a time.
 
     Where `workers` is all the cores there are, as many tasks again wait in Ray, so that no worker ever does.
