@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 __all__ = ["app", "main"]
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     name="trellis",
     help="Train, score and inspect Trellis language models. Add --debug to any command for tracebacks.",
@@ -212,10 +214,11 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         status = app(given, prog_name="trellis", standalone_mode=False)
     except KeyboardInterrupt:
-        print("trellis: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
-        return 130
+        status = INTERRUPTED
     except Exception as error:
         return _fail(error, debug=debug)
+    if status == INTERRUPTED:  # typer also turns the interrupt into this status
+        print("trellis: interrupted; the same command continues from the newest checkpoint", file=sys.stderr)
     return status if isinstance(status, int) else 0
 
 

@@ -17,6 +17,7 @@ from launch.training_run import train
 
 __all__ = ["main_job", "render_summary"]
 
+# Unix time at which quickstart.sh began, so that the installation counts.
 STARTED_AT = "TRELLIS_STARTED_AT"
 Say = Callable[[str], None]
 
@@ -29,6 +30,7 @@ def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, An
         launch.ranks.RankError: a training rank failed.
         launch.ranks.TerminatedError: SIGTERM; the run was saved.
     """
+    started = float(os.environ.get(STARTED_AT, time.time()))
     check_source(recipe)
     claim_run(run_dir, recipe)
     seconds = StageSeconds(run_dir)
@@ -36,7 +38,7 @@ def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, An
     if _trained_on(run_dir, recipe.training.steps) == fingerprint:
         say("train: done before, re-used")
     else:
-        _train_in_two_halves(recipe, run_dir, seconds, say)
+        _train_in_two_halves(recipe, run_dir, seconds, say, started=started)
     return _evaluate(recipe, run_dir, seconds, say)
 
 
@@ -95,14 +97,16 @@ def _trained_on(run_dir: Path, steps: int) -> str | None:
     return None if path is None else str(load_run_state(path)["data"]["fingerprint"])
 
 
-def _train_in_two_halves(recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say) -> None:
+def _train_in_two_halves(
+    recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say, *, started: float
+) -> None:
     """Stop at half the steps and continue from the checkpoint in new processes, as after a crash."""
     from checkpoints.commit import list_steps
 
     half = recipe.training.steps // 2
     newest = max(list_steps(run_dir / "checkpoints"), default=0)
     if newest < half:
-        with _timed("train_first_half", seconds, say), _FirstLoss(run_dir, seconds):
+        with _timed("train_first_half", seconds, say), _FirstLoss(run_dir, seconds, started):
             train(recipe, run_dir, stop_at_step=half)
         say(f"train: stopped at step {half}; continuing from its checkpoint in new processes")
     with _timed("train_second_half", seconds, say):
@@ -133,11 +137,11 @@ def _stored_results(run_dir: Path) -> dict[str, int]:
 
 
 class _FirstLoss:
-    """Seconds from the command's start (``TRELLIS_STARTED_AT``, or now) to the first line of metrics."""
+    """Seconds from ``started`` (Unix time) to the first line of metrics."""
 
-    def __init__(self, run_dir: Path, seconds: StageSeconds) -> None:
+    def __init__(self, run_dir: Path, seconds: StageSeconds, started: float) -> None:
         self._metrics, self._seconds = run_dir / "metrics.jsonl", seconds
-        self._started = float(os.environ.get(STARTED_AT, time.time()))
+        self._started = started
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._seen: float | None = None

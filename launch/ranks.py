@@ -14,6 +14,9 @@ from trellis_dist.training.job import EXIT_TERMINATED
 
 __all__ = ["RankError", "TerminatedError", "log_folder", "record_failure", "run_ranks", "under_torchrun"]
 
+# Signals that kill from outside or by a crash; torchrun itself ends the peers of a failed rank with SIGTERM.
+_KILLS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 
@@ -54,8 +57,7 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
     _prepare_environment(count)
     for stale in log_folder(run_dir).glob("failure-rank-*.json"):
         stale.unlink()
-    # The agent's own account of a failed rank is a page of log lines; the rank has written a better one.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    _silence_the_agent()
     try:
         torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "launch.worker", *arguments])
     except ChildFailedError as error:
@@ -68,15 +70,25 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
         raise KeyboardInterrupt from None
 
 
+def _record(run_dir: Path, rank: int) -> Path:
+    return log_folder(run_dir) / f"failure-rank-{rank:05d}.json"
+
+
 def record_failure(run_dir: Path, *, rank: int, message: str, detail: str) -> None:
     """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself."""
     folder = log_folder(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        failure = {"rank": rank, "message": message, "detail": detail}
-        write_json(folder / f"failure-rank-{rank:05d}.json", failure)
+        write_json(_record(run_dir, rank), {"rank": rank, "message": message, "detail": detail})
     except OSError:
         print(detail, flush=True)
+
+
+def _silence_the_agent() -> None:
+    """The agent's account of a failed rank is a page of log lines; the rank has written a better one."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def _prepare_environment(count: int) -> None:
@@ -88,22 +100,26 @@ def _prepare_environment(count: int) -> None:
 
 
 def _explain(error: Any, run_dir: Path) -> RankError:
-    """The first rank that failed by itself; the others usually only lost their peer."""
-    recorded = sorted(
-        log_folder(run_dir).glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns
-    )
-    if recorded:
+    """The rank that failed by itself: one that was killed, else the first to record an error.
+
+    The others usually only lost their peer, and say so in words that help nobody.
+    """
+    logs = log_folder(run_dir)
+    silent = {
+        rank: failure for rank, failure in error.failures.items() if not _record(run_dir, rank).is_file()
+    }
+    killed = {rank: failure for rank, failure in silent.items() if -failure.exitcode in _KILLS}
+    recorded = sorted(logs.glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    if recorded and not killed:
         failures = [read_json(path) for path in recorded]
-        first = failures[0]
-        alike = len({failure["message"] for failure in failures}) == 1
-        where = "" if (alike and len(failures) > 1) or len(error.failures) == 1 else f"rank {first['rank']}: "
-        return RankError(f"{where}{first['message']}", first["detail"])
-    rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
+        same = len({failure["message"] for failure in failures}) == 1
+        where = "" if same else f"rank {failures[0]['rank']}: "
+        return RankError(f"{where}{failures[0]['message']}", failures[0]["detail"])
+    rank, failure = min((killed or silent).items(), key=lambda item: item[1].timestamp)
     cause = f"exit status {failure.exitcode}"
     if failure.exitcode < 0:
         name = signal.Signals(-failure.exitcode).name
         cause = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
-    logs = log_folder(run_dir)
     return RankError(
         f"rank {rank}: {cause}; logs of the ranks are in {logs}", f"no traceback was recorded in {logs}"
     )
