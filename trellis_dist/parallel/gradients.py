@@ -10,7 +10,7 @@ from torch import Tensor
 
 from trellis_dist.parallel.mesh import Mesh
 
-__all__ = ["gradient_norm", "sum_sequence_gradients"]
+__all__ = ["sum_sequence_gradients"]
 
 # One all-reduce moves about this many elements, enough to reach bandwidth without a second copy of the model.
 _BUCKET_ELEMENTS = 16 * 1024 * 1024
@@ -19,8 +19,9 @@ _BUCKET_ELEMENTS = 16 * 1024 * 1024
 def sum_sequence_gradients(gradients: Iterable[Tensor], mesh: Mesh) -> None:
     """Sum ``gradients`` in place over the sp group: each segment contributes its tokens.
 
-    Call it once per optimizer step, after the last backward and before the norm. Every rank passes the same
-    list in the same order; a parameter without a gradient here must be passed as zeros.
+    Call it once per optimizer step, after the last backward and before the norm: all sp ranks then hold the
+    same bits, so each computes the same norm without another exchange. Every rank passes the same list in the
+    same order; a parameter without a gradient here must be passed as zeros.
     """
     if mesh.sp == 1:
         return
@@ -46,15 +47,3 @@ def _sum_bucket(bucket: list[Tensor], group: dist.ProcessGroup | None) -> None:
     parts = flat.split([gradient.numel() for gradient in bucket])
     for gradient, part in zip(bucket, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
-
-
-def gradient_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """L2 norm [] over all ``gradients``, each parameter counted once, accumulated in fp32 or better.
-
-    After ``sum_sequence_gradients`` all sp ranks hold the same bits, so they compute the same norm without
-    another exchange.
-    """
-    norms = [
-        torch.linalg.vector_norm(g, dtype=torch.promote_types(g.dtype, torch.float32)) for g in gradients
-    ]
-    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())

@@ -3,12 +3,11 @@
 Shapes: B rows of L tokens (this segment), H heads, D and V head widths, M slots, N documents of this segment,
 R rows (R = B; behind a packed row, where B = 1, the rows it holds).
 
-    forward   (S, R) from the left | scan | (S, R) to the right | readout
-    backward  readout gradients | (dS+, dR+) from the right | reverse scan | (dS, dR) to the left | input
-    gradients
+    forward   (S, R) from the left; scan; (S, R) to the right; readout
+    backward  readout gradients; (dS+, dR+) from the right; reverse scan; (dS, dR) to the left; the rest
 
 The state leaves right after the scan and the adjoint right after the reverse scan, so a neighbour waits for
-the short sequential part of a layer only. Both directions live in one autograd.Function over ``kernels.stages``.
+the short sequential part of a layer only. Both directions are one autograd.Function over ``kernels.stages``.
 The stages work chunk by chunk, so cut at a multiple of C no bit differs from one process (parallelism.md). On
 a CPU that holds where B L H is a multiple of 32 and D, V, M are multiples of 8: what is left over after whole
 vectors goes through other routines in torch and MKL, so at odd sizes some numbers differ in the last bit.
