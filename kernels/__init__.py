@@ -1,4 +1,4 @@
-"""The compress operation of Trellis: pure functions on tensors, torch and (where it is installed) triton only."""
+"""The compress operation of Trellis: pure functions on tensors; torch and, where installed, triton only."""
 
 from kernels.compress import CompressState, compress_kv
 from kernels.decode import decode_step

@@ -9,7 +9,8 @@ Shapes: every tensor is [..., M]; a sum or mean over slots is over the last dime
                         A(x) = r (x - mean x - h mean(h x))              backward of LN at s
     its backward, g = dL/du
       elementwise phi   dz = (phi'^2 + e phi'') g;  da = -phi' g
-      softmax           t = p (g - sum g p);  dp = g (e - sum p e) - e sum g p + t;  dz = p (dp - sum p dp);  da = -t
+      softmax           t = p (g - sum g p);  dp = g (e - sum p e) - e sum g p + t;  dz = p (dp - sum p dp);
+                        da = -t
       ln_silu           t = A(e), G = s' g;  dh = A(G) - r (G mean(h e) + e mean(h G));
                         ds = A(dh) - r h mean(G t);  dz = s' ds + s'' g t;  da = -A(G)
     readout  ln_silu    LN(SiLU(x)), eps 1e-5, no affine
@@ -17,11 +18,12 @@ Shapes: every tensor is [..., M]; a sum or mean over slots is over the last dime
              softmax    softmax(x)
 
 SiLU: sigma = sigmoid(z), s' = sigma (1 + z (1 - sigma)), s'' = sigma (1 - sigma) (2 + z (1 - 2 sigma)).
-aten's fused backward formulas are called by name: each is one pass over memory where the plain expression is five.
+aten's fused backward formulas are called by name: one pass over memory where the expression takes five.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 
 __all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "apply_phi", "apply_readout"]
-__all__ += ["inner_backward", "inner_gradient", "readout_backward"]
+__all__ += ["inner_backward", "inner_gradient", "readout_vjp"]
 
 PHI = ("silu", "tanh", "identity", "ln_silu", "softmax")
 ELEMENTWISE_PHI = ("silu", "tanh", "identity")
@@ -60,7 +62,8 @@ def inner_gradient(z: Tensor, alpha: Tensor, phi: str) -> Tensor:
         return cast(Tensor, _aten.tanh_backward(t - alpha, t))
     if phi == "identity":
         return z - alpha
-    return readout_backward(z, apply_readout(z, phi) - alpha, phi)
+    value, vjp = readout_vjp(z, phi)
+    return vjp(value - alpha)
 
 
 def inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, phi: str) -> tuple[Tensor, Tensor]:
@@ -91,20 +94,23 @@ def apply_readout(x: Tensor, readout: str) -> Tensor:
     return s * _inverse_norm(s)
 
 
-def readout_backward(x: Tensor, grad: Tensor, readout: str) -> Tensor:
-    """J_f(x)^T grad, shapes [..., M]."""
+def readout_vjp(x: Tensor, readout: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """f(x) and the function g -> J_f(x)^T g, shapes [..., M]."""
     if readout == "softmax":
         p = torch.softmax(x, -1)
-        return cast(Tensor, _aten._softmax_backward_data(grad, p, -1, p.dtype))
+        return p, lambda grad: cast(Tensor, _aten._softmax_backward_data(grad, p, -1, p.dtype))
     s = functional.silu(x)
     if readout == "ln_silu":
-        _, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, LN_EPS)
-        ds = _layer_norm_backward(grad, s, mean, rstd)
-    else:
-        scale = _inverse_norm(s)
-        unit = s * scale
-        ds = (grad - unit * (unit * grad).sum(-1, keepdim=True)) * scale
-    return cast(Tensor, _aten.silu_backward(ds, x))
+        p, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, LN_EPS)
+        return p, lambda grad: cast(Tensor, _aten.silu_backward(_layer_norm_backward(grad, s, mean, rstd), x))
+    scale = _inverse_norm(s)
+    p = s * scale
+
+    def l2_silu_vjp(grad: Tensor) -> Tensor:
+        ds = (grad - p * (p * grad).sum(-1, keepdim=True)) * scale
+        return cast(Tensor, _aten.silu_backward(ds, x))
+
+    return p, l2_silu_vjp
 
 
 def _inverse_norm(s: Tensor) -> Tensor:

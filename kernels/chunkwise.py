@@ -15,9 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from kernels import stages
 from kernels.layout import PackedLayout
-from kernels.stages import Inputs, Memories, ScanResult
+from kernels.stages import Memories, ScanResult
 
 __all__ = ["chunkwise"]
+
+MATRICES = 64  # chunks x heads that a CPU works on at a time
 
 
 def chunkwise(
@@ -34,7 +36,8 @@ def chunkwise(
     Args:
         operands: (q, k, v, alpha, log_decay, step_size).
         initial: (key, value) memories [N, H, M, .] in the compute type.
-        stale: the chunk-start pair of documents that are entered inside a chunk; None where all start a chunk.
+        stale: the chunk-start pair of documents that are entered inside a chunk; None where all start a
+            chunk.
         layout, phi, readout: as in ``compress_kv``.
     """
     pair = (None, None) if stale is None else stale
@@ -48,45 +51,133 @@ class _Chunkwise(torch.autograd.Function):
         operands, initial, stale, (layout, phi, readout) = args[:6], args[6:8], args[8:10], args[10:]
         ctx.set_materialize_grads(False)
         ctx.layout, ctx.phi, ctx.readout, ctx.own_pair = layout, phi, readout, stale[0] is not None
-        with _full_precision(operands[0]):
-            inputs = stages.arrange(*operands, layout=layout)
-            pair = None if stale[0] is None else Memories(*(layout.rank_documents(x) for x in stale))
-            ranked = Memories(*(layout.rank_documents(x) for x in initial))
-            states, gradients = stages.scan_forward(inputs, ranked, phi=phi, stale=pair)
-            y = stages.readout_forward(inputs, states, gradients, readout=readout)
-            y = layout.from_chunks(y, operands[0].shape[0]).to(operands[2].dtype)
-        pairs = (states.start, states.stale) if ctx.own_pair else (states.start,)
-        ctx.save_for_backward(*operands, *(x for pair in pairs for x in (pair.key, pair.value)))
-        last = (_last_starts(layout, states.stale.key, states.final.key),)
-        last += (_last_starts(layout, states.stale.value, states.final.value),)
-        return y, *(layout.unrank_documents(x) for x in (states.final.key, states.final.value, *last))
+        pair = Memories(*(layout.rank_documents(x) for x in stale)) if ctx.own_pair else None
+        final = Memories(*(layout.rank_documents(x).clone() for x in initial))
+        with full_precision(operands[0]):
+            y, start = _forward(operands, final, pair, layout, phi=phi, readout=readout)
+        at = start if pair is None else _with_pair(start, pair)
+        ctx.save_for_backward(*operands, *_unique(start, at))
+        last = [_last_starts(layout, *x) for x in ((at.key, final.key), (at.value, final.value))]
+        y = layout.from_chunks(y, operands[0].shape[0]).to(operands[2].dtype)
+        return y, *(layout.unrank_documents(x) for x in (final.key, final.value, *last))
 
     @staticmethod
     @once_differentiable  # type: ignore[misc]
     def backward(ctx: Any, dy: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, saved = ctx.layout, ctx.saved_tensors
-        operands, start = saved[:6], Memories(*saved[6:8])
-        stale = Memories(*saved[8:10]) if ctx.own_pair else start
-        with _full_precision(operands[0]):
-            inputs = stages.arrange(*operands, layout=layout)
-            dy_chunks = (
-                torch.zeros_like(inputs.value) if dy is None else layout.to_chunks(dy).to(inputs.value.dtype)
+        layout, operands, memories = ctx.layout, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
+        start = Memories(*memories[:2])
+        stale = Memories(*memories[2:]) if ctx.own_pair else start
+        adjoint, extra = _state_adjoints(layout, start, dstates)
+        with full_precision(operands[0]):
+            chunks, pair = _backward(
+                operands, start, stale, dy, adjoint, extra, layout, phi=ctx.phi, readout=ctx.readout
             )
-            final, extra = _state_adjoints(layout, start, dstates)
-            states = ScanResult(
-                final=final, start=start, stale=stale
-            )  # backward never reads the final memories
-            grads = stages.readout_backward(inputs, states, dy_chunks, phi=ctx.phi, readout=ctx.readout)
-            scan = stages.scan_backward(inputs, states, grads, final, phi=ctx.phi, stale_adjoint=extra)
-            rest = stages.input_backward(inputs, states, grads, scan)
-            chunks = (grads.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
-            douts = [
-                layout.from_chunks(x, operands[0].shape[0]).to(o.dtype) for x, o in zip(chunks, operands)
-            ]
-            pairs = [scan.initial] + ([scan.initial_stale] if scan.initial_stale is not None else [])
-            dinitial = [layout.unrank_documents(x) for pair in pairs for x in (pair.key, pair.value)]
-        dinitial += [None] * (4 - len(dinitial))
-        return *(x.view_as(o) for x, o in zip(douts, operands)), *dinitial, None, None, None
+        batch = operands[0].shape[0]
+        grads = [
+            layout.from_chunks(x, batch).to(o.dtype).view_as(o) for x, o in zip(chunks, operands, strict=True)
+        ]
+        states = [layout.unrank_documents(x) for x in (adjoint.key, adjoint.value)]
+        states += (
+            [None, None] if pair is None else [layout.unrank_documents(x) for x in (pair.key, pair.value)]
+        )
+        return *grads, *states, None, None, None
+
+
+def _forward(
+    operands: tuple[Tensor, ...],
+    state: Memories,
+    pair: Memories | None,
+    layout: PackedLayout,
+    *,
+    phi: str,
+    readout: str,
+) -> tuple[Tensor, Memories]:
+    """Outputs and chunk-start memories in chunk order; ``state`` becomes the final memories in place."""
+    chunks, (heads, slots) = layout.num_chunks, operands[3].shape[-2:]
+    y = state.value.new_empty(chunks, heads, layout.chunk_size, operands[2].shape[-1])
+    start = Memories(*(m.new_empty(chunks, heads, slots, m.shape[-1]) for m in (state.key, state.value)))
+    for span, at, running in _spans(layout, heads):
+        inputs = stages.arrange(*operands, layout=span)
+        states, gradients = stages.scan_forward(inputs, _cut(state, running), phi=phi, stale=pair)
+        y[at] = stages.readout_forward(inputs, states, gradients, readout=readout)
+        _assign(_cut(start, at), states.start)
+        _assign(_cut(state, running), states.final)
+        pair = None  # the documents entered inside a chunk are past it
+    return y, start
+
+
+def _backward(
+    operands: tuple[Tensor, ...],
+    start: Memories,
+    stale: Memories,
+    dy: Tensor | None,
+    adjoint: Memories,
+    extra: Memories | None,
+    layout: PackedLayout,
+    *,
+    phi: str,
+    readout: str,
+) -> tuple[list[Tensor], Memories | None]:
+    """Operand gradients in chunk order; ``adjoint`` goes from the final to the initial memories in place."""
+    heads, c = operands[3].shape[2], layout.chunk_size
+    widths = [x.shape[3] if x.dim() == 4 else 1 for x in operands]
+    out = [start.key.new_empty(layout.num_chunks, heads, c, width) for width in widths]
+    pair = None
+    for span, at, running in reversed(_spans(layout, heads)):
+        inputs = stages.arrange(*operands, layout=span)
+        first = _cut(start, at)
+        states = ScanResult(
+            final=first,  # not read by the backward stages
+            start=first,
+            stale=first if span.first_step > 0 or stale is start else _cut(stale, at),
+        )
+        dy_span = torch.zeros_like(inputs.value) if dy is None else span.to_chunks(dy).to(inputs.value.dtype)
+        grads = stages.readout_backward(inputs, states, dy_span, phi=phi, readout=readout)
+        outside = None if extra is None else _cut(extra, at)
+        scan = stages.scan_backward(
+            inputs, states, grads, _cut(adjoint, running), phi=phi, stale_adjoint=outside
+        )
+        _assign(_cut(adjoint, running), scan.initial)
+        rest, pair = stages.input_backward(inputs, states, grads, scan), scan.initial_stale
+        parts = (grads.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
+        for whole, part in zip(out, parts, strict=True):
+            whole[at] = part
+    return out, pair
+
+
+def _spans(layout: PackedLayout, heads: int) -> list[tuple[PackedLayout, slice, slice]]:
+    """Pieces to run one after the other, the chunks of each, and the documents running in it.
+
+    On a CPU a piece is just large enough to keep the matrix products busy, so that what the stages hand to
+    each other stays in cache; on a GPU it is the whole.
+    """
+    chunks = -(-MATRICES // heads) if layout.last_chunk.device.type == "cpu" else layout.num_chunks
+    pieces, first = [], 0
+    for span in layout.spans(chunks):
+        count = span.steps[-1][1]
+        pieces.append((span, slice(first, first + count), slice(0, span.steps[0][1])))
+        first += count
+    return pieces
+
+
+def _cut(memories: Memories, at: slice) -> Memories:
+    return Memories(memories.key[at], memories.value[at])
+
+
+def _assign(target: Memories, source: Memories) -> None:
+    target.key.copy_(source.key)
+    target.value.copy_(source.value)
+
+
+def _with_pair(start: Memories, pair: Memories) -> Memories:
+    """Stale memories of every chunk: those at its start, in each document's first chunk the carried ones."""
+    both = ((pair.key, start.key), (pair.value, start.value))
+    return Memories(*(torch.cat((carried, own[carried.shape[0] :])) for carried, own in both))
+
+
+def _unique(start: Memories, stale: Memories) -> tuple[Tensor, ...]:
+    pairs = (start,) if stale is start else (start, stale)
+    return tuple(x for pair in pairs for x in (pair.key, pair.value))
 
 
 def _last_starts(layout: PackedLayout, stale: Tensor, final: Tensor) -> Tensor:
@@ -99,31 +190,34 @@ def _last_starts(layout: PackedLayout, stale: Tensor, final: Tensor) -> Tensor:
 def _state_adjoints(
     layout: PackedLayout, start: Memories, dstates: tuple[Tensor | None, ...]
 ) -> tuple[Memories, Memories | None]:
-    """Adjoints of the final memories [N, ...] and, from a returned chunk-start pair, of the stale ones [P, ...]."""
-    final, extra, used = [], [], False
-    for dstate, dlast, like in ((dstates[0], dstates[2], start.key), (dstates[1], dstates[3], start.value)):
-        total = like.new_zeros(layout.num_documents, *like.shape[1:])
-        if dstate is not None:
-            total += layout.rank_documents(dstate)
-        stale = torch.zeros_like(like) if dlast is not None and layout.ends_inside is not None else None
-        if dlast is not None:
-            last = layout.rank_documents(dlast)
-            if stale is not None and layout.ends_inside is not None:
-                inside = layout.ends_inside.view(-1, 1, 1, 1)
-                stale[layout.last_chunk] = last.masked_fill(~inside, 0)
-                last = last.masked_fill(inside, 0)
-            total += last
-        used = used or stale is not None
-        final.append(total)
-        extra.append(stale)
-    if not used:
-        return Memories(*final), None
-    filled = [
-        torch.zeros_like(x) if e is None else e for e, x in zip(extra, (start.key, start.value), strict=True)
-    ]
-    return Memories(*final), Memories(*filled)
+    """Adjoints of the final memories [N, ...] and, from a chunk-start pair, of the stale ones [P, ...]."""
+    key, key_extra = _state_adjoint(layout, start.key, dstates[0], dstates[2])
+    value, value_extra = _state_adjoint(layout, start.value, dstates[1], dstates[3])
+    if key_extra is None and value_extra is None:
+        return Memories(key, value), None
+    key_extra = torch.zeros_like(start.key) if key_extra is None else key_extra
+    value_extra = torch.zeros_like(start.value) if value_extra is None else value_extra
+    return Memories(key, value), Memories(key_extra, value_extra)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def _state_adjoint(
+    layout: PackedLayout, start: Tensor, dfinal: Tensor | None, dlast: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """One memory: a document's chunk-start memory is its final one, or its last chunk's stale one."""
+    total = start.new_zeros(layout.num_documents, *start.shape[1:])
+    if dfinal is not None:
+        total += layout.rank_documents(dfinal)
+    if dlast is None:
+        return total, None
+    dlast = layout.rank_documents(dlast)
+    if layout.ends_inside is None:
+        return total + dlast, None
+    inside = layout.ends_inside.view(-1, 1, 1, 1)
+    extra = torch.zeros_like(start)
+    extra[layout.last_chunk] = dlast.masked_fill(~inside, 0)
+    return total + dlast.masked_fill(inside, 0), extra
+
+
+def full_precision(x: Tensor) -> torch.autocast:
     """Autocast off: memories and gates stay fp32 whatever surrounds the call."""
     return torch.autocast(device_type=x.device.type, enabled=False)

@@ -2,13 +2,13 @@
 
 Per head, in tokens (kernels.reference has the definition, kernels.stages the chunkwise form):
 
-    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T       u_t: gradient of |phi(S k_t) - alpha_t|^2 / 2 at the chunk's start
-    R_t = beta_t R_{t-1} - gamma_t w_t v_t^T       w_t: the same for (R, v_t)
+    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T    u_t: gradient of |phi(S k_t) - alpha_t|^2 / 2 at the chunk's
+    start R_t = beta_t R_{t-1} - gamma_t w_t v_t^T    w_t: the same for (R, v_t)
     y_t = R_t^T f(S_t q_t)
 
 Shapes: q, k [B, T, H, D]; v and y [B, T, H, V]; alpha [B, T, H, M]; log_decay = log beta, step_size = gamma
-[B, T, H]; memories [N, H, M, .] with N documents (N = B unless packed). Memories and gates are fp32 (fp64 for fp64
-inputs) whatever the inputs are.
+[B, T, H]; memories [N, H, M, .] with N documents (N = B unless packed). Memories and gates are fp32 (fp64 for
+fp64 inputs) whatever the inputs are.
 """
 
 from __future__ import annotations
@@ -38,9 +38,10 @@ class CompressState:
     Attributes:
         key_memory: S after the last token [N, H, M, D].
         value_memory: R after the last token [N, H, M, V].
-        key_chunk_start, value_chunk_start: the memories before the current chunk's first token, of the same shapes;
-            needed where ``offset`` is not 0 and ignored where it is.
-        offset: tokens of the current chunk already consumed, in [0, C); one for all documents, or one for each.
+        key_chunk_start, value_chunk_start: the memories before the current chunk's first token, of the same
+            shapes; needed where ``offset`` is not 0 and ignored where it is.
+        offset: tokens of the current chunk already consumed, in [0, C); one for all documents, or one for
+            each.
     """
 
     key_memory: Tensor
@@ -72,7 +73,7 @@ def compress_kv(
     output_final_state: bool = False,
     backend: str = "auto",
 ) -> tuple[Tensor, CompressState | None]:
-    """Compress keys and values into the memories and read them with the queries; differentiable in every tensor.
+    """Compress keys and values into the memories and read them with queries; differentiable in every tensor.
 
     Args:
         q, k: queries and keys [B, T, H, D].
@@ -93,7 +94,8 @@ def compress_kv(
         y [B, T, H, V] in v's dtype, and the final state or None.
 
     Raises:
-        ValueError: an argument of the wrong shape, dtype, device or value; the message names it and the remedy.
+        ValueError: an argument of the wrong shape, dtype, device or value; the message names it and the
+        remedy.
     """
     operands = (q, k, v, alpha, log_decay, step_size)
     check_operands(operands, dims="B, T, H")
@@ -112,7 +114,8 @@ def compress_kv(
     if not output_final_state:
         return y, None
     ends = layout.end_offsets
-    return y, CompressState(*final, *start, offset=ends[0] if len(set(ends)) == 1 else ends)
+    offset = ends[0] if len(set(ends)) == 1 else ends
+    return y, CompressState(final[0], final[1], start[0], start[1], offset)
 
 
 def zero_state(q: Tensor, v: Tensor, alpha: Tensor, documents: int, dtype: torch.dtype) -> CompressState:
@@ -125,10 +128,11 @@ def zero_state(q: Tensor, v: Tensor, alpha: Tensor, documents: int, dtype: torch
 
 
 def stale_pair(state: CompressState, memories: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """The pair the next token's inner gradient is taken at, in the memories' dtype; None where it is ``memories``."""
+    """The pair the next token's inner gradient is taken at, in the dtype of ``memories``; None: at those."""
     if not state.inside_chunk:
         return None
-    assert state.key_chunk_start is not None and state.value_chunk_start is not None, "checked by check_state"
+    assert state.key_chunk_start is not None, "checked by check_state"
+    assert state.value_chunk_start is not None, "checked by check_state"
     key, value = state.key_chunk_start.to(memories[0]), state.value_chunk_start.to(memories[1])
     if isinstance(state.offset, int):
         return key, value
@@ -141,7 +145,7 @@ _RUN: Mapping[str, Callable[..., Any]] = {"chunkwise": chunkwise, "reference": r
 
 
 def check_operands(operands: tuple[Tensor, ...], *, dims: str) -> None:
-    """Refuse operands whose shapes, dtypes, devices or (on CPU) gate values do not fit each other (ValueError).
+    """Refuse operands whose shapes, dtypes, devices or (on CPU) gate values do not fit (ValueError).
 
     ``dims`` names the leading dimensions: "B, T, H" for sequences, "B, H" for single tokens.
     """

@@ -37,7 +37,8 @@ def decode_step(
     """Consume one token of every sequence.
 
     Args:
-        q, k, v, alpha, log_decay, step_size: operands of the token, without the T dimension of ``compress_kv``.
+        q, k, v, alpha, log_decay, step_size: operands of the token, without the T dimension of
+            ``compress_kv``.
         state: of the tokens before; the step leaves it untouched.
         chunk_size, phi, readout: as in ``compress_kv``.
 
@@ -88,4 +89,4 @@ def _advance(
         start = start if offset else memories
     else:
         offset = tuple((o + 1) % chunk_size for o in state.offset)
-    return CompressState(*memories, *start, offset=offset)
+    return CompressState(memories[0], memories[1], start[0], start[1], offset)

@@ -3,17 +3,20 @@
     token order  [B, T, H, .]     what callers hold; packed documents lie end to end in a row with B = 1
     chunk order  [P, H, C, .]     what the stages work on: P chunks of C slots, each of one document
 
-Chunks are sorted by (index inside the document, rank of the document), documents ranked by descending number of
-chunks. So the chunks of one scan step lie together, the documents still running are a prefix of all documents, and
-an evenly filled batch is a plain transposition. A slot that holds no token (a pad) reads a token of its own chunk,
-so that not even a NaN crosses documents; the gates are what silences it (stages.arrange).
+Chunks are sorted by (index inside the document, rank of the document), documents ranked by descending number
+of chunks. So the chunks of one scan step lie together, the documents still running are a prefix of all
+documents, and an evenly filled batch is a plain transposition. A slot that holds no token (a pad) reads a
+token of its own chunk, so that not even a NaN crosses documents; the gates are what silences it
+(stages.arrange).
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,6 +39,8 @@ class PackedLayout:
         valid: which slots hold a token, bool [P, C]; None when all do.
         last_chunk: last chunk of each document, by rank [N].
         ends_inside: whether each document, by rank, ends inside a chunk, bool [N]; None when none does.
+        first_step: of a span, its first step in the whole layout.
+        rows: documents and steps of the whole layout, where the grid is a plain transposition.
     """
 
     chunk_size: int
@@ -49,6 +54,9 @@ class PackedLayout:
     valid: Tensor | None
     last_chunk: Tensor
     ends_inside: Tensor | None
+    first_step: int = 0
+    rows: tuple[int, int] = (0, 0)
+    _spans: dict[int, tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def from_cu_seqlens(
@@ -59,13 +67,15 @@ class PackedLayout:
         Args:
             cu_seqlens: integers [N + 1], the first token of each document and, last, the number of tokens.
             chunk_size: C.
-            offsets: tokens of the current chunk that the carried state has already seen (one, or one per document).
+            offsets: tokens of the current chunk that the carried state has already seen (one, or one per
+                document).
 
         Raises:
-            ValueError: cu_seqlens is not a strictly increasing integer vector from 0, or an offset is not in [0, C).
+            ValueError: cu_seqlens is not a strictly increasing integer vector from 0, or an offset is not in
+            [0, C).
         """
         bounds = _checked_bounds(cu_seqlens)
-        lengths = tuple(end - begin for begin, end in zip(bounds[:-1], bounds[1:], strict=True))
+        lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
         return _build(lengths, chunk_size, _per_document(offsets, len(lengths))).to(cu_seqlens.device)
 
     @staticmethod
@@ -102,13 +112,47 @@ class PackedLayout:
             return self
         names = ("order", "rank", "token_of_slot", "slot_of_token", "valid", "last_chunk", "ends_inside")
         tables = {name: getattr(self, name) for name in names}
-        return replace(self, **{name: None if t is None else t.to(device) for name, t in tables.items()})
+        moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tables.items()}
+        return replace(self, _spans={}, **moved)
+
+    def spans(self, chunks: int) -> tuple[PackedLayout, ...]:
+        """The layout cut between scan steps into pieces of at least ``chunks`` chunks (the last may have
+        fewer).
+
+        A span reads the operands of the whole call (``to_chunks``) and has its own ``steps``,
+        ``token_of_slot`` and ``valid``; the tables of documents and tokens stay those of the whole. Cached:
+        layers share their layout.
+        """
+        if chunks not in self._spans:
+            found, first = [], 0
+            for i, (_, end) in enumerate(self.steps):
+                if end - self.steps[first][0] >= chunks or i + 1 == len(self.steps):
+                    found.append(self._span(first, i + 1))
+                    first = i + 1
+            self._spans[chunks] = tuple(found)
+        return self._spans[chunks]
+
+    def _span(self, first: int, last: int) -> PackedLayout:
+        base, end, c = self.steps[first][0], self.steps[last - 1][1], self.chunk_size
+        return replace(
+            self,
+            first_step=first,
+            steps=tuple((a - base, b - base) for a, b in self.steps[first:last]),
+            token_of_slot=None if self.token_of_slot is None else self.token_of_slot[base * c : end * c],
+            valid=None if self.valid is None or bool(self.valid[base:end].all()) else self.valid[base:end],
+            _spans={},
+        )
 
     def to_chunks(self, x: Tensor) -> Tensor:
-        """Token order [B, T, H, F] to contiguous chunk order [P, H, C, F]; pads repeat a token of their chunk."""
+        """Token order [B, T, H, F] to contiguous chunk order [P, H, C, F].
+
+        Pads repeat a token of their own chunk.
+        """
         heads, width, c = x.shape[2], x.shape[3], self.chunk_size
         if self.token_of_slot is None:
-            grid = x.reshape(self.num_documents, len(self.steps), c, heads, width)
+            grid = x.reshape(*self.rows, c, heads, width)[
+                :, self.first_step : self.first_step + len(self.steps)
+            ]
             return grid.permute(1, 0, 3, 2, 4).contiguous().view(-1, heads, c, width)
         head = torch.arange(heads, device=x.device)
         rows = self.token_of_slot.view(-1, 1, c) * heads + head[:, None]  # [P, H, C]
@@ -118,7 +162,7 @@ class PackedLayout:
         """Chunk order [P, H, C, F] back to token order [batch, T, H, F]; what the pads hold is dropped."""
         heads, width, c = x.shape[1], x.shape[3], self.chunk_size
         if self.slot_of_token is None:
-            grid = x.view(len(self.steps), self.num_documents, heads, c, width).permute(1, 0, 3, 2, 4)
+            grid = x.view(self.rows[1], self.rows[0], heads, c, width).permute(1, 0, 3, 2, 4)
             return grid.reshape(batch, -1, heads, width)
         chunk, slot = self.slot_of_token // c, self.slot_of_token % c
         head = torch.arange(heads, device=x.device)
@@ -143,7 +187,7 @@ def _checked_bounds(cu_seqlens: Tensor) -> list[int]:
     bounds: list[int] = cu_seqlens.tolist()
     if bounds[0] != 0:
         raise ValueError(f"cu_seqlens[0] = {bounds[0]}: the first document starts at token 0")
-    for i, (begin, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for i, (begin, end) in enumerate(itertools.pairwise(bounds)):
         if end <= begin:
             raise ValueError(
                 f"cu_seqlens[{i + 1}] = {end} after {begin}: it must increase (no empty documents)"
@@ -186,6 +230,7 @@ def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) 
         steps=tuple(zip(base.tolist(), ends.tolist(), strict=True)),
         order=None if ranked else order,
         rank=None if ranked else rank,
+        rows=(len(lengths), len(active)),
         token_of_slot=tables[0],
         slot_of_token=tables[1],
         valid=tables[2],

@@ -1,15 +1,15 @@
 """The token recurrence, differentiated by autograd: the definition every other backend is measured against.
 
-Tokens are 0-based, S_t includes token t, t' is the last token before t's chunk (chunks of C, counted from each
-document's start), J the Jacobian of phi:
+Tokens are 0-based, S_t includes token t, t' is the last token before t's chunk (chunks of C, counted from
+each document's start), J the Jacobian of phi:
 
-    u_t = J_phi(S_t' k_t)^T (phi(S_t' k_t) - alpha_t)         w_t = J_phi(R_t' v_t)^T (phi(R_t' v_t) - alpha_t)
-    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T                  R_t = beta_t R_{t-1} - gamma_t w_t v_t^T
-    y_t = R_t^T f(S_t q_t)
+    u_t = J_phi(S_t' k_t)^T (phi(S_t' k_t) - alpha_t)         w_t = J_phi(R_t' v_t)^T (phi(R_t' v_t) -
+    alpha_t) S_t = beta_t S_{t-1} - gamma_t u_t k_t^T                  R_t = beta_t R_{t-1} - gamma_t w_t
+    v_t^T y_t = R_t^T f(S_t q_t)
 
-Nothing here is clever and nothing is shared with the chunkwise form: the Jacobian comes from torch.func.vjp, the
-activations are written out. Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T, H];
-memories [N, H, M, .].
+Nothing here is clever and nothing is shared with the chunkwise form: the Jacobian comes from torch.func.vjp,
+the activations are written out. Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T,
+H]; memories [N, H, M, .].
 """
 
 from __future__ import annotations
@@ -42,10 +42,10 @@ def reference(
     begin = 0
     for n, (length, offset) in enumerate(zip(layout.lengths, layout.offsets, strict=True)):
         tokens = [x[begin : begin + length] for x in flat]
-        state = (initial[0][n], initial[1][n], stale[0][n], stale[1][n])
-        y, state = _document(tokens, state, offset, layout.chunk_size, _PHI[phi], _READOUT[readout])
+        before = (initial[0][n], initial[1][n], stale[0][n], stale[1][n])
+        y, after = _document(tokens, before, offset, layout.chunk_size, _PHI[phi], _READOUT[readout])
         outputs.append(y)
-        states.append(state)
+        states.append(after)
         begin += length
     key, value, key_start, value_start = (torch.stack(x) for x in zip(*states, strict=True))
     y = torch.cat(outputs).view_as(operands[2]).to(operands[2].dtype)
@@ -83,8 +83,8 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
 
 
 def _inner_gradient(z: Tensor, alpha: Tensor, phi: Callable[[Tensor], Tensor]) -> Tensor:
-    value, vjp = torch.func.vjp(phi, z)
-    gradient: Tensor = vjp(value - alpha)[0]
+    value, pull_back, *_ = torch.func.vjp(phi, z)
+    gradient: Tensor = pull_back(value - alpha)[0]
     return gradient
 
 

@@ -6,29 +6,29 @@
     scan_backward     adjoints of the states, sequential over chunks in reverse
     input_backward    gradients of keys, values, latent targets and gates, parallel
 
-``kernels.chunkwise`` composes them on one device; a composition across devices puts a transfer of the initial state
-before scan_forward and of its adjoint before scan_backward. Every stage works chunk by chunk, so cutting a sequence
-at a multiple of the chunk size does not change a bit.
+``kernels.chunkwise`` composes them on one device; a composition across devices puts a transfer of the initial
+state before scan_forward and of its adjoint before scan_backward. Every stage works chunk by chunk, so
+cutting a sequence at a multiple of the chunk size does not change a bit.
 
-Shapes (chunk order, kernels.layout): P chunks, H heads, C slots of a chunk, M memory slots, D and V head widths,
-N documents by rank. Per chunk and head, rows are tokens; l = cumsum(log beta) inside the chunk, gamma = step size,
-S [M, D] and R [M, V] the memories at the chunk's start, S', R' the stale pair (the same memories, except in a
-document that a call enters in the middle of a chunk):
+Shapes (chunk order, kernels.layout): P chunks, H heads, C slots of a chunk, M memory slots, D and V head
+widths, N documents by rank. Per chunk and head, rows are tokens; l = cumsum(log beta) inside the chunk, gamma
+= step size, S [M, D] and R [M, V] the memories at the chunk's start, S', R' the stale pair (the same
+memories, except in a document that a call enters in the middle of a chunk):
 
     mu_i = e^{l_i};   tail_j = e^{l_C - l_j};   Omega_ij = e^{l_i - l_j} for i >= j, else 0
     U = J_phi(Z)^T (phi(Z) - A),  Z = K S'^T;         W = J_phi(Z2)^T (phi(Z2) - A),  Z2 = V R'^T
     S+ = e^{l_C} S - (gamma U)^T (tail K);            R+ = e^{l_C} R - (gamma W)^T (tail V)
-    Yhat = mu Q S^T - ((Q K^T) o Omega) (gamma U);    Y = mu P R - ((P W'^T) o Omega) V,  P = f(Yhat), W' = gamma W
+    Yhat = mu Q S^T - ((Q K^T) o Omega) (gamma U);    Y = mu P R - ((P (gamma W)^T) o Omega) V,  P = f(Yhat)
 
-Writing the step size into the rows (X = gamma U, W' = gamma W: "writes") instead of into Omega leaves one decay
-matrix for all products, and the gate gradients become row sums. With dX the gradient of X = gamma U:
+Writing the step size into the rows (X = gamma U, W' = gamma W: "writes") instead of into Omega leaves one
+decay matrix for all products, and the gate gradients become row sums. With dX the gradient of X = gamma U:
 
     dgamma_j = sum_m (dX o U + dW' o W)_jm
     dl_i     = Q_i . dQ_i + P_i . dP_i - gamma_i dgamma_i,  and at the chunk's end  + <S+, dS+> + <R+, dR+>
     dlogbeta = reverse cumsum of dl inside the chunk
 
-because Yhat is linear in Q, Y in P (for fixed states), so the row sums of math.md's G o E plus the mu terms are
-Q.dQ and P.dP, and its column sums plus the tau terms are X.dX = gamma dgamma. The end term is written as
+because Yhat is linear in Q, Y in P (for fixed states), so the row sums of math.md's G o E plus the mu terms
+are Q.dQ and P.dP, and its column sums plus the tau terms are X.dX = gamma dgamma. The end term is written as
 sum_j K_j . dK_j (state part) + e^{l_C} <S, dS+>, which needs no S+.
 
 Pads (slots without a token) have log beta = 0, gamma = 0 and zero rows of mu and Omega: they write nothing,
@@ -37,14 +37,12 @@ read nothing and receive no gradient. Exponents are masked before exp, so nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.activations import apply_readout, inner_backward, inner_gradient
-from kernels.activations import readout_backward as activation_backward
+from kernels.activations import apply_readout, inner_backward, inner_gradient, readout_vjp
 from kernels.layout import PackedLayout
 
 __all__ = ["Gates", "InputGradients", "Inputs", "Memories", "ReadoutGradients", "ScanGradients", "ScanResult"]
@@ -57,8 +55,7 @@ __all__ += [
     "scan_forward",
 ]
 
-LOG2_E = 1.4426950408889634  # exponents are kept in base 2: exp2 is several times faster than exp on a CPU
-BLOCK_BYTES = 1 << 18  # of one [., H, C, C] matrix in a block; with the others beside it this fits a core's L2
+LOG2_E = 1.4426950408889634  # on a CPU, exp2 is several times faster than exp
 
 
 @dataclass(frozen=True)
@@ -74,14 +71,14 @@ class Gates:
     """Decay factors and step sizes of every slot.
 
     Attributes:
-        log2_decay: l / ln 2, cumulative inside the chunk [P, H, C]; flat over pads.
+        log_decay: l, cumulative inside the chunk [P, H, C]; flat over pads.
         mu: e^l, 0 on pads [P, H, C, 1].
         tail: e^{l_C - l} [P, H, C, 1].
         total: e^{l_C} [P, H, 1, 1].
         step: gamma, 0 on pads [P, H, C, 1].
     """
 
-    log2_decay: Tensor
+    log_decay: Tensor
     mu: Tensor
     tail: Tensor
     total: Tensor
@@ -98,7 +95,6 @@ class Inputs:
         alpha: [P, H, C, M].
         gates: decay factors and step sizes.
         layout: the chunk grid.
-        valid: which slots hold a token [P, C]; None when all do.
     """
 
     query: Tensor | None
@@ -107,7 +103,6 @@ class Inputs:
     alpha: Tensor
     gates: Gates
     layout: PackedLayout
-    valid: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,8 @@ class ScanResult:
     Attributes:
         final: memories after each document's last token, by rank [N, ...].
         start: memories before each chunk's first slot [P, ...].
-        stale: memories the inner gradient is taken at [P, ...]; the same tensors as ``start`` without a stale pair.
+        stale: memories the inner gradient is taken at [P, ...]; the same tensors as ``start`` without a stale
+            pair.
     """
 
     final: Memories
@@ -197,37 +193,37 @@ def arrange(
 ) -> Inputs:
     """Bring inputs in token order [B, T, H, .] (gates [B, T, H]) to chunk order and derive the decay factors.
 
-    The compute type is fp64 where any operand is, else fp32. ``query`` may be None where only the scan will run.
+    The compute type is fp64 where any operand is, else fp32. ``query`` may be None where only the scan will
+    run.
     """
     operands = (key, value, alpha) if query is None else (query, key, value, alpha)
     dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
     chunks = [layout.to_chunks(x).to(dtype) for x in operands]
-    gates = layout.to_chunks(torch.stack((log_decay.to(dtype), step_size.to(dtype)), -1))
+    log_decay, step_size = (layout.to_chunks(x[..., None]).to(dtype) for x in (log_decay, step_size))
     return Inputs(
         query=None if query is None else chunks[0],
         key=chunks[-3],
         value=chunks[-2],
         alpha=chunks[-1],
-        gates=_gates(gates, layout),
+        gates=_gates(log_decay, step_size, layout),
         layout=layout,
-        valid=layout.valid,
     )
 
 
-def _gates(gates: Tensor, layout: PackedLayout) -> Gates:
-    """Derive the factors of [P, H, C, 2] (log beta, gamma)."""
+def _gates(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> Gates:
+    """Derive the factors from log beta and gamma [P, H, C, 1]."""
     pads = None if layout.valid is None else ~layout.valid[:, None, :, None]
     if pads is not None:
-        gates = gates.masked_fill(pads, 0)
-    cumulative = (gates[..., :1] * LOG2_E).cumsum(2)
+        log_decay, step = log_decay.masked_fill(pads, 0), step.masked_fill(pads, 0)
+    cumulative = log_decay.cumsum(2)
     end = cumulative[:, :, -1:]
-    mu = torch.exp2(cumulative)
+    mu = torch.exp(cumulative)
     return Gates(
-        log2_decay=cumulative.squeeze(-1),
+        log_decay=cumulative.squeeze(-1),
         mu=mu if pads is None else mu.masked_fill(pads, 0),
-        tail=torch.exp2(end - cumulative),
-        total=torch.exp2(end),
-        step=gates[..., 1:].contiguous(),
+        tail=torch.exp(end - cumulative),
+        total=torch.exp(end),
+        step=step,
     )
 
 
@@ -279,44 +275,20 @@ def _scan(
 
 def readout_forward(inputs: Inputs, states: ScanResult, gradients: Memories, *, readout: str) -> Tensor:
     """Outputs [P, H, C, V] from the states and inner gradients of ``scan_forward``; zero on pads."""
-    y = torch.empty_like(inputs.value)
-    for block in _blocks(inputs):
-        part, start = _take(inputs, block), Memories(states.start.key[block], states.start.value[block])
-        query, gates = _query(part), part.gates
-        decay = _decay_matrix(part)
-        scores = _bmm(query, part.key.mT).mul_(decay)  # (Q K^T) o Omega [., H, C, C]
-        y_hat = _bmm(query * gates.mu, start.key.mT)
-        p = apply_readout(_baddbmm_(y_hat, scores, gradients.key[block] * gates.step, -1), readout)
-        scores = _bmm(p, (gradients.value[block] * gates.step).mT).mul_(decay)
-        y[block] = _baddbmm_(_bmm(p * gates.mu, start.value), scores, part.value, -1)
-    return y
+    query, gates, start = _query(inputs), inputs.gates, states.start
+    decay = _decay_matrix(inputs)
+    scores = _bmm(query, inputs.key.mT).mul_(decay)  # (Q K^T) o Omega [P, H, C, C]
+    y_hat = _bmm(query * gates.mu, start.key.mT)
+    p = apply_readout(_baddbmm_(y_hat, scores, gradients.key * gates.step, -1), readout)
+    scores = _bmm(p, (gradients.value * gates.step).mT).mul_(decay)
+    return _baddbmm_(_bmm(p * gates.mu, start.value), scores, inputs.value, -1)
 
 
 def readout_backward(
     inputs: Inputs, states: ScanResult, dy: Tensor, *, phi: str, readout: str
 ) -> ReadoutGradients:
-    """Gradients of the readout for the upstream gradient ``dy`` [P, H, C, V]; recomputes what forward dropped."""
-    like = (inputs.key, inputs.key, inputs.value, *[inputs.alpha] * 6, states.start.key, states.start.value)
-    out = [torch.empty_like(x) for x in like] + [torch.empty_like(inputs.gates.log2_decay)]
-    for block in _blocks(inputs):
-        at = [Memories(m.key[block], m.value[block]) for m in (states.start, states.stale)]
-        results = _readout_backward(_take(inputs, block), *at, dy[block], phi=phi, readout=readout)
-        for whole, part in zip(out, results, strict=True):
-            whole[block] = part
-    return ReadoutGradients(
-        *out[:5],
-        key_z=out[5],
-        value_z=out[6],
-        key_gradient=out[7],
-        value_gradient=out[8],
-        start=Memories(out[9], out[10]),
-        log_decay=out[11],
-    )
-
-
-def _readout_backward(
-    inputs: Inputs, start: Memories, stale: Memories, dy: Tensor, *, phi: str, readout: str
-) -> tuple[Tensor, ...]:
+    """Gradients of the readout for the upstream ``dy`` [P, H, C, V]; recomputes what forward dropped."""
+    start, stale = states.start, states.stale
     query, key, value, gates = _query(inputs), inputs.key, inputs.value, inputs.gates
     key_z, value_z = _bmm(key, stale.key.mT), _bmm(value, stale.value.mT)
     u, w = inner_gradient(key_z, inputs.alpha, phi), inner_gradient(value_z, inputs.alpha, phi)
@@ -325,7 +297,7 @@ def _readout_backward(
     scores = _bmm(query, key.mT).mul_(decay)
     scaled_query = query * gates.mu
     y_hat = _baddbmm_(_bmm(scaled_query, start.key.mT), scores, key_write, -1)
-    p = apply_readout(y_hat, readout)
+    p, pull_back = readout_vjp(y_hat, readout)
 
     # Second pass: Y = mu P R - ((P W'^T) o Omega) V.
     value_scores = _bmm(p, value_write.mT).mul_(decay)
@@ -336,15 +308,24 @@ def _readout_backward(
     dvalue_start = _bmm((p * gates.mu).mT, dy)
 
     # First pass: Yhat = mu Q S^T - ((Q K^T) o Omega) U'.
-    dy_hat = activation_backward(y_hat, dp, readout)
+    dy_hat = pull_back(dp)
     dkey_write = _bmm(scores.mT, dy_hat, -1)
     dscores = _bmm(dy_hat, key_write.mT).mul_(decay)
     dquery = _baddbmm_(_bmm(dy_hat, start.key).mul_(gates.mu), dscores, key, -1)
     dkey = _bmm(dscores.mT, query, -1)
-    dkey_start = _bmm(dy_hat.mT, scaled_query)
-    dlog = _row_dot(query, dquery).add_(_row_dot(p, dp))
-    writes = (dkey_write, dvalue_write, key_z, value_z, u, w)
-    return dquery, dkey, dvalue, *writes, dkey_start, dvalue_start, dlog
+    return ReadoutGradients(
+        query=dquery,
+        key=dkey,
+        value=dvalue,
+        key_write=dkey_write,
+        value_write=dvalue_write,
+        key_z=key_z,
+        value_z=value_z,
+        key_gradient=u,
+        value_gradient=w,
+        start=Memories(_bmm(dy_hat.mT, scaled_query), dvalue_start),
+        log_decay=_row_dot(query, dquery).add_(_row_dot(p, dp)),
+    )
 
 
 def scan_backward(
@@ -362,7 +343,8 @@ def scan_backward(
         inputs, states, grads: of the stages before.
         final: adjoint of the final memories, by rank [N, ...].
         phi: inner nonlinearity.
-        stale_adjoint: adjoint of ``states.stale`` from outside (a returned chunk-start pair) [P, ...]; None is zero.
+        stale_adjoint: adjoint of ``states.stale`` from outside (a returned chunk-start pair) [P, ...]; None
+            is zero.
     """
     extra = (None, None) if stale_adjoint is None else (stale_adjoint.key, stale_adjoint.value)
     own_pair = states.stale.key is not states.start.key
@@ -431,7 +413,7 @@ def input_backward(
 ) -> InputGradients:
     """Gradients of everything but the queries, parallel over chunks (theirs are ``grads.query``)."""
     gates = inputs.gates
-    # The part of dK, dV that goes through S+ = e^{l_C} S - (gamma U)^T (tail K), and the part through Z = K S'^T.
+    # dK and dV through S+ = e^{l_C} S - (gamma U)^T (tail K), then the part through Z = K S'^T.
     key_end = _bmm(grads.key_gradient * gates.step, adjoints.end.key, -1).mul_(gates.tail)
     value_end = _bmm(grads.value_gradient * gates.step, adjoints.end.value, -1).mul_(gates.tail)
     dkey = _baddbmm_(grads.key + key_end, adjoints.key_z, states.stale.key, 1)
@@ -446,34 +428,10 @@ def input_backward(
     return InputGradients(dkey, dvalue, adjoints.alpha, dlog[..., None], dstep[..., None])
 
 
-def _blocks(inputs: Inputs) -> Iterator[slice]:
-    """Ranges of chunks for the parallel stages: on a CPU, few enough that a block's matrices stay in cache."""
-    chunks, heads, c, _ = inputs.key.shape
-    size = chunks
-    if inputs.key.device.type == "cpu":
-        size = max(1, BLOCK_BYTES // (heads * c * max(c, inputs.key.shape[-1]) * inputs.key.element_size()))
-    return (slice(a, min(a + size, chunks)) for a in range(0, chunks, size))
-
-
-def _take(inputs: Inputs, block: slice) -> Inputs:
-    """The chunks of a block; only for stages that do not read the layout's steps."""
-    gates = inputs.gates
-    names = ("log2_decay", "mu", "tail", "total", "step")
-    return replace(
-        inputs,
-        query=None if inputs.query is None else inputs.query[block],
-        key=inputs.key[block],
-        value=inputs.value[block],
-        alpha=inputs.alpha[block],
-        valid=None if inputs.valid is None else inputs.valid[block],
-        gates=Gates(*(getattr(gates, name)[block] for name in names)),
-    )
-
-
 def _decay_matrix(inputs: Inputs) -> Tensor:
     """Omega [P, H, C, C]; rows of pads are zero."""
-    columns, c = inputs.gates.log2_decay, inputs.key.shape[2]
-    rows = columns if inputs.valid is None else columns.masked_fill(~inputs.valid[:, None, :], -torch.inf)
+    columns, valid, c = inputs.gates.log_decay * LOG2_E, inputs.layout.valid, inputs.key.shape[2]
+    rows = columns if valid is None else columns.masked_fill(~valid[:, None, :], -torch.inf)
     future = torch.full((c, c), -torch.inf, dtype=rows.dtype, device=rows.device).triu_(1)
     return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_()
 
