@@ -109,7 +109,7 @@ def evaluate_run(
     run_dir = Path(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
     loaded: LoadedRun | None = None
-    records = {}
+    records: dict[str, Any] = {}
     for name in config.tasks:
         job = job_of(run_dir, checkpoint, get_task(name), config)
         record = stored_result(job)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 Lower = Literal["unigram", "kneser_ney"]
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
+Tokens = NDArray[np.integer[Any]]
 
 # Tokens counted at once: bounds the memory of the sort.
 _PART_TOKENS = 4_000_000
@@ -58,7 +59,7 @@ class NgramCounts:
 
 
 def count_ngrams(
-    documents: Iterable[NDArray], vocab_size: int, *, max_tokens: int | None = None
+    documents: Iterable[Tokens], vocab_size: int, *, max_tokens: int | None = None
 ) -> NgramCounts:
     """Count the targets of ``documents`` and the pairs (token before, target).
 
@@ -83,9 +84,9 @@ def count_ngrams(
     return NgramCounts(vocab_size, unigram, keys, counts, tokens)
 
 
-def _parts(documents: Iterable[NDArray], max_tokens: int | None) -> Iterator[tuple[Ints, Ints]]:
+def _parts(documents: Iterable[Tokens], max_tokens: int | None) -> Iterator[tuple[Ints, Ints]]:
     """(token before, target) arrays of about ``_PART_TOKENS`` tokens."""
-    held: list[NDArray] = []
+    held: list[Tokens] = []
     held_tokens, seen = 0, 0
     for document in documents:
         if document.size > 1:
@@ -101,7 +102,7 @@ def _parts(documents: Iterable[NDArray], max_tokens: int | None) -> Iterator[tup
         yield _pairs(held)
 
 
-def _pairs(documents: list[NDArray]) -> tuple[Ints, Ints]:
+def _pairs(documents: list[Tokens]) -> tuple[Ints, Ints]:
     """Adjacent tokens inside each document."""
     stream = np.concatenate(documents).astype(np.int64)
     inside = np.ones(stream.size - 1, bool)

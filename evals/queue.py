@@ -67,7 +67,8 @@ class Queue:
         self._path, self._clock = path, clock
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._transaction() as database:
-            database.executescript(_SCHEMA)
+            for statement in _SCHEMA.split(";"):
+                database.execute(statement)
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
@@ -78,7 +79,7 @@ class Queue:
             database.execute("PRAGMA foreign_keys=ON")
             database.execute("BEGIN IMMEDIATE")
             yield database
-            database.execute("COMMIT") if database.in_transaction else None
+            database.execute("COMMIT")
         except BaseException:
             if database.in_transaction:
                 database.execute("ROLLBACK")
@@ -133,8 +134,11 @@ class Queue:
             return changed.rowcount == 1
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
-        """Store the result of a job, from whichever worker; False when it had one already."""
+        """Store the result of a job, from whichever worker; False when it has one or was cancelled."""
         with self._transaction() as database:
+            job = _job(database, key)
+            if job is None or job.state == "cancelled":
+                return False
             added = database.execute(
                 "INSERT OR IGNORE INTO results (key, record, created) VALUES (?, ?, ?)",
                 (key, json.dumps(record, sort_keys=True), self._clock()),

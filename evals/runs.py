@@ -54,7 +54,7 @@ def read_recipe(run_dir: Path) -> dict[str, Any]:
         raise ValueError(
             f"{run_dir} is no run folder (it has no recipe.json): train first, or name another folder"
         )
-    recipe = read_json(path)
+    recipe: dict[str, Any] = read_json(path)
     missing = [name for name in ("model", "data") if name not in recipe]
     if missing:
         raise ValueError(

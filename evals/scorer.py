@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -20,7 +20,6 @@ from torch import Tensor
 from evals.sampling import Sampling, draw
 
 Ids = list[int]
-State = TypeVar("State")
 
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
@@ -81,29 +80,29 @@ class Prefix:
     index: list[int]
 
 
-def map_tensors(state: State, function: Callable[[Tensor], Tensor]) -> State:
+def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply ``function`` to every tensor of a state built of dataclasses, tuples, lists and mappings."""
     if isinstance(state, Tensor):
-        return function(state)  # type: ignore[return-value]
+        return function(state)
     if is_dataclass(state) and not isinstance(state, type):
         changed = {f.name: map_tensors(getattr(state, f.name), function) for f in fields(state) if f.init}
         return replace(state, **changed)
     if isinstance(state, list | tuple):
         parts = [map_tensors(part, function) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)  # type: ignore
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     if isinstance(state, dict):
-        return {key: map_tensors(part, function) for key, part in state.items()}  # type: ignore[return-value]
+        return {key: map_tensors(part, function) for key, part in state.items()}
     return state
 
 
-def select_rows(state: State, rows: Sequence[int]) -> State:
+def select_rows(state: Any, rows: Sequence[int]) -> Any:
     """The state whose row r continues row ``rows[r]`` of ``state``; rows may repeat.
 
     Every tensor of a state has its rows first; a field ``batch``, where there is one, counts them.
     """
     index = torch.tensor(list(rows), dtype=torch.long)
     chosen = map_tensors(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
-    return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen  # type: ignore
+    return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen
 
 
 class Scorer:
@@ -208,7 +207,9 @@ class Scorer:
                 result[b][c] = score
         return result
 
-    def _rows_that_fit(self, prefix: Prefix, choices: Sequence[Sequence[Ids]], rows: list) -> int:
+    def _rows_that_fit(
+        self, prefix: Prefix, choices: Sequence[Sequence[Ids]], rows: list[tuple[int, int]]
+    ) -> int:
         """How many of the (length-sorted) rows fit the logit budget together; at least one."""
         count = 1
         for b, c in rows[1 : self.max_rows]:

@@ -148,7 +148,8 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     def count(text: str) -> int:
         return 1 + len(tokenizer.encode(text))
 
-    rows, samples, checked = [], [], []
+    rows, samples = [], []
+    checked: list[Needle] = []
     total = len(config.needle_lengths) * config.needle_samples
     with tqdm(total=total, desc="needle", unit="prompt", disable=not progress) as bar:
         for length in sorted(config.needle_lengths):

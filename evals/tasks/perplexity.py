@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from evals.runs import LoadedRun
     from trellis_dist.models.language_model import LanguageModel
 
+Array = NDArray[Any]
+
 __all__ = ["TASK", "token_losses"]
 
 # Rows are grouped to about this many tokens per forward pass.
@@ -63,7 +65,7 @@ class _Sums:
         self.bucket_loss = np.zeros(_bucket(np.array([length]))[0] + 1)
         self.bucket_tokens = np.zeros_like(self.bucket_loss)
 
-    def add(self, losses: NDArray, tokens: NDArray, labels: NDArray, positions: NDArray) -> None:
+    def add(self, losses: Array, tokens: Array, labels: Array, positions: Array) -> None:
         """Arrays of one shape; positions count from the start of the document in its row."""
         scored = labels != -100
         losses, before, target = losses[scored].astype(np.float64), tokens[scored], labels[scored]
@@ -85,13 +87,13 @@ class _Sums:
         ]
 
 
-def _bucket(positions: NDArray) -> NDArray:
+def _bucket(positions: Array) -> Array:
     return np.where(
         positions < FIRST_BUCKET, 0, np.log2(np.maximum(positions, 1) / FIRST_BUCKET).astype(int) + 1
     )
 
 
-def _positions(batch: Batch) -> NDArray:
+def _positions(batch: Batch) -> Array:
     """Tokens before each position in its document, inside its row: [B, T]."""
     rows, length = batch.tokens.shape
     starts = np.zeros(rows * length, np.int64)
