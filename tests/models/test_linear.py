@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from trellis_dist.models import linear as module
-from trellis_dist.models.linear import linear, matmul_transposed
+from trellis_dist.models.linear import linear, linear_joined, matmul_transposed
 from trellis_dist.models.mlp import SwiGLU
 
 
@@ -27,6 +27,16 @@ def test_equals_f_linear(monkeypatch, rows, with_operator):
     got = torch.autograd.grad(ours, [x, weight], dy.detach())
     wanted = torch.autograd.grad(expected, [x, weight], dy.detach())
     torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_joined_products_lie_side_by_side(rows):
+    x, weights = random(rows, 24), [random(size, 24, seed=size) for size in (5, 1, 9)]
+    ours = linear_joined(x, weights)
+    expected = torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=1e-4)
+    got, wanted = (torch.autograd.grad(y.square().sum(), [x, *weights]) for y in (ours, expected))
+    torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("m, n", [(3, 50), (64, 50), (64, 90)])

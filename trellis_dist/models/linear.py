@@ -9,7 +9,7 @@ CPU is asked for, F.linear is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "matmul_transposed"]
+__all__ = ["linear", "linear_joined", "matmul_transposed"]
 
-# Below this many rows (decoding) the operator's set-up costs more than it saves.
+# Below this many rows (decoding) set-up and copies cost more than they save.
 _MIN_ROWS = 32
 
 
@@ -28,6 +28,17 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if _fast(x, weight):
         return _Linear.apply(x, weight)  # type: ignore[no-any-return]
     return F.linear(x, weight)
+
+
+def linear_joined(x: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """The products of x [..., in] with each weight [out_i, in] transposed, side by side: [..., sum of out_i].
+
+    With many rows it is one matmul of the joined weights; with few, copying the weights together would cost
+    more than reading them, so each is multiplied where it lies.
+    """
+    if x.numel() < _MIN_ROWS * x.shape[-1]:
+        return torch.cat([F.linear(x, weight) for weight in weights], dim=-1)
+    return linear(x, torch.cat(list(weights)))
 
 
 def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.init import Normal, new_parameter
-from trellis_dist.models.linear import linear
+from trellis_dist.models.linear import linear, linear_joined
 from trellis_dist.models.parallel_kind import ParallelKind
 
 __all__ = ["SwiGLU"]
@@ -31,7 +31,7 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        both = linear(x, torch.cat([self.gate_weight, self.up_weight]))
+        both = linear_joined(x, [self.gate_weight, self.up_weight])
         return linear(_GatedSiLU.apply(both), self.down_weight)
 
 

@@ -15,7 +15,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.init import Normal, new_parameter
 from trellis_dist.models.kv_cache import KVCache
-from trellis_dist.models.linear import linear
+from trellis_dist.models.linear import linear, linear_joined
 from trellis_dist.models.parallel_kind import ParallelKind
 
 __all__ = ["AttentionMixer", "rotate"]
@@ -72,7 +72,7 @@ class AttentionMixer(nn.Module):
 
     def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, k and plain v, each [B, H, T, D]."""
-        fused = linear(x, torch.cat([self.q_weight, self.k_weight, self.v_weight]))
+        fused = linear_joined(x, [self.q_weight, self.k_weight, self.v_weight])
         heads = fused.unflatten(-1, (3, -1, self.config.head_dim))  # [B, T, 3, H, D]
         q_k = rotate(heads[:, :, :2], positions, theta=self.config.attention.rope_theta)
         q, k = (part.transpose(1, 2) for part in q_k.unbind(2))

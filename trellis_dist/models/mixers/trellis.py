@@ -22,7 +22,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv
 from trellis_dist.models.init import Constant, Normal, new_parameter
-from trellis_dist.models.linear import linear
+from trellis_dist.models.linear import linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.parallel_kind import ParallelKind
 
@@ -158,7 +158,7 @@ class TrellisMixer(nn.Module):
         if self.gate == "learned":
             weights.append(self.decay_weight)
             sizes.append(len(self.decay_weight))
-        query_key, value, gate, alpha, step, *decay = linear(x, torch.cat(weights)).split(sizes, dim=-1)
+        query_key, value, gate, alpha, step, *decay = linear_joined(x, weights).split(sizes, dim=-1)
         return _Projected(query_key, value, gate, alpha, step, decay[0] if decay else None)
 
     def _inputs(
