@@ -1,0 +1,301 @@
+"""A run from job to checkpoints: 10 + 10 steps equal 20, and every way it may be refused or interrupted."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from checkpoints.state import latest_verified, save_checkpoint
+from tests.distributed import gloo_pool
+from tests.training.small_run import exact_rows, make_job, state, write_dataset
+from trellis_dist.files import FileSystem
+from trellis_dist.training import loop, saving
+from trellis_dist.training.engines.local import LocalEngine
+from trellis_dist.training.job import Job, TrainResult
+from trellis_dist.training.loop import run
+from trellis_dist.training.watchdog import DivergedError
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_dataset(tmp_path_factory.mktemp("data") / "set")
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of 20 steps without interruption."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = run(make_job(data), folder)
+    assert (result.outcome, result.step, result.exit_status) == ("finished", 20, 0)
+    return folder
+
+
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
+    """Do ``action`` at the end of the ``step``-th step of this start."""
+    counted = []
+    train_step = LocalEngine.train_step
+
+    def wrapped(self, *args, **kwargs):
+        result = train_step(self, *args, **kwargs)
+        counted.append(1)
+        if len(counted) == step:
+            action()
+        return result
+
+    monkeypatch.setattr(LocalEngine, "train_step", wrapped)
+
+
+def test_a_run_leaves_rows_checkpoints_and_its_recipe(data: Path, whole: Path):
+    rows = exact_rows(whole)
+    assert [row["step"] for row in rows] == list(range(1, 21))
+    assert [row["step"] for row in rows if "loss/validation" in row] == [10, 20]
+    assert rows[-1]["validation/bits_per_byte"] > 0
+    assert rows[-1]["tokens"] == 20 * 64
+    assert rows[-1]["loss/train"] < rows[0]["loss/train"]
+    names = sorted(path.name for path in (whole / "checkpoints").glob("step-*"))
+    assert names == ["step-00000005", "step-00000010", "step-00000015", "step-00000020"]
+    assert json.loads((whole / "recipe.json").read_text()) == make_job(data).recipe
+
+
+def test_ten_and_ten_steps_equal_twenty(data: Path, whole: Path, tmp_path: Path):
+    first = run(make_job(data), tmp_path, stop_at_step=10)
+    assert (first.outcome, first.step, first.resumed_step) == ("stopped", 10, 0)
+    second = run(make_job(data), tmp_path, resume="require")
+    assert (second.outcome, second.step, second.resumed_step) == ("finished", 20, 10)
+    assert exact_rows(tmp_path) == exact_rows(whole)
+    assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_a_crash_between_saves_repeats_no_row(data: Path, whole: Path, tmp_path: Path, monkeypatch):
+    def crash():
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        after_step(patch, 14, crash)
+        with pytest.raises(RuntimeError, match="power cut"):
+            run(make_job(data), tmp_path)
+    assert [row["step"] for row in exact_rows(tmp_path)] == list(range(1, 14))
+    assert run(make_job(data), tmp_path).resumed_step == 10
+    assert exact_rows(tmp_path) == exact_rows(whole)
+    assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_a_finished_run_is_returned_at_once(data: Path, whole: Path):
+    before = (whole / "metrics.jsonl").read_bytes()
+    result = run(make_job(data), whole)
+    assert (result.outcome, result.step, result.resumed_step) == ("finished", 20, 20)
+    assert result.validation == {
+        key: value
+        for key, value in exact_rows(whole)[-1].items()
+        if key.split("/")[-1] in ("validation", "bits_per_byte")
+    }
+    assert (whole / "metrics.jsonl").read_bytes() == before
+
+
+def test_resume_where_there_is_nothing_or_start_where_there_is_something(
+    data: Path, whole: Path, tmp_path: Path
+):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint in .*: start without --resume"):
+        run(make_job(data), tmp_path, resume="require")
+    with pytest.raises(ValueError, match="already holds checkpoints, up to step-00000020"):
+        run(make_job(data), whole, resume="never")
+
+
+def damage(checkpoint: Path) -> None:
+    file = checkpoint / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_made_again(
+    data: Path, whole: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+):
+    run(make_job(data), tmp_path, stop_at_step=10)
+    damage(tmp_path / "checkpoints/step-00000010")
+    assert run(make_job(data), tmp_path).resumed_step == 5
+    assert any("step-00000010 is damaged and was passed over" in str(w.message) for w in recwarn)
+    assert exact_rows(tmp_path) == exact_rows(whole)
+    assert state(tmp_path, 10) == state(whole, 10)
+
+
+def test_nothing_but_damaged_checkpoints_is_an_error(data: Path, tmp_path: Path):
+    run(make_job(data), tmp_path, stop_at_step=2)
+    damage(tmp_path / "checkpoints/step-00000002")
+    with (
+        pytest.warns(RuntimeWarning, match="damaged"),
+        pytest.raises(ValueError, match=r"none of the 1 checkpoints .* is intact"),
+    ):
+        run(make_job(data), tmp_path)
+
+
+def test_changed_data_or_model_is_refused_with_both_values(data: Path, whole: Path, tmp_path: Path):
+    other = write_dataset(tmp_path / "other", seed=1)
+    with pytest.raises(ValueError, match=r"data fingerprint is [0-9a-f]+, but .* trained with [0-9a-f]+"):
+        run(make_job(other), whole)
+    with pytest.raises(ValueError, match=r"model\.mlp_hidden = 32, but .* saved with 24"):
+        run(make_job(data, model={"mlp_hidden": 32}), whole)
+
+
+def test_what_cannot_work_is_refused_before_training(data: Path, tmp_path: Path):
+    large = write_dataset(tmp_path / "large", vocab=1000)
+    with pytest.raises(
+        ValueError, match=r"1000 pieces, model\.vocab_size is 17: set model\.vocab_size to 1000"
+    ):
+        run(make_job(large), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"global_batch_tokens = 70 is no multiple .* use 64"):
+        run(make_job(data, training={"global_batch_tokens": 70}), tmp_path / "run")
+    shard = large / "train-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    with pytest.raises(ValueError, match=r"train-00000\.bin is damaged"):
+        run(make_job(large, model={"vocab_size": 1000}), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+class FullDisk(FileSystem):
+    """A disk that has no room for tensors."""
+
+    def write(self, path, pieces):
+        if path.suffix == ".safetensors":
+            raise OSError(28, "No space left on device")
+        super().write(path, pieces)
+
+
+def test_a_full_disk_while_saving_costs_no_checkpoint_and_no_step(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
+):
+    run(make_job(data), tmp_path, stop_at_step=5)
+    full = functools.partial(save_checkpoint, file_system=FullDisk())
+    with monkeypatch.context() as patch:
+        patch.setattr(saving, "save_checkpoint", full)
+        after_step(patch, 12, lambda: patch.setattr(saving, "save_checkpoint", save_checkpoint))
+        assert run(make_job(data), tmp_path).step == 20
+    captured = capsys.readouterr().err
+    assert captured.count("alert: checkpoint of step") == 2
+    assert "No space left on device" in captured
+    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert names == ["step-00000005", "step-00000020"]
+    assert state(tmp_path, 20) == state(whole, 20)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["health/failed_saves"] == 2
+
+
+def test_a_full_disk_at_the_end_is_an_error_with_the_earlier_checkpoint_intact(
+    data: Path, tmp_path: Path, monkeypatch
+):
+    run(make_job(data), tmp_path, stop_at_step=5)
+    monkeypatch.setattr(saving, "save_checkpoint", functools.partial(save_checkpoint, file_system=FullDisk()))
+    with pytest.raises(OSError, match=r"step 7 not saved .*No space left"):
+        run(make_job(data), tmp_path, stop_at_step=7)
+    assert latest_verified(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000005"
+
+
+def test_sigterm_saves_at_the_next_step_boundary(data: Path, whole: Path, tmp_path: Path, monkeypatch):
+    previous = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        after_step(patch, 7, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        result = run(make_job(data), tmp_path)
+    assert (result.outcome, result.step, result.exit_status) == ("terminated", 7, 75)
+    assert signal.getsignal(signal.SIGTERM) == previous
+    assert run(make_job(data), tmp_path).resumed_step == 7
+    assert exact_rows(tmp_path) == exact_rows(whole)
+    assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_a_run_that_diverges_stops_after_its_budget(data: Path, tmp_path: Path, capsys):
+    job = make_job(data, training={"max_skipped_steps": 2, "z_loss": 1e38})
+    with pytest.raises(DivergedError, match=r"3 updates in a row .*step 3.*max_skipped_steps = 2"):
+        run(job, tmp_path)
+    assert capsys.readouterr().err.count("skipped") == 3
+
+
+def test_validation_on_part_of_the_split_reports_no_bits_per_byte(data: Path, tmp_path: Path):
+    job = make_job(data, training={"validation_rows": 3, "steps": 1})
+    assert set(run(job, tmp_path).validation) == {"loss/validation"}
+
+
+# The same through DeepSpeed on two ranks.
+
+
+def run_case(job: Job, run_dir: Path, stop_at_step: int | None) -> TrainResult:
+    return run(job, run_dir, stop_at_step=stop_at_step)
+
+
+def refused_case(job: Job, run_dir: Path) -> str:
+    with pytest.raises(ValueError) as refused:
+        run(job, run_dir)
+    return str(refused.value)
+
+
+def full_disk_case(job: Job, run_dir: Path) -> str:
+    """The disk of rank 1 is full: both ranks learn of it and raise."""
+    from trellis_dist.parallel import env
+
+    real = saving.save_checkpoint
+    if env.rank() == 1:
+        saving.save_checkpoint = functools.partial(real, file_system=FullDisk())
+    try:
+        with pytest.raises(OSError) as failed:
+            run(job, run_dir, stop_at_step=2)
+    finally:
+        saving.save_checkpoint = real
+    return str(failed.value)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_deepspeed_on_two_ranks_resumes_bit_for_bit(stage: int, data: Path, tmp_path: Path):
+    job = make_job(data, training={"engine": "deepspeed", "zero_stage": stage, "micro_batch": 1})
+    pool = gloo_pool(2)
+    assert [r.step for r in pool.run(run_case, job, tmp_path / "whole", None)] == [20, 20]
+    pool.run(run_case, job, tmp_path / "parts", 10)
+    assert [r.resumed_step for r in pool.run(run_case, job, tmp_path / "parts", None)] == [10, 10]
+    assert exact_rows(tmp_path / "parts") == exact_rows(tmp_path / "whole")
+    assert state(tmp_path / "parts", 20) == state(tmp_path / "whole", 20)
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_two_ranks_train_as_one_and_a_run_changes_ranks_on_the_way(stage: int, data: Path, tmp_path: Path):
+    # A small rate: at 0.3 this model amplifies rounding a thousandfold, on one process too.
+    plain = {"kind": "sgd", "lr": 0.02, "clip_norm": 0.0}
+    local = make_job(data, optimizer=plain)
+    two = make_job(
+        data, optimizer=plain, training={"engine": "deepspeed", "zero_stage": stage, "micro_batch": 1}
+    )
+    run(local, tmp_path / "one")
+    gloo_pool(2).run(run_case, two, tmp_path / "two", None)
+    run(local, tmp_path / "both", stop_at_step=7)
+    gloo_pool(2).run(run_case, two, tmp_path / "both", 13)
+    assert run(local, tmp_path / "both").resumed_step == 13
+    expected = exact_rows(tmp_path / "one")
+    for name in ("two", "both"):
+        for row, reference in zip(exact_rows(tmp_path / name), expected, strict=True):
+            assert row["optim/gradient_norm"] == pytest.approx(reference["optim/gradient_norm"], rel=1e-4)
+            assert row.keys() == reference.keys()
+            for key in row.keys() - {"optim/gradient_norm"}:
+                assert row[key] == pytest.approx(reference[key], rel=1e-5)
+
+
+def test_a_refusal_found_by_one_rank_reaches_both(tmp_path: Path):
+    data = write_dataset(tmp_path / "set")
+    shard = data / "validation-00000.bin"
+    shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
+    job = make_job(data, training={"engine": "deepspeed", "micro_batch": 1})
+    first, second = gloo_pool(2).run(refused_case, job, tmp_path / "run")
+    assert "validation-00000.bin is damaged" in first
+    assert "on another rank" in second
+    local = make_job(data, training={"micro_batch": 1})
+    assert 'use engine = "deepspeed"' in gloo_pool(2).run(refused_case, local, tmp_path / "run")[1]
+
+
+def test_a_full_disk_on_one_rank_reaches_both(data: Path, tmp_path: Path):
+    job = make_job(data, training={"engine": "deepspeed", "micro_batch": 1})
+    first, second = gloo_pool(2).run(full_disk_case, job, tmp_path)
+    assert "another rank failed" in first
+    assert "No space left on device" in second
+    assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_the_loop_exports_what_the_launcher_imports():
+    assert {"Job", "TrainResult", "run", "EXIT_TERMINATED"} <= set(loop.__all__)
