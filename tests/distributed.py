@@ -29,7 +29,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CASE_TIMEOUT_S", "START_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
+__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0
@@ -65,6 +65,7 @@ class GlooPool:
         import torch.distributed as dist
 
         self.world_size = world_size
+        self._used = False
         self._logs = tempfile.TemporaryDirectory(prefix="gloo-pool-")
         # The store lives here on a port the system picks, as torchrun's agent does: no race for a free port.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -90,8 +91,11 @@ class GlooPool:
         """False once the pool was closed or killed."""
         return bool(self._ranks)
 
-    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float = CASE_TIMEOUT_S) -> list[Any]:
+    def run(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call the module-level ``function(*args)`` on every rank; returns the results in rank order.
+
+        ``timeout_s`` defaults to CASE_TIMEOUT_S, and to START_TIMEOUT_S for the first case of a pool, which
+        may have to import DeepSpeed and megatron-core.
 
         Raises:
             RankError: a rank raised (its traceback), died (its log) or did not finish in time (all stacks).
@@ -100,7 +104,9 @@ class GlooPool:
         order = pickle.dumps((function.__module__, function.__qualname__, args))
         for pipe in self._pipes:
             pipe.send_bytes(order)
-        return self._collect(time.monotonic() + timeout_s, f"{function.__module__}.{function.__qualname__}")
+        limit = timeout_s or (CASE_TIMEOUT_S if self._used else START_TIMEOUT_S)
+        self._used = True
+        return self._collect(time.monotonic() + limit, f"{function.__module__}.{function.__qualname__}")
 
     def close(self) -> None:
         """Stop the ranks."""

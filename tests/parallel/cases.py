@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tests.distributed import START_TIMEOUT_S, GlooPool, gloo_pool
+from tests.distributed import GlooPool, gloo_pool
 from trellis_dist.parallel import transfers as transfers_module
 from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
@@ -20,10 +20,10 @@ _ready: set[GlooPool] = set()
 
 
 def ranks() -> GlooPool:
-    """Four ranks that have made their meshes: importing megatron-core takes longer than a case may."""
+    """Four ranks that have made their meshes, which takes longer than a case may on a busy machine."""
     pool = gloo_pool(4)
     if pool not in _ready:
-        pool.run(_make_meshes, timeout_s=START_TIMEOUT_S)
+        pool.run(_make_meshes)
         _ready.add(pool)
     return pool
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kernels import CompressState, PackedLayout, compress_kv
+from kernels import CompressState, PackedLayout, compress_kv, stages
 from tests.parallel.cases import (
     RecordingTransfers,
     counted_sends,
@@ -21,7 +21,7 @@ from tests.parallel.cases import (
 )
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.sequence import StatePassing
-from trellis_dist.parallel.transfers import Transfers
+from trellis_dist.parallel.transfers import Arrival, Transfers
 
 
 @dataclass(frozen=True)
@@ -254,6 +254,45 @@ def zero_gradients_and_no_gradients(sp: int) -> float:
 
 def test_every_rank_takes_part_when_its_gradient_is_zero_or_absent():
     assert all(total > 0 for total in ranks().run(zero_gradients_and_no_gradients, 4))
+
+
+def order_of_events() -> list[str]:
+    """What a middle rank does in one forward and backward, in order."""
+    events: list[str] = []
+    mesh, sizes = mesh_of(4), Sizes()
+
+    def noted(name: str, function):
+        def call(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    transfers = Transfers(mesh)
+    for name in ("expect_left", "send_right", "expect_right", "send_left"):
+        setattr(transfers, name, noted(name, getattr(transfers, name)))
+    operands, _, upstream = make(sizes, seed=0)
+    local = [leaf(segment(x, mesh)) for x in operands]
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (
+            "scan_forward",
+            "readout_forward",
+            "readout_backward",
+            "scan_backward",
+            "input_backward",
+        ):
+            patch.setattr(stages, name, noted(name, getattr(stages, name)))
+        patch.setattr(Arrival, "wait", noted("wait", Arrival.wait))
+        y, _ = StatePassing(transfers, Segments(mesh, chunk_size=sizes.chunk))(*local, **settings(sizes))
+        gradients_of((y * segment(upstream[0], mesh)).sum(), local)
+    dist.barrier()
+    return events
+
+
+def test_a_neighbour_waits_for_the_scans_only():
+    forward = ["expect_left", "wait", "scan_forward", "send_right", "readout_forward"]
+    backward = ["expect_right", "readout_backward", "wait", "scan_backward", "send_left", "input_backward"]
+    assert ranks().run(order_of_events)[1] == forward + backward
 
 
 def refused(sp: int) -> list[str]:
