@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from pathlib import Path
@@ -100,7 +101,8 @@ def train(
     loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
     folder = _run_folder(loaded, run_dir)
     train_run(loaded, folder, resume="require" if resume else "auto", stop_at_step=stop_at_step)
-    print(f"run folder: {folder}")
+    if os.environ.get("RANK", "0") == "0":
+        print(f"run folder: {folder}")
 
 
 @app.command()
