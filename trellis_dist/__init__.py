@@ -1,4 +1,4 @@
-"""Distributed pretraining for Trellis. Importing this package is quick and imports neither torch nor an engine."""
+"""Distributed pretraining for Trellis; importing this package is quick (no torch, no engine)."""
 
 from __future__ import annotations
 
