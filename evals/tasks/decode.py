@@ -71,31 +71,41 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Decode one row at each position.
 
+    States of one size are all kept and stepped in turn, so that a machine that slows down for a while slows
+    every position alike; growing caches are measured one after the other.
+
     Returns:
         Per position: "position", "state_bytes" (after the timed steps), "ms_per_token" (their median).
     """
-    rows = []
-    name = "decode, attention" if _has_cache(model) else "decode"
-    states = tqdm(states_at(model, positions), total=len(positions), desc=name, disable=not progress)
-    for position, state in zip(positions, states):
-        milliseconds, state = _timed_steps(model, state)
-        median = statistics.median(milliseconds[WARMUP_STEPS:])
-        rows.append({"position": position, "state_bytes": state.bytes(), "ms_per_token": median})
-    return rows
+    cached = _has_cache(model)
+    states = tqdm(
+        states_at(model, positions),
+        total=len(positions),
+        desc="decode, attention" if cached else "decode",
+        disable=not progress,
+    )
+    groups = ([state] for state in states) if cached else iter([list(states)])
+    timed = [row for group in groups for row in _timed_steps(model, group)]
+    return [
+        {"position": position, "state_bytes": state.bytes(), "ms_per_token": statistics.median(milliseconds)}
+        for position, (milliseconds, state) in zip(positions, timed)
+    ]
 
 
-def _timed_steps(model: LanguageModel, state: LMState) -> tuple[list[float], LMState]:
+def _timed_steps(model: LanguageModel, states: list[LMState]) -> list[tuple[list[float], LMState]]:
+    """Milliseconds of every timed step from each state, and the state after them."""
     device = next(model.parameters()).device
-    token = torch.zeros(1, dtype=torch.long, device=device)
-    milliseconds = []
+    tokens = [torch.zeros(1, dtype=torch.long, device=device) for _ in states]
+    milliseconds: list[list[float]] = [[] for _ in states]
     for _ in range(WARMUP_STEPS + TIMED_STEPS):
-        start = time.perf_counter()
-        logits, state = model.decode_step(token, state)
-        token = logits.argmax(-1)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        milliseconds.append(1000 * (time.perf_counter() - start))
-    return milliseconds, state
+        for i, state in enumerate(states):
+            start = time.perf_counter()
+            logits, states[i] = model.decode_step(tokens[i], state)
+            tokens[i] = logits.argmax(-1)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            milliseconds[i].append(1000 * (time.perf_counter() - start))
+    return [(times[WARMUP_STEPS:], state) for times, state in zip(milliseconds, states)]
 
 
 def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
