@@ -1,0 +1,104 @@
+"""Random operands, one call with every gradient, and the comparison all kernel tests use."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from kernels import CompressState, compress_kv
+
+OPERANDS = ("q", "k", "v", "alpha", "log_decay", "step_size")
+MEMORIES = ("key_memory", "value_memory", "key_chunk_start", "value_chunk_start")
+
+
+def make_operands(
+    batch: int = 2,
+    length: int = 65,
+    heads: int = 2,
+    *,
+    d: int = 5,
+    v: int = 7,
+    m: int = 6,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Operands as a model makes them: unit queries and keys, values about 1 long, bounded steps."""
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(batch, length, heads, *shape, generator=g, dtype=torch.float64)
+
+    operands = {
+        "q": functional.normalize(draw(d), dim=-1),
+        "k": functional.normalize(draw(d), dim=-1),
+        "v": functional.normalize(draw(v), dim=-1),
+        "alpha": draw(m),
+        "log_decay": -0.1 * draw().abs(),
+        "step_size": 0.3 * torch.sigmoid(draw()),
+    }
+    return {name: x.to(dtype).requires_grad_() for name, x in operands.items()}
+
+
+def make_memories(
+    operands: Mapping[str, Tensor], documents: int | None = None, *, seed: int = 1
+) -> dict[str, Tensor]:
+    """Both memories and a chunk-start pair of their own."""
+    g = torch.Generator().manual_seed(seed)
+    q, v, alpha = operands["q"], operands["v"], operands["alpha"]
+    documents = q.shape[0] if documents is None else documents
+    dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+
+    def draw(width: int) -> Tensor:
+        x = 0.3 * torch.randn(documents, *alpha.shape[2:], width, generator=g, dtype=torch.float64)
+        return x.to(dtype).requires_grad_()
+
+    return {name: draw(q.shape[3] if "key" in name else v.shape[3]) for name in MEMORIES}
+
+
+def run(
+    operands: Mapping[str, Tensor],
+    memories: Mapping[str, Tensor] | None = None,
+    *,
+    offset: int | tuple[int, ...] = 0,
+    seed: int = 2,
+    **options: Any,
+) -> dict[str, Tensor]:
+    """Outputs of one call and, as ``d<name>``, the gradient of every input for random upstream gradients."""
+    state = None if memories is None else CompressState(**memories, offset=offset)
+    y, final = compress_kv(**operands, initial_state=state, output_final_state=True, **options)
+    assert final is not None
+    results = {"y": y} | {name: getattr(final, name) for name in MEMORIES}
+    inputs = dict(operands) | dict(memories or {})
+    g = torch.Generator().manual_seed(seed)
+    upstream = [torch.randn(x.shape, generator=g, dtype=torch.float64).to(x.dtype) for x in results.values()]
+    grads = torch.autograd.grad(
+        list(results.values()), list(inputs.values()), upstream, allow_unused=True, materialize_grads=True
+    )
+    return results | {f"d{name}": grad for name, grad in zip(inputs, grads, strict=True)}
+
+
+def assert_close(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor], tolerance: float) -> None:
+    """Every tensor within ``tolerance``, relative to its largest entry; the message lists the errors."""
+    assert actual.keys() == expected.keys(), f"compared {sorted(actual)} with {sorted(expected)}"
+    errors = {name: error(actual[name], expected[name]) for name in actual}
+    bad = {name: e for name, e in errors.items() if not e <= tolerance}
+    assert not bad, f"relative errors over {tolerance}: {bad}"
+
+
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Largest difference over the largest entry of ``expected``; inf where shapes differ."""
+    if actual.shape != expected.shape:
+        return float("inf")
+    scale = expected.abs().amax().double()
+    difference = (actual.double() - expected.double()).abs().amax()
+    return (difference / scale.clamp_min(1e-30)).item() if difference != 0 else 0.0
+
+
+def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Every tensor bitwise the same."""
+    bad = [name for name in expected if not torch.equal(actual[name], expected[name])]
+    assert not bad, f"not bitwise equal: {bad}"
