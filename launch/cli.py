@@ -123,8 +123,10 @@ def run(
 
 
 @app.command("eval")
-def evaluate(run_dir: RunArgument, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Score a run's newest checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
+def evaluate(
+    run_dir: RunArgument, set_: Overrides = None, step: Step = None, as_json: AsJson = False
+) -> None:
+    """Score a run's checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
     from launch.layers import override
     from launch.recipe import parse_recipe, resolve
     from launch.run_folder import StageSeconds, recipe_of_run
@@ -141,7 +143,7 @@ def evaluate(run_dir: RunArgument, set_: Overrides = None, as_json: AsJson = Fal
     from evals.report import write_run_report
     from evals.summary import write_summary
 
-    results = evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+    results = evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress, step=step)
     write_summary(run_dir, StageSeconds(run_dir).all())
     report = write_run_report(run_dir)
     print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")

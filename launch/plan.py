@@ -19,7 +19,7 @@ _BLOCK_ACTIVATIONS = 17
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
     """Resolved recipe, parameter counts, batch equation and memory per rank (bytes), as JSON types."""
-    from trellis_dist.models.counts import parameter_counts
+    from trellis_dist.models.counts import flops_per_token, parameter_counts
 
     ranks = recipe.mesh.world_size() or recipe.mesh.sp * recipe.mesh.tp
     mesh = fit_mesh(recipe, world_size=ranks)
@@ -32,6 +32,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
             "embedding": counts.embedding,
             "non_embedding": counts.non_embedding,
         },
+        "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
         "batch": _batch(recipe, dp=dp),
         "memory_per_rank_bytes": _memory(recipe, parameters=counts.total, replicas=dp * mesh.sp),
@@ -108,7 +109,7 @@ def render_plan(plan: dict[str, Any]) -> str:
             "choices the paper leaves open",
             [f"{k}: {v}" for k, v in sorted(plan["recipe"]["choices"].items())],
         ),
-        ("parameters", _parameter_lines(plan["parameters"])),
+        ("parameters", _parameter_lines(plan)),
         ("batch", _batch_lines(plan["batch"], plan["mesh"])),
         ("memory per rank", _memory_lines(plan["memory_per_rank_bytes"], plan)),
     ]
@@ -127,9 +128,11 @@ def _recipe_lines(resolved: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _parameter_lines(parameters: dict[str, int]) -> list[str]:
+def _parameter_lines(plan: dict[str, Any]) -> list[str]:
     labels = {"total": "total", "embedding": "embeddings", "non_embedding": "without embeddings"}
-    return [f"{labels[name]:<20} {count:>16,}  ({_short(count)})" for name, count in parameters.items()]
+    rows = [f"{labels[name]:<20} {n:>16,}  ({_short(n)})" for name, n in plan["parameters"].items()]
+    total = plan["flops_per_token"] * plan["batch"]["tokens"]
+    return [*rows, f"training FLOPs {plan['flops_per_token']:.3g} per token, {total:.3g} in all"]
 
 
 def _batch_lines(batch: dict[str, int], mesh: dict[str, Any]) -> list[str]:

@@ -69,7 +69,9 @@ make_venv() {
 }
 
 pip_install() {
-    "$venv/bin/python" -m pip install --disable-pip-version-check --quiet "$@" ||
+    local quiet=(--quiet)
+    [[ -t 1 ]] && quiet=() # minutes without a word look like a hang
+    "$venv/bin/python" -m pip install --disable-pip-version-check "${quiet[@]+"${quiet[@]}"}" "$@" ||
         fail "pip could not install ($*); the lines above say why. Without a network set PIP_INDEX_URL or PIP_FIND_LINKS to a mirror you can reach; with a full disk free about 4 GB; then run this again"
 }
 

@@ -22,7 +22,7 @@ check ruff format --check .
 check mypy
 check lint-imports
 if command -v shellcheck >/dev/null; then
-    mapfile -t scripts < <(git ls-files '*.sh' .ci/run)
+    mapfile -t scripts < <(find launch .ci -name '*.sh' -o -path .ci/run)
     check shellcheck "${scripts[@]}"
 else
     printf '== shellcheck is not here: shell scripts were not checked\n' >&2
