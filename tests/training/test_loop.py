@@ -35,10 +35,10 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
+def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action, *, engine: type = LocalEngine) -> None:
     """Do ``action`` at the end of the ``step``-th step of this start."""
     counted = []
-    train_step = LocalEngine.train_step
+    train_step = engine.train_step
 
     def wrapped(self, *args, **kwargs):
         result = train_step(self, *args, **kwargs)
@@ -47,7 +47,7 @@ def after_step(monkeypatch: pytest.MonkeyPatch, step: int, action) -> None:
             action()
         return result
 
-    monkeypatch.setattr(LocalEngine, "train_step", wrapped)
+    monkeypatch.setattr(engine, "train_step", wrapped)
 
 
 def test_a_run_leaves_rows_checkpoints_and_its_recipe(data: Path, whole: Path):
@@ -148,6 +148,10 @@ def test_what_cannot_work_is_refused_before_training(data: Path, tmp_path: Path)
         run(make_job(large), tmp_path / "run")
     with pytest.raises(ValueError, match=r"global_batch_tokens = 70 is no multiple .* use 64"):
         run(make_job(data, training={"global_batch_tokens": 70}), tmp_path / "run")
+    with pytest.raises(ValueError, match=r"mesh\.sp = 2 .* data\.packing"):
+        run(make_job(data, mesh={"sp": 2}), tmp_path / "run")
+    with pytest.raises(ValueError, match="stop_at_step = 0"):
+        run(make_job(data), tmp_path / "run", stop_at_step=0)
     shard = large / "train-00000.bin"
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     with pytest.raises(ValueError, match=r"train-00000\.bin is damaged"):
@@ -244,6 +248,18 @@ def full_disk_case(job: Job, run_dir: Path) -> str:
     return str(failed.value)
 
 
+def sigterm_case(job: Job, run_dir: Path) -> TrainResult:
+    """Only rank 1 is told to end, after its third step."""
+    from trellis_dist.parallel import env
+    from trellis_dist.training.engines.deepspeed import DeepSpeedEngine
+
+    with pytest.MonkeyPatch.context() as patch:
+        if env.rank() == 1:
+            end = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
+            after_step(patch, 3, end, engine=DeepSpeedEngine)
+        return run(job, run_dir)
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_deepspeed_on_two_ranks_resumes_bit_for_bit(stage: int, data: Path, tmp_path: Path):
     job = make_job(data, training={"engine": "deepspeed", "zero_stage": stage, "micro_batch": 1})
@@ -295,6 +311,13 @@ def test_a_full_disk_on_one_rank_reaches_both(data: Path, tmp_path: Path):
     assert "another rank failed" in first
     assert "No space left on device" in second
     assert list((tmp_path / "checkpoints").iterdir()) == []
+
+
+def test_sigterm_on_one_rank_saves_on_both(data: Path, tmp_path: Path):
+    job = make_job(data, training={"engine": "deepspeed", "micro_batch": 1})
+    results = gloo_pool(2).run(sigterm_case, job, tmp_path)
+    assert [(r.outcome, r.step) for r in results] == [("terminated", 3)] * 2
+    assert latest_verified(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000003"
 
 
 def test_the_loop_exports_what_the_launcher_imports():

@@ -44,13 +44,16 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
         OSError: the last save of this start failed.
     """
     started = time.monotonic()
+    last = job.training.steps if stop_at_step is None else min(stop_at_step, job.training.steps)
+    if last < 1:
+        raise ValueError(f"stop_at_step = {stop_at_step}: use 1 or more steps")
     job = dataclasses.replace(job, mesh=checked_mesh(job))
     with runtime(job) as device:
         session = open_session(job, Path(run_dir), resume=resume, device=device, started=started)
         if session is None:
             return _finished_before(job, Path(run_dir))
         try:
-            return _Loop(session).until(min(stop_at_step or job.training.steps, job.training.steps))
+            return _Loop(session).until(last)
         finally:
             session.close()
 

@@ -60,6 +60,11 @@ class Session:
 def checked_mesh(job: Job) -> MeshConfig:
     """Return the job's mesh with dp filled in from the world size; ``ValueError`` when it cannot work."""
     model = job.model
+    if job.mesh.sp > 1 and job.data.packing == "concat":
+        raise ValueError(
+            f"mesh.sp = {job.mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
+            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set mesh.sp = 1'
+        )
     mesh = check_mesh(
         job.mesh,
         world_size=env.world_size(),
