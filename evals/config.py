@@ -7,7 +7,7 @@ from typing import Literal
 
 from trellis_dist.validation import STRICT, require
 
-TaskName = Literal["perplexity", "needle", "decode", "sample"]
+TaskName = Literal["perplexity", "needle", "decode", "sample", "harness"]
 Haystack = Literal["noise", "essay"]
 ValueKind = Literal["number", "uuid", "word"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -21,7 +21,8 @@ class EvalConfig:
 
     Attributes:
         tasks: any of "perplexity" (held-out bits per byte beside n-grams), "needle", "decode" (state bytes
-            and ms per token by position, beside softmax attention), "sample" (a continuation).
+            and ms per token by position, beside softmax attention), "sample" (a continuation), "harness"
+            (tasks of lm-evaluation-harness from local files).
         device: "auto" takes a CUDA device when there is one.
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
         needle_lengths: prompt lengths in tokens, the room for the answer included.
@@ -35,6 +36,9 @@ class EvalConfig:
         sample_temperature: 0 is greedy.
         sample_top_p: sample among the most probable tokens that hold this mass.
         sample_seed: of the sample's draws.
+        harness_folder: folder of lm-evaluation-harness YAML files, trusted like code.
+        harness_tasks: names of tasks in that folder.
+        harness_limit: questions per harness task; 0 takes all.
     """
 
     __pydantic_config__ = STRICT
@@ -53,6 +57,9 @@ class EvalConfig:
     sample_temperature: float = 0.8
     sample_top_p: float = 0.95
     sample_seed: int = 0
+    harness_folder: str | None = None
+    harness_tasks: tuple[str, ...] = ()
+    harness_limit: int = 0
 
     def __post_init__(self) -> None:
         require(
@@ -80,3 +87,8 @@ class EvalConfig:
         require(
             0 < self.sample_top_p <= 1, f"evals.sample_top_p = {self.sample_top_p}: use a share in (0, 1]"
         )
+        require(
+            "harness" not in self.tasks or bool(self.harness_folder and self.harness_tasks),
+            'evals.tasks names "harness": set evals.harness_folder and evals.harness_tasks',
+        )
+        require(self.harness_limit >= 0, f"evals.harness_limit = {self.harness_limit}: use 0 (all) or more")

@@ -170,6 +170,19 @@ def _decode(report: Report, result: Json) -> None:
     )
 
 
+def _harness(report: Report, result: Json) -> None:
+    report.section("lm-evaluation-harness")
+    report.text(
+        f"Tasks from local files, scored by harness {result['harness_version']} with our log-likelihoods."
+    )
+    rows = [
+        [task, metric, f"{value:.4f}", result["questions"][task]]
+        for task, metrics in sorted(result["results"].items())
+        for metric, value in sorted(metrics.items())
+    ]
+    report.table(["task", "metric", "value", "questions"], rows)
+
+
 def _sample(report: Report, result: Json) -> None:
     report.section("A sample")
     report.text("The start of a held-out document, then what the model wrote, then what really follows.")
@@ -188,4 +201,10 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
     report.table(["stage", "seconds"], rows)
 
 
-_SECTIONS = {"perplexity": _perplexity, "needle": _needle, "decode": _decode, "sample": _sample}
+_SECTIONS = {
+    "perplexity": _perplexity,
+    "needle": _needle,
+    "decode": _decode,
+    "harness": _harness,
+    "sample": _sample,
+}

@@ -50,7 +50,7 @@ def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
     results = read_results(run_dir)
     metrics = read_metrics(run_dir)
     summary: dict[str, Any] = _training(metrics)
-    parts = {"perplexity": _perplexity, "needle": _needle, "decode": _decode}
+    parts = {"perplexity": _perplexity, "needle": _needle, "decode": _decode, "harness": _harness}
     for name, part in parts.items():
         if name in results:
             summary |= part(results[name]["result"])
@@ -102,4 +102,12 @@ def _decode(result: Mapping[str, Any]) -> dict[str, float]:
         for model in ("model", "attention")
         for row in result[model]
         for name in ("state_bytes", "ms_per_token")
+    }
+
+
+def _harness(result: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        f"harness/{task}/{metric}": value
+        for task, metrics in result["results"].items()
+        for metric, value in metrics.items()
     }

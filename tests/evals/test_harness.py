@@ -9,9 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from evals.config import EvalConfig
+from evals.evaluate import evaluate_run
 from evals.harness import harness_model, run_harness
+from evals.report import write_run_report
 from evals.sampling import Sampling
 from evals.scorer import Scorer
+from evals.summary import write_summary
+from evals.tasks.registry import get_task
 from tests.evals.fakes import ByteTokenizer, RecurrentModel
 
 ROWS = [
@@ -92,3 +97,27 @@ def test_our_rooms_are_imported_beside_published_packages_of_the_same_names():
         module = importlib.import_module(room)
         assert module.__file__ is not None
         assert Path(module.__file__).is_relative_to(root), f"{room} is {module.__file__}"
+
+
+def test_harness_tasks_run_as_a_task_of_a_run(folder, run_dir):
+    config = EvalConfig(
+        tasks=("harness",),
+        harness_folder=str(folder),
+        harness_tasks=("tiny_choice",),
+        harness_limit=2,
+        device="cpu",
+    )
+    record = evaluate_run(run_dir, config, progress=False)["harness"]
+    assert set(record["result"]["results"]["tiny_choice"]) == {"acc", "acc_norm"}
+    assert record["result"]["questions"] == {"tiny_choice": 2}
+    summary = write_summary(run_dir, {})
+    assert 0 <= summary["harness/tiny_choice/acc"] <= 1
+    assert "tiny_choice" in write_run_report(run_dir).read_text()
+
+
+def test_a_harness_task_needs_its_folder():
+    with pytest.raises(ValueError, match=r"set evals\.harness_folder"):
+        EvalConfig(tasks=("harness",))
+    config = EvalConfig(tasks=("harness",), harness_folder="/nowhere", harness_tasks=("x",))
+    with pytest.raises(ValueError, match=r"evals\.harness_folder = /nowhere"):
+        get_task("harness").settings(config)
