@@ -3,8 +3,8 @@
     plan -> hold out -> tokenizer -> work units (Ray tasks) -> shards -> manifest -> report
 
 Exactly once: a unit is a pure function of its inputs and the stage's config, committed under the hash of
-both; shards are made from committed units in corpus order. So the same bytes come out for any number of workers,
-in any order, after any number of kills, and what was committed is never made again.
+both; shards are made from committed units in corpus order. So the same bytes come out for any number of
+workers, in any order, after any number of kills, and what was committed is never made again.
 """
 
 from __future__ import annotations

@@ -168,7 +168,8 @@ def _open_lines(path: str) -> Any:
 class _ZstdFrames(io.RawIOBase):
     """The frames of a .zst file as one stream.
 
-    The package's own stream reader takes a file that ends inside a frame for a complete one; this raises EOFError.
+    The package's own stream reader takes a file that ends inside a frame for a complete one; this one raises
+    EOFError.
     """
 
     # A block of n input bytes expands to at most n / 4 blocks of 128 KiB: 32 MiB for 1 KiB.
@@ -222,7 +223,7 @@ def _seek_line(file: IO[bytes], start: int) -> int:
 
 
 def _skip_line(file: IO[bytes], line: bytes, most: int) -> int:
-    """Read on to the end of the line that `line` begins, or for about `most` bytes; returns the bytes read."""
+    """Read to the end of the line that `line` begins, or about `most` bytes; returns the bytes read."""
     skipped = 0
     while not line.endswith(b"\n") and skipped <= most:
         line = file.readline(1 << 20)

@@ -82,10 +82,9 @@ class Tokenizer:
         return text
 
     def vocabulary(self) -> str:
-        """The .vocab file: one line per piece, with its score after a tab."""
-        processor = self._processor
-        rows = (f"{processor.id_to_piece(i)}\t{processor.get_score(i):g}\n" for i in range(self.vocab_size))
-        return "".join(rows)
+        """The .vocab file, for people: each piece (its newlines as "\\n"), a tab and its score."""
+        pieces = (self._processor.id_to_piece(i).replace("\n", "\\n") for i in range(self.vocab_size))
+        return "".join(f"{piece}\t{self._processor.get_score(i):g}\n" for i, piece in enumerate(pieces))
 
 
 def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> bytes:

@@ -1,0 +1,337 @@
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from data_pipeline import job, manifest
+from data_pipeline.config import SourceConfig, TokenizerConfig
+from data_pipeline.job import config_digest, prepare
+from data_pipeline.loader import TokenDataset
+from data_pipeline.manifest import Manifest, load_manifest, verify_dataset
+from data_pipeline.tokenizer import Tokenizer
+from tests.data_pipeline.texts import MARKUP, hashes, prose, rows, settings
+
+Prepared = tuple[Path, Manifest]
+
+
+def documents(directory: Path, split: str) -> list[str]:
+    tokenizer = Tokenizer.load(directory / "tokenizer.model")
+    data = TokenDataset(directory, split, sequence_length=64, seed=0)
+    found = [data.tokens_of(i).tolist() for i in range(data.num_documents)]
+    assert all(ids[0] == tokenizer.bos_id and ids[-1] == tokenizer.eos_id for ids in found)
+    return [tokenizer.decode(ids[1:-1]) for ids in found]
+
+
+def committed(directory: Path) -> set[str]:
+    return {path.name for path in (directory / "work" / "units").iterdir()}
+
+
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr(job, "ray_session", refuse)
+
+
+def test_the_shards_hold_every_document_whole_in_one_split(prepared: Prepared) -> None:
+    directory, made = prepared
+    train, validation = (documents(directory, split) for split in ("train", "validation"))
+    expected = [prose(seed) for seed in range(60)]
+    expected[9] = MARKUP + expected[9]
+    assert sorted(train + validation) == sorted(expected)
+    assert not set(train) & set(validation)
+    assert len(validation) >= 1
+    for name, texts in (("train", train), ("validation", validation)):
+        split = made.splits[name]
+        assert (split.documents, split.bytes) == (len(texts), sum(len(t.encode()) for t in texts))
+    assert {label: sums["documents"] for label, sums in made.sources.items()} == {
+        "jsonl": 40,
+        "parquet": 10,
+        "text": 10,
+    }
+    assert load_manifest(directory) == made
+    assert verify_dataset(directory) == []
+
+
+def test_one_worker_gives_the_same_bytes(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    prepare(settings(tmp_path, corpus), workers=1, progress=False)
+    assert hashes(tmp_path) == hashes(prepared[0])
+
+
+# The driver of a job whose units are slow enough to be killed in: each worker sleeps before it commits.
+SLOW_DRIVER = """
+import json, sys, time
+from data_pipeline import job
+from tests.data_pipeline.texts import settings
+
+def slow(*arguments):
+    time.sleep(0.25)
+    return PROCESS(*arguments)
+
+PROCESS = job.process_unit
+job.process_unit = slow
+job.prepare(settings(sys.argv[1], sys.argv[2]), workers=2, ray_address=sys.argv[3], progress=False)
+"""
+
+
+def test_a_killed_driver_continues_to_the_same_bytes(
+    prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = ray_cluster.get_runtime_context().gcs_address
+    units = len(committed(prepared[0]))
+    left: set[str] = set()
+    for wanted in (1, units // 2):
+        driver = subprocess.Popen([sys.executable, "-c", SLOW_DRIVER, str(tmp_path), str(corpus), address])
+        wait_for_units(tmp_path, wanted, driver)
+        driver.send_signal(signal.SIGKILL)
+        assert driver.wait(30) == -signal.SIGKILL
+        assert not (tmp_path / "manifest.json").exists()
+        assert left <= committed(tmp_path)
+        left = committed(tmp_path)
+    prepare(settings(tmp_path, corpus), workers=2, progress=False)
+    assert hashes(tmp_path) == hashes(prepared[0])
+
+
+def test_killed_workers_are_replaced(
+    prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = tmp_path / "marks"
+    marks.mkdir()
+    process = job.process_unit
+
+    def dies_once(*arguments: object) -> object:
+        (marks / str(os.getpid())).touch()
+        if len(list(marks.iterdir())) < 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return process(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(job, "process_unit", dies_once)
+    prepare(settings(tmp_path / "out", corpus), workers=2, progress=False)
+    assert len(list(marks.iterdir())) >= 3
+    assert hashes(tmp_path / "out") == hashes(prepared[0])
+
+
+def wait_for_units(directory: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 60
+    while not (directory / "work" / "units").is_dir() or len(committed(directory)) < count:
+        assert driver.poll() is None, f"the driver ended with {driver.returncode}"
+        assert time.monotonic() < deadline, f"{count} units were not committed in a minute"
+        time.sleep(0.01)
+
+
+def test_a_second_run_re_uses_everything(
+    prepared: Prepared, corpus: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory, made = prepared
+    no_ray(monkeypatch)
+    before = {path: path.stat().st_mtime_ns for path in directory.iterdir() if path.name != ".lock"}
+    assert prepare(settings(directory, corpus)) == made
+    # Rows and their order are the loader's: they do not make another data set.
+    assert prepare(settings(directory, corpus, sequence_length=32, seed=9), progress=False) == made
+    assert before == {path: path.stat().st_mtime_ns for path in directory.iterdir() if path.name != ".lock"}
+    assert f"re-using the data set in {directory}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("lost", ["train-00000.bin", "validation-00000.idx", "manifest.json", "report.html"])
+def test_a_lost_file_is_made_again_from_the_units(
+    prepared: Prepared, corpus: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(prepared[0], directory)
+    no_ray(monkeypatch)
+    (directory / lost).unlink()
+    assert len(verify_dataset(directory)) == (lost != "report.html")
+    prepare(settings(directory, corpus), progress=False)
+    assert hashes(directory) == hashes(prepared[0])
+
+
+def test_a_damaged_unit_is_made_again(
+    prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster: object
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(prepared[0], directory)
+    unit = sorted((directory / "work" / "units").iterdir())[0]
+    (unit / "train.tokens").write_bytes(b"damaged")
+    (directory / "train-00000.bin").unlink()
+    prepare(settings(directory, corpus), workers=1, progress=False)
+    assert hashes(directory) == hashes(prepared[0])
+
+
+def test_a_changed_config_or_corpus_makes_a_new_manifest_and_re_uses_units(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: object
+) -> None:
+    directory, text = tmp_path / "copy", tmp_path / "text"
+    shutil.copytree(prepared[0], directory)
+    shutil.copytree(corpus, text)
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    config = settings(directory, text, tokenizer=model)
+    with monkeypatch.context() as patch:
+        no_ray(patch)
+        made = prepare(replace(config, shard_tokens=2000), progress=False)
+    assert made.fingerprint != prepared[1].fingerprint
+    assert len(made.splits["train"].shards) > 3
+    assert documents(directory, "train") == documents(prepared[0], "train")
+    before = committed(directory)
+    (text / "a" / "z.txt").write_text(prose(99))
+    grown = prepare(config, workers=1, progress=False)
+    assert sum(split.documents for split in grown.splits.values()) == 61
+    assert len(committed(directory) - before) == 1
+    assert sorted(path.name for path in directory.glob("train-*.bin")) == ["train-00000.bin"]
+
+
+def test_a_vanished_corpus_does_not_unmake_the_data_set(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(corpus, tmp_path / "text")
+    no_ray(monkeypatch)
+    directory = tmp_path / "copy"
+    shutil.copytree(prepared[0], directory)
+    config = settings(directory, tmp_path / "text")
+    made = load_manifest(directory)
+    manifest.write_manifest(directory, with_digest(made, config_digest(config)))
+    shutil.rmtree(tmp_path / "text")
+    assert prepare(config, progress=False).splits == made.splits
+
+
+def with_digest(made: Manifest, own: str) -> Manifest:
+    mark = manifest.fingerprint_of(own, made.tokenizer["sha256"], made.splits)
+    return replace(made, config_digest=own, fingerprint=mark)
+
+
+def test_bad_records_are_counted_listed_and_do_not_stop_the_job(ray_cluster: object, tmp_path: Path) -> None:
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "bad.txt").write_bytes(b"\xff\xfe")
+    lines = rows(range(20))
+    (corpus / "rows.jsonl").write_text(lines[0] + "{not json\n" + "".join(lines[1:]))
+    directory = tmp_path / "out"
+    made = prepare(settings(directory, corpus), workers=1, progress=False)
+    assert made.quarantined == 2
+    listed = [json.loads(line) for line in (directory / "quarantine.jsonl").read_text().splitlines()]
+    assert [(record["file"], record["offset"]) for record in listed] == [
+        ("bad.txt", 0),
+        ("rows.jsonl", len(lines[0])),
+    ]
+    assert sum(split.documents for split in made.splits.values()) == 20
+    assert "bad.txt" in (directory / "report.html").read_text()
+
+
+def test_max_documents_takes_the_first_in_corpus_order(
+    ray_cluster: object, corpus: Path, tmp_path: Path
+) -> None:
+    source = SourceConfig(kind="path", path=str(corpus), max_documents=23)
+    made = prepare(settings(tmp_path, corpus, source=source), workers=2, progress=False)
+    assert sum(split.documents for split in made.splits.values()) == 23
+    found = documents(tmp_path, "train") + documents(tmp_path, "validation")
+    assert sorted(found) == sorted(prose(seed) for seed in range(10, 33))
+
+
+def test_a_hugging_face_data_set_becomes_shards(ray_cluster: object, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    for part in range(2):
+        lines = rows(range(part * 30, part * 30 + 30))
+        (tmp_path / "data" / f"part{part}.jsonl").write_text("".join(lines))
+    source = SourceConfig(kind="huggingface", name=str(tmp_path / "data"), licence="CC0-1.0")
+    config = settings(tmp_path / "out", tmp_path, source=source, validation_fraction=0.3)
+    made = prepare(config, workers=2, progress=False)
+    assert sum(split.documents for split in made.splits.values()) == 60
+    assert made.source["licence"] == "CC0-1.0"
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({}, "holds no text"),
+        ({"a.txt": b"\xff"}, r"no document of the corpus could be read \(a.txt at 0: not UTF-8"),
+        ({"a.txt": b"only one\n"}, "the corpus is one document.*text_document_bytes"),
+        ({"a.txt": b"the same\n", "b.txt": b"the same\r\n"}, "the corpus is one document"),
+        ({"a.txt": b"too small\n", "b.txt": b"for this\n"}, "vocab_size = 400 cannot be trained"),
+    ],
+)
+def test_a_corpus_that_cannot_serve_is_one_line(
+    tmp_path: Path, files: dict[str, bytes], message: str
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    for name, data in files.items():
+        (tmp_path / "corpus" / name).write_bytes(data)
+    with pytest.raises(ValueError, match=message) as error:
+        prepare(settings(tmp_path / "out", tmp_path / "corpus"), progress=False)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_a_few_long_documents_still_hold_one_out(ray_cluster: object, tmp_path: Path) -> None:
+    (tmp_path / "corpus").mkdir()
+    for seed in range(4):
+        (tmp_path / "corpus" / f"{seed}.txt").write_text(prose(seed, words=2000))
+    config = settings(tmp_path / "out", tmp_path / "corpus", validation_fraction=1e-6)
+    made = prepare(config, workers=2, progress=False)
+    assert made.splits["validation"].documents == 1
+    assert made.splits["train"].documents == 3
+
+
+def test_an_error_of_a_worker_arrives_as_itself(
+    ray_cluster: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "corpus").mkdir()
+    for seed in range(4):
+        (tmp_path / "corpus" / f"{seed}.txt").write_text(prose(seed))
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    config = settings(tmp_path / "out", tmp_path / "corpus")
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "process_unit", full)
+        with pytest.raises(OSError, match="No space left on device") as error:
+            prepare(config, workers=1, progress=False)
+    assert "\n" not in str(error.value)
+    assert prepare(config, workers=1, progress=False).quarantined == 0
+
+
+def test_two_jobs_do_not_write_one_data_set(prepared: Prepared, corpus: Path, tmp_path: Path) -> None:
+    code = """
+        import fcntl, sys, time
+        file = open(sys.argv[1], "a")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        print("locked", flush=True)
+        time.sleep(60)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / ".lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"locked\n"
+        with pytest.raises(ValueError, match="another job is preparing"):
+            prepare(settings(tmp_path, corpus), progress=False)
+        os.kill(other.pid, signal.SIGKILL)
+
+
+def test_a_given_tokenizer_that_is_missing_is_named(corpus: Path, tmp_path: Path) -> None:
+    config = settings(tmp_path, corpus, tokenizer=TokenizerConfig(path=str(tmp_path / "none.model")))
+    with pytest.raises(ValueError, match=r"none\.model' does not exist"):
+        prepare(config, progress=False)
+
+
+def test_a_damaged_manifest_is_named_and_made_again(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(prepared[0], directory)
+    path = directory / "manifest.json"
+    for damaged in (b"{", b"{}", path.read_bytes().replace(b'"sha256_bin": "', b'"sha256_bin": "0')):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"manifest\.json is"):
+            load_manifest(directory)
+    no_ray(monkeypatch)
+    prepare(settings(directory, corpus), progress=False)
+    assert hashes(directory) == hashes(prepared[0])

@@ -1,0 +1,255 @@
+from __future__ import annotations
+
+import gzip
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import readers
+from data_pipeline.config import SourceConfig
+from data_pipeline.normalize import normalize
+from data_pipeline.readers import Document, Quarantined
+from data_pipeline.sources import describe, listing, plan_units, unit_documents
+from tests.data_pipeline.texts import MARKUP, prose, rows
+
+Found = list[Document | Quarantined]
+
+
+def read(path: Path, unit_bytes: int = 1 << 20, **options: object) -> Found:
+    source = SourceConfig(kind="path", path=str(path), **options)  # type: ignore[arg-type]
+    return [found for unit in plan_units(source, unit_bytes) for found in unit_documents(unit, source)]
+
+
+def texts(found: Found) -> list[str]:
+    return [document.text for document in found if isinstance(document, Document)]
+
+
+def reasons(found: Found) -> list[tuple[str, int, str]]:
+    return [(q.file, q.offset, q.reason) for q in found if isinstance(q, Quarantined)]
+
+
+def test_the_standard_library_is_a_corpus_of_modules_and_topics() -> None:
+    source = SourceConfig()
+    units = plan_units(source, 2 * 2**20)
+    names = [item.name for unit in units for item in unit.items]
+    assert len(names) == len(set(names)) > 300
+    assert {"argparse.py", "json/decoder.py", "topic for"} <= set(names)
+    folders = {part for name in names for part in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "pydoc_data"}
+    assert sum(unit.size for unit in units) > 5e6
+    assert [unit.inputs for unit in units] == [unit.inputs for unit in plan_units(source, 2 * 2**20)]
+    first = next(unit_documents(units[0], source))
+    assert isinstance(first, Document)
+    assert describe(source)["licence"] == "PSF-2.0"
+
+
+def test_every_kind_of_file_is_read_in_one_order(corpus: Path) -> None:
+    found = read(corpus)
+    expected = [prose(seed) for seed in range(60)]
+    expected[9] = MARKUP + expected[9]
+    # Files of a folder before its folders: b.jsonl ... e.parquet, then a/*.txt.
+    assert texts(found) == expected[10:] + expected[:10]
+    assert not reasons(found)
+    assert len({document.id for document in found if isinstance(document, Document)}) == 60
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(unit_bytes=st.integers(1, 60_000))
+def test_units_of_any_size_hold_the_same_documents(corpus: Path, unit_bytes: int) -> None:
+    for name in ("b.jsonl", "e.parquet"):
+        assert texts(read(corpus / name, unit_bytes)) == texts(read(corpus / name))
+
+
+def test_a_units_address_follows_content_not_place(tmp_path: Path) -> None:
+    addresses = []
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text(prose(1))
+        source = SourceConfig(kind="path", path=str(tmp_path / folder))
+        addresses.append([unit.inputs for unit in plan_units(source, 100)])
+        (tmp_path / folder / "a.txt").write_text(prose(2))
+        assert [unit.inputs for unit in plan_units(source, 100)] != addresses[-1]
+    assert addresses[0] == addresses[1]
+
+
+def test_bad_records_are_quarantined_and_reading_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"caf\xe9 latin-1")
+    (tmp_path / "b.txt").write_text("\n \n")
+    (tmp_path / "c.txt").write_text("x" * 2000)
+    lines = [
+        b'{"text": "good"}',
+        b"",
+        b"{broken",
+        b'{"text": "\xff"}',
+        b'{"other": 1}',
+        b'["text"]',
+        b'{"text": "\\ud800"}',
+        b'{"text": "' + b"y" * 20_000 + b'"}',
+        b'{"text": "' + b"[" * 1500 + b'"}',
+        b"[" * 11_000,
+        b'{"text": "last"}',
+    ]
+    (tmp_path / "d.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "e.parquet").write_bytes(b"PAR1 is not enough")
+    found = read(tmp_path, max_document_bytes=1000)
+    assert texts(found) == ["good", "last"]
+    offsets = [sum(len(line) + 1 for line in lines[:i]) for i in range(len(lines))]
+    files = reasons(found)
+    assert [(file, offset) for file, offset, _ in files[:2]] == [("a.txt", 3), ("b.txt", 0)]
+    assert "not UTF-8" in files[0][2]
+    assert files[1][2] == "no text"
+    assert files[2] == ("c.txt", 0, "2000 bytes, more than 1000")
+    inside = [reason for file, _, reason in files if file == "d.jsonl"]
+    for reason, word in zip(
+        inside,
+        [
+            "not JSON",
+            "not UTF-8",
+            "missing",
+            "missing",
+            "surrogate",
+            "longer than",
+            "more than 1000",
+            "not JSON",
+        ],
+        strict=True,
+    ):
+        assert word in reason
+    assert [offset for file, offset, _ in files if file == "d.jsonl"] == [
+        offsets[2],
+        offsets[3] + 10,
+        *offsets[4:10],
+    ]
+    assert files[-1][0] == "e.parquet"
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+@pytest.mark.parametrize("keep", [0.5, 0.9])
+def test_a_truncated_archive_gives_what_it_holds_and_is_named(
+    tmp_path: Path, suffix: str, keep: float
+) -> None:
+    import zstandard
+
+    data = "".join(rows(range(200))).encode()
+    packed = gzip.compress(data) if suffix == "gz" else zstandard.compress(data)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed[: int(len(packed) * keep)])
+    (tmp_path / "b.jsonl").write_text(rows(range(1))[0])
+    found = read(tmp_path)
+    whole = [prose(seed) for seed in range(200)]
+    assert texts(found)[:-1] == whole[: len(texts(found)) - 1]
+    assert texts(found)[-1] == prose(0)
+    assert [file for file, _, reason in reasons(found) if "damaged compressed file" in reason] == [
+        f"a.jsonl.{suffix}"
+    ]
+
+
+def test_several_zst_frames_are_one_file(tmp_path: Path) -> None:
+    import zstandard
+
+    lines = rows(range(3))
+    (tmp_path / "a.jsonl.zst").write_bytes(b"".join(zstandard.compress(line.encode()) for line in lines))
+    assert texts(read(tmp_path)) == [prose(seed) for seed in range(3)]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "zst"])
+def test_a_decompression_bomb_is_cut_off(
+    tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import zstandard
+
+    monkeypatch.setattr(readers, "EXPANSION_FLOOR", 10_000)
+    data = rows(range(1))[0].encode() + b'{"text": "a"}\n' * 200_000
+    packed = gzip.compress(data) if suffix == "gz" else zstandard.compress(data)
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(packed)
+    found = read(tmp_path)
+    assert texts(found)[0] == prose(0)
+    assert len(texts(found)) < 200_000
+    assert "expands over 200 times" in reasons(found)[-1][2]
+
+
+@given(text=st.text(min_size=1, max_size=300), limit=st.integers(4, 80))
+def test_cutting_a_text_loses_nothing(text: str, limit: int) -> None:
+    parts = list(readers._cut(text.encode(), limit))
+    assert b"".join(parts) == text.encode()
+    assert all(len(part) <= limit for part in parts)
+    assert "".join(part.decode() for part in parts) == text
+
+
+def test_one_long_text_file_can_be_cut(tmp_path: Path) -> None:
+    text = "\n\n".join(prose(seed, words=20) for seed in range(50))
+    (tmp_path / "book.txt").write_text(text)
+    parts = texts(read(tmp_path / "book.txt", text_document_bytes=1000))
+    assert "".join(parts) == text
+    assert len(parts) > 5
+    assert all(part.endswith("\n\n") for part in parts[:-1])
+
+
+def test_max_documents_bounds_a_unit(corpus: Path) -> None:
+    assert len(texts(read(corpus / "b.jsonl", max_documents=4))) == 4
+
+
+@given(text=st.text())
+def test_normalising_changes_line_endings_and_nul_only(text: str) -> None:
+    normal = normalize(text)
+    assert not {"\r", "\0"} & set(normal)
+    assert normalize(normal) == normal
+    if not {"\r", "\0"} & set(text):
+        assert normal == text
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("missing", "does not exist: name a folder or file"),
+        ("empty", "holds no text: it needs files ending in"),
+    ],
+)
+def test_a_missing_or_empty_corpus_is_one_line_with_the_remedy(
+    tmp_path: Path, name: str, message: str
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "readme.md").write_text("no text file")
+    with pytest.raises(ValueError, match=message) as error:
+        read(tmp_path / name)
+    assert "\n" not in str(error.value)
+
+
+def test_hidden_files_and_pipes_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(prose(1))
+    (tmp_path / ".b.txt").write_text(prose(2))
+    os.mkfifo(tmp_path / "c.txt")
+    (tmp_path / "d.txt").symlink_to(tmp_path / "nowhere")
+    assert texts(read(tmp_path)) == [prose(1)]
+
+
+def test_the_listing_follows_names_and_sizes(tmp_path: Path) -> None:
+    source = SourceConfig(kind="path", path=str(tmp_path))
+    (tmp_path / "a.txt").write_text("one")
+    first = listing(source)
+    (tmp_path / "b.txt").write_text("two")
+    assert listing(source) != first
+    assert listing(replace(source, path=str(tmp_path / "gone"))) is None
+
+
+def test_a_hugging_face_data_set_is_streamed_by_shard(tmp_path: Path) -> None:
+    for part in range(3):
+        (tmp_path / f"part{part}.jsonl").write_text("".join(rows(range(part * 4, part * 4 + 4))))
+    source = SourceConfig(kind="huggingface", name=str(tmp_path))
+    units = plan_units(source, 1)
+    assert len(units) == 3
+    assert [unit.inputs for unit in units] == [unit.inputs for unit in plan_units(source, 1)]
+    found = [found for unit in units for found in unit_documents(unit, source)]
+    assert texts(found) == [prose(seed) for seed in range(12)]
+
+
+def test_a_hugging_face_data_set_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
+    (tmp_path / "part.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
+    with pytest.raises(ValueError, match=r"text_column = 'text': .* has body"):
+        plan_units(SourceConfig(kind="huggingface", name=str(tmp_path)), 1)
+    with pytest.raises(ValueError, match=r"cannot open data set .*split nothing"):
+        plan_units(SourceConfig(kind="huggingface", name=str(tmp_path), split="nothing"), 1)
