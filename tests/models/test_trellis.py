@@ -173,9 +173,9 @@ def test_overfits_a_small_batch(config, tokens):
     model = build_language_model(config(dim=32, init_std=0.1), seed=0)
     x = tokens(4, 25)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, betas=(0.9, 0.95), weight_decay=0.0)
-    for _ in range(120):
+    for _ in range(60):
         optimizer.zero_grad()
         loss = model.loss_sum(x[:, :-1], x[:, 1:].contiguous()) / (4 * 24)
         loss.backward()
         optimizer.step()
-    assert loss.item() < 0.1
+    assert loss.item() < 0.05
