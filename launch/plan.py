@@ -15,6 +15,8 @@ __all__ = ["defaults", "make_plan", "render_plan"]
 # Elements of width dim that one token leaves for the backward pass in one Trellis block: residual, two norms,
 # q k v before and after convolution and normalisation, gate twice, output, post-norm, gated output.
 _BLOCK_ACTIVATIONS = 17
+# Elements of the largest block of logits (models/loss.py): on a CPU, where fp32 runs, and on a GPU.
+_LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
@@ -72,15 +74,21 @@ def _memory(recipe: Recipe, *, parameters: int, replicas: int) -> dict[str, int]
 
 
 def _activations(recipe: Recipe) -> int:
-    """What one micro-batch keeps for its backward pass: blocks, chunk-start memories and logits (fp32)."""
+    """What one micro-batch keeps for its backward pass: blocks, chunk-start memories and the loss."""
     model, width = recipe.model, 2 if recipe.training.precision == "bf16" else 4
     tokens = recipe.training.micro_batch * recipe.data.sequence_length // recipe.mesh.sp
     blocks = tokens * model.num_layers * width * _block_elements(model)
     chunks = -(-tokens // model.trellis.chunk_size)
     trellis_layers = sum(model.layer_kind(layer) == "trellis" for layer in range(model.num_layers))
     memories = chunks * trellis_layers * 2 * model.trellis.slots * model.dim * 4
-    logits = tokens * model.vocab_size * 4 * 3
-    return blocks + memories + logits
+    return blocks + memories + _head(recipe, tokens)
+
+
+def _head(recipe: Recipe, tokens: int) -> int:
+    """The loss keeps its two gradients, and one block of logits (fp32) with its softmax while it runs."""
+    model = recipe.model
+    block = min(tokens * model.vocab_size, _LOGIT_BLOCK[recipe.training.precision])
+    return (model.vocab_size + tokens) * model.dim * 4 + 2 * block * 4
 
 
 def _block_elements(model: ModelConfig) -> int:
