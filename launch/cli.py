@@ -149,6 +149,23 @@ def evaluate(
     print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")
 
 
+@app.command("eval-service")
+def eval_service(
+    root: Annotated[Path, typer.Argument(help="folder that holds run folders")] = Path("runs"),
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8321,
+    workers: Annotated[int, typer.Option(help="worker processes")] = 1,
+) -> None:
+    """Score checkpoints as they are committed, behind HTTP with a leaderboard page.
+
+    On an address others can reach, clients need the token in the environment variable TRELLIS_TOKEN.
+    """
+    from evals.service import serve
+
+    print(f"http://{host}:{port}/ (runs in {root}; interrupt to stop)", flush=True)
+    serve(root, host=host, port=port, workers=workers, token=os.environ.get("TRELLIS_TOKEN"))
+
+
 @app.command()
 def generate(
     run_dir: RunArgument,

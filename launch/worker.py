@@ -46,6 +46,10 @@ def error_line(error: BaseException) -> str:
     text = str(error).strip() or repr(error)
     if isinstance(error, USER_ERRORS):
         return text
+    if isinstance(error, ModuleNotFoundError) and error.name:
+        return (
+            f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
+        )
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
 
 

@@ -42,6 +42,7 @@ def test_the_worker_records_its_failure(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_a_bug_is_named_as_one() -> None:
     assert worker.error_line(ValueError("say --this")) == "say --this"
+    assert "launch/setup.sh" in worker.error_line(ModuleNotFoundError("No module named 'ray'", name="ray"))
     assert worker.error_line(KeyError("x")).startswith("KeyError: 'x' (a bug; run again with --debug")
 
 
