@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data_pipeline import tokenizer as tokenizer_module
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from tests.data_pipeline.texts import prose
@@ -48,6 +49,21 @@ def test_pieces_hold_indents_and_newlines() -> None:
 def test_the_sample_is_cut_at_its_size() -> None:
     config = TokenizerConfig(vocab_size=300, threads=1, sample_bytes=3000)
     assert train_tokenizer(config, TEXTS) == train_tokenizer(config, [*TEXTS[:5], "x" * 10**6])
+
+
+def test_a_long_document_encodes_as_in_one_piece(tokenizer: Tokenizer) -> None:
+    text = "".join(TEXTS)
+    assert len(text) > 8 * tokenizer_module.WINDOW
+    assert tokenizer.encode(text) == tokenizer._processor.encode(text)
+
+
+@given(data=st.data())
+def test_cutting_at_words_loses_nothing(data: st.DataObject) -> None:
+    text = data.draw(st.text(alphabet=" a\n", max_size=200))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer_module, "WINDOW", data.draw(st.integers(1, 20)))
+        parts = tokenizer_module._word_windows(text)
+    assert "".join(parts) == text
 
 
 @pytest.mark.parametrize("texts", [["abc " * 3], []], ids=["tiny", "none"])
