@@ -5,6 +5,9 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
     q, k = l2norm(silu(conv(W_q x))), l2norm(silu(conv(W_k x)))     v = l2norm(W_v x)
     alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
     out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
+
+The SiLU after the convolution is our choice: the paper names none, the DeltaNet family has it. At 1M bytes of
+text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and 2.48 without.
 """
 
 from __future__ import annotations
