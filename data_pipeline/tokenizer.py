@@ -140,7 +140,7 @@ def train_tokenizer(config: TokenizerConfig, texts: Iterable[str]) -> bytes:
 
 
 def _word_windows(text: str) -> list[str]:
-    """`text` in parts of about WINDOW characters that begin at a word; 16 times as long where there is none."""
+    """`text` in parts of about WINDOW characters that begin at a word, 16 times as long without one."""
     parts = []
     start = 0
     while len(text) - start > WINDOW:
