@@ -12,13 +12,15 @@ import pytest
 
 from launch.cli import main
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 BAD = {
-    "unknown key": (["plan", "quickstart", "--set", "model.dimm=128"], "did you mean model.dim?"),
-    "mesh that does not fit": (["plan", "quickstart", "--set", "mesh.dp=3"], "dp 3"),
+    "unknown key": (["plan", BASE, "--set", "model.dimm=128"], "did you mean model.dim?"),
+    "mesh that does not fit": (["plan", BASE, "--set", "mesh.dp=3"], "dp 3"),
     "segment no multiple of C": (
         [
             "plan",
-            "quickstart",
+            BASE,
             "--set",
             "mesh.sp=2",
             "--set",
@@ -28,17 +30,17 @@ BAD = {
         ],
         "chunk size",
     ),
-    "missing corpus": (["prepare", "quickstart", "--corpus", "nowhere/at/all.txt"], "no such file or folder"),
+    "missing corpus": (["prepare", BASE, "--corpus", "nowhere/at/all.txt"], "no such file or folder"),
     "unpinned data set": (
         ["prepare", "350m-c4", "--set", "data.source.revision="],
         "--set data.source.revision=COMMIT",
     ),
     "resume without checkpoint": (
-        ["train", "quickstart", "--resume", "--run-dir", "RUN"],
+        ["train", BASE, "--resume", "--run-dir", "RUN"],
         "nothing to resume",
     ),
     "train before prepare": (
-        ["train", "quickstart", "--run-dir", "RUN", "--dataset-dir", "RUN/none"],
+        ["train", BASE, "--run-dir", "RUN", "--dataset-dir", "RUN/none"],
         "trellis prepare",
     ),
     "eval of no run": (["eval", "RUN"], "is no run folder"),
@@ -65,15 +67,13 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
 
 
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "quickstart", "--set", "model.dimm=1", "--debug"]) == 1
+    assert main(["plan", BASE, "--set", "model.dimm=1", "--debug"]) == 1
     printed = capsys.readouterr().err
     assert "Traceback (most recent call last)" in printed
     assert printed.splitlines()[-1].startswith("trellis: error: ")
 
 
-@pytest.mark.parametrize(
-    "arguments", [["plan"], ["no-such-command"], ["plan", "quickstart", "--no-such-option"]]
-)
+@pytest.mark.parametrize("arguments", [["plan"], ["no-such-command"], ["plan", BASE, "--no-such-option"]])
 def test_misuse_is_one_line_and_status_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
@@ -108,7 +108,7 @@ def test_help_is_quick_and_a_subprocess_reports_its_status() -> None:
 
 
 def test_plan_prints_what_the_recipe_means(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "quickstart", "--set", "optimizer.lr=1e-3"]) == 0
+    assert main(["plan", BASE, "--set", "optimizer.lr=1e-3"]) == 0
     shown = capsys.readouterr().out
     assert "optimizer.lr = 0.001" in shown
     assert "default: 0.003" in shown

@@ -13,6 +13,8 @@ import pytest
 
 from launch.cli import main
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 SMALL = {
     "data.tokenizer.vocab_size": 400,
     "data.tokenizer.sample_bytes": 100000,
@@ -39,7 +41,7 @@ SMALL = {
 def options(folder: Path) -> list[str]:
     overrides = [f"--set={key}={json.dumps(value)}" for key, value in SMALL.items()]
     folders = ["--run-dir", str(folder / "run"), "--dataset-dir", str(folder / "shards")]
-    return ["quickstart", "--corpus", str(folder / "texts"), *folders, *overrides]
+    return [BASE, "--corpus", str(folder / "texts"), *folders, *overrides]
 
 
 def trellis(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -9,12 +11,12 @@ from launch.plan import defaults, make_plan
 from launch.recipe import load_recipe
 from trellis_dist.models.language_model import build_language_model
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 
 @pytest.mark.parametrize("override", ["model.num_layers=4", "model.dim=256", "model.trellis.slots=64"])
 def test_activations_are_estimated_within_a_fifth(override: str) -> None:
-    recipe = load_recipe(
-        "quickstart", [override, "training.micro_batch=8", "training.global_batch_tokens=8192"]
-    )
+    recipe = load_recipe(BASE, [override, "training.micro_batch=8", "training.global_batch_tokens=8192"])
     model = build_language_model(recipe.model, seed=0)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.UntypedStorage] = {}

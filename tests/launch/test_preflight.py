@@ -11,6 +11,8 @@ import torch
 from launch import preflight
 from launch.recipe import load_recipe
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 
 def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=10**6)
@@ -29,7 +31,7 @@ def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
 def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ValueError, match="needs 2 ranks, one per CUDA device, but this machine has 1"):
-        preflight.local_ranks(load_recipe("quickstart"))
+        preflight.local_ranks(load_recipe(BASE))
 
 
 def test_an_open_dp_takes_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -42,8 +44,8 @@ def test_an_open_dp_takes_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sources_are_checked_before_ray_starts(tmp_path: Path) -> None:
-    preflight.check_source(load_recipe("quickstart"))
+    preflight.check_source(load_recipe(BASE))
     preflight.check_source(load_recipe("350m-c4"))
-    gone = load_recipe("quickstart", ["data.source.kind=path", f"data.source.path={tmp_path / 'gone'}"])
+    gone = load_recipe(BASE, ["data.source.kind=path", f"data.source.path={tmp_path / 'gone'}"])
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         preflight.check_source(gone)

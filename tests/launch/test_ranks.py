@@ -11,9 +11,11 @@ from launch.ranks import RankError, log_folder, record_failure, run_ranks
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 
 def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path) -> None:
-    table = resolve(load_recipe("quickstart"))
+    table = resolve(load_recipe(BASE))
     table["model"]["dimm"] = 1
     write_json(tmp_path / "recipe.json", table)
     with pytest.raises(RankError) as caught:

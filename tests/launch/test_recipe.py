@@ -10,6 +10,8 @@ import pytest
 from launch.layers import recipe_names
 from launch.recipe import differences, load_recipe, parse_recipe, recipe_digest, resolve
 
+BASE = str(Path(__file__).with_name("base.toml"))
+
 
 def refusal(reference: str, *overrides: str) -> list[str]:
     with pytest.raises(ValueError) as caught:
@@ -52,7 +54,7 @@ def test_a_context_changes_the_length_and_keeps_the_batch_in_tokens(context: str
 
 def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() -> None:
     recipe = load_recipe(
-        "quickstart",
+        BASE,
         [
             "optimizer.lr=1",
             "model.trellis.phi=tanh",
@@ -89,26 +91,24 @@ def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() ->
     ],
 )
 def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
-    lines = refusal("quickstart", override)
+    lines = refusal(BASE, override)
     assert len(lines) == 1
     assert words in lines[0]
 
 
 def test_a_segment_that_is_no_multiple_of_the_chunk_is_refused() -> None:
-    (line,) = refusal(
-        "quickstart", "mesh.dp=1", "mesh.sp=2", "data.sequence_length=64", "training.micro_batch=1"
-    )
+    (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "data.sequence_length=64", "training.micro_batch=1")
     assert "64" in line
     assert "128" in line
 
 
 def test_wsd_needs_room_for_warm_up_and_decay() -> None:
-    (line,) = refusal("quickstart", "schedule.kind=wsd", "schedule.decay_fraction=1.0")
+    (line,) = refusal(BASE, "schedule.kind=wsd", "schedule.decay_fraction=1.0")
     assert "lower one of them" in line
 
 
 def test_every_problem_gets_its_line() -> None:
-    lines = refusal("quickstart", "model.dimm=1", "training.stepz=2", "optimizer.lr=fast")
+    lines = refusal(BASE, "model.dimm=1", "training.stepz=2", "optimizer.lr=fast")
     assert len(lines) == 3
 
 
@@ -125,8 +125,8 @@ def test_a_recipe_may_not_extend_itself(tmp_path: Path) -> None:
 
 
 def test_a_file_extends_shipped_parts_and_files_beside_it(tmp_path: Path) -> None:
-    (tmp_path / "base.toml").write_text("[optimizer]\nlr = 1e-3\n")
-    (tmp_path / "mine.toml").write_text('name = "mine"\nextends = ["quickstart", "base"]\n')
+    (tmp_path / "beside.toml").write_text("[optimizer]\nlr = 1e-3\n")
+    (tmp_path / "mine.toml").write_text('name = "mine"\nextends = ["quickstart", "beside"]\n')
     recipe = load_recipe(str(tmp_path / "mine.toml"))
     assert recipe.optimizer.lr == 1e-3
     assert recipe.model.dim == load_recipe("quickstart").model.dim
@@ -140,10 +140,10 @@ def test_broken_toml_names_the_file(tmp_path: Path) -> None:
 
 def test_corpus_replaces_the_source_and_gets_its_own_folders(tmp_path: Path) -> None:
     (tmp_path / "novels").mkdir()
-    local = load_recipe("quickstart", corpus=str(tmp_path / "novels"))
+    local = load_recipe(BASE, corpus=str(tmp_path / "novels"))
     assert local.data.source.kind == "path"
-    assert local.data.directory != load_recipe("quickstart").data.directory
-    assert local.name.startswith("quickstart-novels-")
+    assert local.data.directory != load_recipe(BASE).data.directory
+    assert local.name.startswith("base-novels-")
     hub = load_recipe("350m-c4", corpus="owner/texts:en@0123abc")
     source = hub.data.source
     assert (source.kind, source.name, source.subset, source.revision) == (
@@ -157,12 +157,12 @@ def test_corpus_replaces_the_source_and_gets_its_own_folders(tmp_path: Path) -> 
 
 def test_missing_corpus_says_both_spellings() -> None:
     with pytest.raises(FileNotFoundError, match="NAME@COMMIT"):
-        load_recipe("quickstart", corpus="owner/texts")
+        load_recipe(BASE, corpus="owner/texts")
 
 
 def test_differences_are_dotted() -> None:
     before, after = (
-        resolve(load_recipe("quickstart")),
-        resolve(load_recipe("quickstart", ["model.trellis.slots=16"])),
+        resolve(load_recipe(BASE)),
+        resolve(load_recipe(BASE, ["model.trellis.slots=16"])),
     )
     assert differences(before, after) == {"model.trellis.slots": (32, 16)}
