@@ -17,7 +17,7 @@ from kernels import stages
 from kernels.layout import PackedLayout
 from kernels.stages import Memories, ScanResult
 
-__all__ = ["chunkwise"]
+__all__ = ["chunkwise", "full_precision", "last_starts", "state_adjoints", "with_pair"]
 
 MATRICES = 64  # chunks x heads that a CPU works on at a time
 
@@ -55,9 +55,9 @@ class _Chunkwise(torch.autograd.Function):
         final = Memories(*(layout.rank_documents(x).clone() for x in initial))
         with full_precision(operands[0]):
             y, start = _forward(operands, final, pair, layout, phi=phi, readout=readout)
-        at = start if pair is None else _with_pair(start, pair)
+        at = start if pair is None else with_pair(start, pair)
         ctx.save_for_backward(*operands, *_unique(start, at))
-        last = [_last_starts(layout, *x) for x in ((at.key, final.key), (at.value, final.value))]
+        last = [last_starts(layout, *x) for x in ((at.key, final.key), (at.value, final.value))]
         y = layout.from_chunks(y, operands[0].shape[0]).to(operands[2].dtype)
         return y, *(layout.unrank_documents(x) for x in (final.key, final.value, *last))
 
@@ -67,7 +67,7 @@ class _Chunkwise(torch.autograd.Function):
         layout, operands, memories = ctx.layout, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         start = Memories(*memories[:2])
         stale = Memories(*memories[2:]) if ctx.own_pair else start
-        adjoint, extra = _state_adjoints(layout, start, dstates)
+        adjoint, extra = state_adjoints(layout, start, dstates)
         with full_precision(operands[0]):
             chunks, pair = _backward(
                 operands, start, stale, dy, adjoint, extra, layout, phi=ctx.phi, readout=ctx.readout
@@ -169,7 +169,7 @@ def _assign(target: Memories, source: Memories) -> None:
     target.value.copy_(source.value)
 
 
-def _with_pair(start: Memories, pair: Memories) -> Memories:
+def with_pair(start: Memories, pair: Memories) -> Memories:
     """Stale memories of every chunk: those at its start, in each document's first chunk the carried ones."""
     both = ((pair.key, start.key), (pair.value, start.value))
     return Memories(*(torch.cat((carried, own[carried.shape[0] :])) for carried, own in both))
@@ -180,14 +180,14 @@ def _unique(start: Memories, stale: Memories) -> tuple[Tensor, ...]:
     return tuple(x for pair in pairs for x in (pair.key, pair.value))
 
 
-def _last_starts(layout: PackedLayout, stale: Tensor, final: Tensor) -> Tensor:
+def last_starts(layout: PackedLayout, stale: Tensor, final: Tensor) -> Tensor:
     """Chunk-start memory of the token after each document's last, by rank [N, H, M, .]."""
     if layout.ends_inside is None:
         return final.clone()
     return torch.where(layout.ends_inside.view(-1, 1, 1, 1), stale[layout.last_chunk], final)
 
 
-def _state_adjoints(
+def state_adjoints(
     layout: PackedLayout, start: Memories, dstates: tuple[Tensor | None, ...]
 ) -> tuple[Memories, Memories | None]:
     """Adjoints of the final memories [N, ...] and, from a chunk-start pair, of the stale ones [P, ...]."""

@@ -14,7 +14,9 @@ fp64 inputs) whatever the inputs are.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+import importlib.util
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +30,7 @@ from kernels.reference import reference
 
 __all__ = ["BACKENDS", "CompressState", "compress_kv"]
 
-BACKENDS = ("auto", "reference", "chunkwise")
+BACKENDS = ("auto", "reference", "chunkwise", "triton")
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,7 +90,8 @@ def compress_kv(
         layout: chunk grid of packed documents (B = 1), built once and used by every layer.
         cu_seqlens: document bounds [N + 1] instead of ``layout``, where speed does not matter.
         output_final_state: also return each document's state.
-        backend: "chunkwise", "reference" (slow, the definition) or "auto".
+        backend: "reference" (slow, the definition), "chunkwise" (PyTorch), "triton" (CUDA; not fp64), or
+            "auto": triton where it can run, chunkwise elsewhere.
 
     Returns:
         y [B, T, H, V] in v's dtype, and the final state or None.
@@ -107,7 +110,7 @@ def compress_kv(
     layout = _layout(q, chunk_size, state.offset, layout, cu_seqlens)
     initial = (state.key_memory.to(dtype), state.value_memory.to(dtype))
     with torch.autocast(device_type=q.device.type, enabled=False):
-        run = _RUN["chunkwise" if backend == "auto" else backend]
+        run = _backend(backend, q.device, dtype)
         y, final, start = run(
             operands, initial, stale_pair(state, initial), layout=layout, phi=phi, readout=readout
         )
@@ -141,7 +144,25 @@ def stale_pair(state: CompressState, memories: tuple[Tensor, Tensor]) -> tuple[T
 
 
 _NAMES = ("q", "k", "v", "alpha", "log_decay", "step_size")
-_RUN: Mapping[str, Callable[..., Any]] = {"chunkwise": chunkwise, "reference": reference}
+
+
+def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+    found = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        name = "triton" if found and device.type == "cuda" and dtype == torch.float32 else "chunkwise"
+    if name != "triton":
+        return {"chunkwise": chunkwise, "reference": reference}[name]
+    if not found:
+        raise ValueError("backend = 'triton', but triton is not installed: install it, or use 'chunkwise'")
+    if dtype != torch.float32:
+        raise ValueError("backend = 'triton' computes in fp32 and an operand is fp64: use 'chunkwise'")
+    if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f"backend = 'triton' with operands on {device}: move them to a GPU, or use 'chunkwise'"
+        )
+    from kernels.triton.compress import triton_compress
+
+    return triton_compress
 
 
 def check_operands(operands: tuple[Tensor, ...], *, dims: str) -> None:

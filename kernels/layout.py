@@ -105,6 +105,26 @@ class PackedLayout:
         """Offset of each document's state after its last token."""
         return tuple((o + n) % self.chunk_size for o, n in zip(self.offsets, self.lengths, strict=True))
 
+    @functools.cached_property
+    def chunk_tokens(self) -> tuple[Tensor, Tensor]:
+        """Where each chunk's tokens lie in token order: the first one, and how many, int64 [P]."""
+        c, device = self.chunk_size, self.last_chunk.device
+        if self.token_of_slot is None:
+            rows, steps = self.rows
+            first = torch.arange(rows, device=device) * steps + torch.arange(steps, device=device)[:, None]
+            first = first.flatten() * c
+        else:
+            first = self.token_of_slot.view(-1, c)[:, 0].contiguous()
+        return first, torch.full_like(first, c) if self.valid is None else self.valid.sum(1)
+
+    @functools.cached_property
+    def rank_chunks(self) -> tuple[Tensor, Tensor]:
+        """First chunk of each scan step, and number of chunks of each document by rank, int64."""
+        base, ends = torch.tensor(self.steps).T
+        counts = (ends - base)[:, None] > torch.arange(self.num_documents)
+        device = self.last_chunk.device
+        return base.contiguous().to(device), counts.sum(0).to(device)
+
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tables on ``device`` (itself when they are there)."""
         device = torch.device(device)

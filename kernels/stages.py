@@ -48,6 +48,7 @@ from kernels.layout import PackedLayout
 __all__ = ["Gates", "InputGradients", "Inputs", "Memories", "ReadoutGradients", "ScanGradients", "ScanResult"]
 __all__ += [
     "arrange",
+    "derive_gates",
     "input_backward",
     "readout_backward",
     "readout_forward",
@@ -205,13 +206,13 @@ def arrange(
         key=chunks[-3],
         value=chunks[-2],
         alpha=chunks[-1],
-        gates=_gates(log_decay, step_size, layout),
+        gates=derive_gates(log_decay, step_size, layout),
         layout=layout,
     )
 
 
-def _gates(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> Gates:
-    """Derive the factors from log beta and gamma [P, H, C, 1]."""
+def derive_gates(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> Gates:
+    """Decay factors from log beta and gamma [P, H, C, 1] in chunk order; silences the pads."""
     pads = None if layout.valid is None else ~layout.valid[:, None, :, None]
     if pads is not None:
         log_decay, step = log_decay.masked_fill(pads, 0), step.masked_fill(pads, 0)

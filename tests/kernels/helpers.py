@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +15,8 @@ from torch.nn import functional
 
 from kernels import CompressState, compress_kv
 
-OPERANDS = ("q", "k", "v", "alpha", "log_decay", "step_size")
+TRITON_CASES = Path(__file__).with_name("on_triton.py")
+ROOT = TRITON_CASES.parents[2]
 MEMORIES = ("key_memory", "value_memory", "key_chunk_start", "value_chunk_start")
 
 
@@ -102,3 +107,17 @@ def assert_equal(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -
     """Every tensor bitwise the same."""
     bad = [name for name in expected if not torch.equal(actual[name], expected[name])]
     assert not bad, f"not bitwise equal: {bad}"
+
+
+def in_own_process(arguments: list[str], **environment: str) -> None:
+    """Run Python with ``arguments`` from the repository root; a failure shows its output."""
+    result = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
