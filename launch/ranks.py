@@ -12,7 +12,16 @@ from typing import Any
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.job import EXIT_TERMINATED
 
-__all__ = ["RankError", "TerminatedError", "log_folder", "record_failure", "run_ranks", "under_torchrun"]
+__all__ = [
+    "RankError",
+    "TerminatedError",
+    "explain",
+    "is_echo",
+    "log_folder",
+    "record_failure",
+    "run_ranks",
+    "under_torchrun",
+]
 
 # Signals that kill from outside or by a crash; torchrun itself ends the peers of a failed rank with SIGTERM.
 _KILLS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
@@ -63,7 +72,7 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
     except ChildFailedError as error:
         if {failure.exitcode for failure in error.failures.values()} == {EXIT_TERMINATED}:
             raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None
-        raise _explain(error, run_dir) from None
+        raise explain(error, run_dir) from None
     except SignalException as error:
         if error.sigval == signal.SIGTERM:
             raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None
@@ -72,6 +81,11 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
 
 def _record(run_dir: Path, rank: int) -> Path:
     return log_folder(run_dir) / f"failure-rank-{rank:05d}.json"
+
+
+def is_echo(message: str) -> bool:
+    """True for what a rank says when it only agreed to fail with another one, which knows the cause."""
+    return "another rank" in message
 
 
 def record_failure(run_dir: Path, *, rank: int, message: str, detail: str) -> None:
@@ -99,7 +113,7 @@ def _prepare_environment(count: int) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), path]))
 
 
-def _explain(error: Any, run_dir: Path) -> RankError:
+def explain(error: Any, run_dir: Path) -> RankError:
     """The rank that failed by itself: one that was killed, else the first to record an error.
 
     The others usually only lost their peer, and say so in words that help nobody.
@@ -112,9 +126,10 @@ def _explain(error: Any, run_dir: Path) -> RankError:
     recorded = sorted(logs.glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
     if recorded and not killed:
         failures = [read_json(path) for path in recorded]
+        causes = [failure for failure in failures if not is_echo(failure["message"])] or failures
         same = len({failure["message"] for failure in failures}) == 1
-        where = "" if same else f"rank {failures[0]['rank']}: "
-        return RankError(f"{where}{failures[0]['message']}", failures[0]["detail"])
+        where = "" if same else f"rank {causes[0]['rank']}: "
+        return RankError(f"{where}{causes[0]['message']}", causes[0]["detail"])
     rank, failure = min((killed or silent).items(), key=lambda item: item[1].timestamp)
     cause = f"exit status {failure.exitcode}"
     if failure.exitcode < 0:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 import warnings
 from pathlib import Path
 from typing import cast
 
-from launch.ranks import log_folder, record_failure
+from launch.ranks import is_echo, log_folder, record_failure
 from launch.recipe import Recipe, parse_recipe, resolve
 from trellis_dist.files import read_json
 from trellis_dist.training.job import Job, Resume, TrainResult
@@ -19,6 +20,8 @@ __all__ = ["error_line", "main", "train_rank"]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
+
+ECHO_SECONDS = 3.0
 
 
 def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> TrainResult:
@@ -64,7 +67,11 @@ def main(arguments: list[str] | None = None) -> int:
         resume = cast(Resume, options.resume)
         result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
     except Exception as error:
-        record_failure(options.run_dir, rank=rank, message=error_line(error), detail=traceback.format_exc())
+        message = error_line(error)
+        record_failure(options.run_dir, rank=rank, message=message, detail=traceback.format_exc())
+        if is_echo(message):
+            # torchrun ends all ranks as soon as one exits: let the one that knows the cause say it first.
+            time.sleep(ECHO_SECONDS)
         return 1
     except KeyboardInterrupt:
         return 130  # every process of the terminal got the signal; the launcher says so once

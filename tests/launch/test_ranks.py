@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from launch import worker
-from launch.ranks import RankError, log_folder, record_failure, run_ranks
+from launch.ranks import RankError, explain, log_folder, record_failure, run_ranks
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 
@@ -54,3 +55,13 @@ def test_a_failure_that_cannot_be_written_is_printed(
     (tmp_path / "logs").write_text("in the way")
     record_failure(tmp_path, rank=1, message="m", detail="the whole story")
     assert "the whole story" in capsys.readouterr().out
+
+
+def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
+    echo = "opening the data failed on another rank, which says why"
+    record_failure(tmp_path, rank=1, message=echo, detail="")  # the first to write
+    record_failure(tmp_path, rank=0, message="train-00000.bin is damaged", detail="the story")
+    ended = SimpleNamespace(exitcode=1, timestamp=0)
+    error = explain(SimpleNamespace(failures={1: ended}), tmp_path)
+    assert str(error) == "rank 0: train-00000.bin is damaged"
+    assert error.detail == "the story"
