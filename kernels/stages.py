@@ -44,6 +44,7 @@ from torch import Tensor
 
 from kernels.activations import apply_readout, inner_backward, inner_gradient, readout_vjp
 from kernels.layout import PackedLayout
+from kernels.matmul import add_product_, product
 
 __all__ = ["Gates", "InputGradients", "Inputs", "Memories", "ReadoutGradients", "ScanGradients", "ScanResult"]
 __all__ += [
@@ -262,11 +263,11 @@ def _scan(
         now = state[: b - a]  # the documents still running are a prefix
         start[a:b] = now
         at = stale[: b - a] if i == 0 and stale is not None else now
-        z = _bmm(x[a:b], at.mT)
+        z = product(x[a:b], at.mT)
         u = inner_gradient(z, inputs.alpha[a:b], phi)
         gradients[a:b] = u
         now.mul_(gates.total[a:b])
-        _baddbmm_(now, u.mT, weighted[a:b], -1)
+        add_product_(now, u.mT, weighted[a:b], -1)
     if stale is None:
         return state, start, start, gradients
     stale_all = start.clone()
@@ -278,11 +279,11 @@ def readout_forward(inputs: Inputs, states: ScanResult, gradients: Memories, *, 
     """Outputs [P, H, C, V] from the states and inner gradients of ``scan_forward``; zero on pads."""
     query, gates, start = _query(inputs), inputs.gates, states.start
     decay = _decay_matrix(inputs)
-    scores = _bmm(query, inputs.key.mT).mul_(decay)  # (Q K^T) o Omega [P, H, C, C]
-    y_hat = _bmm(query * gates.mu, start.key.mT)
-    p = apply_readout(_baddbmm_(y_hat, scores, gradients.key * gates.step, -1), readout)
-    scores = _bmm(p, (gradients.value * gates.step).mT).mul_(decay)
-    return _baddbmm_(_bmm(p * gates.mu, start.value), scores, inputs.value, -1)
+    scores = product(query, inputs.key.mT).mul_(decay)  # (Q K^T) o Omega [P, H, C, C]
+    y_hat = product(query * gates.mu, start.key.mT)
+    p = apply_readout(add_product_(y_hat, scores, gradients.key * gates.step, -1), readout)
+    scores = product(p, (gradients.value * gates.step).mT).mul_(decay)
+    return add_product_(product(p * gates.mu, start.value), scores, inputs.value, -1)
 
 
 def readout_backward(
@@ -291,29 +292,29 @@ def readout_backward(
     """Gradients of the readout for the upstream ``dy`` [P, H, C, V]; recomputes what forward dropped."""
     start, stale = states.start, states.stale
     query, key, value, gates = _query(inputs), inputs.key, inputs.value, inputs.gates
-    key_z, value_z = _bmm(key, stale.key.mT), _bmm(value, stale.value.mT)
+    key_z, value_z = product(key, stale.key.mT), product(value, stale.value.mT)
     u, w = inner_gradient(key_z, inputs.alpha, phi), inner_gradient(value_z, inputs.alpha, phi)
     key_write, value_write = u * gates.step, w * gates.step
     decay = _decay_matrix(inputs)
-    scores = _bmm(query, key.mT).mul_(decay)
+    scores = product(query, key.mT).mul_(decay)
     scaled_query = query * gates.mu
-    y_hat = _baddbmm_(_bmm(scaled_query, start.key.mT), scores, key_write, -1)
+    y_hat = add_product_(product(scaled_query, start.key.mT), scores, key_write, -1)
     p, pull_back = readout_vjp(y_hat, readout)
 
     # Second pass: Y = mu P R - ((P W'^T) o Omega) V.
-    value_scores = _bmm(p, value_write.mT).mul_(decay)
-    dvalue = _bmm(value_scores.mT, dy, -1)
-    dscores = _bmm(dy, value.mT).mul_(decay)
-    dvalue_write = _bmm(dscores.mT, p, -1)
-    dp = _baddbmm_(_bmm(dy, start.value.mT).mul_(gates.mu), dscores, value_write, -1)
-    dvalue_start = _bmm((p * gates.mu).mT, dy)
+    value_scores = product(p, value_write.mT).mul_(decay)
+    dvalue = product(value_scores.mT, dy, -1)
+    dscores = product(dy, value.mT).mul_(decay)
+    dvalue_write = product(dscores.mT, p, -1)
+    dp = add_product_(product(dy, start.value.mT).mul_(gates.mu), dscores, value_write, -1)
+    dvalue_start = product((p * gates.mu).mT, dy)
 
     # First pass: Yhat = mu Q S^T - ((Q K^T) o Omega) U'.
     dy_hat = pull_back(dp)
-    dkey_write = _bmm(scores.mT, dy_hat, -1)
-    dscores = _bmm(dy_hat, key_write.mT).mul_(decay)
-    dquery = _baddbmm_(_bmm(dy_hat, start.key).mul_(gates.mu), dscores, key, -1)
-    dkey = _bmm(dscores.mT, query, -1)
+    dkey_write = product(scores.mT, dy_hat, -1)
+    dscores = product(dy_hat, key_write.mT).mul_(decay)
+    dquery = add_product_(product(dy_hat, start.key).mul_(gates.mu), dscores, key, -1)
+    dkey = product(dscores.mT, query, -1)
     return ReadoutGradients(
         query=dquery,
         key=dkey,
@@ -324,7 +325,7 @@ def readout_backward(
         value_z=value_z,
         key_gradient=u,
         value_gradient=w,
-        start=Memories(_bmm(dy_hat.mT, scaled_query), dvalue_start),
+        start=Memories(product(dy_hat.mT, scaled_query), dvalue_start),
         log_decay=_row_dot(query, dquery).add_(_row_dot(p, dp)),
     )
 
@@ -396,14 +397,14 @@ def _reverse_scan(
         now = adjoint[: b - a]
         end[a:b] = now
         step_write = write[a:b].copy_(readout_write[a:b])
-        _baddbmm_(step_write, tail_x[a:b], now.mT, -1)
+        add_product_(step_write, tail_x[a:b], now.mT, -1)
         grad = step_write * gates.step[a:b]
         dz[a:b], dalpha[a:b] = inner_backward(z[a:b], inputs.alpha[a:b], grad, phi)
         now.mul_(gates.total[a:b]).add_(start_adjoint[a:b])
         if i == 0 and own_pair:
-            stale = _bmm(dz[a:b].mT, x[a:b])
+            stale = product(dz[a:b].mT, x[a:b])
         else:
-            _baddbmm_(now, dz[a:b].mT, x[a:b], 1)
+            add_product_(now, dz[a:b].mT, x[a:b], 1)
         if extra is not None:
             (now if stale is None else stale).add_(extra[a:b])
     return _Reverse(adjoint, stale, end, write, dz, dalpha)
@@ -415,10 +416,10 @@ def input_backward(
     """Gradients of everything but the queries, parallel over chunks (theirs are ``grads.query``)."""
     gates = inputs.gates
     # dK and dV through S+ = e^{l_C} S - (gamma U)^T (tail K), then the part through Z = K S'^T.
-    key_end = _bmm(grads.key_gradient * gates.step, adjoints.end.key, -1).mul_(gates.tail)
-    value_end = _bmm(grads.value_gradient * gates.step, adjoints.end.value, -1).mul_(gates.tail)
-    dkey = _baddbmm_(grads.key + key_end, adjoints.key_z, states.stale.key, 1)
-    dvalue = _baddbmm_(grads.value + value_end, adjoints.value_z, states.stale.value, 1)
+    key_end = product(grads.key_gradient * gates.step, adjoints.end.key, -1).mul_(gates.tail)
+    value_end = product(grads.value_gradient * gates.step, adjoints.end.value, -1).mul_(gates.tail)
+    dkey = add_product_(grads.key + key_end, adjoints.key_z, states.stale.key, 1)
+    dvalue = add_product_(grads.value + value_end, adjoints.value_z, states.stale.value, 1)
     dstep = _row_dot(adjoints.key_write, grads.key_gradient)
     dstep += _row_dot(adjoints.value_write, grads.value_gradient)
     dlog = torch.addcmul(grads.log_decay, dstep, gates.step.squeeze(-1), value=-1)
@@ -440,25 +441,6 @@ def _decay_matrix(inputs: Inputs) -> Tensor:
 def _query(inputs: Inputs) -> Tensor:
     assert inputs.query is not None, "the readout needs queries: arrange() was called with query=None"
     return inputs.query
-
-
-def _flat(x: Tensor) -> Tensor:
-    """[P, H, i, j] to [P * H, i, j]; a view, also of a transposed matrix."""
-    return x.flatten(0, 1)
-
-
-def _bmm(a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """sign * a @ b per chunk and head."""
-    a, b, shape = _flat(a), _flat(b), (*a.shape[:-1], b.shape[-1])
-    if sign == 1:
-        return torch.bmm(a, b).view(shape)
-    return torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=sign).view(shape)
-
-
-def _baddbmm_(total: Tensor, a: Tensor, b: Tensor, sign: int) -> Tensor:
-    """total += sign * a @ b per chunk and head, in place."""
-    _flat(total).baddbmm_(_flat(a), _flat(b), alpha=sign)
-    return total
 
 
 def _row_dot(a: Tensor, b: Tensor) -> Tensor:
