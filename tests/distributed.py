@@ -132,8 +132,9 @@ class GlooPool:
             return [answers[rank][1] for rank in range(self.world_size)]
         self._ask_for_stacks([rank for rank in range(self.world_size) if rank not in answers])
         message = self._describe(answers, what)
-        if len(answers) < self.world_size or not all(not ok for ok, _ in answers.values()):
-            self.close()  # the ranks no longer agree on where they are
+        raised = [value for ok, value in answers.values() if not ok and value is not None]
+        if len(raised) < self.world_size:
+            self.close()  # a rank is dead or hangs, or they no longer agree on where they are
         raise RankError(message)
 
     def _ask_for_stacks(self, silent: list[int]) -> None:

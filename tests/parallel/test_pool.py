@@ -71,3 +71,5 @@ def test_a_hang_is_killed_in_time_with_stacks_and_the_next_case_gets_new_ranks()
 def test_a_rank_that_dies_is_named():
     with pytest.raises(RankError, match="rank 1 did not finish"):
         gloo_pool(2).run(die_on_rank_one)
+    # Whether the survivor raised or hung, no later case may be given the dead rank's pool.
+    assert gloo_pool(2).run(process_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -198,6 +199,9 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
+    # Finalise an engine built before this one now: its destructor imports, and when a collection runs it
+    # inside one of initialize's imports, Python 3.11's import lock raises KeyError (python/cpython#106176).
+    gc.collect()
     engine, *_ = deepspeed.initialize(
         model=module, optimizer=optimizer, config=config, dist_init_required=False
     )
