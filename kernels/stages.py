@@ -8,7 +8,9 @@
 
 ``kernels.chunkwise`` composes them on one device; a composition across devices puts a transfer of the initial
 state before scan_forward and of its adjoint before scan_backward. Every stage works chunk by chunk, so
-cutting a sequence at a multiple of the chunk size does not change a bit.
+cutting a sequence at a multiple of the chunk size does not change a bit. (On a CPU, at sizes where H C M and
+H C C are multiples of 32 times the threads: PyTorch's elementwise functions round the last few numbers of a
+range, those that do not fill a vector, differently.)
 
 Shapes (chunk order, kernels.layout): P chunks, H heads, C slots of a chunk, M memory slots, D and V head
 widths, N documents by rank. Per chunk and head, rows are tokens; l = cumsum(log beta) inside the chunk, gamma

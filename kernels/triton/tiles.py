@@ -3,8 +3,9 @@
 
 Big operands stay in token order [B * T, H, F]; a chunk's tokens lie together there, so a chunk is its first
 token and its length. Gates and scratch are in chunk order [P, H, C, .]. Token and chunk numbers are int64
-before they meet a stride. Everything is loaded as fp32; a dot multiplies in PRECISION ("ieee" for fp32
-operands; "tf32", which holds every bf16 and nearly every fp16 value, for those) and accumulates in fp32.
+before they meet a stride. Everything is loaded as fp32; a dot multiplies in PRECISION and accumulates in
+fp32. PRECISION is "ieee" for fp32 operands. For bf16 and fp16 ones it is "tf32", which holds their every
+value and rounds the fp32 partners (memories, writes) to 11 bits on the way into a product, not in storage.
 """
 
 from __future__ import annotations
