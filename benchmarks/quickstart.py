@@ -1,7 +1,7 @@
 """The quickstart's result as the README shows it: ``python -m benchmarks.quickstart [RUN]``.
 
-Reads a finished run folder (default runs/quickstart), writes benchmarks/results/quickstart.json and the picture
-of the README, docs/quickstart.png. Nothing is measured here: the numbers are the run's own.
+Reads a finished run folder (default runs/quickstart), writes benchmarks/results/quickstart.json and the
+picture of the README, docs/quickstart.png. Nothing is measured here: the numbers are the run's own.
 """
 
 from __future__ import annotations
