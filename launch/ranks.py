@@ -108,8 +108,8 @@ def _silence_the_agent() -> None:
 def _prepare_environment(count: int) -> None:
     """Threads divided among the ranks (torchrun would warn and take one), and our rooms first on the path."""
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it made
-    # a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
+    # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it
+    # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         os.environ.setdefault(name, str(2**30))
     path = os.environ.get("PYTHONPATH", "")
