@@ -35,4 +35,4 @@ def corpus_layer(corpus: str, *, recipe_name: str) -> dict[str, Any]:
             f"--corpus {corpus}: no such file or folder; a Hugging Face data set is written NAME@COMMIT"
         )
     name = f"{recipe_name}-{re.sub(r'[^A-Za-z0-9]+', '-', label).strip('-') or 'text'}-{digest(source)[:8]}"
-    return {"name": name, "data": {"directory": f"datasets/{name}", "source": source}}
+    return {"name": name, "data": {"directory": f"shards/{name}", "source": source}}
