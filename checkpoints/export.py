@@ -1,4 +1,4 @@
-"""Export: the weights of a checkpoint as a folder of their own, and back.
+"""Export: the weights of a checkpoint as a folder of their own, read back after its hashes are checked.
 
 model.safetensors  weights under their parameter names    tokenizer.model  what they were trained with
 config.json        the model section of the recipe        export.json      source step, hashes of the others
@@ -17,16 +17,14 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
-from checkpoints.commit import step_name
-from checkpoints.logical import LogicalTensor, check_name
+from checkpoints.logical import check_name
 from checkpoints.manifest import records_from_json, records_to_json
 from checkpoints.reader import CheckpointReader
-from checkpoints.state import save_checkpoint
 from checkpoints.tensor_file import Entry, FileRecord, dtype_name, read_header, write_tensors
 from checkpoints.verify import check_file
 from trellis_dist.files import REAL, FileSystem, canonical_json, commit_directory, digest, read_json
 
-__all__ = ["Exported", "export_model", "import_model", "load_exported"]
+__all__ = ["Exported", "export_model", "load_exported"]
 
 WEIGHTS, CONFIG, TOKENIZER, EXPORT = "model.safetensors", "config.json", "tokenizer.model", "export.json"
 FORMAT, VERSION = "trellis-export", 1
@@ -137,24 +135,3 @@ def _read_about(path: Path) -> tuple[int, dict[str, FileRecord]]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not {FORMAT} {VERSION}: {error!r}") from error
     return step, records
-
-
-def import_model(directory: Path, root: Path) -> Path:
-    """Turn an exported folder into the step-0 checkpoint of a new run: weights only, no optimizer state.
-
-    The run state records where they came from: `{"step": 0, "imported": {"step", "model_config"}}`.
-
-    Returns:
-        `root/step-00000000`.
-
-    Raises:
-        FileExistsError: `root` holds a step 0 already.
-        FileNotFoundError, ValueError: as `load_exported`.
-        OSError: the checkpoint could not be written.
-    """
-    exported = load_exported(directory)
-    if (root / step_name(0)).exists():
-        raise FileExistsError(f"{root} has a step 0 already: import into another folder")
-    tensors = [LogicalTensor.whole(PREFIX + name, values) for name, values in exported.tensors.items()]
-    imported = {"step": exported.step, "model_config": dict(exported.model_config)}
-    return save_checkpoint(root, step=0, tensors=tensors, run_state={"step": 0, "imported": imported})

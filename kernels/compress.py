@@ -2,13 +2,13 @@
 
 Per head, in tokens (kernels.reference has the definition, kernels.stages the chunkwise form):
 
-    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T    u_t: gradient of |phi(S k_t) - alpha_t|^2 / 2 at the chunk's
-    start R_t = beta_t R_{t-1} - gamma_t w_t v_t^T    w_t: the same for (R, v_t)
+    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T      u_t: gradient of |phi(S k_t) - alpha_t|^2 / 2 in S k_t,
+    R_t = beta_t R_{t-1} - gamma_t w_t v_t^T      taken at the chunk's start; w_t: the same for (R, v_t)
     y_t = R_t^T f(S_t q_t)
 
-Shapes: q, k [B, T, H, D]; v and y [B, T, H, V]; alpha [B, T, H, M]; log_decay = log beta, step_size = gamma
-[B, T, H]; memories [N, H, M, .] with N documents (N = B unless packed). Memories and gates are fp32 (fp64 for
-fp64 inputs) whatever the inputs are.
+Shapes: q, k [B, T, H, D]; v and y [B, T, H, V]; alpha [B, T, H, M]; log_decay = log beta and
+step_size = gamma [B, T, H]; memories [N, H, M, .] with N documents (N = B unless packed). Memories and gates
+are fp32 (fp64 for fp64 inputs) whatever the inputs are.
 """
 
 from __future__ import annotations

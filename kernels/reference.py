@@ -3,13 +3,14 @@
 Tokens are 0-based, S_t includes token t, t' is the last token before t's chunk (chunks of C, counted from
 each document's start), J the Jacobian of phi:
 
-    u_t = J_phi(S_t' k_t)^T (phi(S_t' k_t) - alpha_t)         w_t = J_phi(R_t' v_t)^T (phi(R_t' v_t) -
-    alpha_t) S_t = beta_t S_{t-1} - gamma_t u_t k_t^T                  R_t = beta_t R_{t-1} - gamma_t w_t
-    v_t^T y_t = R_t^T f(S_t q_t)
+    u_t = J_phi(S_t' k_t)^T (phi(S_t' k_t) - alpha_t)      w_t = J_phi(R_t' v_t)^T (phi(R_t' v_t) - alpha_t)
+    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T               R_t = beta_t R_{t-1} - gamma_t w_t v_t^T
+    y_t = R_t^T f(S_t q_t)
 
 Nothing here is clever and nothing is shared with the chunkwise form: the Jacobian comes from torch.func.vjp,
-the activations are written out. Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T,
-H]; memories [N, H, M, .].
+the activations are written out.
+
+Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T, H]; memories [N, H, M, .].
 """
 
 from __future__ import annotations

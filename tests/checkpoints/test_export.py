@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from checkpoints.export import export_model, import_model, load_exported
-from checkpoints.state import CheckpointReader, load_run_state, verify_checkpoint
+from checkpoints.export import export_model, load_exported
 from tests.checkpoints.helpers import (
     DyingFileSystem,
     FailingFileSystem,
@@ -67,21 +66,6 @@ def test_the_same_weights_give_the_same_file_from_any_mesh(checkpoint: Path, tmp
     first, second = _export(checkpoint), _export(other)
     for name in ("model.safetensors", "config.json", "tokenizer.model"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
-
-
-def test_import_gives_a_checkpoint_of_weights(checkpoint: Path, tmp_path: Path) -> None:
-    path = import_model(_export(checkpoint), tmp_path / "new" / "checkpoints")
-    assert path == tmp_path / "new" / "checkpoints" / "step-00000000"
-    assert verify_checkpoint(path) == []
-    assert load_run_state(path) == {"step": 0, "imported": {"step": 12, "model_config": CONFIG}}
-    reader = CheckpointReader(path)
-    assert reader.names() == sorted(f"model/{name}" for name in _weights())
-    for name in reader.names():
-        assert_same(reader.read(name), contents(12)[name])
-    again = export_model(path, tmp_path / "again", tokenizer=tmp_path / "pieces.model", model_config=CONFIG)
-    assert (again / "model.safetensors").read_bytes() == (tmp_path / "out" / "model.safetensors").read_bytes()
-    with pytest.raises(FileExistsError, match="step 0"):
-        import_model(tmp_path / "out", tmp_path / "new" / "checkpoints")
 
 
 def test_bit_flips_are_detected_and_named(checkpoint: Path) -> None:

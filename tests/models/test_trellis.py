@@ -91,6 +91,16 @@ def test_raw_values_and_targets_are_options(tiny):
     assert inputs["alpha"].square().mean(-1).std() > 0.1
 
 
+def test_without_the_activation_queries_are_the_normalised_convolution(tiny):
+    model = tiny(trellis={"conv_activation": "none", "conv_kernel": 0})
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    mixer = model.blocks[0].mixer
+    q = mixer._inputs(mixer._project(x))[0]
+    expected = torch.nn.functional.normalize((x @ mixer.q_weight.t()).unflatten(-1, (2, 8)), dim=-1)
+    torch.testing.assert_close(q, expected, atol=1e-3, rtol=0)
+    assert (q < 0).any()
+
+
 @pytest.mark.parametrize("gate, expected", [("off", 0.0), ("fixed", -math.log1p(math.exp(-2.0)))])
 def test_gates_that_are_not_learned(tiny, gate, expected):
     model = tiny(trellis={"gates": (gate,), "gate_bias": 2.0})

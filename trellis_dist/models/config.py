@@ -36,6 +36,7 @@ class TrellisConfig:
         gate_bias: b of beta = sigmoid(w.x + b); the paper biases the forget gate towards one.
         gates: forget gate per layer, cycled: "learned", "fixed" (at sigmoid(gate_bias)) or "off".
         conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
+        conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
     """
 
@@ -53,6 +54,7 @@ class TrellisConfig:
     gate_bias: float = 4.0
     gates: tuple[Gate, ...] = ("learned",)
     conv_kernel: int = 4
+    conv_activation: Literal["silu", "none"] = "silu"
     learned_initial_memory: bool = False
 
     def __post_init__(self) -> None:

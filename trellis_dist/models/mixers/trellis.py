@@ -6,8 +6,9 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
     alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
     out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
 
-The SiLU after the convolution is our choice: the paper names none, the DeltaNet family has it. At 1M bytes of
-text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and 2.48 without.
+The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
+has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
+2.48 without: undecided.
 """
 
 from __future__ import annotations
@@ -173,7 +174,9 @@ class TrellisMixer(nn.Module):
         if self.options.conv_kernel > 0:
             weight = torch.cat([self.q_conv_weight, self.k_conv_weight])
             mixed = self.convolution(mixed, weight, edges=edges, tail=tail)
-        query_key = l2_normalise(F.silu(mixed).unflatten(-1, (-1, head_dim)))
+        if self.options.conv_activation == "silu":
+            mixed = F.silu(mixed)
+        query_key = l2_normalise(mixed.unflatten(-1, (-1, head_dim)))
         q, k = query_key.chunk(2, dim=-2)
         v = projected.value.unflatten(-1, (-1, head_dim))
         if self.options.value_norm == "l2":
