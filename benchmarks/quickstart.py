@@ -26,10 +26,15 @@ def collect(run: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: the run has not finished.
+        ValueError: its validation curve is not on the text that the baselines are scored on.
     """
     if not (run / "summary.json").is_file():
         raise FileNotFoundError(f"{run} has no summary.json: finish it with trellis run quickstart")
     recipe = read_json(run / "recipe.json")
+    if recipe["training"]["validation_rows"]:
+        raise ValueError(
+            f"{run} validated on a part of the split: train it with training.validation_rows = 0"
+        )
     manifest = read_json(Path(recipe["data"]["directory"]) / "manifest.json")
     corpus = {key: manifest[key] for key in ("fingerprint", "source")}
     corpus["splits"] = {
@@ -53,7 +58,7 @@ def draw(run: Path, record: dict[str, Any], path: Path) -> None:
         ("loss/train", {"lw": 1, "alpha": 0.6}),
         ("loss/validation", {"lw": 2, "marker": "o"}),
     ):
-        points = [(row["tokens"] / 1e6, row[key]) for row in rows if key in row]
+        points = [(row["tokens"] / 1e6, row[key]) for row in rows if row.get(key) is not None]
         axes.plot(*zip(*points), label=key, **style)
     for name, dash in (("unigram", ":"), ("bigram", "--")):
         axes.axhline(_nats(record, name), color="black", ls=dash, lw=1, label=f"{name}, held out")
