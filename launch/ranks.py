@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,8 @@ __all__ = [
     "under_torchrun",
 ]
 
-# Signals that kill from outside or by a crash; torchrun itself ends the peers of a failed rank with SIGTERM.
-_KILLS = {signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT, signal.SIGBUS, signal.SIGFPE, signal.SIGILL}
+# With which the watchdog of a rank ends it; any other failure with this status leaves a record.
+WATCHDOG = 1
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -68,7 +69,9 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
         stale.unlink()
     _silence_the_agent()
     try:
-        torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "launch.worker", *arguments])
+        # The loopback address by its number: the machine's own host name need not resolve.
+        here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
+        torchrun([*here, "-m", "launch.worker", *arguments])
     except ChildFailedError as error:
         if {failure.exitcode for failure in error.failures.values()} == {EXIT_TERMINATED}:
             raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None
@@ -88,12 +91,16 @@ def is_echo(message: str) -> bool:
     return "another rank" in message
 
 
-def record_failure(run_dir: Path, *, rank: int, message: str, detail: str) -> None:
-    """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself."""
+def record_failure(run_dir: Path, *, rank: int, message: str, detail: str, echo: bool = False) -> None:
+    """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself.
+
+    ``echo`` says that this rank only agreed to fail with another one, which knows the cause.
+    """
     folder = log_folder(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(_record(run_dir, rank), {"rank": rank, "message": message, "detail": detail})
+        record = {"rank": rank, "message": message, "detail": detail, "echo": echo}
+        write_json(_record(run_dir, rank), record)
     except OSError:
         print(detail, flush=True)
 
@@ -107,7 +114,10 @@ def _silence_the_agent() -> None:
 
 def _prepare_environment(count: int) -> None:
     """Threads divided among the ranks (torchrun would warn and take one), and our rooms first on the path."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    if sys.platform == "linux":
+        # gloo would look up the machine's own host name, which need not resolve; all ranks are here.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it
     # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
@@ -117,28 +127,53 @@ def _prepare_environment(count: int) -> None:
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), path]))
 
 
-def explain(error: Any, run_dir: Path) -> RankError:
-    """The rank that failed by itself: one that was killed, else the first to record an error.
+def _cores() -> int:
+    """Cores this process may use, which can be fewer than the machine has."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
-    The others usually only lost their peer, and say so in words that help nobody.
+
+def explain(error: Any, run_dir: Path) -> RankError:
+    """The rank that failed by itself: the earliest to end or, when ranks agreed to fail, the one that says why.
+
+    The others only lost their peer and say so in words that help nobody, or hung and were killed at the end.
     """
     logs = log_folder(run_dir)
-    silent = {
-        rank: failure for rank, failure in error.failures.items() if not _record(run_dir, rank).is_file()
-    }
-    killed = {rank: failure for rank, failure in silent.items() if -failure.exitcode in _KILLS}
-    recorded = sorted(logs.glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
-    if recorded and not killed:
-        failures = [read_json(path) for path in recorded]
-        causes = [failure for failure in failures if not is_echo(failure["message"])] or failures
-        same = len({failure["message"] for failure in failures}) == 1
-        where = "" if same else f"rank {causes[0]['rank']}: "
-        return RankError(f"{where}{causes[0]['message']}", causes[0]["detail"])
-    rank, failure = min((killed or silent).items(), key=lambda item: item[1].timestamp)
-    cause = f"exit status {failure.exitcode}"
-    if failure.exitcode < 0:
-        name = signal.Signals(-failure.exitcode).name
-        cause = f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+
+    def order(item: tuple[int, Any]) -> tuple[float, int]:
+        # Whole seconds. Within one, a kill or a silent end comes before what a peer makes of it, and
+        # that before the SIGTERM of torchrun's agent, which waits half a minute before it kills.
+        rank, failure = item
+        recorded = _record(run_dir, rank).is_file()
+        kind = (
+            2 if recorded else 3 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
+        )
+        return failure.timestamp, kind
+
+    rank, first = min(error.failures.items(), key=order)
+    if _record(run_dir, rank).is_file():
+        return _recorded(logs)
     return RankError(
-        f"rank {rank}: {cause}; logs of the ranks are in {logs}", f"no traceback was recorded in {logs}"
+        f"rank {rank}: {_silent_end(first.exitcode)}; logs of the ranks are in {logs}",
+        f"no traceback was recorded in {logs}",
     )
+
+
+def _recorded(logs: Path) -> RankError:
+    """The first record, in the order of time, that is no echo."""
+    paths = sorted(logs.glob("failure-rank-*.json"), key=lambda path: path.stat().st_mtime_ns)
+    failures = [read_json(path) for path in paths]
+    causes = [item for item in failures if not (item.get("echo") or is_echo(item["message"]))] or failures
+    same = len({item["message"] for item in failures}) == 1
+    where = "" if same else f"rank {causes[0]['rank']}: "
+    return RankError(f"{where}{causes[0]['message']}", causes[0]["detail"])
+
+
+def _silent_end(status: int) -> str:
+    """What the status of a rank that recorded nothing means (negative: a signal)."""
+    if status < 0:
+        name = signal.Signals(-status).name
+        return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
+    if status == WATCHDOG:
+        return "exit status 1: a step outlived its timeout; stacks are above or in logs/"
+    return f"exit status {status}"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -65,3 +68,52 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
     error = explain(SimpleNamespace(failures={1: ended}), tmp_path)
     assert str(error) == "rank 0: train-00000.bin is damaged"
     assert error.detail == "the story"
+
+
+@pytest.mark.parametrize(
+    "ends, words",
+    [
+        # Rank 1 hangs: the watchdog of rank 0 ends it, half a minute later the agent kills the other.
+        ({0: (1, 10), 1: (-9, 40)}, "rank 0: exit status 1: a step outlived its timeout; stacks are above"),
+        ({0: (1, 40), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
+        ({0: (1, 10), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
+        ({0: (-15, 10), 1: (1, 10)}, "rank 1: exit status 1: a step outlived its timeout"),
+    ],
+)
+def test_of_two_silent_ranks_the_first_to_end_is_named(
+    ends: dict[int, tuple[int, int]], words: str, tmp_path: Path
+) -> None:
+    assert words in str(explain(ended(ends), tmp_path))
+
+
+def test_a_peer_killed_at_the_end_does_not_hide_the_record_of_the_first(tmp_path: Path) -> None:
+    record_failure(tmp_path, rank=1, message="the disk is full", detail="")
+    assert str(explain(ended({0: (-9, 40), 1: (1, 10)}), tmp_path)) == "the disk is full"
+    assert "killed by SIGKILL" in str(explain(ended({0: (-9, 10), 1: (1, 10)}), tmp_path))
+
+
+def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> None:
+    record_failure(tmp_path, rank=0, message="agreed to fail", detail="", echo=True)
+    record_failure(tmp_path, rank=1, message="the disk is full", detail="")
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == "rank 1: the disk is full"
+
+
+def test_ranks_of_one_machine_meet_without_its_host_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[str] = []
+    monkeypatch.setattr("torch.distributed.run.main", given.extend)
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    run_ranks(2, run_dir=tmp_path, arguments=[])
+    assert "--local-addr=127.0.0.1" in given
+    assert os.environ["OMP_NUM_THREADS"] == "3"
+    if sys.platform == "linux":
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+
+
+def ended(ends: dict[int, tuple[int, int]]) -> Any:
+    """What torchrun reports: rank -> (exit status, seconds)."""
+    failures = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in ends.items()}
+    return SimpleNamespace(failures=failures)
