@@ -7,7 +7,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from pathlib import Path
 from typing import cast
 
@@ -26,8 +25,6 @@ ECHO_SECONDS = 3.0
 
 def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> TrainResult:
     """Train in this process, as the rank that its environment says, and return the loop's result."""
-    # megatron-core says four times that it falls back to torch for optimizers that nothing here uses.
-    warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
     from trellis_dist.training.loop import run
 
     job = Job(

@@ -17,7 +17,6 @@ T = TypeVar("T")
 
 __all__ = [
     "agree",
-    "barrier",
     "broadcast_object",
     "init_distributed",
     "is_main",
@@ -111,11 +110,6 @@ def world_size() -> int:
 def is_main() -> bool:
     """True on the rank that prints, draws progress bars and commits files."""
     return rank() == 0
-
-
-def barrier(group: dist.ProcessGroup | None = None) -> None:
-    """Wait until every rank of ``group`` (default: all ranks) arrives."""
-    sum_scalar(0.0, group)
 
 
 def sum_scalar(value: float, group: dist.ProcessGroup | None = None) -> float:

@@ -7,6 +7,7 @@ tp_rank. ``sp`` is megatron-core's context-parallel group.
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -24,15 +25,13 @@ __all__ = ["Mesh", "build_mesh", "check_mesh"]
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This rank's place, and the process groups it takes part in (all None in a single process).
+    """This rank's place, and the process groups it takes part in (all None on a single rank).
 
     Attributes:
         dp, sp, tp: sizes of the axes.
         rank, dp_rank, sp_rank, tp_rank: this rank, globally and along each axis.
-        dp_group: the ranks that hold the same segment of other rows.
         sp_group: the ranks that hold the other segments of the same rows; collectives over it happen once
             per step.
-        dp_sp_group: dp x sp, every rank that holds the same parameters.
         rightward, leftward: the sp ranks once more, one communicator for each direction of the transfers
             inside a step, so that a state travelling right never queues behind an adjoint travelling left.
     """
@@ -45,9 +44,7 @@ class Mesh:
     sp_rank: int = 0
     tp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dp_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
-    dp_sp_group: dist.ProcessGroup | None = None
     rightward: dist.ProcessGroup | None = None
     leftward: dist.ProcessGroup | None = None
 
@@ -170,8 +167,8 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
 def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mesh:
     """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
 
-    Every rank must call it, with the same ``config``. A single process needs neither a process group nor
-    megatron.
+    Every rank must call it, with the same ``config``. A single rank, under torchrun or not, needs no groups and
+    no megatron.
 
     Raises:
         ValueError: the mesh does not fit the world size, or tp > 1.
@@ -180,7 +177,7 @@ def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mes
     filled = _fill_dp(config, env.world_size())
     assert filled.dp is not None, "dp is filled from the world size"
     device = torch.device(device)
-    if not dist.is_initialized():
+    if env.world_size() == 1:
         return Mesh(device=device)
     state = _parallel_state(filled.sp)
     rightward, leftward = _direction_groups(filled.dp, filled.sp)
@@ -191,9 +188,7 @@ def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mes
         dp_rank=state.get_data_parallel_rank(),
         sp_rank=state.get_context_parallel_rank(),
         device=device,
-        dp_group=state.get_data_parallel_group(),
         sp_group=state.get_context_parallel_group(),
-        dp_sp_group=state.get_data_parallel_group(with_context_parallel=True),
         rightward=rightward,
         leftward=leftward,
     )
@@ -201,7 +196,10 @@ def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mes
 
 def _parallel_state(sp: int) -> Any:
     cuda_absent.install()
-    from megatron.core import parallel_state
+    with warnings.catch_warnings():
+        # It says four times that it falls back to torch for optimizers that nothing here uses.
+        warnings.filterwarnings("ignore", message="Transformer Engine and Apex are not installed")
+        from megatron.core import parallel_state
 
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
