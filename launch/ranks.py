@@ -134,29 +134,31 @@ def _cores() -> int:
 
 
 def explain(error: Any, run_dir: Path) -> RankError:
-    """The rank that failed by itself: the earliest to end or, when ranks agreed to fail, the one that says why.
+    """The rank that failed by itself: the earliest to end, or the one that says why others agreed to fail.
 
     The others only lost their peer and say so in words that help nobody, or hung and were killed at the end.
     """
     logs = log_folder(run_dir)
-
-    def order(item: tuple[int, Any]) -> tuple[float, int]:
-        # Whole seconds. Within one, a kill or a silent end comes before what a peer makes of it, and
-        # that before the SIGTERM of torchrun's agent, which waits half a minute before it kills.
-        rank, failure = item
-        recorded = _record(run_dir, rank).is_file()
-        kind = (
-            2 if recorded else 3 if failure.exitcode == -signal.SIGTERM else 0 if failure.exitcode < 0 else 1
-        )
-        return failure.timestamp, kind
-
-    rank, first = min(error.failures.items(), key=order)
-    if _record(run_dir, rank).is_file():
+    silent = {rank: not _record(run_dir, rank).is_file() for rank in error.failures}
+    rank, first = min(
+        error.failures.items(),
+        key=lambda item: (item[1].timestamp, _effect(item[1].exitcode, silent=silent[item[0]])),
+    )
+    if not silent[rank]:
         return _recorded(logs)
     return RankError(
         f"rank {rank}: {_silent_end(first.exitcode)}; logs of the ranks are in {logs}",
         f"no traceback was recorded in {logs}",
     )
+
+
+def _effect(status: int, *, silent: bool) -> int:
+    """Which of two ends within a second (the agent's clock) is rather the effect of the other: the higher."""
+    if status == -signal.SIGTERM:  # by torchrun's agent; it waits half a minute before it kills
+        return 3
+    if not silent:  # perhaps only in words that a peer is gone
+        return 2
+    return 0 if status < 0 else 1
 
 
 def _recorded(logs: Path) -> RankError:
