@@ -2,6 +2,8 @@
 
 import io
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,7 @@ def test_tensorboard_events_read_back_and_hide_what_a_resume_repeats(tmp_path: P
             writer.write(row)
         writer.close()
 
+    write(0, {"step": 1, "loss/train": 5.0}, {"step": 6, "loss/train": 5.0})  # killed before its first save
     write(0, *rows(1, 2, 3))
     write(2, *[{"step": 3, "loss/train": 7.0}, {"step": 4, "loss/train": 8.0}])
     events = EventAccumulator(str(tmp_path / "tensorboard"))
@@ -114,3 +117,32 @@ def test_a_full_disk_is_announced_and_survived(tmp_path: Path, monkeypatch, caps
     writer.write(rows(1)[0])
     writer.close()
     assert "alert: the metrics of step 1 were not written" in capsys.readouterr().err
+
+
+FULL = """
+import resource, sys
+from pathlib import Path
+from trellis_dist.training.metrics import MetricsWriter
+folder = Path(sys.argv[1])
+writer = MetricsWriter(folder, main=True, resumed_step=0, steps=99, tensorboard=True, progress=False)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
+for step in range(1, 60):
+    writer.write({"step": step, "loss/train": 1.0, "optim/lr": 0.5})
+try:
+    raise ValueError("what the run has to say")
+finally:
+    writer.close()
+"""
+
+
+def test_a_file_that_may_not_grow_costs_rows_and_hides_no_error(tmp_path: Path):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=100
+    )
+    assert done.stderr.strip().endswith("ValueError: what the run has to say"), done.stderr
+    assert "During handling" not in done.stderr
+    assert done.stderr.count("alert: no TensorBoard events from step") == 1
+    alerts = done.stderr.count("were not written: [Errno 27]")
+    written = read_rows(tmp_path / "metrics.jsonl")
+    assert 1 <= len(written) < 59
+    assert alerts == 59 - len(written)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -62,11 +63,11 @@ class TensorBoard:
         """Open an event file in ``folder``."""
         from torch.utils.tensorboard import SummaryWriter
 
-        purge = resumed_step + 1 if resumed_step else None
-        self._writer: Any = SummaryWriter(str(folder), purge_step=purge, flush_secs=20)
+        # Also for step 0: a start that was killed before its first checkpoint has left events.
+        self._writer: Any = SummaryWriter(str(folder), purge_step=resumed_step + 1, flush_secs=20)
 
     def write(self, row: Row) -> None:
-        """Add every key but ``step`` as a scalar at ``row["step"]``."""
+        """Add every key but ``step`` as a scalar at ``row["step"]``; once failed, always failing."""
         for key, value in row.items():
             if key != "step":
                 self._writer.add_scalar(key, value, global_step=int(row["step"]))
@@ -108,10 +109,11 @@ class Console:
 
     def say(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        else:
-            print(text, file=self._stream, flush=True)
+        with contextlib.suppress(OSError):  # a terminal or a pipe that went away ends no run
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            else:
+                print(text, file=self._stream, flush=True)
 
     def line(self, row: Row) -> None:
         """Print the interval line of ``row``: step/total, share, ETA, loss, gradient norm, speed."""
@@ -178,15 +180,28 @@ class MetricsWriter:
         """Write one row everywhere."""
         if self._console:
             self._console.line(row)
-        for sink in self._sinks:
+        for sink in list(self._sinks):
             try:
                 sink.write(row)
             except OSError as error:
-                self.say(f"alert: the metrics of step {row['step']} were not written: {error}")
+                self._give_up(sink, row, error)
+
+    def _give_up(self, sink: JsonLines | TensorBoard, row: Row, error: OSError) -> None:
+        lost = f"the metrics of step {row['step']} were not written"
+        if isinstance(sink, TensorBoard):
+            lost = f"no TensorBoard events from step {row['step']} on, until the next start"
+            self._sinks.remove(sink)
+            _close(sink)
+        self.say(f"alert: {lost}: {error}")
 
     def close(self) -> None:
-        """Close files and bar."""
+        """Close files and bar; what a full disk still refuses was announced with its row."""
         for sink in self._sinks:
-            sink.close()
+            _close(sink)
         if self._console:
             self._console.close()
+
+
+def _close(sink: JsonLines | TensorBoard) -> None:
+    with contextlib.suppress(OSError):
+        sink.close()
