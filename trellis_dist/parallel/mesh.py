@@ -167,8 +167,8 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
 def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mesh:
     """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
 
-    Every rank must call it, with the same ``config``. A single rank, under torchrun or not, needs no groups and
-    no megatron.
+    Every rank must call it, with the same ``config``. A single rank, under torchrun or not, needs neither
+    groups nor megatron.
 
     Raises:
         ValueError: the mesh does not fit the world size, or tp > 1.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -33,8 +34,21 @@ class OptimizerConfig:
     clip_norm: float = 1.0
 
     def __post_init__(self) -> None:
-        require(self.lr > 0, f"optimizer.lr = {self.lr}: must be positive")
-        require(self.clip_norm >= 0, f"optimizer.clip_norm = {self.clip_norm}: use 0 (off) or more")
+        for name in ("lr", "eps"):
+            value = getattr(self, name)
+            require(
+                math.isfinite(value) and value > 0,
+                f"optimizer.{name} = {value}: use a finite, positive number",
+            )
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optimizer.{name} = {value}: use [0, 1)")
+        for name in ("weight_decay", "clip_norm"):
+            value = getattr(self, name)
+            require(
+                math.isfinite(value) and value >= 0,
+                f"optimizer.{name} = {value}: use 0 (off) or a finite number",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,13 +124,16 @@ class TrainingConfig:
             self.global_batch_tokens >= 1,
             f"training.global_batch_tokens = {self.global_batch_tokens}: must be positive",
         )
-        require(self.z_loss >= 0, f"training.z_loss = {self.z_loss}: use 0 (off) or more")
+        require(
+            math.isfinite(self.z_loss) and self.z_loss >= 0,
+            f"training.z_loss = {self.z_loss}: use 0 (off) or a finite number",
+        )
         for name in ("validation_interval", "validation_rows", "threads", "max_skipped_steps"):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: use 0 or more")
         for name in ("first_step_timeout_s", "step_timeout_s"):
+            value = getattr(self, name)
             require(
-                getattr(self, name) >= 0,
-                f"training.{name} = {getattr(self, name)}: use 0 (off) or more seconds",
+                math.isfinite(value) and value >= 0, f"training.{name} = {value}: use 0 (off) or more seconds"
             )
 
 

@@ -48,7 +48,6 @@ class SkipBudget:
         """Allow ``allowed`` consecutive skips."""
         self._allowed = allowed
         self.consecutive = 0
-        self.total = 0
 
     def note(self, step: int, result: StepResult) -> None:
         """Count ``result``; raises ``DivergedError`` when the budget is exceeded."""
@@ -56,11 +55,10 @@ class SkipBudget:
             self.consecutive = 0
             return
         self.consecutive += 1
-        self.total += 1
         if self.consecutive > self._allowed:
             raise DivergedError(
                 f"training diverged: {self.consecutive} updates in a row had a non-finite loss or gradient "
                 f"(step {step}: loss {result.loss}, gradient norm {result.grad_norm}), more than "
-                f"training.max_skipped_steps = {self._allowed}: lower optimizer.lr, lengthen "
-                "schedule.warmup_steps, or resume from an earlier checkpoint"
+                f"training.max_skipped_steps = {self._allowed}: start again in another --run-dir with a "
+                "lower optimizer.lr or a longer schedule.warmup_steps"
             )
