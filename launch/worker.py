@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m launch.worker", description=__doc__)
     parser.add_argument("--recipe", type=Path, required=True, help="the run's resolved recipe.json")
     parser.add_argument("--run-dir", type=Path, required=True)
-    parser.add_argument("--resume", choices=("auto", "require", "never"), default="auto")
+    parser.add_argument("--resume", choices=("auto", "require"), default="auto")
     parser.add_argument("--stop-at-step", type=int, default=None)
     return parser
 

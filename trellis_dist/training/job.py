@@ -14,7 +14,7 @@ from trellis_dist.training.config import LoggingConfig, OptimizerConfig, Schedul
 
 __all__ = ["EXIT_TERMINATED", "Job", "Outcome", "Resume", "TrainResult"]
 
-Resume = Literal["auto", "require", "never"]
+Resume = Literal["auto", "require"]
 Outcome = Literal["finished", "stopped", "terminated"]
 
 # EX_TEMPFAIL of sysexits.h: try again later. A scheduler that requeues on this status resumes the run.

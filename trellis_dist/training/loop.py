@@ -34,7 +34,7 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
     Args:
         job: the sections of a recipe.
         run_dir: folder of this run, shared by all ranks.
-        resume: "auto" continues where a checkpoint is, "require" insists on one, "never" refuses one.
+        resume: "auto" continues where a checkpoint is, "require" insists on one.
         stop_at_step: save and return after this step; the schedule still runs to ``training.steps``.
 
     Raises:

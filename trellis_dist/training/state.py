@@ -76,16 +76,9 @@ def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | Non
 
     Raises:
         FileNotFoundError: ``resume`` is "require" and there is none.
-        ValueError: ``resume`` is "never" and there is one; or all that are there are damaged.
+        ValueError: all that are there are damaged.
     """
     present = sorted(root.glob("step-*")) if root.is_dir() else []
-    if resume == "never":
-        if present:
-            raise ValueError(
-                f"{root} already holds checkpoints, up to {present[-1].name}: resume the run, or use another "
-                "run folder"
-            )
-        return None
     found = latest_verified(root)
     if found is not None:
         return found, load_run_state(found)
