@@ -25,7 +25,7 @@ class EvalConfig:
             (tasks of lm-evaluation-harness from local files).
         device: "auto" takes a CUDA device when there is one.
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
-        needle_lengths: prompt lengths in tokens, the room for the answer included.
+        needle_lengths: prompt lengths in tokens, 256 or more, 128 of them for the answer.
         needle_samples: prompts per length.
         needle_haystack: "noise" or "essay" (prose read from needle_essay).
         needle_essay: a UTF-8 text file of prose, for the essay haystack.
@@ -66,8 +66,9 @@ class EvalConfig:
             self.needle_samples >= 1, f"evals.needle_samples = {self.needle_samples}: use 1 or more prompts"
         )
         require(
-            bool(self.needle_lengths) and min(self.needle_lengths) >= 128,
-            f"evals.needle_lengths = {self.needle_lengths}: a needle prompt needs 128 tokens or more",
+            bool(self.needle_lengths) and min(self.needle_lengths) >= 256,
+            f"evals.needle_lengths = {self.needle_lengths}: use 256 or more; 128 tokens are room for the "
+            "answer and the question takes about 100",
         )
         require(
             self.needle_haystack != "essay" or bool(self.needle_essay),

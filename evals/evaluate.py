@@ -9,15 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from evals.config import EvalConfig
-from evals.runs import LoadedRun, checkpoint_digest, find_checkpoint, load_run, read_recipe
+from evals.runs import (
+    LoadedRun,
+    checkpoint_digest,
+    find_checkpoint,
+    find_dataset,
+    load_run,
+    read_recipe,
+    step_of_checkpoint,
+)
 from evals.tasks.protocol import Task
 from evals.tasks.registry import get_task
-from trellis_dist.files import digest, read_json, sha256_file, write_json
+from trellis_dist.files import digest, read_json, write_json
 
-__all__ = ["Job", "evaluate_run", "job_of", "run_job", "stored_result"]
+__all__ = ["Job", "check_eval_inputs", "evaluate_run", "job_of", "run_job", "stored_result"]
 
 # Part of every key: raise it when a task's numbers change their meaning.
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -28,6 +36,7 @@ class Job:
         run_dir, checkpoint, step: what is scored.
         task: its name.
         settings: the part of the configuration its numbers depend on.
+        data: fingerprint of the data set.
         key: hash of (checkpoint digest, task, settings, tokenizer, data set).
     """
 
@@ -36,6 +45,7 @@ class Job:
     step: int
     task: str
     settings: Mapping[str, Any]
+    data: str
     key: str
 
     @property
@@ -44,22 +54,34 @@ class Job:
         return self.run_dir / "evals" / f"{self.task}-step-{self.step}.json"
 
 
-def job_of(run_dir: Path, checkpoint: Path, task: Task, config: EvalConfig) -> Job:
-    """The job and its key. Raises ValueError or OSError when the run's data set is missing."""
+def check_eval_inputs(config: EvalConfig) -> None:
+    """Refuse before training what scoring would refuse after it: files that are missing, a missing device.
+
+    Raises:
+        ValueError, OSError: as the task would, naming the field.
+    """
+    for name in config.tasks:
+        get_task(name).settings(config)  # part of a result's key: reads every file the task depends on
+
+
+def job_of(
+    run_dir: Path, checkpoint: Path, task: Task, config: EvalConfig, *, dataset_dir: Path | None = None
+) -> Job:
+    """The job and its key. Raises ValueError or OSError when the run's data set is missing or another."""
     recipe = read_recipe(run_dir)
-    dataset = Path(recipe["data"]["directory"])
+    _, manifest = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
     settings = dict(task.settings(config))
     parts = {
         "format": FORMAT,
         "checkpoint": checkpoint_digest(checkpoint),
         "task": task.name,
         "settings": settings,
-        "tokenizer": sha256_file(dataset / "tokenizer.model"),
-        "data": sha256_file(dataset / "manifest.json"),
+        "tokenizer": manifest.tokenizer["sha256"],
+        "data": manifest.fingerprint,
         "sequence_length": recipe["data"].get("sequence_length"),
     }
-    step = int(checkpoint.name.removeprefix("step-"))
-    return Job(run_dir, checkpoint, step, task.name, settings, digest(parts))
+    step, data = step_of_checkpoint(checkpoint), manifest.fingerprint
+    return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts))
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
@@ -83,6 +105,7 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
         "task": job.task,
         "step": job.step,
         "settings": dict(job.settings),
+        "data": job.data,
         "seconds": time.perf_counter() - start,
         "result": result,
     }
@@ -93,28 +116,37 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
 
 
 def evaluate_run(
-    run_dir: Path, config: EvalConfig, *, progress: bool = True, step: int | None = None
+    run_dir: Path,
+    config: EvalConfig,
+    *,
+    progress: bool = True,
+    step: int | None = None,
+    dataset_dir: Path | None = None,
 ) -> dict[str, Any]:
     """Score the newest verified checkpoint of a run (or the one of ``step``) on the tasks of ``config``.
 
     Writes RUN/evals/<task>-step-<N>.json and TensorBoard scalars at the training step; a result whose key is
     there already is re-used, and the model is loaded only when something is left to run.
 
+    Args:
+        dataset_dir: where the run's data set lies now; None looks where the recipe says.
+
     Returns:
-        Per task its record: "key", "task", "step", "settings", "seconds", "result".
+        Per task its record: "key", "task", "step", "settings", "data", "seconds", "result".
 
     Raises:
-        ValueError, OSError: no run, no verified checkpoint, no data set, or settings that do not fit them.
+        ValueError, OSError: no run, no verified checkpoint, no data set or another than the one trained on,
+            or settings that do not fit them.
     """
     run_dir = Path(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
     loaded: LoadedRun | None = None
     records: dict[str, Any] = {}
     for name in config.tasks:
-        job = job_of(run_dir, checkpoint, get_task(name), config)
+        job = job_of(run_dir, checkpoint, get_task(name), config, dataset_dir=dataset_dir)
         record = stored_result(job)
         if record is None:
-            loaded = loaded or load_run(run_dir, step=job.step, device=config.device)
+            loaded = loaded or load_run(run_dir, step=job.step, device=config.device, dataset_dir=dataset_dir)
             record = run_job(job, loaded, config, progress=progress)
         records[name] = record
     return records

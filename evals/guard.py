@@ -1,10 +1,10 @@
-"""What every request to the service passes through: host, origin, size and token; headers on every answer."""
+"""What every request to the service passes through: host, origin, token and size; headers on every answer."""
 
 import hmac
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 __all__ = ["HEADERS", "Guard", "is_loopback"]
 
@@ -41,7 +41,8 @@ class Guard:
 
     Args:
         app: what is guarded.
-        hosts: names under which the service may be addressed; another Host is refused (DNS rebinding).
+        hosts: names under which a service without a token may be addressed; another Host is refused (DNS
+            rebinding). With a token any Host passes: the page of another site does not know the token.
         token: needed as ``Authorization: Bearer <token>`` when set; compared in constant time.
     """
 
@@ -68,10 +69,11 @@ class Guard:
             await _refuse(refusal, send_with_headers)
 
     def _refusal(self, method: str, headers: Mapping[str, str]) -> Refusal | None:
-        if _hostname(f"//{headers.get('host', '')}") not in self._hosts:
+        host = headers.get("host", "")
+        if self._token is None and _parts(f"//{host}").hostname not in self._hosts:
             return Refusal(421, "this service does not answer to that Host")
         origin = headers.get("origin")
-        if method not in ("GET", "HEAD") and origin and _hostname(origin) not in self._hosts:
+        if method not in ("GET", "HEAD") and origin and _parts(origin).netloc != host.lower():
             return Refusal(403, "requests of other sites are refused")
         if self._token is not None and not _has_token(headers.get("authorization", ""), self._token):
             return Refusal(401, "send the token as Authorization: Bearer ...")
@@ -88,11 +90,11 @@ def _body_refusal(headers: Mapping[str, str]) -> Refusal | None:
     return None
 
 
-def _hostname(url: str) -> str:
+def _parts(url: str) -> SplitResult:
     try:
-        return urlsplit(url).hostname or ""
+        return urlsplit(url.lower())
     except ValueError:
-        return ""
+        return urlsplit("")
 
 
 def _has_token(header: str, token: str) -> bool:

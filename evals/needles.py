@@ -95,7 +95,7 @@ def make_needle(spec: NeedleSpec, *, length: int, index: int, count: Callable[[s
     """
     rng = random.Random(f"{spec.seed}/{spec.haystack}/{spec.value}/{length}/{index}")
     key = f"{rng.choice(ADJECTIVES)}-{rng.choice(NOUNS)}"
-    values = _distinct_values(spec.value, rng)
+    values = _distinct_values(spec.value, rng, key=key)
     place = rng.randrange(DEPTHS) / (DEPTHS - 1) if spec.haystack == "essay" else rng.random()
 
     def build(words: int) -> tuple[str, float]:
@@ -155,11 +155,13 @@ def _most_words(count: Callable[[int], int], budget: int) -> int | None:
     return low
 
 
-def _distinct_values(kind: ValueKind, rng: random.Random) -> list[str]:
-    """The answer and its distractors."""
+def _distinct_values(kind: ValueKind, rng: random.Random, *, key: str) -> list[str]:
+    """The answer and its distractors, none of them the key: a word that stands in the question."""
     values: dict[str, None] = {}
     while len(values) < CHOICES:
-        values[_value(kind, rng)] = None
+        value = _value(kind, rng)
+        if value != key:
+            values[value] = None
     return list(values)
 
 

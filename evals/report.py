@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import platform
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 from evals.runs import read_recipe
 from evals.summary import read_metrics, read_results, summarise
 from trellis_dist.files import atomic_write, read_json
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.counts import parameter_counts
 from trellis_dist.report import Report
 
 __all__ = ["write_run_report"]
@@ -17,8 +20,12 @@ __all__ = ["write_run_report"]
 NEEDLE_TEXT = (
     "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts "
     "when the output contains it; choice, when it is the most likely of ten values of the same form. "
-    "A model of a few million parameters, trained for minutes, scores near chance on generation: it has not "
-    "learned to copy. The oracle row scores a program that copies the answer, through the same code."
+    "The oracle row scores a program that copies the answer, through the same code."
+)
+SMALL_MODEL = 20_000_000
+SMALL_MODEL_TEXT = (
+    "A model this small ({:.1f} million parameters) is expected near chance on generation: it has not "
+    "learned to copy."
 )
 DECODE_TEXT = (
     "Measured, one row at a time: what a token costs after so many tokens, and the state kept for it. "
@@ -38,12 +45,15 @@ def write_run_report(run_dir: Path) -> Path:
     recipe, results, metrics = read_recipe(run_dir), read_results(run_dir), read_metrics(run_dir)
     summary = _stored_summary(run_dir) | summarise(run_dir, {})
     report = Report(str(recipe.get("name", run_dir.name)), "What was trained, how it learned, what it scores")
-    report.facts(_facts(recipe, summary))
-    scores = {name: record["result"] for name, record in results.items()}
-    _learning(report, metrics, scores.get("perplexity"))
+    parameters = _parameters(recipe)
+    facts = _facts(recipe, summary) | {"Parameters": f"{parameters:,}"} | _identity(results)
+    report.facts(facts)
+    _learning(report, metrics, results.get("perplexity"))
     for name, section in _SECTIONS.items():
-        if name in scores:
-            section(report, scores[name])
+        if name in results:
+            section(report, results[name]["result"])
+            if name == "needle" and parameters < SMALL_MODEL:
+                report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
     _seconds(report, summary, results)
     path = run_dir / "report.html"
     atomic_write(path, report.render())
@@ -71,27 +81,52 @@ def _facts(recipe: Json, summary: Json) -> dict[str, str]:
     names = ("num_layers", "dim", "num_heads", "vocab_size")
     facts["Model"] = ", ".join(f"{name} {model[name]}" for name in names if name in model)
     facts["Tokens per row"] = str(recipe["data"].get("sequence_length", "-"))
+    facts["ln V, the loss of a uniform guess"] = f"{math.log(model['vocab_size']):.3f}"
     return facts
+
+
+def _parameters(recipe: Json) -> int:
+    from pydantic import TypeAdapter
+
+    return parameter_counts(TypeAdapter(ModelConfig).validate_python(recipe["model"])).total
+
+
+def _identity(results: Mapping[str, Json]) -> dict[str, str]:
+    """The corpus, where something was scored, and the Python that wrote the page."""
+    scored = next(iter(results.values()), None)
+    corpus = {"Corpus": scored["data"][:12]} if scored else {}
+    return {**corpus, "Python": platform.python_version()}
 
 
 def _learning(report: Report, metrics: list[dict[str, Any]], perplexity: Json | None) -> None:
     report.section("Learning")
     curves = {
-        name: [(row["tokens"], row[key]) for row in metrics if key in row and "tokens" in row]
-        for name, key in (("training", "loss/train"), ("validation", "loss/validation"))
+        name: [(row["tokens"], row[key]) for row in metrics if key in row]
+        for name, key in (("training", "loss/train"), ("held-out rows", "loss/validation"))
     }
     report.line_chart("Loss while training", curves, x_label="tokens", y_label="loss, nats per token")
-    if perplexity is None:
+    held_out = _held_out(metrics, perplexity) if perplexity else []
+    if perplexity is None or len(held_out) < 2:
         return
-    # Loss is per token; the split's own ratio of tokens to bytes turns it into bits per byte.
-    scale = perplexity["targets"] / (math.log(2) * perplexity["bytes"])
-    held_out = [(x, loss * scale) for x, loss in curves["validation"]]
-    ends = [point[0] for point in held_out or curves["training"]] or [0, 1]
     series = {"model": held_out}
     for name in ("bigram", "unigram"):
-        level = perplexity[name]["bits_per_byte"]
-        series[name] = [(min(ends), level), (max(ends), level)]
+        level = perplexity["result"][name]["bits_per_byte"]
+        series[name] = [(held_out[0][0], level), (held_out[-1][0], level)]
     report.line_chart("Held-out text while training", series, x_label="tokens", y_label="bits per byte")
+
+
+def _held_out(metrics: list[dict[str, Any]], perplexity: Json) -> list[tuple[float, float]]:
+    """(tokens, bits per byte of the whole split): while training, where it scored all of it, then the last.
+
+    The loss of the first rows alone is not on the baselines' targets, and is left out.
+    """
+    points = {
+        row["tokens"]: row["validation/bits_per_byte"] for row in metrics if "validation/bits_per_byte" in row
+    }
+    for row in metrics:
+        if row["step"] == perplexity["step"]:
+            points.setdefault(row["tokens"], perplexity["result"]["model"]["bits_per_byte"])
+    return sorted(points.items())
 
 
 def _perplexity(report: Report, result: Json) -> None:
@@ -99,8 +134,9 @@ def _perplexity(report: Report, result: Json) -> None:
     lower = {"kneser_ney": "Kneser-Ney", "unigram": "add-one unigram"}[result["bigram"]["lower_order"]]
     report.text(
         f"The whole validation split: {result['targets']:,} predicted tokens, {result['bytes']:,} bytes of "
-        f"text that training never saw. The n-grams were counted on {result['ngram_training_targets']:,} "
-        f"training tokens and scored on exactly the same targets; the bigram uses absolute "
+        "text (whole documents held out; near-duplicates are not removed yet). The n-grams were counted on "
+        f"{result['ngram_training_targets']:,} of {result['training_targets']:,} training tokens and "
+        "scored on exactly the same targets; the bigram uses absolute "
         f"discounting over a {lower} lower order, the stronger of the two that were tried."
     )
     entries = (
@@ -196,9 +232,12 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
     stages = {
         key.removeprefix("seconds/"): value for key, value in summary.items() if key.startswith("seconds/")
     }
+    first_loss = stages.pop("first_loss", None)
     rows = [[name, f"{value:,.1f}"] for name, value in stages.items()]
     rows += [[f"eval: {name}", f"{record['seconds']:,.1f}"] for name, record in sorted(results.items())]
     report.table(["stage", "seconds"], rows)
+    if first_loss is not None:
+        report.text(f"Time to the first loss line: {first_loss:,.1f} seconds after the start.")
 
 
 _SECTIONS = {

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.state import CheckpointReader, latest_verified, verify_checkpoint
+from checkpoints.commit import list_steps, step_name, step_of
+from checkpoints.state import CheckpointReader, latest_verified, load_run_state, verify_checkpoint
+from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from evals.config import Device
 from trellis_dist.files import read_json, sha256_file
@@ -16,7 +18,16 @@ from trellis_dist.models.language_model import LanguageModel, build_language_mod
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["LoadedRun", "checkpoint_digest", "find_checkpoint", "load_run", "read_recipe"]
+__all__ = [
+    "LoadedRun",
+    "checkpoint_digest",
+    "find_checkpoint",
+    "find_dataset",
+    "load_run",
+    "read_recipe",
+    "resolve_device",
+    "step_of_checkpoint",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,10 +86,11 @@ def find_checkpoint(run_dir: Path, *, step: int | None = None) -> Path:
         if found is None:
             raise ValueError(f"{root} holds no verified checkpoint: train first, or name another run")
         return found
-    path = root / f"step-{step:08d}"
-    if not path.is_dir():
-        have = ", ".join(str(int(p.name[5:])) for p in sorted(root.glob("step-*"))) or "none"
+    steps = list_steps(root)
+    if step not in steps:
+        have = ", ".join(map(str, sorted(steps))) or "none"
         raise ValueError(f"{root} has no checkpoint of step {step}: it has {have}")
+    path = steps[step]
     if problems := verify_checkpoint(path):
         raise ValueError(f"{path} is damaged ({problems[0]}): choose another step")
     return path
@@ -89,40 +101,85 @@ def checkpoint_digest(checkpoint: Path) -> str:
     return sha256_file(checkpoint / "manifest.json")
 
 
-def load_run(run_dir: Path, *, step: int | None = None, device: Device = "auto") -> LoadedRun:
+def step_of_checkpoint(checkpoint: Path) -> int:
+    """The step of a checkpoint that `find_checkpoint` or `list_steps` named."""
+    step = step_of(checkpoint)
+    assert step is not None, f"{checkpoint} is no checkpoint's name, {step_name(0)} is"
+    return step
+
+
+def find_dataset(
+    run_dir: Path, checkpoint: Path, *, dataset_dir: Path | None = None
+) -> tuple[Path, Manifest]:
+    """The data set a checkpoint was trained on, by its fingerprint and its tokenizer's hash.
+
+    Args:
+        dataset_dir: where it lies now; None looks where the recipe says.
+
+    Raises:
+        FileNotFoundError: there is no data set in that folder.
+        ValueError: it is another one, or its tokenizer is not the one it was prepared with.
+    """
+    folder = Path(dataset_dir or read_recipe(run_dir)["data"]["directory"])
+    if not (folder / MANIFEST).is_file():
+        raise FileNotFoundError(
+            f"the data set of {run_dir} is not in {folder}: move it back, or say where it is now "
+            "(--dataset-dir FOLDER, or --set data.directory=FOLDER)"
+        )
+    manifest = load_manifest(folder)
+    trained = load_run_state(checkpoint)["data"]["fingerprint"]
+    if manifest.fingerprint != trained:
+        raise ValueError(
+            f"{folder} holds the data set {manifest.fingerprint}, but {checkpoint} was trained on {trained}: "
+            "restore that data set, or name its folder with --dataset-dir"
+        )
+    tokenizer = folder / "tokenizer.model"
+    if (found := sha256_file(tokenizer)) != (expected := manifest.tokenizer["sha256"]):
+        raise ValueError(
+            f"{tokenizer} has sha256 {found}, but the data set was prepared with {expected}: "
+            "restore the file, or run `trellis prepare` again"
+        )
+    return folder, manifest
+
+
+def load_run(
+    run_dir: Path, *, step: int | None = None, device: Device = "auto", dataset_dir: Path | None = None
+) -> LoadedRun:
     """Build a run's model and fill it from a checkpoint.
 
     Args:
         run_dir: RUN, with recipe.json and checkpoints/.
         step: a saved step; None takes the newest verified one.
         device: "auto" takes a CUDA device when there is one.
+        dataset_dir: where the run's data set lies now; None looks where the recipe says.
 
     Raises:
-        ValueError: no run, no verified checkpoint, or weights that do not fit the recipe's model.
-        OSError: the data set's tokenizer cannot be read.
+        ValueError: no run, no verified checkpoint, another data set than the one it was trained on, or
+            weights that do not fit the recipe's model.
+        OSError: the data set is not there or cannot be read.
     """
     from pydantic import TypeAdapter
 
     recipe = read_recipe(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
-    dataset_dir = Path(recipe["data"]["directory"])
-    tokenizer = Tokenizer.load(dataset_dir / "tokenizer.model")
+    folder, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
     config = TypeAdapter(ModelConfig).validate_python(recipe["model"])
-    model = build_language_model(config, seed=0, device=_device(device))
+    model = build_language_model(config, seed=0, device=resolve_device(device))
     _fill(model, CheckpointReader(checkpoint))
     return LoadedRun(
         model=model.eval(),
-        tokenizer=tokenizer,
+        tokenizer=Tokenizer.load(folder / "tokenizer.model"),
         recipe=recipe,
-        step=int(checkpoint.name.removeprefix("step-")),
+        step=step_of_checkpoint(checkpoint),
         run_dir=run_dir,
-        dataset_dir=dataset_dir,
+        dataset_dir=folder,
         checkpoint=checkpoint,
         digest=checkpoint_digest(checkpoint),
     )
 
 
-def _device(device: Device) -> str:
+def resolve_device(device: Device) -> str:
+    """ "cpu" or "cuda". Raises ValueError for "cuda" without a CUDA device."""
     import torch
 
     if device == "cuda" and not torch.cuda.is_available():

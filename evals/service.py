@@ -6,6 +6,7 @@ what the service itself lists, and send no paths and no settings: those come fro
 
 import contextlib
 import logging
+import math
 import threading
 from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ from evals.config import TaskName
 from evals.guard import LOOPBACK, Guard, is_loopback
 from evals.queue import Queue
 from evals.tasks.registry import TASKS
-from evals.watch import Runs, Watcher, submit
+from evals.watch import PublicError, Runs, Watcher, submit
 from evals.worker import WorkerPool
 from trellis_dist.report import Report
 
@@ -39,9 +40,8 @@ class Submission(BaseModel):
 
 
 def create_app(
-    queue: Queue, runs: Runs, *, hosts: tuple[str, ...] = LOOPBACK, token: str | None = None,
-    background: "Background | None" = None,
-) -> Any:  # fmt: skip
+    queue: Queue, runs: Runs, *, token: str | None = None, background: "Background | None" = None
+) -> Any:
     """The ASGI application; ``background`` is started and stopped with it."""
     from fastapi import FastAPI, HTTPException, Query
     from fastapi.responses import HTMLResponse
@@ -53,7 +53,7 @@ def create_app(
 
     # The interactive documentation would load its assets from the network.
     app = FastAPI(title="Trellis evaluations", docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(Guard, hosts=hosts, token=token)
+    app.add_middleware(Guard, hosts=LOOPBACK, token=token)
 
     @app.get("/health")
     def health() -> dict[str, Any]:
@@ -75,9 +75,13 @@ def create_app(
     def add_job(wanted: Submission) -> dict[str, Any]:
         try:
             key, new = submit(queue, runs, wanted.run, wanted.task, step=wanted.step, priority=1)
+        except PublicError as error:
+            raise HTTPException(404, str(error)) from None
         except (ValueError, OSError) as error:
+            # Such texts name folders of this machine: they are for its owner.
+            _log.warning("run %s cannot be scored: %s", wanted.run, error)
             raise HTTPException(
-                404, str(error) if isinstance(error, ValueError) else "its data is gone"
+                404, f"run {wanted.run} cannot be scored: the log of the service says why"
             ) from None
         return {"key": key, "new": new}
 
@@ -101,8 +105,8 @@ def leaderboard(queue: Queue) -> str:
     for result in reversed(queue.results(limit=MAX_ROWS)):
         scores.setdefault((result["run"], result["step"]), {})[result["task"]] = result["record"]["result"]
     report.section("Leaderboard")
-    rows = [[run, step, *_cells(tasks)] for (run, step), tasks in scores.items()]
-    rows.sort(key=lambda row: (row[2] == "-", str(row[2]), row[0], row[1]))
+    ranked = sorted(scores.items(), key=lambda item: (_bits_per_byte(item[1]), item[0]))
+    rows = [[run, step, *_cells(tasks)] for (run, step), tasks in ranked]
     header = ["run", "step", "bits per byte", "bigram", "needle, choice %", "ms per token", "state, MiB"]
     report.table(header, rows)
     report.section("Queue")
@@ -113,6 +117,11 @@ def leaderboard(queue: Queue) -> str:
         [[j.run, j.step, j.task, j.state, j.error or ""] for j in jobs],
     )
     return report.render()
+
+
+def _bits_per_byte(tasks: Mapping[str, Any]) -> float:
+    """What the leaderboard is sorted by; a checkpoint without it comes last."""
+    return tasks["perplexity"]["model"]["bits_per_byte"] if "perplexity" in tasks else math.inf
 
 
 def _cells(tasks: Mapping[str, Any]) -> list[str]:
@@ -179,8 +188,9 @@ def serve(
         raise ValueError(f"host = {host}: an address others can reach needs a token (or use 127.0.0.1)")
     if workers < 1:
         raise ValueError(f"workers = {workers}: use 1 or more")
+    token = token or None  # an empty variable is no token
     runs, database = Runs(root), root / "evaluations.sqlite"
     queue = Queue(database)
     background = Background(Watcher(queue, runs), WorkerPool(database, root, count=workers))
-    app = create_app(queue, runs, hosts=(*LOOPBACK, host), token=token, background=background)
+    app = create_app(queue, runs, token=token, background=background)
     uvicorn.run(app, host=host, port=port, log_level="warning", limit_concurrency=64, timeout_keep_alive=5)

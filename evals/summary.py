@@ -2,28 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trellis_dist.files import read_json, write_json
+from trellis_dist.training.metrics import read_rows
 
 __all__ = ["read_metrics", "read_results", "summarise", "write_summary"]
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of RUN/metrics.jsonl; of a step written twice (before and after a resume) the later row."""
-    path = run_dir / "metrics.jsonl"
+    """The rows of RUN/metrics.jsonl, what was not finite (written as null) left out.
+
+    Of a step written twice (before and after a resume) the later row counts.
+    """
     rows: dict[int, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a line cut short by a killed run
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows[row["step"]] = {**rows.get(row["step"], {}), **row}
+    for row in read_rows(run_dir / "metrics.jsonl"):
+        finite = {key: value for key, value in row.items() if value is not None}
+        rows[row["step"]] = rows.get(row["step"], {}) | finite
     return [rows[step] for step in sorted(rows)]
 
 
@@ -60,12 +58,14 @@ def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
 
 
 def _training(metrics: list[dict[str, Any]]) -> dict[str, Any]:
-    """Last step, tokens and losses; the median speed, which a slow first step does not change."""
+    """Last step, tokens and loss; the median speed, which a slow first step does not change.
+
+    ``loss/validation`` of the rows is left out: it may be of the first rows only, and the summary has
+    ``validation/loss``, of the whole split.
+    """
     summary: dict[str, Any] = {}
     for row in metrics:
-        summary |= {
-            key: row[key] for key in ("step", "tokens", "loss/train", "loss/validation") if key in row
-        }
+        summary |= {key: row[key] for key in ("step", "tokens", "loss/train") if key in row}
     speeds = [row["perf/tokens_per_second"] for row in metrics if "perf/tokens_per_second" in row]
     if speeds:
         summary["perf/tokens_per_second"] = statistics.median(speeds)

@@ -13,10 +13,14 @@ from evals.queue import Queue
 from evals.runs import read_recipe
 from evals.tasks.registry import get_task
 
-__all__ = ["Runs", "Watcher", "submit"]
+__all__ = ["PublicError", "Runs", "Watcher", "submit"]
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _log = logging.getLogger(__name__)
+
+
+class PublicError(ValueError):
+    """A refusal whose text names ids and nothing of this machine, so that a client may read it."""
 
 
 class Runs:
@@ -32,10 +36,10 @@ class Runs:
         return sorted(p.name for p in self._root.iterdir() if self._is_run(p))
 
     def folder(self, run: str) -> Path:
-        """The folder of a run id. Raises ValueError for anything that is none, paths included."""
+        """The folder of a run id. Raises PublicError for anything that is none, paths included."""
         path = self._root / run
         if not _ID.fullmatch(run) or not self._is_run(path):
-            raise ValueError(f"there is no run {run[:128]!r}: GET /runs lists them")
+            raise PublicError(f"there is no run {run[:128]!r}: GET /runs lists them")
         return path
 
     def _is_run(self, path: Path) -> bool:
@@ -51,8 +55,7 @@ class Runs:
 
     def steps(self, run: str) -> dict[int, Path]:
         """Committed checkpoints by step."""
-        root = self.folder(run) / "checkpoints"
-        return list_steps(root) if root.is_dir() else {}
+        return list_steps(self.folder(run) / "checkpoints")
 
 
 def submit(
@@ -66,13 +69,14 @@ def submit(
         The job's key, and whether it is new to the queue.
 
     Raises:
-        ValueError: unknown run, task or step.
+        PublicError: unknown run or step.
+        ValueError, OSError: unknown task, or a run whose recipe or data set cannot be used.
     """
     known, steps = get_task(task), runs.steps(run)
     wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
-        raise ValueError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
+        raise PublicError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
     job = job_of(runs.folder(run), steps[wanted], known, runs.config(run))
     new = queue.submit(job.key, run=run, step=wanted, task=task, priority=priority)
     if new and (record := stored_result(job)) is not None:

@@ -16,7 +16,7 @@ from evals.evaluate import job_of, run_job, stored_result
 from evals.queue import Queue, QueuedJob
 from evals.runs import load_run
 from evals.tasks.registry import get_task
-from evals.watch import Runs
+from evals.watch import PublicError, Runs
 
 __all__ = ["WorkerPool", "run_worker", "work_once"]
 
@@ -56,8 +56,10 @@ def work_once(queue: Queue, runs: Runs, owner: str, *, lease_seconds: float = LE
         queue.finish(leased.key, record)
     except Exception as error:
         # Whatever one checkpoint does to a task, the next job still gets its worker.
-        _log.exception("job %s failed", leased.key)
-        queue.fail(leased.key, owner, f"{type(error).__name__}: {error}")
+        _log.exception("%s of run %s, step %d failed", leased.task, leased.run, leased.step)
+        # Clients read the reason, and other errors' texts may name folders of this machine.
+        hidden = f"{type(error).__name__} while scoring run {leased.run}: the log of the service says why"
+        queue.fail(leased.key, owner, str(error) if isinstance(error, PublicError) else hidden)
     return True
 
 
@@ -65,10 +67,10 @@ def _score(leased: QueuedJob, runs: Runs) -> dict[str, Any]:
     run_dir, config = runs.folder(leased.run), runs.config(leased.run)
     steps = runs.steps(leased.run)
     if leased.step not in steps:
-        raise ValueError(f"the checkpoint of step {leased.step} is gone")
+        raise PublicError(f"the checkpoint of step {leased.step} is gone")
     job = job_of(run_dir, steps[leased.step], get_task(leased.task), config)
     if job.key != leased.key:
-        raise ValueError("the run, its recipe or its data changed since the job was queued: submit it again")
+        raise PublicError("the run, its recipe or its data changed since the job was queued: submit it again")
     record = stored_result(job)
     if record is None:
         loaded = load_run(run_dir, step=leased.step, device=config.device)

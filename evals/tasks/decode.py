@@ -18,6 +18,7 @@ import torch
 from tqdm import tqdm
 
 from evals.config import EvalConfig
+from evals.runs import resolve_device
 from evals.tasks.protocol import Result, Task
 from trellis_dist.models.kv_cache import KVCache
 from trellis_dist.models.language_model import LanguageModel, LMState, build_language_model
@@ -54,13 +55,14 @@ def _has_cache(model: LanguageModel) -> bool:
 
 
 def _filled(model: LanguageModel, position: int) -> LMState:
-    """The first state, with ``position`` random keys and values in every cache."""
+    """The first state, with ``position`` random keys and values and room for the steps in every cache."""
     state = model.init_state(1)
     layers = []
     for layer in state.layers:
         if isinstance(layer, KVCache):
             keys = layer.keys_values()[0]
             shape = (keys.shape[0], keys.shape[1], position, keys.shape[3])
+            layer = layer.reserve(position + WARMUP_STEPS + TIMED_STEPS)
             layer = layer.append(keys.new_empty(shape).normal_(), keys.new_empty(shape).normal_())
         layers.append(layer)
     return replace(state, layers=tuple(layers), position=position)
@@ -72,28 +74,26 @@ def measure(
     """Decode one row at each position.
 
     States of one size are all kept and stepped in turn, so that a machine that slows down for a while slows
-    every position alike; growing caches are measured one after the other.
+    every position alike; of growing caches one is kept at a time, because it may be most of the memory.
 
     Returns:
         Per position: "position", "state_bytes" (after the timed steps), "ms_per_token" (their median).
     """
-    cached = _has_cache(model)
-    states = tqdm(
-        states_at(model, positions),
-        total=len(positions),
-        desc="decode, attention" if cached else "decode",
-        disable=not progress,
-    )
-    groups = ([state] for state in states) if cached else iter([list(states)])
-    timed = [row for group in groups for row in _timed_steps(model, group)]
+    if _has_cache(model):
+        bar = tqdm(positions, desc="decode, attention", disable=not progress)
+        timed = [_timed_steps(model, [_filled(model, position)])[0] for position in bar]
+    else:
+        states = states_at(model, positions)
+        bar = tqdm(states, total=len(positions), desc="decode", disable=not progress)
+        timed = _timed_steps(model, list(bar))
     return [
-        {"position": position, "state_bytes": state.bytes(), "ms_per_token": statistics.median(milliseconds)}
-        for position, (milliseconds, state) in zip(positions, timed)
+        {"position": position, "state_bytes": size, "ms_per_token": statistics.median(milliseconds)}
+        for position, (milliseconds, size) in zip(positions, timed)
     ]
 
 
-def _timed_steps(model: LanguageModel, states: list[LMState]) -> list[tuple[list[float], LMState]]:
-    """Milliseconds of every timed step from each state, and the state after them."""
+def _timed_steps(model: LanguageModel, states: list[LMState]) -> list[tuple[list[float], int]]:
+    """Milliseconds of every timed step from each state, and the bytes of the state after them."""
     device = next(model.parameters()).device
     tokens = [torch.zeros(1, dtype=torch.long, device=device) for _ in states]
     milliseconds: list[list[float]] = [[] for _ in states]
@@ -105,7 +105,7 @@ def _timed_steps(model: LanguageModel, states: list[LMState]) -> list[tuple[list
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             milliseconds[i].append(1000 * (time.perf_counter() - start))
-    return [(times[WARMUP_STEPS:], state) for times, state in zip(milliseconds, states)]
+    return [(times[WARMUP_STEPS:], state.bytes()) for times, state in zip(milliseconds, states)]
 
 
 def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
@@ -129,7 +129,7 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
 
 
 def _settings(config: EvalConfig) -> Mapping[str, Any]:
-    return {"positions": list(config.decode_positions), "device": config.device}
+    return {"positions": list(config.decode_positions), "device": resolve_device(config.device)}
 
 
 def _scalars(result: Result) -> dict[str, float]:

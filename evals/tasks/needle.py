@@ -58,11 +58,15 @@ def _essay(config: EvalConfig) -> str:
     """The prose of the essay haystack. Raises ValueError (also for undecodable bytes) and OSError."""
     if config.needle_haystack != "essay":
         return ""
-    text = Path(config.needle_essay or "").read_text(encoding="utf-8")
+    path = Path(config.needle_essay or "")
+    if not path.is_file():
+        raise FileNotFoundError(f"evals.needle_essay = {path}: no such file; name a text file of prose")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"evals.needle_essay = {path}: not UTF-8 ({error}); name a text file") from None
     if not text.split():
-        raise ValueError(
-            f"evals.needle_essay = {config.needle_essay}: the file holds no words; name one with prose"
-        )
+        raise ValueError(f"evals.needle_essay = {path}: the file holds no words; name one with prose")
     return text
 
 

@@ -129,10 +129,15 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     scored = int(sums.bucket_tokens.sum())
     expected = validation.num_tokens - validation.num_documents
     assert scored == expected, f"{scored} targets scored, the validation split has {expected}"
-    return _result(sums, scored, validation.num_bytes, counts.tokens, vocab_size)
+    available = train.num_tokens - train.num_documents
+    return {
+        **_result(sums, scored, validation.num_bytes, vocab_size),
+        "ngram_training_targets": counts.tokens,
+        "training_targets": available,
+    }
 
 
-def _result(sums: _Sums, scored: int, num_bytes: int, counted: int, vocab_size: int) -> Result:
+def _result(sums: _Sums, scored: int, num_bytes: int, vocab_size: int) -> Result:
     def entry(nats: float) -> dict[str, float]:
         return {"loss": nats / scored, "bits_per_byte": nats / (math.log(2) * num_bytes)}
 
@@ -148,7 +153,6 @@ def _result(sums: _Sums, scored: int, num_bytes: int, counted: int, vocab_size: 
         "ln_vocab": math.log(vocab_size),
         "targets": scored,
         "bytes": num_bytes,
-        "ngram_training_targets": counted,
         "by_position": sums.by_position(),
     }
 

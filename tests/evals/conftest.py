@@ -18,7 +18,14 @@ import torch
 from checkpoints.logical import LogicalTensor
 from checkpoints.state import save_checkpoint
 from data_pipeline.config import TokenizerConfig
-from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo, fingerprint_of, write_manifest
+from data_pipeline.manifest import (
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    fingerprint_of,
+    load_manifest,
+    write_manifest,
+)
 from data_pipeline.shard import token_dtype, write_shard
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from trellis_dist.files import sha256_file
@@ -80,7 +87,8 @@ def write_checkpoint(run: Path, *, step: int, seed: int) -> None:
     config = ModelConfig(**(recipe["model"] | {"trellis": TrellisConfig(**recipe["model"]["trellis"])}))
     model = build_language_model(config, seed=seed)
     tensors = [LogicalTensor.whole(f"model/{n}", p.detach()) for n, p in model.named_parameters()]
-    save_checkpoint(run / "checkpoints", step=step, tensors=tensors, run_state={"step": step})
+    data = {"fingerprint": load_manifest(recipe["data"]["directory"]).fingerprint}
+    save_checkpoint(run / "checkpoints", step=step, tensors=tensors, run_state={"step": step, "data": data})
 
 
 def write_run(run: Path, dataset: Path) -> Path:

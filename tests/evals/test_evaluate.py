@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +13,16 @@ import torch
 import torch.nn.functional as F
 
 from data_pipeline.loader import TokenDataset
+from data_pipeline.manifest import fingerprint_of, load_manifest, write_manifest
 from evals.config import EvalConfig
-from evals.evaluate import evaluate_run
+from evals.evaluate import check_eval_inputs, evaluate_run
 from evals.ngram import InterpolatedBigram, count_ngrams
 from evals.report import write_run_report
 from evals.runs import load_run
 from evals.summary import write_summary
 from evals.tasks.perplexity import TASK as PERPLEXITY
 from evals.tasks.perplexity import _positions
+from evals.tasks.registry import get_task
 from tests.evals.conftest import LENGTH, VOCAB, write_checkpoint
 
 SMALL = EvalConfig(
@@ -74,6 +77,7 @@ def test_positions_count_from_the_start_of_the_document_in_its_row():
 def test_results_are_reused_until_something_they_depend_on_changes(run_dir, monkeypatch):
     first = evaluate_run(run_dir, SMALL, progress=False)
     assert set(first) == {"perplexity", "needle", "decode", "sample"}
+    _check_events(run_dir, first)
     for task in first:
         assert json.loads((run_dir / "evals" / f"{task}-step-7.json").read_text()) == first[task]
     monkeypatch.setattr("evals.evaluate.load_run", _never)
@@ -106,14 +110,71 @@ def _check_report(run_dir):
     assert f"{summary['validation/bits_per_byte']:.3f}" in page
 
 
-def test_tensorboard_has_the_scores_at_the_training_step(run_dir):
+def _check_events(run_dir, records):
+    """TensorBoard reads back every score, at the training step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    evaluate_run(run_dir, replace(SMALL, tasks=("perplexity",)), progress=False)
     events = EventAccumulator(str(run_dir / "tensorboard"))
     events.Reload()
-    scalars = events.Scalars("eval/bits_per_byte")
-    assert [event.step for event in scalars] == [7]
+    expected = {}
+    for task, record in records.items():
+        expected |= get_task(task).scalars(record["result"])
+    assert set(events.Tags()["scalars"]) == set(expected)
+    assert {"eval/bits_per_byte", "needle/choice/512", "decode/state_bytes"} <= set(expected)
+    for name, value in expected.items():
+        (event,) = events.Scalars(name)
+        assert (event.step, event.value) == (7, pytest.approx(value, rel=1e-6)), name
+
+
+def test_another_data_set_than_the_one_trained_on_is_refused(run_dir, dataset_dir, tmp_path):
+    trained = load_manifest(dataset_dir).fingerprint
+    other = shutil.copytree(dataset_dir, tmp_path / "other")
+    manifest = load_manifest(other)
+    changed = fingerprint_of("another", manifest.tokenizer["sha256"], manifest.splits)
+    write_manifest(other, replace(manifest, config_digest="another", fingerprint=changed))
+    with pytest.raises(ValueError, match=f"holds the data set {changed}, but .* was trained on {trained}: "):
+        evaluate_run(run_dir, SMALL, progress=False, dataset_dir=other)
+    with pytest.raises(ValueError, match="restore that data set, or name its folder with --dataset-dir"):
+        load_run(run_dir, dataset_dir=other)
+
+
+def test_another_tokenizer_than_the_manifests_is_refused(run_dir, dataset_dir, tmp_path):
+    other = shutil.copytree(dataset_dir, tmp_path / "other")
+    (other / "tokenizer.model").write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"tokenizer\.model has sha256 .* restore the file"):
+        load_run(run_dir, dataset_dir=other)
+
+
+def test_a_data_set_that_moved_is_asked_for_and_found_where_it_is_now(run_dir, dataset_dir, tmp_path):
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    gone = tmp_path / "gone"
+    recipe["data"]["directory"] = str(gone)
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    with pytest.raises(FileNotFoundError, match=f"not in {gone}: move it back, or .*--dataset-dir FOLDER"):
+        evaluate_run(run_dir, SMALL, progress=False)
+    config = replace(SMALL, tasks=("sample",))
+    record = evaluate_run(run_dir, config, progress=False, dataset_dir=dataset_dir)["sample"]
+    assert record["data"] == load_manifest(dataset_dir).fingerprint
+
+
+def test_the_device_and_not_auto_is_part_of_a_results_key(run_dir):
+    settings = get_task("decode").settings
+    expected = "cuda" if torch.cuda.is_available() else "cpu"
+    assert settings(EvalConfig())["device"] == expected
+    assert settings(EvalConfig(device="cpu"))["device"] == "cpu"
+
+
+def test_missing_inputs_are_refused_before_training(tmp_path):
+    check_eval_inputs(SMALL)
+    essay = replace(SMALL, needle_haystack="essay", needle_essay=str(tmp_path / "essay.txt"))
+    with pytest.raises(FileNotFoundError, match=r"evals\.needle_essay = .*essay\.txt: no such file"):
+        check_eval_inputs(essay)
+    (tmp_path / "essay.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"evals\.needle_essay = .*essay\.txt: not UTF-8"):
+        check_eval_inputs(essay)
+    harness = EvalConfig(tasks=("harness",), harness_folder=str(tmp_path / "none"), harness_tasks=("x",))
+    with pytest.raises(ValueError, match=r"evals\.harness_folder = .*none"):
+        check_eval_inputs(harness)
 
 
 def test_a_damaged_result_is_made_again(run_dir):
@@ -133,6 +194,7 @@ def test_weights_come_from_the_step_asked_for(run_dir):
 
 
 def test_what_cannot_be_scored_is_refused_with_the_remedy(run_dir, tmp_path):
+    (run_dir / "checkpoints" / "step-foo").mkdir()
     with pytest.raises(ValueError, match="has no checkpoint of step 3: it has 7"):
         load_run(run_dir, step=3)
     with pytest.raises(ValueError, match="is no run folder"):

@@ -6,6 +6,7 @@ import re
 
 import pytest
 
+from evals import needles
 from evals.config import EvalConfig
 from evals.needles import ANSWER_TOKENS, NeedleSpec, make_needle
 from evals.tasks import needle as task
@@ -73,6 +74,15 @@ def test_ten_distinct_values_of_one_form(kind, form):
     assert all(re.fullmatch(form, value) for value in values)
 
 
+def test_a_hidden_word_is_never_the_key(monkeypatch):
+    for name in ("ADJECTIVES", "NOUNS"):
+        monkeypatch.setattr(needles, name, ("a", "b", "c", "d"))
+    for index in range(40):
+        needle = make_needle(NeedleSpec(value="word"), length=1024, index=index, count=_words)
+        key = re.search(r"magic words for (\w+-\w+) is: ", needle.prompt)[1]
+        assert key not in {needle.answer, *needle.distractors}
+
+
 def test_a_length_without_room_is_refused():
     with pytest.raises(ValueError, match="needle length 150 is too short"):
         make_needle(NeedleSpec(), length=150, index=0, count=_words)
@@ -115,7 +125,7 @@ def test_share_comes_with_its_interval():
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"needle_samples": 0}, {"needle_lengths": (64,)}, {"needle_haystack": "essay"}, {"sample_top_p": 2.0}],
+    [{"needle_samples": 0}, {"needle_lengths": (255,)}, {"needle_haystack": "essay"}, {"sample_top_p": 2.0}],
 )
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(ValueError, match=f"evals.{next(iter(wrong))}"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -97,6 +98,26 @@ def test_decode_state_is_flat_for_trellis_and_grows_for_attention():
     per_token = 2 * CONFIG.num_layers * CONFIG.dim * 4
     assert [row["state_bytes"] for row in attention] == [(p + steps) * per_token for p in POSITIONS]
     assert all(row["ms_per_token"] > 0 for row in flat + attention)
+
+
+def test_a_cache_has_room_for_the_steps_and_no_more():
+    (filled,) = decode.states_at(_model(("attention",), dtype=torch.float32), (64,))
+    room = 64 + decode.WARMUP_STEPS + decode.TIMED_STEPS
+    assert [layer.buffer.keys.shape[2] for layer in filled.layers] == [room] * CONFIG.num_layers
+
+
+def test_one_cache_is_kept_at_a_time(monkeypatch):
+    buffers, alive, fill = [], [], decode._filled
+
+    def counted(model, position):
+        alive.append(sum(buffer() is not None for buffer in buffers))
+        state = fill(model, position)
+        buffers.append(weakref.ref(state.layers[0].buffer))
+        return state
+
+    monkeypatch.setattr(decode, "_filled", counted)
+    decode.measure(_model(("attention",), dtype=torch.float32), POSITIONS)
+    assert alive == [0] * len(POSITIONS)
 
 
 def test_states_are_at_the_positions_asked_for():

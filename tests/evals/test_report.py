@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import platform
+import re
 
 import pytest
 
-from evals.report import write_run_report
-from evals.summary import read_metrics, write_summary
+from evals.report import _held_out, write_run_report
+from evals.summary import read_metrics, read_results, write_summary
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.counts import parameter_counts
 
 SCRIPT = "<script>alert('corpus')</script>"
 ENTRY = {"loss": 3.0, "bits_per_byte": 1.5}
@@ -22,6 +26,7 @@ RESULTS = {
         "targets": 1000,
         "bytes": 3000,
         "ngram_training_targets": 50_000,
+        "training_targets": 80_000,
         "by_position": [{"from": 0, "to": 16, "tokens": 10, "loss": 4.0}],
     },
     "needle": {
@@ -54,7 +59,14 @@ def run(tmp_path):
     (tmp_path / "evals").mkdir()
     for task, result in RESULTS.items():
         for step in (1, 2):
-            record = {"task": task, "step": step, "key": "k", "seconds": 1.0, "result": result}
+            record = {
+                "task": task,
+                "step": step,
+                "key": "k",
+                "data": "0123456789abcdef",
+                "seconds": 1.0,
+                "result": result,
+            }
             (tmp_path / "evals" / f"{task}-step-{step}.json").write_text(json.dumps(record))
     lines = "".join(json.dumps(row) + "\n" for row in METRICS)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 3, "tok')
@@ -80,6 +92,7 @@ def test_summary_has_the_keys_of_the_contract(run):
     assert summary["decode/model/state_bytes/1024"] == 100
     assert summary["decode/attention/ms_per_token/1024"] == 2.0
     assert summary["step"] == 2
+    assert "loss/validation" not in summary  # of some rows; validation/loss is of the whole split
 
 
 def test_a_line_cut_short_and_a_step_written_twice_are_read_right(run):
@@ -98,6 +111,50 @@ def test_report_is_complete_and_escaped(run):
         assert text in page, text
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page
+
+
+def _append(run, *rows):
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_skipped_step_is_left_out(run):
+    _append(run, {"step": 4, "tokens": 2048, "loss/train": None, "perf/tokens_per_second": 300.0})
+    assert "loss/train" not in read_metrics(run)[-1]
+    assert write_summary(run, {})["loss/train"] == 6.5
+    assert "Loss while training" in write_run_report(run).read_text()
+
+
+def test_bits_per_byte_are_drawn_for_the_whole_split_only(run):
+    title = "Held-out text while training"
+    assert title not in write_run_report(run).read_text()  # the loss was of some rows, the score is one point
+    _append(run, {"step": 1, "tokens": 512, "validation/bits_per_byte": 1.75})
+    assert title in write_run_report(run).read_text()
+    results = read_results(run)
+    assert _held_out(read_metrics(run), results["perplexity"]) == [(512, 1.75), (1024, 1.5)]
+
+
+def test_report_names_what_was_trained_on_what(run):
+    write_summary(run, {"train": 12.5, "first_loss": 61.5})
+    page = write_run_report(run).read_text()
+    facts = {"Corpus": "0123456789ab", "Python": platform.python_version(), "ln V, the loss": "8.318"}
+    for name, value in facts.items():
+        assert re.search(f"<dt>{name}[^<]*</dt><dd>{value}</dd>", page), name
+    recipe = json.loads((run / "recipe.json").read_text())
+    count = parameter_counts(ModelConfig(**recipe["model"])).total
+    assert f"<dt>Parameters</dt><dd>{count:,}</dd>" in page
+    assert "50,000 of 80,000 training tokens" in page
+    assert "whole documents held out; near-duplicates are not removed yet" in page
+    assert "Time to the first loss line: 61.5 seconds" in page
+    assert "<td>first_loss" not in page
+
+
+def test_only_a_small_model_is_called_small(run):
+    assert "A model this small" in write_run_report(run).read_text()
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["model"] |= {"dim": 512, "num_layers": 8}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    assert "A model this small" not in write_run_report(run).read_text()
 
 
 def test_report_of_a_run_that_was_not_scored_yet(run):

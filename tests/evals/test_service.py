@@ -16,6 +16,7 @@ from evals.service import Background, create_app, leaderboard, serve
 from evals.watch import Runs, Watcher, submit
 from evals.worker import WorkerPool, work_once
 from tests.evals.conftest import write_checkpoint
+from tests.evals.holder import hold_one_job
 
 
 class Clock:
@@ -165,22 +166,49 @@ def test_a_worker_scores_a_job_and_a_stored_result_is_taken_over(queue, runs, ru
     assert other.counts() == {"done": 1}
 
 
-def test_a_job_that_cannot_be_done_is_given_back_with_its_reason(queue, runs, run_dir):
+def test_a_job_that_cannot_be_done_is_given_back_with_its_reason(queue, runs, run_dir, caplog):
     key, _ = submit(queue, runs, "tiny", "sample")
     for path in (run_dir / "checkpoints").rglob("*.safetensors"):
         path.write_bytes(b"damaged")
     assert work_once(queue, runs, "w")
     assert queue.job(key).state == "queued"
-    assert "damaged" in queue.job(key).error
+    assert queue.job(key).error == "ValueError while scoring run tiny: the log of the service says why"
+    assert "damaged" in caplog.text
+
+
+def test_a_reason_without_paths_is_told(queue, runs, run_dir):
+    key, _ = submit(queue, runs, "tiny", "sample")
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["evals"]["sample_tokens"] = 9
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    assert work_once(queue, runs, "w")
+    assert "changed since the job was queued: submit it again" in queue.job(key).error
+
+
+@pytest.mark.parametrize("broken", ["data", "recipe"])
+def test_answers_name_runs_and_no_folders(client, run_dir, caplog, broken):
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    if broken == "data":
+        recipe["data"]["directory"] = "/secret/place"
+    else:
+        del recipe["data"]
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    answer = client.post("/jobs", json={"run": "tiny", "task": "sample"})
+    assert answer.status_code == 404
+    assert answer.json() == {"detail": "run tiny cannot be scored: the log of the service says why"}
+    assert ("/secret/place" if broken == "data" else str(run_dir)) in caplog.text
 
 
 def test_a_job_outlives_its_killed_worker(runs, run_dir, tmp_path):
     database = tmp_path / "queue.sqlite"
     queue = Queue(database)
-    holder = multiprocessing.get_context("fork").Process(target=_hold, args=(database,))
     submit(queue, runs, "tiny", "sample")
+    # Spawned: no thread of the test process is copied.
+    holder = multiprocessing.get_context("spawn").Process(target=hold_one_job, args=(database,), daemon=True)
     holder.start()
+    deadline = time.monotonic() + 60
     while queue.counts() != {"running": 1}:
+        assert time.monotonic() < deadline, "the holder leased nothing"
         time.sleep(0.01)
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
@@ -190,11 +218,6 @@ def test_a_job_outlives_its_killed_worker(runs, run_dir, tmp_path):
         time.sleep(0.05)
     assert len(queue.results()) == 1
     assert queue.jobs()[0].attempts == 2
-
-
-def _hold(database):
-    Queue(database).lease("holder", seconds=1.0)
-    time.sleep(60)
 
 
 @pytest.fixture
@@ -255,7 +278,9 @@ def test_other_hosts_origins_and_large_bodies_are_refused(client):
     assert client.get("/health", headers={"Host": "evil.example"}).status_code == 421
     body = {"run": "tiny", "task": "sample"}
     assert client.post("/jobs", json=body, headers={"Origin": "http://evil.example"}).status_code == 403
-    assert client.post("/jobs", json=body, headers={"Origin": "http://localhost:8321"}).status_code == 202
+    for other in ("http://127.0.0.1:9999", "http://127.0.0.1", "null"):
+        assert client.post("/jobs", json=body, headers={"Origin": other}).status_code == 403
+    assert client.post("/jobs", json=body, headers={"Origin": "http://127.0.0.1:8321"}).status_code == 202
     assert client.post("/jobs", content=b"x" * 20_000).status_code == 413
 
 
@@ -270,7 +295,14 @@ def test_a_token_is_asked_for_when_there_is_one(queue, runs):
     client = _client(create_app(queue, runs, token="secret"))
     assert client.get("/health").status_code == 401
     assert client.get("/health", headers={"Authorization": "Bearer other"}).status_code == 401
-    assert client.get("/health", headers={"Authorization": "Bearer secret"}).status_code == 200
+    allowed = {"Authorization": "Bearer secret"}
+    assert client.get("/health", headers=allowed).status_code == 200
+    # The token is what lets in: on 0.0.0.0 the service cannot know the names it is reached by.
+    there = {"Host": "gpu7.example:8321"}
+    assert client.get("/health", headers=allowed | there).status_code == 200
+    assert client.get("/health", headers=there).status_code == 401
+    body, origin = {"run": "tiny", "task": "sample"}, {"Origin": "http://evil.example:8321"}
+    assert client.post("/jobs", json=body, headers=allowed | there | origin).status_code == 403
 
 
 def test_another_address_needs_a_token(run_dir):
@@ -279,17 +311,20 @@ def test_another_address_needs_a_token(run_dir):
 
 
 def test_the_page_is_escaped_and_sorted_by_score(queue):
-    for key, run, score in (("a", "worse", 2.5), ("b", "better", 1.5)):
+    for key, run, score in (("a", "worse", 10.5), ("b", "better", 9.5)):
         queue.submit(key, run=run, step=1, task="perplexity")
         result = {"model": {"bits_per_byte": score}, "bigram": {"bits_per_byte": 2.0}}
         queue.finish(key, {"result": result})
-    queue.submit("c", run="x", step=1, task="sample")
+    queue.submit("c", run="unscored", step=1, task="sample")
     queue.lease("w", seconds=10)
-    queue.fail("c", "w", "<script>alert(1)</script>")
+    queue.finish("c", {"result": {}})
+    queue.submit("d", run="x", step=1, task="sample")
+    queue.lease("w", seconds=10)
+    queue.fail("d", "w", "<script>alert(1)</script>")
     page = leaderboard(queue)
     assert "<script" not in page
     assert "&lt;script&gt;" in page
-    assert page.index("better") < page.index("worse")
+    assert page.index("better") < page.index("worse") < page.index("unscored")
 
 
 def test_the_service_scores_what_it_finds(runs, run_dir, tmp_path):

@@ -53,13 +53,19 @@ class KVCache:
     def append(self, keys: Tensor, values: Tensor) -> KVCache:
         """The state after ``keys``, ``values`` [B, H, T, D]."""
         new = keys.shape[2]
-        state = self if self._can_grow_by(new) else self._moved(new)
+        twice = 2 * (self.stop - self.start + new)
+        state = self if self._can_grow_by(new) else self._moved(max(_FIRST_CAPACITY, twice))
         stop = state.stop + new
         state.buffer.keys[:, :, state.stop : stop] = keys
         state.buffer.values[:, :, state.stop : stop] = values
         state.buffer.used = stop
         start = state.start if self.window is None else max(state.start, stop - self.window)
         return KVCache(state.buffer, start, stop, self.position + new, self.window)
+
+    def reserve(self, capacity: int) -> KVCache:
+        """The same state in a buffer for ``capacity`` tokens in all: for a known length, without doubling."""
+        assert capacity >= self.stop - self.start, f"{capacity} tokens do not hold what the cache keeps"
+        return self._moved(capacity)
 
     def bytes(self) -> int:
         """Bytes of the kept keys and values (the buffer's spare room is not counted)."""
@@ -68,12 +74,12 @@ class KVCache:
     def _can_grow_by(self, new: int) -> bool:
         return self.buffer.used == self.stop and self.stop + new <= self.buffer.keys.shape[2]
 
-    def _moved(self, new: int) -> KVCache:
-        """The same tokens at the start of a buffer with room for them twice and for ``new`` more."""
+    def _moved(self, capacity: int) -> KVCache:
+        """The same tokens at the start of a new buffer for ``capacity`` tokens."""
         kept = self.stop - self.start
         keys, values = self.keys_values()
         shape = list(keys.shape)
-        shape[2] = max(_FIRST_CAPACITY, 2 * (kept + new))
+        shape[2] = capacity
         buffer = _Buffer(keys.new_empty(shape), values.new_empty(shape), kept)
         buffer.keys[:, :, :kept], buffer.values[:, :, :kept] = keys, values
         return KVCache(buffer, 0, kept, self.position, self.window)

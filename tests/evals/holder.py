@@ -1,0 +1,13 @@
+"""What a process of its own runs in the tests of the queue; imports little, so that it starts quickly."""
+
+from __future__ import annotations
+
+import time
+
+from evals.queue import Queue
+
+
+def hold_one_job(database):
+    """Lease a job for a second and do nothing with it."""
+    Queue(database).lease("holder", seconds=1.0)
+    time.sleep(60)
