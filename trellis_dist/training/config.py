@@ -85,7 +85,7 @@ class TrainingConfig:
         micro_batch: rows per forward pass and data-parallel rank; accumulation follows from
             global rows = micro_batch * accumulation * dp.
         engine: "local" (plain torch, one device) or "deepspeed".
-        zero_stage: DeepSpeed ZeRO stage; stages 0 and 1 are covered by parity tests.
+        zero_stage: DeepSpeed ZeRO stage, 0 or 1; bf16 needs stage 1, which keeps fp32 master weights.
         precision: "fp32" or "bf16" (bf16 weights and compute; memories, gates, master weights and optimizer
             state stay fp32). On a CPU "bf16" runs as fp32, and the start-up lines say so.
         z_loss: weight of the mean squared log-partition added to the loss; 0 switches it off.

@@ -58,12 +58,8 @@ class DeepSpeedEngine:
         bf16: bool = False,
         z_loss: float = 0.0,
     ) -> None:
-        """Wrap ``model``; raises ``ValueError`` for bf16 at stage 0, which would have no fp32 masters."""
-        if bf16 and zero_stage == 0:
-            raise ValueError(
-                'training.zero_stage = 0 with training.precision = "bf16" would train without fp32 master '
-                'weights: use zero_stage = 1, or precision = "fp32"'
-            )
+        """Wrap ``model`` as ``check_engine`` allows."""
+        assert not bf16 or zero_stage == 1, "stage 0 keeps no fp32 masters of bf16 weights"
         self.model = model.to(device)
         self.optimizer_steps = 0
         self._device, self._stage, self._bf16 = device, zero_stage, bf16

@@ -13,7 +13,10 @@ __all__ = ["build_engine", "check_engine", "uses_bf16"]
 
 
 def check_engine(training: TrainingConfig, *, dp: int, sp: int) -> None:
-    """Refuse an engine that cannot run a mesh, before anything is started. Raises ``ValueError``."""
+    """Refuse an engine that cannot run a mesh, before anything is started. Raises ``ValueError``.
+
+    The same on every machine: bf16 at ZeRO 0 is refused on a CPU too, where bf16 would run as fp32.
+    """
     if training.engine == "local" and dp > 1:
         raise ValueError(
             f'training.engine = "local" trains one replica, but mesh.dp = {dp}: use engine = "deepspeed", or '
@@ -23,6 +26,11 @@ def check_engine(training: TrainingConfig, *, dp: int, sp: int) -> None:
         raise ValueError(
             f'training.engine = "deepspeed" with mesh.sp = {sp}: no parity test covers ZeRO over sequence '
             'segments yet: use engine = "local" (mesh.dp = 1), or mesh.sp = 1'
+        )
+    if training.engine == "deepspeed" and training.precision == "bf16" and training.zero_stage == 0:
+        raise ValueError(
+            'training.zero_stage = 0 with training.precision = "bf16" would train without fp32 master '
+            'weights: use training.zero_stage = 1, or training.precision = "fp32"'
         )
 
 
