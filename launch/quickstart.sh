@@ -11,6 +11,17 @@ root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 TRELLIS_STARTED_AT=$(date +%s)
 export TRELLIS_STARTED_AT
 
+# A relative --corpus is meant from the caller's folder; the job runs in the checkout.
+arguments=()
+for argument; do
+    path=${argument#--corpus=}
+    if [[ $path != /* && -e $path ]] && [[ $argument == --corpus=* || ${previous:-} == --corpus ]]; then
+        argument=${argument%"$path"}$PWD/$path
+    fi
+    previous=$argument
+    arguments+=("$argument")
+done
+
 "$root/launch/setup.sh" train,data
 cd -- "$root"
-exec .venv/bin/trellis run quickstart "$@"
+exec .venv/bin/trellis run quickstart "${arguments[@]+"${arguments[@]}"}"

@@ -62,11 +62,11 @@ make_venv() {
         say "keeping the torch of $python: it is built for a GPU"
         options=(--system-site-packages)
     fi
-    "$python" -m venv "${options[@]+"${options[@]}"}" "$venv" || {
-        rm -rf "$venv"
+    "$python" -m venv --clear "${options[@]+"${options[@]}"}" "$venv" ||
         fail "$python -m venv failed; Debian, Ubuntu: apt install python3-venv"
-    }
 }
+
+has_pip() { "$venv/bin/python" -m pip --version >/dev/null 2>&1; }
 
 pip_install() {
     local quiet=(--quiet)
@@ -80,7 +80,9 @@ if installed "$hash"; then
     exit 0
 fi
 python=$(find_python)
-[[ -x $venv/bin/python ]] || make_venv "$python"
+# One that was killed while it was made has no pip: it gets one, or is made again.
+has_pip || "$venv/bin/python" -m ensurepip >/dev/null 2>&1 || true
+has_pip || make_venv "$python"
 new_enough "$venv/bin/python" || fail "$venv is of another Python; remove it and run this again"
 
 pins=$venv/constraints.txt

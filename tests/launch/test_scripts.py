@@ -99,6 +99,43 @@ def test_a_python_without_venv_names_the_package(tmp_path: Path) -> None:
     assert "apt install python3-venv" in ran.stderr
 
 
+def test_a_venv_killed_while_it_was_made_is_made_again(tmp_path: Path) -> None:
+    script = checkout(tmp_path)
+    calls = tmp_path / "calls"
+    maker = tmp_path / "python-maker"
+    maker.write_text(
+        f'#!/bin/sh\n[ "$1" = -c ] || echo "$@" >> {calls}\ncase "$*" in *torch*) exit 1;; esac\n'
+    )
+    half = tmp_path / ".venv" / "bin" / "python"
+    half.parent.mkdir(parents=True)
+    half.write_text('#!/bin/sh\ncase "$*" in *version_info*) exit 0;; esac\nexit 1\n')
+    for program in (maker, half):
+        program.chmod(0o755)
+    ran = shell("bash", script, "train", PYTHON=str(maker))
+    assert calls.read_text().split()[:3] == ["-m", "venv", "--clear"]
+    assert "pip could not install" in ran.stderr  # the maker of this test makes nothing
+
+
+def test_a_relative_corpus_is_meant_from_the_callers_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkout" / "launch").mkdir(parents=True)
+    (tmp_path / "checkout" / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / "here" / "my texts").mkdir(parents=True)
+    for name, text in (("launch/setup.sh", ""), (".venv/bin/trellis", 'printf "%s\\n" "$@"\n')):
+        (tmp_path / "checkout" / name).write_text(f"#!/bin/sh\n{text}")
+        (tmp_path / "checkout" / name).chmod(0o755)
+    script = tmp_path / "checkout" / "launch" / "quickstart.sh"
+    script.write_bytes((ROOT / "launch" / "quickstart.sh").read_bytes())
+    texts = tmp_path / "here" / "my texts"
+    for given, passed in (
+        (["--corpus", "my texts"], ["--corpus", str(texts)]),
+        (["--corpus=my texts"], [f"--corpus={texts}"]),
+        (["--corpus", "owner/name@abc", "--run-dir", "my texts"],) * 2,
+        ([], []),
+    ):
+        ran = shell("bash", "-c", 'cd "$0" && bash "$@"', texts.parent, script, *given)
+        assert ran.stdout.splitlines() == ["run", "quickstart", *passed]
+
+
 def test_a_second_set_up_does_nothing(tmp_path: Path) -> None:
     script = checkout(tmp_path)
     digest = shell(
