@@ -93,7 +93,8 @@ class DataConfig:
     Attributes:
         directory: where shards, tokenizer and manifest are written and read.
         sequence_length: T, tokens per row.
-        packing: "concat" fills rows end to end.
+        packing: "concat" fills rows end to end; "aligned" starts every document at a multiple of the chunk
+            size, which mesh.sp > 1 needs, and leaves gaps.
         validation_fraction: share of whole documents held out, chosen by document hash (never less than one).
         unit_bytes: input bytes per Ray task (a work unit).
         shard_tokens: a shard is closed before it would hold more tokens than this.
@@ -104,7 +105,7 @@ class DataConfig:
 
     directory: str
     sequence_length: int = 2048
-    packing: Literal["concat"] = "concat"
+    packing: Literal["concat", "aligned"] = "concat"
     validation_fraction: float = 0.02
     unit_bytes: int = 2 * 2**20
     shard_tokens: int = 2**28

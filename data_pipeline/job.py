@@ -10,7 +10,6 @@ workers, in any order, after any number of kills, and what was committed is neve
 from __future__ import annotations
 
 import fcntl
-import json
 import platform
 import time
 from collections.abc import Iterator, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from data_pipeline import normalize
 from data_pipeline.config import DataConfig
+from data_pipeline.content import check_unchanged
 from data_pipeline.holdout import held_out_below
 from data_pipeline.manifest import MANIFEST, Manifest, fingerprint_of, load_manifest, write_manifest
 from data_pipeline.merge import Merged, enough, merge_units, remove_stale_shards
@@ -29,9 +29,9 @@ from data_pipeline.report import write_report
 from data_pipeline.shard import token_dtype
 from data_pipeline.sources import Unit, describe, listing, plan_units
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.unit import VERSION, Stage, process_unit, read_unit, sample_texts
+from data_pipeline.unit import QUARANTINE, VERSION, Stage, process_unit, read_unit, sample_texts
 from data_pipeline.workers import default_workers, ray_session, run_tasks
-from trellis_dist.files import REAL, atomic_write, digest, sha256_file
+from trellis_dist.files import REAL, atomic_write, digest, remove_temporaries, sha256_file
 
 __all__ = ["config_digest", "prepare"]
 
@@ -58,7 +58,7 @@ def prepare(
 
     Raises:
         ValueError: the corpus is missing, empty or too small, or the tokenizer cannot be had from it.
-        OSError: the disk is full, an input vanished, ...; what is committed stays.
+        OSError: the disk is full, an input changed or vanished, ...; what is committed stays.
     """
     directory = Path(config.directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
@@ -71,10 +71,12 @@ def prepare(
 
 
 def config_digest(config: DataConfig) -> str:
-    """Hash of what decides the shards: not of the directory, nor of how rows are later cut and ordered."""
+    """Hash of what decides the shards: not of places, nor of how rows are later cut and ordered."""
     fields = asdict(config)
     for name in ("directory", "sequence_length", "packing", "seed"):
         del fields[name]
+    for name in ("path", "licence"):
+        del fields["source"][name]
     if config.source.kind == "stdlib":
         fields["python"] = platform.python_version()
     if config.tokenizer.path is not None:
@@ -99,9 +101,9 @@ class _Run:
 def _make(config: DataConfig, directory: Path, run: _Run) -> Manifest:
     work = directory / "work"
     with run.stage("plan"):
-        _clean(work)
+        _clean(directory)
+        files = listing(config.source)  # first: what changes from here on is not taken for what was read
         units = plan_units(config.source, config.unit_bytes)
-        files = listing(config.source)
         below = held_out_below(units, config.source, config.validation_fraction)
     with run.stage("tokenizer"):
         tokenizer = _tokenizer(config, directory, units, below=below, run=run)
@@ -110,21 +112,19 @@ def _make(config: DataConfig, directory: Path, run: _Run) -> Manifest:
     with run.stage("shards"):
         # From here the old data set is no longer whole: its manifest goes first.
         (directory / MANIFEST).unlink(missing_ok=True)
+        folders = [work / "units" / stage.key(unit) for unit in units[: len(entries)]]
         merged = merge_units(
             directory,
-            [work / "units" / stage.key(unit) for unit in units[: len(entries)]],
-            entries,
+            folders,
             limit=config.source.max_documents,
             shard_tokens=config.shard_tokens,
             vocab_size=tokenizer.vocab_size,
         )
-        quarantine = [record for entry in entries for record in entry["quarantine"]]
-        _write_quarantine(directory, quarantine)
-    manifest = _manifest(
-        config, directory, tokenizer, merged, files=files, quarantined=len(quarantine), run=run
-    )
+        atomic_write(directory / QUARANTINE, ((folder / QUARANTINE).read_bytes() for folder in folders))
+        quarantined = sum(entry["quarantined"] for entry in entries)
+    manifest = _manifest(config, directory, tokenizer, merged, files=files, quarantined=quarantined, run=run)
     with run.stage("report"):
-        write_report(directory, manifest, config, quarantine)
+        write_report(directory, manifest, config)
     write_manifest(directory, manifest)
     remove_stale_shards(directory, manifest)
     return manifest
@@ -151,14 +151,9 @@ def _manifest(
         splits=merged.splits,
         sources=merged.sources,
         quarantined=quarantined,
-        quarantine_sha256=sha256_file(directory / "quarantine.jsonl"),
+        quarantine_sha256=sha256_file(directory / QUARANTINE),
         seconds=run.seconds,
     )
-
-
-def _write_quarantine(directory: Path, records: Sequence[dict[str, Any]]) -> None:
-    lines = (json.dumps(record, sort_keys=True) + "\n" for record in records)
-    atomic_write(directory / "quarantine.jsonl", "".join(lines))
 
 
 @contextmanager
@@ -180,11 +175,13 @@ def _finished(config: DataConfig, directory: Path) -> Manifest | None:
         manifest = load_manifest(directory)
     except (FileNotFoundError, ValueError):
         return None
+    if manifest.config_digest != config_digest(config) or manifest.source != describe(config.source):
+        return None
     now = listing(config.source)
-    if manifest.config_digest != config_digest(config) or (now is not None and now != manifest.listing):
+    if now is not None and now != manifest.listing:
         return None
     width = token_dtype(manifest.tokenizer["vocab_size"]).itemsize
-    sizes: dict[str, int | None] = dict.fromkeys(("tokenizer.model", "quarantine.jsonl", "report.html"))
+    sizes: dict[str, int | None] = dict.fromkeys(("tokenizer.model", QUARANTINE, "report.html"))
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         sizes |= {f"{shard.name}.idx": None, f"{shard.name}.bin": shard.tokens * width}
     whole = all(_has(directory / name, size) for name, size in sizes.items())
@@ -195,11 +192,14 @@ def _has(path: Path, size: int | None) -> bool:
     return path.is_file() and size in (None, path.stat().st_size)
 
 
-def _clean(work: Path) -> None:
-    """Make the work folders; attempts of killed workers go, what was committed stays."""
+def _clean(directory: Path) -> None:
+    """Make the work folders; what killed runs left half done goes, what was committed stays."""
+    work = directory / "work"
     REAL.remove_tree(work / "attempts")
     for name in ("attempts", "units", "tokenizers"):
         (work / name).mkdir(parents=True, exist_ok=True)
+    for folder in (directory, work / "tokenizers"):
+        remove_temporaries(folder)
 
 
 def _given_tokenizer(config: DataConfig) -> Tokenizer:
@@ -234,7 +234,9 @@ def _train(config: DataConfig, units: Sequence[Unit], below: int) -> bytes:
     most = max(1, options.sample_bytes // SAMPLE_PAGE)
     chosen = units[:: -(-len(units) // most)]
     share = -(-options.sample_bytes // len(chosen))
-    return train_tokenizer(options, sample_texts(chosen, config.source, below, share))
+    model = train_tokenizer(options, sample_texts(chosen, config.source, below, share))
+    check_unchanged(item for unit in chosen for item in unit.items)
+    return model
 
 
 def _tokenise(units: Sequence[Unit], stage: Stage, directory: Path, run: _Run) -> list[dict[str, Any]]:

@@ -44,13 +44,21 @@ class TokenDataset:
         fingerprint: identity of the data set; together with `seed` it decides the order.
         num_samples: rows per epoch.
         num_tokens: stored tokens of the split (BOS and EOS included).
+        utilisation: stored tokens over the positions of an epoch's rows; below 1 where documents are aligned.
         num_documents: documents of the split; num_tokens - num_documents tokens are predicted in an epoch.
         num_bytes: UTF-8 bytes of the split's normalised text, the denominator of bits per byte.
         vocab_size, bos_id, eos_id: of the tokenizer.
     """
 
     def __init__(
-        self, directory: Path | str, split: str, *, sequence_length: int, seed: int, verify: bool = True
+        self,
+        directory: Path | str,
+        split: str,
+        *,
+        sequence_length: int,
+        seed: int,
+        align: int = 1,
+        verify: bool = True,
     ) -> None:
         """Open the shards of a split through memory maps.
 
@@ -59,6 +67,7 @@ class TokenDataset:
             split: "train" or "validation".
             sequence_length: T, tokens per row.
             seed: of the order.
+            align: documents start at multiples of this many tokens: 1, or the chunk size C for mesh.sp > 1.
             verify: compare every shard's sha256 with the manifest (about 1.8 GB/s).
 
         Raises:
@@ -79,11 +88,14 @@ class TokenDataset:
             hashes |= {f"{shard.name}.idx": shard.sha256_idx for shard in info.shards}
             if problems := verify_files(directory, hashes):
                 raise ValueError("; ".join(problems))
-        self._stream = Stream([Shard(directory / shard.name) for shard in info.shards])
+        shards = [Shard(directory / shard.name) for shard in info.shards]
+        self._stream = Stream(shards, align=align, fill=manifest.tokenizer["eos"])
         self.sequence_length, self.seed, self.split = sequence_length, seed, split
         self.fingerprint = manifest.fingerprint
-        self.num_tokens, self.num_documents, self.num_bytes = len(self._stream), info.documents, info.bytes
-        self.num_samples = num_rows(self.num_tokens, sequence_length)
+        self.num_tokens, self.num_documents = self._stream.stored_tokens, info.documents
+        self.num_bytes = info.bytes
+        self.num_samples = num_rows(len(self._stream), sequence_length)
+        self.utilisation = self.num_tokens / max(1, self.num_samples * sequence_length)
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
         self.bos_id: int = manifest.tokenizer["bos"]
         self.eos_id: int = manifest.tokenizer["eos"]
@@ -92,8 +104,7 @@ class TokenDataset:
         """Stored tokens of a document, int64, BOS and EOS included. IndexError outside [0, num_documents)."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
-        start, stop = self._stream.document_starts[document : document + 2]
-        return self._stream.slice(int(start), int(stop))
+        return self._stream.document(document)
 
     def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """Row `index` in stream order.

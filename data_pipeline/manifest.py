@@ -1,7 +1,11 @@
-"""The manifest: what a prepared data set is, with the hash of every file, in one JSON file written last."""
+"""The manifest: what a prepared data set is, with the hash of every file, in one JSON file written last.
+
+Its last word is the hash of all others, so that a count that was changed is noticed like a changed shard.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -51,10 +55,12 @@ class Manifest:
     """A prepared data set.
 
     Attributes:
-        fingerprint: hash over tokenizer, shards and config: two data sets with the same one are the same.
+        fingerprint: hash over tokenizer, shards, their counts and config: two data sets with the same one are
+            the same, wherever their corpus lay.
         config_digest: hash of the config fields that decide the shards.
         source: what the corpus is: kind, licence, path or name, Python version for "stdlib".
-        listing: hash of the corpus' file names and sizes when it was read; None where there are none.
+        listing: hash of the corpus' file names, sizes and times of change before it was read; None where
+            there are none.
         tokenizer: sha256, vocab_size, bos, eos and the training options.
         splits: "train" and "validation".
         sources: documents, tokens and bytes per label of the corpus' documents.
@@ -76,16 +82,16 @@ class Manifest:
 
 
 def fingerprint_of(config_digest: str, tokenizer_sha256: str, splits: Mapping[str, SplitInfo]) -> str:
-    """Hash over tokenizer, shard hashes and config."""
-    shards = {name: [[s.sha256_bin, s.sha256_idx] for s in split.shards] for name, split in splits.items()}
-    return digest({"config": config_digest, "tokenizer": tokenizer_sha256, "shards": shards})
+    """Hash over config, tokenizer, shard hashes and counts."""
+    counted = {name: asdict(split) for name, split in splits.items()}
+    return digest({"config": config_digest, "tokenizer": tokenizer_sha256, "splits": counted})
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write timings.json, then manifest.json: from then on the data set is complete. Raises OSError."""
     fields = asdict(manifest)
     write_json(directory / TIMINGS, fields.pop("seconds"))
-    write_json(directory / MANIFEST, fields)
+    write_json(directory / MANIFEST, fields | {"sha256": digest(fields)})
 
 
 def load_manifest(directory: Path | str) -> Manifest:
@@ -102,6 +108,8 @@ def load_manifest(directory: Path | str) -> Manifest:
         )
     fields = read_json(path)
     try:
+        seal = fields.pop("sha256")
+        whole = seal == digest(fields)
         splits = {
             name: SplitInfo(**(split | {"shards": tuple(ShardInfo(**shard) for shard in split["shards"])}))
             for name, split in fields.pop("splits").items()
@@ -112,9 +120,23 @@ def load_manifest(directory: Path | str) -> Manifest:
         expected = fingerprint_of(manifest.config_digest, manifest.tokenizer["sha256"], splits)
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{path} is no data set manifest of this version ({error}): {REMAKE}") from error
-    if manifest.fingerprint != expected:
-        raise ValueError(f"{path} is damaged (its fingerprint does not match its hashes): {REMAKE}")
+    if not whole or manifest.fingerprint != expected:
+        raise ValueError(f"{path} is damaged (its content does not match its hashes): {REMAKE}")
+    for name, split in splits.items():
+        if (problem := _problem(name, split)) is not None:
+            raise ValueError(f"{path} is damaged ({problem}): {REMAKE}")
     return manifest
+
+
+def _problem(name: str, split: SplitInfo) -> str | None:
+    """A shard's name becomes a path and its counts become sizes, so both are looked at first."""
+    for shard in split.shards:
+        if not re.fullmatch("(train|validation)-[0-9]{5}", str(shard.name)) or shard.name[:-6] != name:
+            return f"{shard.name!r} is no shard of the {name} split"
+    parts: list[SplitInfo | ShardInfo] = [split, *split.shards]
+    counts = [count for part in parts for count in (part.documents, part.tokens, part.bytes)]
+    wrong = [count for count in counts if type(count) is not int or count < 0]
+    return f"{wrong[0]!r} is no count" if wrong else None
 
 
 def file_hashes(manifest: Manifest) -> dict[str, str]:

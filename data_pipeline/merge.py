@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import numpy as np
 
 from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo
 from data_pipeline.shard import token_dtype, write_shard
-from data_pipeline.unit import SPLITS
+from data_pipeline.unit import LABEL, SIZE, SPLIT, SPLITS, TOKENS, read_records
+from trellis_dist.files import read_json
 
 __all__ = ["Merged", "enough", "merge_units", "remove_stale_shards"]
 
-Record = list[Any]  # [split, tokens, bytes, source], as in unit.json
+# Folder and records (unit.py) of each unit; read anew by every pass, so that one unit is in memory at a time.
+Units = Callable[[], Iterator[tuple[Path, np.ndarray]]]
 
 
 @dataclass(frozen=True)
@@ -33,26 +37,20 @@ def enough(entries: Sequence[dict[str, Any] | None], limit: int | None) -> int |
     for index, entry in enumerate(entries):
         if entry is None or limit is None:
             return None
-        documents += len(entry["documents"])
+        documents += entry["documents"]
         if documents >= limit:
             return index + 1
     return None
 
 
 def merge_units(
-    directory: Path,
-    folders: Sequence[Path],
-    entries: Sequence[dict[str, Any]],
-    *,
-    limit: int | None,
-    shard_tokens: int,
-    vocab_size: int,
+    directory: Path, folders: Sequence[Path], *, limit: int | None, shard_tokens: int, vocab_size: int
 ) -> Merged:
     """Write both splits' shards to `directory`.
 
     Args:
         directory: where the shards go; shards of the same name are replaced.
-        folders, entries: committed units (unit.py) in corpus order.
+        folders: committed units (unit.py) in corpus order.
         limit: documents taken, both splits together; None takes all.
         shard_tokens: a shard is closed before it would hold more (a longer document gets a shard of its own).
         vocab_size: decides the stored dtype.
@@ -60,83 +58,75 @@ def merge_units(
     Raises:
         ValueError: a split is left without documents.
     """
-    taken = _take(entries, limit)
-    dtype = token_dtype(vocab_size)
+    units = partial(_units, folders, limit)
     splits = {}
     for split in SPLITS:
-        records = [record for unit in taken for record in unit if record[0] == split]
-        if not records:
+        shards = tuple(_write(directory, split, units, dtype=token_dtype(vocab_size), most=shard_tokens))
+        if not shards:
+            count = sum(len(records) for _, records in units())
             raise ValueError(
-                f"no document fell in the {split} split ({sum(map(len, taken))} documents in all): use more "
-                "documents or a larger data.validation_fraction"
+                f"no document fell in the {split} split ({count} documents in all): use more documents or a "
+                "larger data.validation_fraction"
             )
-        tokens = _documents(folders, taken, split, dtype)
-        shards = tuple(_write(directory, split, tokens, records, dtype=dtype, shard_tokens=shard_tokens))
-        splits[split] = SplitInfo(*_sums(records), shards)
-    return Merged(splits, _by_source(taken))
+        splits[split] = SplitInfo(
+            documents=sum(shard.documents for shard in shards),
+            tokens=sum(shard.tokens for shard in shards),
+            bytes=sum(shard.bytes for shard in shards),
+            shards=shards,
+        )
+    return Merged(splits, _by_source(units))
 
 
-def _take(entries: Sequence[dict[str, Any]], limit: int | None) -> list[list[Record]]:
-    taken = []
-    for entry in entries:
-        records = entry["documents"] if limit is None else entry["documents"][:limit]
+def _units(folders: Sequence[Path], limit: int | None) -> Iterator[tuple[Path, np.ndarray]]:
+    for folder in folders:
+        records = read_records(folder)[:limit]
         limit = None if limit is None else limit - len(records)
-        taken.append(records)
-    return taken
+        yield folder, records
 
 
-def _documents(
-    folders: Sequence[Path], taken: Sequence[list[Record]], split: str, dtype: np.dtype
-) -> Iterator[np.ndarray]:
-    for folder, records in zip(folders, taken, strict=True):
-        tokens = np.fromfile(folder / f"{split}.tokens", dtype=dtype)
-        start = 0
-        for record in records:
-            if record[0] == split:
-                yield tokens[start : start + record[1]]
-                start += record[1]
-
-
-def _write(
-    directory: Path,
-    split: str,
-    tokens: Iterator[np.ndarray],
-    records: Sequence[Record],
-    *,
-    dtype: np.dtype,
-    shard_tokens: int,
-) -> Iterator[ShardInfo]:
-    for index, group in enumerate(_groups(records, shard_tokens)):
+def _write(directory: Path, split: str, units: Units, *, dtype: np.dtype, most: int) -> Iterator[ShardInfo]:
+    documents = _documents(units, split, dtype)
+    for index, (count, tokens, size) in enumerate(_groups(units, split, most)):
         name = f"{split}-{index:05d}"
-        documents = (next(tokens) for _ in group)
-        written = write_shard(directory / name, documents, dtype=dtype)
-        _, count, size = _sums(group)
-        assert written.tokens == count, f"{name}: {written.tokens} tokens written, {count} counted"
-        yield ShardInfo(name, written.sha256_bin, written.sha256_idx, len(group), count, size)
+        written = write_shard(directory / name, islice(documents, count), dtype=dtype)
+        assert (written.documents, written.tokens) == (count, tokens), (
+            f"{name}: {written}, not {count, tokens}"
+        )
+        yield ShardInfo(name, written.sha256_bin, written.sha256_idx, count, tokens, size)
 
 
-def _groups(records: Sequence[Record], shard_tokens: int) -> Iterator[Sequence[Record]]:
-    first = tokens = 0
-    for index, record in enumerate(records):
-        if index > first and tokens + record[1] > shard_tokens:
-            yield records[first:index]
-            first, tokens = index, 0
-        tokens += record[1]
-    yield records[first:]
+def _documents(units: Units, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
+    """Tokens of the split's documents."""
+    for folder, records in units():
+        tokens = np.fromfile(folder / f"{split}.tokens", dtype=dtype)
+        lengths = records[records[:, SPLIT] == SPLITS.index(split), TOKENS]
+        for stop, length in zip(np.cumsum(lengths), lengths):
+            yield tokens[stop - length : stop]
 
 
-def _sums(records: Sequence[Record]) -> tuple[int, int, int]:
-    """Documents, tokens, bytes."""
-    return len(records), sum(record[1] for record in records), sum(record[2] for record in records)
+def _groups(units: Units, split: str, most: int) -> Iterator[tuple[int, int, int]]:
+    """(documents, tokens, bytes) of each shard."""
+    count = tokens = size = 0
+    for _, records in units():
+        for length, more in records[records[:, SPLIT] == SPLITS.index(split)][:, [TOKENS, SIZE]].tolist():
+            if count and tokens + length > most:
+                yield count, tokens, size
+                count = tokens = size = 0
+            count, tokens, size = count + 1, tokens + length, size + more
+    if count:
+        yield count, tokens, size
 
 
-def _by_source(taken: Sequence[list[Record]]) -> dict[str, dict[str, int]]:
+def _by_source(units: Units) -> dict[str, dict[str, int]]:
     sources: dict[str, dict[str, int]] = {}
-    for _, tokens, size, source in (record for records in taken for record in records):
-        sums = sources.setdefault(source, {"documents": 0, "tokens": 0, "bytes": 0})
-        sums["documents"] += 1
-        sums["tokens"] += tokens
-        sums["bytes"] += size
+    for folder, records in units():
+        for label, source in enumerate(read_json(folder / "unit.json")["labels"]):
+            chosen = records[records[:, LABEL] == label]
+            if len(chosen):
+                sums = sources.setdefault(source, {"documents": 0, "tokens": 0, "bytes": 0})
+                sums["documents"] += len(chosen)
+                sums["tokens"] += int(chosen[:, TOKENS].sum())
+                sums["bytes"] += int(chosen[:, SIZE].sum())
     return sources
 
 

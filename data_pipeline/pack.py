@@ -1,8 +1,10 @@
 """Packing and order: which tokens make row i, and which row comes when; arithmetic only.
 
-"concat" cuts the split's token stream (documents end to end, shard after shard) into rows of T + 1 tokens
-that overlap by one, so that every token is the label of exactly one position. The order of an epoch is a
-keyed permutation computed row by row: nothing is stored, and any rank on any mesh gets the same answer.
+The split's documents, shard after shard, form one stream that is cut into rows of T + 1 tokens overlapping by
+one, so that every token is the label of exactly one position. "concat" puts documents end to end; "aligned"
+starts each at a multiple of the chunk size and fills the gap with EOS, whose labels are masked: then no
+boundary of a segment falls inside a chunk. The order of an epoch is a keyed permutation computed row by row:
+nothing is stored, and any rank on any mesh gets the same answer.
 """
 
 from __future__ import annotations
@@ -35,21 +37,56 @@ def mask_of(tokens: np.ndarray, labels: np.ndarray, eos_id: int) -> np.ndarray:
 
 
 class Stream:
-    """The documents of several shards as one sequence of tokens."""
+    """The documents of several shards as one sequence of tokens.
 
-    def __init__(self, shards: list[Shard]) -> None:
-        """Opened shards, in order."""
-        self.shards = shards
+    Attributes:
+        document_starts: int64 [documents + 1], position of each document's BOS, and the end of the stream.
+    """
+
+    def __init__(self, shards: list[Shard], *, align: int = 1, fill: int = 0) -> None:
+        """Opened shards, in order; documents start at multiples of `align`, the gaps hold `fill`."""
+        self.shards, self.fill = shards, fill
         self.offsets = np.cumsum([0] + [len(shard.tokens) for shard in shards])
         starts = [shard.starts[:-1] + offset for shard, offset in zip(shards, self.offsets)]
-        # [documents + 1] position of each document's BOS, and the end of the stream.
-        self.document_starts = np.concatenate([*starts, self.offsets[-1:]])
+        self._stored = np.concatenate([*starts, self.offsets[-1:]])  # where documents lie in the shards
+        padded = -(-np.diff(self._stored) // align) * align
+        self.document_starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(padded)])
 
     def __len__(self) -> int:
+        return int(self.document_starts[-1])
+
+    @property
+    def stored_tokens(self) -> int:
+        """Tokens of the shards; less than the length where documents are aligned."""
         return int(self.offsets[-1])
+
+    def document(self, index: int) -> np.ndarray:
+        """Stored tokens of a document as int64."""
+        return self._read(*self._stored[index : index + 2])
 
     def slice(self, start: int, stop: int) -> np.ndarray:
         """Tokens [start, stop) as int64; the part beyond the stream's end is missing."""
+        stop = min(stop, len(self))
+        if len(self) == self.stored_tokens:
+            return self._read(start, stop)
+        tokens = np.full(max(0, stop - start), self.fill, np.int64)
+        first = int(np.searchsorted(self.document_starts, start, side="right")) - 1
+        last = int(np.searchsorted(self.document_starts, stop, side="left"))
+        for index in range(max(first, 0), last):
+            begin = int(self.document_starts[index])
+            shift = int(self._stored[index]) - begin
+            end = int(self._stored[index + 1]) - shift
+            a, b = max(start, begin), min(stop, end)
+            if a < b:
+                tokens[a - start : b - start] = self._read(a + shift, b + shift)
+        return tokens
+
+    def starts_in(self, start: int, stop: int) -> np.ndarray:
+        """Positions, relative to `start`, where documents begin in (start, stop), and 0."""
+        first, last = np.searchsorted(self.document_starts, [start + 1, min(stop, len(self))])
+        return np.concatenate([np.zeros(1, np.int64), self.document_starts[first:last] - start])
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
         parts = []
         first = int(np.searchsorted(self.offsets, start, side="right")) - 1
         for shard, offset in zip(self.shards[first:], self.offsets[first:]):
@@ -57,11 +94,6 @@ class Stream:
                 break
             parts.append(shard.tokens[max(0, start - offset) : stop - offset].astype(np.int64))
         return np.concatenate(parts) if parts else np.zeros(0, np.int64)
-
-    def starts_in(self, start: int, stop: int) -> np.ndarray:
-        """Positions, relative to `start`, where documents begin in (start, stop), and 0."""
-        first, last = np.searchsorted(self.document_starts, [start + 1, min(stop, len(self))])
-        return np.concatenate([np.zeros(1, np.int64), self.document_starts[first:last] - start])
 
 
 @dataclass(frozen=True)

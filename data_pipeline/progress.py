@@ -32,10 +32,10 @@ class Bar:
 
     def count(self, entry: dict[str, Any]) -> None:
         """Add a finished unit (the content of its unit.json)."""
-        self._documents += len(entry["documents"])
-        self._tokens += sum(record[1] for record in entry["documents"])
-        self._bytes += sum(record[2] for record in entry["documents"])
-        self._quarantined += len(entry["quarantine"])
+        self._documents += entry["documents"]
+        self._tokens += entry["tokens"]
+        self._bytes += entry["bytes"]
+        self._quarantined += entry["quarantined"]
         rate = self._bytes / 1e6 / max(1e-3, self._bar.format_dict["elapsed"])
         self._bar.set_postfix_str(
             f"{self._documents} documents, {self._bytes / 1e6:.1f} MB ({rate:.1f} MB/s), "

@@ -19,7 +19,7 @@ from typing import IO, Any
 
 from data_pipeline.config import SourceConfig
 
-__all__ = ["Document", "Item", "Quarantined", "open_parquet", "read_item"]
+__all__ = ["Document", "Item", "Quarantined", "load_streaming", "open_parquet", "read_item", "skip_line"]
 
 # A compressed file that expands beyond this ratio (and beyond a size where ratios mean something) is a bomb.
 MAX_EXPANSION, EXPANSION_FLOOR = 200, 64 * 2**20
@@ -28,13 +28,10 @@ PARQUET_ROWS = 256
 
 @dataclass(frozen=True)
 class Document:
-    """One document: `id` is unique in the corpus, `source` a label counted in the report, `offset` its place
-    in the input (a byte, or a row)."""
+    """One document and its `source`, a label counted in the report."""
 
-    id: str
     text: str
     source: str
-    offset: int
 
 
 @dataclass(frozen=True)
@@ -55,8 +52,9 @@ class Item:
         name: what the user sees: path relative to the corpus, topic, data set.
         source: label of its documents.
         path: where it lies on this machine; no part of the content address.
-        content: hash of the content (sha256 of the whole file), part of the content address.
-        start, stop: bytes of a .jsonl file, row groups of a .parquet, a data set's shard and their count.
+        content: hash of the bytes that are read (content.py), part of the content address.
+        start, stop: bytes of a .jsonl file (whole lines), row groups of a .parquet, a data set's shard and
+            their count.
         size: input bytes, for grouping and progress; 0 when unknown.
     """
 
@@ -100,7 +98,7 @@ def _checked(item: Item, text: object, offset: int, source: SourceConfig) -> Doc
         return Quarantined(item.name, offset, f"{size} bytes, more than {source.max_document_bytes}")
     if not text.strip("\0\r\n\t "):
         return Quarantined(item.name, offset, "no text")
-    return Document(f"{item.name}:{offset}", text, item.source, offset)
+    return Document(text, item.source)
 
 
 def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
@@ -141,14 +139,16 @@ def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarant
     limit = 8 * source.max_document_bytes + 4096
     compressed = not item.path.endswith(".jsonl")
     stop = max(EXPANSION_FLOOR, MAX_EXPANSION * item.size) if compressed else item.stop
+    end = sys.maxsize if compressed else stop
     offset = item.start
     try:
         with _open_lines(item.path) as file:
-            offset = _seek_line(file, offset)
-            while offset < stop and (line := file.readline(limit + 1)):
+            if offset:
+                file.seek(offset)
+            while offset < stop and (line := file.readline(min(limit + 1, end - offset))):
                 size = len(line)
                 if size > limit:
-                    size += _skip_line(file, line, stop)
+                    size += skip_line(file, line, stop)
                     yield Quarantined(item.name, offset, f"record longer than {limit} bytes")
                 elif line.strip():
                     yield _parse_line(item, line, offset, source)
@@ -214,15 +214,7 @@ def _zstd_error() -> type[Exception]:
     return zstandard.ZstdError
 
 
-def _seek_line(file: IO[bytes], start: int) -> int:
-    """Go to the first line that begins at or after `start`; a line belongs to the range it begins in."""
-    if start == 0:
-        return 0
-    file.seek(start - 1)
-    return start - 1 + _skip_line(file, b"", sys.maxsize)
-
-
-def _skip_line(file: IO[bytes], line: bytes, most: int) -> int:
+def skip_line(file: IO[bytes], line: bytes, most: int) -> int:
     """Read to the end of the line that `line` begins, or about `most` bytes; returns the bytes read."""
     skipped = 0
     while not line.endswith(b"\n") and skipped <= most:
@@ -288,7 +280,7 @@ def _read_parquet(item: Item, source: SourceConfig) -> Iterator[Document | Quara
 def _read_topic(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
     from pydoc_data.topics import topics
 
-    yield _checked(item, topics[item.path], 0, source)
+    yield _checked(item, topics.get(item.path), 0, source)
 
 
 def _read_huggingface(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:

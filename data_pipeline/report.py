@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
 from itertools import islice, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,16 +21,13 @@ __all__ = ["write_report"]
 SAMPLES, SAMPLE_CHARACTERS, QUARANTINE_ROWS = 3, 600, 50
 
 
-def write_report(
-    directory: Path, manifest: Manifest, config: DataConfig, quarantine: Sequence[dict[str, Any]]
-) -> Path:
+def write_report(directory: Path, manifest: Manifest, config: DataConfig) -> Path:
     """Write ``directory``/report.html, one self-contained page; all text of the corpus is escaped.
 
     Args:
-        directory: the data set, its shards and tokenizer written.
+        directory: the data set, its shards, tokenizer and quarantine.jsonl written.
         manifest: its manifest.
         config: its config; the packing figures are for ``config.sequence_length``.
-        quarantine: records left out (file, offset, reason).
     """
     streams = {
         name: Stream([Shard(directory / shard.name) for shard in split.shards])
@@ -42,7 +38,7 @@ def write_report(
     _counts(page, manifest)
     _lengths(page, streams)
     _packing(page, streams, config.sequence_length)
-    _quarantined(page, quarantine)
+    _quarantined(page, manifest.quarantined, directory / "quarantine.jsonl")
     _samples(page, streams, Tokenizer.load(directory / "tokenizer.model"))
     path = directory / "report.html"
     atomic_write(path, page.render())
@@ -118,13 +114,15 @@ def _packing(page: Report, streams: dict[str, Stream], width: int) -> None:
     page.table(["split", "rows", "positions that predict", "documents cut"], rows)
 
 
-def _quarantined(page: Report, quarantine: Sequence[dict[str, Any]]) -> None:
+def _quarantined(page: Report, count: int, path: Path) -> None:
     page.section("Quarantined")
-    if not quarantine:
+    if not count:
         page.text("Nothing was left out.")
         return
-    page.text(f"{len(quarantine):,} records were left out; quarantine.jsonl lists all of them.")
-    rows = [[str(q["file"]), f"{q['offset']:,}", q["reason"]] for q in islice(quarantine, QUARANTINE_ROWS)]
+    page.text(f"{count:,} records were left out; {path.name} lists all of them.")
+    with open(path, encoding="utf-8") as file:
+        records = [json.loads(line) for line in islice(file, QUARANTINE_ROWS)]
+    rows = [[record["file"], f"{record['offset']:,}", record["reason"]] for record in records]
     page.table(["file", "offset", "reason"], rows)
 
 

@@ -11,7 +11,6 @@ does, and the same documents give the same bytes.
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from trellis_dist.files import REAL, atomic_write
+from trellis_dist.files import atomic_write
 
 __all__ = ["Shard", "ShardFiles", "token_dtype", "write_shard"]
 
@@ -64,22 +63,10 @@ def write_shard(stem: Path, documents: Iterable[np.ndarray], *, dtype: np.dtype)
             state.update(piece)
             yield piece
 
-    _write_stream(stem.with_name(stem.name + ".bin"), pieces())
+    atomic_write(stem.with_name(stem.name + ".bin"), pieces())
     index = _index_bytes(np.array(lengths, dtype="<i4"), dtype)
     atomic_write(stem.with_name(stem.name + ".idx"), index)
     return ShardFiles(state.hexdigest(), hashlib.sha256(index).hexdigest(), len(lengths), sum(lengths))
-
-
-def _write_stream(path: Path, pieces: Iterable[bytes]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
-    try:
-        REAL.write(temporary, pieces)
-        REAL.fsync_file(temporary)
-        REAL.rename(temporary, path)
-    except BaseException:
-        REAL.unlink(temporary)
-        raise
-    REAL.fsync_directory(path.parent)
 
 
 def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:

@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import stat
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_pipeline.config import SourceConfig
+from data_pipeline.content import content_of
 from data_pipeline.normalize import normalize
-from data_pipeline.readers import Document, Item, Quarantined, load_streaming, open_parquet, read_item
+from data_pipeline.readers import (
+    Document,
+    Item,
+    Quarantined,
+    load_streaming,
+    open_parquet,
+    read_item,
+    skip_line,
+)
 from trellis_dist.files import digest, sha256_file
 
 __all__ = ["Unit", "describe", "listing", "plan_units", "unit_documents"]
@@ -33,10 +43,14 @@ STDLIB_LEFT_OUT = frozenset(
     | {"site-packages", "dist-packages", "__pycache__"}
 )
 # Written by whoever built or installed this Python, not part of the library.
-STDLIB_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize")
-STDLIB_REMEDY = (
-    "install the full Python (on Debian: libpython3-stdlib), or name a corpus with data.source.path"
-)
+STDLIB_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
+REMEDIES = {
+    "stdlib": "install all of Python (on Debian: libpython3-stdlib), or name a corpus with data.source.path",
+    "path": "put text into the files at data.source.path, or name others",
+    "huggingface": "choose a data.source.name, subset and split that holds rows",
+}
+# The title of a topic: a line and its underline.
+TITLE = re.compile(r"[^\n]+\n([^\w\s])\1*\n")
 
 
 @dataclass(frozen=True)
@@ -71,7 +85,7 @@ def plan_units(source: SourceConfig, unit_bytes: int) -> list[Unit]:
     items = {"stdlib": _stdlib_items, "path": _path_items, "huggingface": _huggingface_items}[source.kind]
     units = [Unit(tuple(group)) for group in _group(items(source, unit_bytes), unit_bytes)]
     if not units:
-        raise ValueError(f"data.source: the {source.kind} corpus is empty: {STDLIB_REMEDY}")
+        raise ValueError(f"data.source: the {source.kind} corpus is empty: {REMEDIES[source.kind]}")
     return units
 
 
@@ -113,7 +127,7 @@ def describe(source: SourceConfig) -> dict[str, object]:
 
 
 def listing(source: SourceConfig) -> str | None:
-    """Hash of the corpus' file names and sizes: a cheap sign that files came or went.
+    """Hash of the files' names, sizes and times of change: a cheap sign that nothing was touched.
 
     None where there is nothing to list: a data set by name, or a corpus that is no longer there.
     """
@@ -121,30 +135,49 @@ def listing(source: SourceConfig) -> str | None:
         root = Path(source.path or "")
         if not root.exists():
             return None
-        return digest([[_relative(path, root), path.stat().st_size] for path, _ in _text_files(root)])
-    if source.kind == "stdlib":
-        return digest([[name, path.stat().st_size] for name, path in _stdlib_modules()])
-    return None
+        return _stamps((_relative(path, root), path) for path, _ in _text_files(root))
+    return _stamps(_stdlib_modules()) if source.kind == "stdlib" else None
+
+
+def _stamps(files: Iterable[tuple[str, Path]]) -> str:
+    found = ((name, path.stat()) for name, path in files)
+    return digest([[name, status.st_size, status.st_mtime_ns] for name, status in found])
 
 
 def _stdlib_modules() -> Iterator[tuple[str, Path]]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in _walk(root, STDLIB_LEFT_OUT):
-        if path.suffix == ".py" and not path.name.startswith(STDLIB_LOCAL):
-            yield path.relative_to(root).as_posix(), path
+        name = path.relative_to(root).as_posix()
+        if path.suffix == ".py" and not any(part.startswith(STDLIB_LOCAL) for part in name.split("/")):
+            yield name, path
 
 
 def _stdlib_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
     for name, path in _stdlib_modules():
         if size := path.stat().st_size:
-            yield Item("text", name, "modules", str(path), sha256_file(path), 0, size, size)
+            yield _item("text", name, "modules", str(path), 0, size, size)
     try:
         from pydoc_data.topics import topics
     except ModuleNotFoundError:
         return
-    for topic in sorted(topics):
-        text = topics[topic]
-        yield Item("topic", f"topic {topic}", "topics", topic, digest(text), 0, 0, max(1, len(text.encode())))
+    for topic in _distinct(topics):
+        yield _item("topic", f"topic {topic}", "topics", topic, 0, 0, max(1, len(topics[topic].encode())))
+
+
+def _distinct(topics: Mapping[str, str]) -> Iterator[str]:
+    """Sorted names of the topics whose text, the title aside, lies in no other topic.
+
+    "if" is a part of "compound": with one of them held out, the model would be tested on what it has read.
+    """
+    bodies = {name: TITLE.sub("", topics[name], count=1).strip() for name in sorted(topics)}
+    for name, body in bodies.items():
+        others = ((key, other) for key, other in bodies.items() if key != name)
+        if not any(body in other and (body != other or key < name) for key, other in others):
+            yield name
+
+
+def _item(reader: str, name: str, source: str, path: str, start: int, stop: int, size: int) -> Item:
+    return Item(reader, name, source, path, content_of(reader, path, start, stop), start, stop, size)
 
 
 def _path_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
@@ -189,23 +222,32 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _file_items(path: Path, name: str, reader: str, unit_bytes: int) -> Iterator[Item]:
+    for start, stop, size in _ranges(path, reader, unit_bytes):
+        yield _item(reader, name, reader, str(path), start, stop, max(1, size))
+
+
+def _ranges(path: Path, reader: str, unit_bytes: int) -> Iterable[tuple[int, int, int]]:
+    """(start, stop, bytes) of parts that can be read alone: lines of a .jsonl, row groups of a .parquet."""
     size = path.stat().st_size
-    content = sha256_file(path)
-    for start, stop, part in _ranges(path, reader, size, unit_bytes):
-        yield Item(reader, name, reader, str(path), content, start, stop, max(1, part))
-
-
-def _ranges(path: Path, reader: str, size: int, unit_bytes: int) -> Sequence[tuple[int, int, int]]:
-    """(start, stop, bytes) of parts that can be read alone: bytes of a .jsonl, row groups of a .parquet."""
     if path.name.endswith(".jsonl"):
-        starts = range(0, max(size, 1), unit_bytes)
-        return [(start, min(start + unit_bytes, size), min(unit_bytes, size - start)) for start in starts]
+        return _line_ranges(path, size, unit_bytes)
     if reader == "parquet":
         file = open_parquet(str(path))
         if not isinstance(file, str):
             groups = range(file.metadata.num_row_groups)
             return [(i, i + 1, file.metadata.row_group(i).total_byte_size) for i in groups]
     return [(0, size, size)]
+
+
+def _line_ranges(path: Path, size: int, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
+    start = 0
+    with open(path, "rb") as file:
+        while start < size:
+            last = min(start + unit_bytes, size) - 1
+            file.seek(last)
+            stop = last + skip_line(file, b"", size)
+            yield start, stop, stop - start
+            start = stop
 
 
 def _huggingface_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:

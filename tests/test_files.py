@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from trellis_dist.files import (
     commit_directory,
     digest,
     read_json,
+    remove_temporaries,
     sha256_file,
     write_json,
 )
@@ -75,11 +77,43 @@ def test_sha256_file(tmp_path: Path, size: int) -> None:
     assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize(("start", "stop"), [(0, 0), (5, 9), (3, 1 << 20), (1, (1 << 20) + 2), (9, 4)])
+def test_sha256_of_a_part(tmp_path: Path, start: int, stop: int) -> None:
+    data = bytes(range(256)) * 8192
+    (tmp_path / "data").write_bytes(data)
+    assert (
+        sha256_file(tmp_path / "data", start=start, stop=stop) == hashlib.sha256(data[start:stop]).hexdigest()
+    )
+
+
 def test_atomic_write_replaces(tmp_path: Path) -> None:
     atomic_write(tmp_path / "f", "old")
     atomic_write(tmp_path / "f", b"new")
     assert (tmp_path / "f").read_bytes() == b"new"
     assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_atomic_write_joins_pieces_and_keeps_the_old_file_when_they_end_early(tmp_path: Path) -> None:
+    def broken() -> Iterator[bytes]:
+        yield b"new"
+        raise ValueError("no more")
+
+    atomic_write(tmp_path / "f", (piece for piece in (b"one", memoryview(b"two"))))
+    with pytest.raises(ValueError, match="no more"):
+        atomic_write(tmp_path / "f", broken())
+    assert (tmp_path / "f").read_bytes() == b"onetwo"
+    assert [path.name for path in tmp_path.iterdir()] == ["f"]
+
+
+def test_only_what_killed_writes_left_is_removed(tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        atomic_write(tmp_path / "f", "new", file_system=DyingFileSystem(3))
+    kept = [".f.tmp", ".f.1-abc.tmp", "f.1-0123abcd.tmp", "f"]
+    for name in kept:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 5
+    remove_temporaries(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(kept)
 
 
 @pytest.mark.parametrize("operation", ["write", "fsync", "rename"])
@@ -144,6 +178,21 @@ def test_commit_directory_never_overwrites(tmp_path: Path, kind: str) -> None:
     assert (attempt / "a").read_text() == "new"
     if kind == "directory":
         assert (final / "a").read_text() == "old"
+
+
+def test_commit_directory_that_another_was_faster_to_commit(tmp_path: Path) -> None:
+    class Raced(FileSystem):
+        def rename(self, source: Path, target: Path) -> None:
+            target.mkdir()
+            (target / "a").write_text("theirs")
+            super().rename(source, target)
+
+    (tmp_path / "attempt").mkdir()
+    (tmp_path / "attempt" / "a").write_text("ours")
+    with pytest.raises(FileExistsError, match="final exists and is never overwritten"):
+        commit_directory(tmp_path / "attempt", tmp_path / "final", file_system=Raced())
+    assert (tmp_path / "final" / "a").read_text() == "theirs"
+    assert (tmp_path / "attempt" / "a").read_text() == "ours"
 
 
 def test_a_written_file_is_never_shared(tmp_path: Path) -> None:

@@ -6,9 +6,12 @@ or the new one, never half of one. The file system must have an atomic rename an
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,11 +25,14 @@ __all__ = [
     "commit_directory",
     "digest",
     "read_json",
+    "remove_temporaries",
     "sha256_file",
     "write_json",
 ]
 
 HASH_BLOCK = 1 << 20
+# What `atomic_write` calls a file until it has its name.
+TEMPORARY = re.compile(r"\..+\.[0-9]+-[0-9a-f]{8}\.tmp")
 Piece = bytes | memoryview
 
 
@@ -89,21 +95,34 @@ def _fsync(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def atomic_write(path: Path, data: bytes | str, *, file_system: FileSystem = REAL) -> None:
-    """Replace `path` by `data` (text is UTF-8): write a temporary file, fsync, rename, fsync the folder.
+def atomic_write(path: Path, data: bytes | str | Iterable[Piece], *, file_system: FileSystem = REAL) -> None:
+    """Replace `path` by `data`: write a temporary file, fsync, rename, fsync the folder.
+
+    Args:
+        path: the file, in a folder that exists.
+        data: bytes, text (stored as UTF-8), or pieces to be joined, one in memory at a time.
+        file_system: what does the work; another one in tests.
 
     Raises:
         OSError: the folder is missing, the disk is full, ...; `path` then still holds what it held before.
     """
+    data = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
-        file_system.write(temporary, [data.encode() if isinstance(data, str) else data])
+        file_system.write(temporary, [data] if isinstance(data, bytes) else data)
         file_system.fsync_file(temporary)
         file_system.rename(temporary, path)
     except BaseException:
         file_system.unlink(temporary)
         raise
     file_system.fsync_directory(path.parent)
+
+
+def remove_temporaries(directory: Path) -> None:
+    """Remove what killed `atomic_write`s left in `directory`; nobody may be writing there. Raises OSError."""
+    for path in directory.glob(".*.tmp"):
+        if TEMPORARY.fullmatch(path.name):
+            REAL.unlink(path)
 
 
 def canonical_json(value: object) -> str:
@@ -134,12 +153,14 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not valid JSON ({error}): it is damaged") from error
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of the file's bytes, in hexadecimal. Raises OSError."""
+def sha256_file(path: Path, *, start: int = 0, stop: int = sys.maxsize) -> str:
+    """SHA-256 of the file's bytes [start, stop), in hexadecimal. Raises OSError."""
     state = hashlib.sha256()
     with open(path, "rb") as file:
-        while block := file.read(HASH_BLOCK):
+        file.seek(start)
+        while block := file.read(max(0, min(HASH_BLOCK, stop - start))):
             state.update(block)
+            start += len(block)
     return state.hexdigest()
 
 
@@ -162,14 +183,20 @@ def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = RE
         FileExistsError: `final` is there already; it is left as it is, and so is `attempt`.
         OSError: what the file system raises; `final` does not exist then.
     """
+    taken = f"{final} exists and is never overwritten: choose another name or remove it"
     if os.path.lexists(final):
-        raise FileExistsError(f"{final} exists and is never overwritten: choose another name or remove it")
+        raise FileExistsError(taken)
     for path, is_directory in _inside_out(attempt):
         if is_directory:
             file_system.fsync_directory(path)
         else:
             file_system.fsync_file(path)
-    file_system.rename(attempt, final)
+    try:
+        file_system.rename(attempt, final)
+    except OSError as error:  # someone else was faster: a folder is not replaced by one, unless it is empty
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError(taken) from error
+        raise
     file_system.fsync_directory(final.parent)
 
 

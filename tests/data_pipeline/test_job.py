@@ -15,9 +15,10 @@ import pytest
 
 from data_pipeline import job, manifest
 from data_pipeline.config import SourceConfig, TokenizerConfig
-from data_pipeline.job import config_digest, prepare
+from data_pipeline.job import prepare
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import Manifest, load_manifest, verify_dataset
+from data_pipeline.sources import describe
 from data_pipeline.tokenizer import Tokenizer
 from tests.data_pipeline.texts import MARKUP, hashes, prose, rows, settings
 
@@ -198,14 +199,64 @@ def test_a_vanished_corpus_does_not_unmake_the_data_set(
     shutil.copytree(prepared[0], directory)
     config = settings(directory, tmp_path / "text")
     made = load_manifest(directory)
-    manifest.write_manifest(directory, with_digest(made, config_digest(config)))
+    manifest.write_manifest(directory, replace(made, source=describe(config.source)))
     shutil.rmtree(tmp_path / "text")
     assert prepare(config, progress=False).splits == made.splits
+    with pytest.raises(ValueError, match="elsewhere' does not exist"):
+        prepare(settings(directory, tmp_path / "elsewhere"), progress=False)
 
 
-def with_digest(made: Manifest, own: str) -> Manifest:
-    mark = manifest.fingerprint_of(own, made.tokenizer["sha256"], made.splits)
-    return replace(made, config_digest=own, fingerprint=mark)
+def test_a_moved_corpus_with_its_licence_named_is_the_same_data_set(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory, text = tmp_path / "copy", tmp_path / "text"
+    shutil.copytree(prepared[0], directory)
+    shutil.copytree(corpus, text)
+    source = SourceConfig(kind="path", path=str(text), licence="CC0-1.0")
+    no_ray(monkeypatch)
+    made = prepare(settings(directory, text, source=source), progress=False)
+    assert (made.fingerprint, made.splits) == (prepared[1].fingerprint, prepared[1].splits)
+    assert (made.source["licence"], made.source["path"]) == ("CC0-1.0", str(text))
+
+
+def test_an_edit_that_keeps_the_size_is_seen_and_a_touch_makes_no_unit(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ray_cluster: object
+) -> None:
+    directory, text = tmp_path / "copy", tmp_path / "text"
+    shutil.copytree(prepared[0], directory)
+    shutil.copytree(corpus, text)
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    config = settings(directory, text, tokenizer=model)
+    with monkeypatch.context() as patch:
+        no_ray(patch)
+        first = prepare(config, progress=False)
+        (text / "a" / "1.txt").touch()
+        assert prepare(config, progress=False).fingerprint == first.fingerprint
+    before = committed(directory)
+    edited = prose(1).replace("w", "W", 1)
+    (text / "a" / "1.txt").write_text(edited)
+    made = prepare(config, workers=1, progress=False)
+    assert made.fingerprint != first.fingerprint
+    assert edited in documents(directory, "train") + documents(directory, "validation")
+    assert len(committed(directory) - before) == 1
+
+
+def test_what_killed_runs_left_half_written_goes(
+    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(prepared[0], directory)
+    litter = [
+        directory / ".train-00000.bin.17-0123abcd.tmp",
+        directory / "work/tokenizers/.a.model.1-00000000.tmp",
+    ]
+    for path in litter:
+        path.write_bytes(b"half")
+    (directory / "manifest.json").unlink()
+    no_ray(monkeypatch)
+    prepare(settings(directory, corpus), progress=False)
+    assert not any(path.exists() for path in litter)
+    assert hashes(directory) == hashes(prepared[0])
 
 
 def test_bad_records_are_counted_listed_and_do_not_stop_the_job(ray_cluster: object, tmp_path: Path) -> None:
@@ -320,18 +371,3 @@ def test_a_given_tokenizer_that_is_missing_is_named(corpus: Path, tmp_path: Path
     config = settings(tmp_path, corpus, tokenizer=TokenizerConfig(path=str(tmp_path / "none.model")))
     with pytest.raises(ValueError, match=r"none\.model' does not exist"):
         prepare(config, progress=False)
-
-
-def test_a_damaged_manifest_is_named_and_made_again(
-    prepared: Prepared, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    directory = tmp_path / "copy"
-    shutil.copytree(prepared[0], directory)
-    path = directory / "manifest.json"
-    for damaged in (b"{", b"{}", path.read_bytes().replace(b'"sha256_bin": "', b'"sha256_bin": "0')):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"manifest\.json is"):
-            load_manifest(directory)
-    no_ray(monkeypatch)
-    prepare(settings(directory, corpus), progress=False)
-    assert hashes(directory) == hashes(prepared[0])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 from data_pipeline.manifest import Manifest
-from data_pipeline.pack import EpochOrder
+from data_pipeline.pack import EpochOrder, mask_of
 
 Prepared = tuple[Path, Manifest]
 WIDTH = 64
@@ -56,6 +56,29 @@ def test_an_epoch_predicts_every_token_but_bos_exactly_once(data: TokenDataset) 
     for first in (0, 7 * data.num_samples):
         rows = order.rows(np.arange(first, first + data.num_samples))
         assert sorted(rows) == list(range(data.num_samples))
+
+
+@pytest.mark.parametrize("align", [3, 16, 64])
+def test_aligned_documents_start_at_multiples_and_keep_every_target(prepared: Prepared, align: int) -> None:
+    length = 192
+    plain = TokenDataset(prepared[0], "train", sequence_length=length, seed=1)
+    data = TokenDataset(prepared[0], "train", sequence_length=length, seed=1, align=align)
+    targets, seen = [], 0
+    for index in range(data.num_samples):
+        tokens, starts = data.sample(index)
+        assert (starts % align == 0).all()
+        assert (tokens[starts[1:]] == data.bos_id).all()
+        labels = mask_of(tokens[:-1], tokens[1:], data.eos_id)
+        targets.append(labels[labels != -100])
+        seen += len(starts)
+    documents = [plain.tokens_of(i) for i in range(plain.num_documents)]
+    np.testing.assert_array_equal(np.concatenate(targets), np.concatenate([d[1:] for d in documents]))
+    assert seen >= data.num_documents
+    positions = sum(-(-len(d) // align) * align for d in documents)
+    assert data.num_samples == -(-(positions - 1) // length)
+    assert data.utilisation == sum(map(len, documents)) / (data.num_samples * length)
+    assert data.utilisation < plain.utilisation
+    np.testing.assert_array_equal(data.tokens_of(2), plain.tokens_of(2))
 
 
 def epoch(data: TokenDataset, *, shuffle: bool) -> list[Batch]:

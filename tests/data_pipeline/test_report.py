@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -23,16 +25,17 @@ class Tags(HTMLParser):
 
 def test_the_corpus_is_shown_as_text(prepared: tuple[Path, Manifest], corpus: Path, tmp_path: Path) -> None:
     directory, made = prepared
-    hostile = [{"file": "<img src=x>.txt", "offset": 3, "reason": "<script>"}]
+    hostile = {"file": "<img src=x>.txt", "offset": 3, "reason": "<script>"}
     copy = tmp_path / "copy"
     copy.mkdir()
     for path in directory.iterdir():
         if path.is_file():
             (copy / path.name).write_bytes(path.read_bytes())
+    (copy / "quarantine.jsonl").write_text(json.dumps(hostile) + "\n")
     page = Tags()
     for html in (
         (directory / "report.html").read_text(),
-        write_report(copy, made, settings(copy, corpus), hostile).read_text(),
+        write_report(copy, replace(made, quarantined=1), settings(copy, corpus)).read_text(),
     ):
         page.feed(html)
     assert not page.tags & {"script", "img", "iframe", "object"}

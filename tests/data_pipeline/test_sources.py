@@ -3,15 +3,18 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_pipeline import readers
+from data_pipeline import readers, sources
 from data_pipeline.config import SourceConfig
+from data_pipeline.holdout import document_hash, held_out_below
 from data_pipeline.normalize import normalize
 from data_pipeline.readers import Document, Quarantined
 from data_pipeline.sources import describe, listing, plan_units, unit_documents
@@ -38,7 +41,7 @@ def test_the_standard_library_is_a_corpus_of_modules_and_topics() -> None:
     units = plan_units(source, 2 * 2**20)
     names = [item.name for unit in units for item in unit.items]
     assert len(names) == len(set(names)) > 300
-    assert {"argparse.py", "json/decoder.py", "topic for"} <= set(names)
+    assert {"argparse.py", "json/decoder.py", "topic compound"} <= set(names)
     folders = {part for name in names for part in name.split("/")[:-1]}
     assert not folders & {"test", "tests", "idlelib", "lib2to3", "encodings", "site-packages", "pydoc_data"}
     assert sum(unit.size for unit in units) > 5e6
@@ -48,6 +51,53 @@ def test_the_standard_library_is_a_corpus_of_modules_and_topics() -> None:
     assert describe(source)["licence"] == "PSF-2.0"
 
 
+def test_no_topic_lies_in_another_document() -> None:
+    source = SourceConfig()
+    units = plan_units(source, 2 * 2**20)
+    found = [found for unit in units for found in unit_documents(unit, source)]
+    documents = [document for document in found if isinstance(document, Document)]
+    topics = [document.text for document in documents if document.source == "topics"]
+    assert len(topics) > 50
+    below = held_out_below(units, source, 0.3)
+    held_out = [text for text in topics if document_hash(text) < below]
+    train = [document.text for document in documents if document_hash(document.text) >= below]
+    assert len(held_out) > 10
+    for text in held_out:
+        body = sources.TITLE.sub("", text, count=1).strip()
+        assert not any(body in other for other in train), text[:60]
+
+
+def test_of_equal_topics_one_is_kept() -> None:
+    topics = {
+        "b": "Two\n===\n\nsame",
+        "a": "One\n***\n\nsame\n",
+        "all": "All\n---\n\nFirst\n=====\n\nmore",
+        "c": "First\n***\n\nmore",
+    }
+    assert list(sources._distinct(topics)) == ["a", "all"]
+
+
+def test_what_the_build_of_python_wrote_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in (
+        "json/decoder.py",
+        "config-3.11-x86_64-linux-gnu/python-config.py",
+        "_sysconfigdata__linux.py",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("text")
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+    names = [item.name for unit in plan_units(SourceConfig(), 2**20) for item in unit.items]
+    assert [name for name in names if not name.startswith("topic ")] == ["json/decoder.py"]
+
+
+def test_the_remedy_for_an_empty_corpus_fits_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "load_streaming", lambda source: SimpleNamespace(num_shards=0))
+    with pytest.raises(
+        ValueError, match=r"the huggingface corpus is empty: choose a data\.source\.name, subset"
+    ):
+        plan_units(SourceConfig(kind="huggingface", name="nothing"), 1)
+
+
 def test_every_kind_of_file_is_read_in_one_order(corpus: Path) -> None:
     found = read(corpus)
     expected = [prose(seed) for seed in range(60)]
@@ -55,7 +105,6 @@ def test_every_kind_of_file_is_read_in_one_order(corpus: Path) -> None:
     # Files of a folder before its folders: b.jsonl ... e.parquet, then a/*.txt.
     assert texts(found) == expected[10:] + expected[:10]
     assert not reasons(found)
-    assert len({document.id for document in found if isinstance(document, Document)}) == 60
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -63,6 +112,16 @@ def test_every_kind_of_file_is_read_in_one_order(corpus: Path) -> None:
 def test_units_of_any_size_hold_the_same_documents(corpus: Path, unit_bytes: int) -> None:
     for name in ("b.jsonl", "e.parquet"):
         assert texts(read(corpus / name, unit_bytes)) == texts(read(corpus / name))
+
+
+def test_a_file_that_grows_keeps_the_units_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    addresses = []
+    for count in (20, 30):
+        path.write_text("".join(rows(range(count))))
+        units = plan_units(SourceConfig(kind="path", path=str(path)), 8192)
+        addresses.append([unit.inputs for unit in units])
+    assert addresses[1][: len(addresses[0]) - 1] == addresses[0][:-1] != []
 
 
 def test_a_units_address_follows_content_not_place(tmp_path: Path) -> None:
@@ -227,12 +286,14 @@ def test_hidden_files_and_pipes_are_left_out(tmp_path: Path) -> None:
     assert texts(read(tmp_path)) == [prose(1)]
 
 
-def test_the_listing_follows_names_and_sizes(tmp_path: Path) -> None:
+def test_the_listing_follows_names_sizes_and_times(tmp_path: Path) -> None:
     source = SourceConfig(kind="path", path=str(tmp_path))
     (tmp_path / "a.txt").write_text("one")
     first = listing(source)
+    os.utime(tmp_path / "a.txt", ns=(0, 1))
+    second = listing(source)
     (tmp_path / "b.txt").write_text("two")
-    assert listing(source) != first
+    assert len({first, second, listing(source)}) == 3
     assert listing(replace(source, path=str(tmp_path / "gone"))) is None
 
 
