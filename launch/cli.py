@@ -41,6 +41,10 @@ Corpus = Annotated[
     ),
 ]
 DatasetDir = Annotated[Path | None, typer.Option(help="folder of the token shards (data.directory)")]
+MovedDataset = Annotated[
+    Path | None,
+    typer.Option("--dataset-dir", help="where the run's token shards are now, if they were moved"),
+]
 RunDir = Annotated[Path | None, typer.Option(help="run folder; runs/<recipe name> unless given")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 Step = Annotated[int | None, typer.Option(help="a saved step; the newest verified one unless given")]
@@ -61,7 +65,7 @@ def prepare(
     set_: Overrides = None,
     corpus: Corpus = None,
     dataset_dir: DatasetDir = None,
-    workers: Annotated[int | None, typer.Option(help="Ray workers; one per core unless given")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Ray workers; one per core unless given")] = None,
     ray_address: Annotated[
         str | None, typer.Option(help="a running Ray cluster; a local one unless given")
     ] = None,
@@ -124,7 +128,11 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    run_dir: RunArgument, set_: Overrides = None, step: Step = None, as_json: AsJson = False
+    run_dir: RunArgument,
+    set_: Overrides = None,
+    step: Step = None,
+    dataset_dir: MovedDataset = None,
+    as_json: AsJson = False,
 ) -> None:
     """Score a run's checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
     from launch.layers import override
@@ -143,7 +151,9 @@ def evaluate(
     from evals.report import write_run_report
     from evals.summary import write_summary
 
-    results = evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress, step=step)
+    results = evaluate_run(
+        run_dir, recipe.evals, progress=recipe.logging.progress, step=step, dataset_dir=dataset_dir
+    )
     write_summary(run_dir, StageSeconds(run_dir).all())
     report = write_run_report(run_dir)
     print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")
@@ -177,6 +187,7 @@ def generate(
     ] = 0.95,
     seed: Annotated[int, typer.Option(help="of the draws")] = 0,
     step: Step = None,
+    dataset_dir: MovedDataset = None,
 ) -> None:
     """Continue a text with a run's model."""
     from evals.runs import load_run
@@ -184,7 +195,7 @@ def generate(
     from evals.scorer import Scorer
 
     sampling = Sampling(max_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load_run(run_dir, step=step)
+    loaded = load_run(run_dir, step=step, dataset_dir=dataset_dir)
     ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
     print(prompt + Scorer(loaded.model, loaded.tokenizer).generate([ids], sampling)[0])
 
@@ -194,17 +205,19 @@ def export(
     run_dir: RunArgument,
     output: Annotated[Path, typer.Argument(help="new folder for weights, model section and tokenizer")],
     step: Step = None,
+    dataset_dir: MovedDataset = None,
 ) -> None:
     """Write a run's weights (safetensors), model section and tokenizer as a folder of their own."""
     from checkpoints.export import export_model
-    from evals.runs import find_checkpoint
+    from evals.runs import find_checkpoint, find_dataset
     from launch.recipe import resolve
     from launch.run_folder import recipe_of_run
 
     recipe = recipe_of_run(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
-    tokenizer = Path(recipe.data.directory) / "tokenizer.model"
-    export_model(checkpoint, output, tokenizer=tokenizer, model_config=resolve(recipe)["model"])
+    dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
+    model_config = resolve(recipe)["model"]
+    export_model(checkpoint, output, tokenizer=dataset / "tokenizer.model", model_config=model_config)
     print(f"exported {checkpoint} to {output}")
 
 

@@ -46,8 +46,7 @@ def _run_parts(run_dir: Path) -> dict[Path, list[str]]:
     parts: dict[Path, list[str]] = {}
     try:
         dataset = Path(recipe_of_run(run_dir).data.directory)
-        if dataset.is_dir():
-            parts[dataset] = _dataset_problems(dataset)
+        parts[dataset] = _dataset_problems(dataset)
     except ValueError as error:
         parts[run_dir / "recipe.json"] = str(error).splitlines()
     checkpoints = sorted((run_dir / "checkpoints").glob("step-*"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,20 @@ def read_layers(reference: str) -> dict[str, Any]:
         FileNotFoundError: no recipe has that name; the message lists the closest.
     """
     table: dict[str, Any] = {}
-    for part in reference.split("+"):
+    for part in _parts(reference):
         merge(table, _read(_find(part, beside=None), seen=()))
     return table
+
+
+def _parts(reference: str) -> Iterator[str]:
+    """Split at every +, except inside the path of a file that is there."""
+    pieces = reference.split("+")
+    while pieces:
+        joined = ["+".join(pieces[:count]) for count in range(1, len(pieces) + 1)]
+        paths = [part for part in joined if part.endswith(".toml") and Path(part).is_file()]
+        part = max(paths, key=len, default=pieces[0])
+        yield part
+        pieces = pieces[joined.index(part) + 1 :]
 
 
 def merge(table: dict[str, Any], layer: Mapping[str, Any]) -> None:

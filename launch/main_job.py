@@ -7,12 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from launch.preflight import check_source
+from launch.preflight import check_machine, check_source, fit_to_machine
 from launch.recipe import Recipe
-from launch.run_folder import StageSeconds, claim_run
+from launch.run_folder import StageSeconds, anchored, claim_run
 from launch.training_run import train
 
 __all__ = ["main_job", "render_summary"]
@@ -32,10 +33,14 @@ def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, An
     """
     started = float(os.environ.get(STARTED_AT, time.time()))
     check_source(recipe)
+    recipe = anchored(fit_to_machine(recipe, say=say))
+    trained_on = _trained_on(run_dir, recipe.training.steps)
+    if trained_on is None:
+        check_machine(recipe, run_dir)  # before minutes of preparation
     claim_run(run_dir, recipe)
     seconds = StageSeconds(run_dir)
     fingerprint = _prepare(recipe, seconds, say)
-    if _trained_on(run_dir, recipe.training.steps) == fingerprint:
+    if trained_on == fingerprint:
         say("train: done before, re-used")
     else:
         _train_in_two_halves(recipe, run_dir, seconds, say, started=started)
@@ -59,14 +64,27 @@ def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
 
 
+@dataclass
+class _Stage:
+    """A stage at work; ``reused`` is set when it found everything done before."""
+
+    reused: bool = False
+
+
 @contextmanager
-def _timed(stage: str, seconds: StageSeconds, say: Say) -> Iterator[None]:
-    say(f"{stage}: started")
-    start = time.monotonic()
-    yield
-    took = time.monotonic() - start
-    seconds.record(stage, took)
-    say(f"{stage}: done in {took:.0f} s")
+def _timed(name: str, seconds: StageSeconds, say: Say) -> Iterator[_Stage]:
+    """Announce a stage and add its time to ``seconds``, also when it fails or is interrupted."""
+    say(f"{name}: started")
+    stage, start = _Stage(), time.monotonic()
+    try:
+        yield stage
+    finally:
+        if not stage.reused:
+            seconds.add(name, time.monotonic() - start)
+    say(
+        f"{name}: "
+        + ("done before, re-used" if stage.reused else f"done in {time.monotonic() - start:.0f} s")
+    )
 
 
 def _prepare(recipe: Recipe, seconds: StageSeconds, say: Say) -> str:
@@ -74,38 +92,41 @@ def _prepare(recipe: Recipe, seconds: StageSeconds, say: Say) -> str:
     from data_pipeline.job import prepare
     from data_pipeline.manifest import load_manifest
 
-    directory = Path(recipe.data.directory)
-    before = load_manifest(directory).fingerprint if (directory / "manifest.json").is_file() else None
-    start = time.monotonic()
-    manifest = prepare(recipe.data, progress=recipe.logging.progress)
-    if manifest.fingerprint == before:
-        say(f"prepare: done before, re-used ({directory})")
-        if "prepare" not in seconds.all():
-            seconds.record("prepare", sum(manifest.seconds.values()))
-    else:
-        seconds.record("prepare", time.monotonic() - start)
-        say(f"prepare: done in {time.monotonic() - start:.0f} s ({directory})")
+    try:
+        before = load_manifest(recipe.data.directory).fingerprint
+    except (OSError, ValueError):  # none, or one that cannot be read: prepare puts it right
+        before = None
+    with _timed("prepare", seconds, say) as stage:
+        manifest = prepare(recipe.data, progress=recipe.logging.progress)
+        stage.reused = manifest.fingerprint == before
+    if "prepare" not in seconds.all():
+        seconds.record("prepare", sum(manifest.seconds.values()))
     return manifest.fingerprint
 
 
 def _trained_on(run_dir: Path, steps: int) -> str | None:
     """Fingerprint of the data a finished run was trained on; None when its last step is not there."""
-    from checkpoints.commit import list_steps
     from checkpoints.state import load_run_state
 
-    path = list_steps(run_dir / "checkpoints").get(steps)
-    return None if path is None else str(load_run_state(path)["data"]["fingerprint"])
+    path, step = _newest(run_dir)
+    return str(load_run_state(path)["data"]["fingerprint"]) if path is not None and step >= steps else None
+
+
+def _newest(run_dir: Path) -> tuple[Path | None, int]:
+    """The newest checkpoint that verifies, and its step; (None, 0) without one."""
+    from checkpoints.commit import step_of
+    from checkpoints.state import latest_verified
+
+    path = latest_verified(run_dir / "checkpoints")
+    return path, (path and step_of(path)) or 0
 
 
 def _train_in_two_halves(
     recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say, *, started: float
 ) -> None:
     """Stop at half the steps and continue from the checkpoint in new processes, as after a crash."""
-    from checkpoints.commit import list_steps
-
     half = recipe.training.steps // 2
-    newest = max(list_steps(run_dir / "checkpoints"), default=0)
-    if newest < half:
+    if _newest(run_dir)[1] < half:
         with _timed("train_first_half", seconds, say), _FirstLoss(run_dir, seconds, started):
             train(recipe, run_dir, stop_at_step=half)
         say(f"train: stopped at step {half}; continuing from its checkpoint in new processes")
@@ -120,13 +141,9 @@ def _evaluate(recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say) ->
     from evals.summary import write_summary
 
     before = _stored_results(run_dir)
-    start = time.monotonic()
-    evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
-    if _stored_results(run_dir) == before:
-        say("eval: done before, re-used")
-    else:
-        seconds.record("eval", time.monotonic() - start)
-        say(f"eval: done in {time.monotonic() - start:.0f} s")
+    with _timed("eval", seconds, say) as stage:
+        evaluate_run(run_dir, recipe.evals, progress=recipe.logging.progress)
+        stage.reused = _stored_results(run_dir) == before
     summary: dict[str, Any] = write_summary(run_dir, seconds.all())
     write_run_report(run_dir)  # after the summary: it shows the seconds per stage
     return summary
@@ -137,17 +154,19 @@ def _stored_results(run_dir: Path) -> dict[str, int]:
 
 
 class _FirstLoss:
-    """Seconds from ``started`` (Unix time) to the first line of metrics."""
+    """Records the seconds from ``started`` (Unix time) to the first line of metrics, as soon as it is there.
+
+    A start that was killed before that line recorded nothing, and the next one measures its own.
+    """
 
     def __init__(self, run_dir: Path, seconds: StageSeconds, started: float) -> None:
         self._metrics, self._seconds = run_dir / "metrics.jsonl", seconds
         self._started = started
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
-        self._seen: float | None = None
 
     def __enter__(self) -> _FirstLoss:
-        if not self._metrics.exists():
+        if "first_loss" not in self._seconds.all() and not self._has_row():
             self._thread.start()
         return self
 
@@ -155,11 +174,12 @@ class _FirstLoss:
         self._stop.set()
         if self._thread.ident is not None:
             self._thread.join()
-        if self._seen is not None:
-            self._seconds.record("first_loss", self._seen - self._started)
+
+    def _has_row(self) -> bool:
+        return self._metrics.is_file() and self._metrics.stat().st_size > 0
 
     def _watch(self) -> None:
         while not self._stop.wait(0.2):
-            if self._metrics.exists() and self._metrics.stat().st_size > 0:
-                self._seen = time.time()
+            if self._has_row():
+                self._seconds.record("first_loss", time.time() - self._started)
                 return

@@ -7,7 +7,8 @@ import json
 from collections.abc import Iterator
 from typing import Any, get_type_hints
 
-from launch.recipe import Recipe, dotted_items, fit_mesh, resolve
+from launch.fit import fit_mesh, fit_to_devices
+from launch.recipe import Recipe, dotted_items, resolve
 from trellis_dist.models.config import ModelConfig
 
 __all__ = ["defaults", "make_plan", "render_plan"]
@@ -20,11 +21,17 @@ _LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """Resolved recipe, parameter counts, batch equation and memory per rank (bytes), as JSON types."""
+    """Resolved recipe, parameter counts, batch equation and memory per rank (bytes), as JSON types.
+
+    Where ``mesh.dp`` is open, mesh, batch and memory are those of a start on this machine.
+    """
+    import torch
+
     from trellis_dist.models.counts import flops_per_token, parameter_counts
 
-    ranks = recipe.mesh.world_size() or recipe.mesh.sp * recipe.mesh.tp
-    mesh = fit_mesh(recipe, world_size=ranks)
+    fitted = fit_to_devices(recipe, torch.cuda.device_count())
+    ranks = fitted.mesh.world_size() or 1
+    mesh = fit_mesh(fitted, world_size=ranks)
     dp = mesh.dp or 1
     counts = parameter_counts(recipe.model)
     return {
@@ -36,8 +43,8 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         },
         "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
-        "batch": _batch(recipe, dp=dp),
-        "memory_per_rank_bytes": _memory(recipe, parameters=counts.total, replicas=dp * mesh.sp),
+        "batch": _batch(fitted, dp=dp),
+        "memory_per_rank_bytes": _memory(fitted, parameters=counts.total, replicas=dp * mesh.sp),
     }
 
 
@@ -144,7 +151,7 @@ def _parameter_lines(plan: dict[str, Any]) -> list[str]:
 
 
 def _batch_lines(batch: dict[str, int], mesh: dict[str, Any]) -> list[str]:
-    open_dp = "; mesh.dp is open: on CUDA it takes what the devices give" if mesh["dp_open"] else ""
+    open_dp = "; mesh.dp is open: this is what the devices of this machine give" if mesh["dp_open"] else ""
     return [
         f"mesh: dp {mesh['dp']} x sp {mesh['sp']} x tp {mesh['tp']} = {mesh['ranks']} rank(s){open_dp}",
         f"global rows {batch['global_rows']} = micro_batch {batch['micro_batch']} x accumulation "

@@ -2,17 +2,54 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from launch.recipe import Recipe, fit_mesh
+from launch.fit import fit_mesh, fit_to_devices, what_was_fitted
+from launch.ranks import under_torchrun
+from launch.recipe import Recipe
 
-__all__ = ["check_dataset", "check_disk", "check_source", "check_writable", "local_ranks"]
+__all__ = [
+    "check_dataset",
+    "check_disk",
+    "check_machine",
+    "check_source",
+    "check_writable",
+    "fit_to_machine",
+    "local_ranks",
+]
+
+
+def fit_to_machine(recipe: Recipe, *, say: Callable[[str], None]) -> Recipe:
+    """The recipe with an open ``mesh.dp`` fitted to the ranks there are, or else to this machine's devices.
+
+    Ranks are there under torchrun. ``say`` takes a line when that changed more than ``mesh.dp``.
+    """
+    import torch
+
+    devices = int(os.environ["WORLD_SIZE"]) if under_torchrun() else torch.cuda.device_count()
+    fitted = fit_to_devices(recipe, devices)
+    if line := what_was_fitted(recipe, fitted, devices=devices):
+        say(line)
+    return fitted
+
+
+def check_machine(recipe: Recipe, run_dir: Path) -> int:
+    """Check devices, run folder and disk, and return the ranks to start on this machine.
+
+    Raises:
+        ValueError, OSError: one of them does not do; the message says what to change.
+    """
+    ranks = local_ranks(recipe)
+    check_writable(run_dir)
+    check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=recipe.checkpoint.keep)
+    return ranks
 
 
 def local_ranks(recipe: Recipe) -> int:
-    """Ranks to start on this machine: what the mesh names, otherwise one per CUDA device.
+    """Ranks to start on this machine: what the mesh names, otherwise what fits its devices.
 
     Raises:
         ValueError: the mesh does not fit the devices of this machine, or its batch does not divide.
@@ -20,15 +57,14 @@ def local_ranks(recipe: Recipe) -> int:
     import torch
 
     devices = torch.cuda.device_count()
-    inner = recipe.mesh.sp * recipe.mesh.tp
-    replicas = 1 if recipe.training.engine == "local" else max(1, devices // inner)
-    count = recipe.mesh.world_size() or replicas * inner
+    fitted = fit_to_devices(recipe, devices)
+    count = fitted.mesh.world_size() or 1
     if devices and count > devices:
         raise ValueError(
             f"the mesh needs {count} ranks, one per CUDA device, but this machine has {devices}: "
             "change mesh.dp or mesh.sp, or start on several machines with launch/torchrun/train.sh"
         )
-    fit_mesh(recipe, world_size=count)
+    fit_mesh(fitted, world_size=count)
     return count
 
 
@@ -46,8 +82,12 @@ def check_writable(run_dir: Path) -> None:
 
 
 def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
-    """Raise ``OSError`` unless the checkpoints a run keeps, and the one being written, fit on its disk."""
-    copies = max(kept, 1) + 1
+    """Raise ``OSError`` unless the checkpoints a run keeps, and the one being written, fit on its disk.
+
+    Those that are there already take no more room: each new one replaces one of them.
+    """
+    present = len(list((run_dir / "checkpoints").glob("step-*")))
+    copies = max(1, max(kept, 1) + 1 - present)
     needed = checkpoint_bytes * copies
     free = shutil.disk_usage(run_dir).free
     if free < needed:
@@ -55,6 +95,14 @@ def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
             f"{run_dir} has {free / 1e9:.1f} GB free, but {copies} checkpoints need {needed / 1e9:.1f} GB: "
             "free some space, lower checkpoint.keep, or use another --run-dir"
         )
+
+
+def _checkpoint_bytes(recipe: Recipe) -> int:
+    """Weights, master weights and two moments, all fp32."""
+    from trellis_dist.models.counts import parameter_counts
+
+    copies = 3 if recipe.training.precision == "fp32" else 4
+    return parameter_counts(recipe.model).total * 4 * copies
 
 
 def check_dataset(recipe: Recipe) -> None:

@@ -18,6 +18,7 @@ from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from evals.config import EvalConfig
 from launch.corpus import corpus_layer
+from launch.fit import fit_mesh, fit_to_devices
 from launch.layers import merge, override, read_layers
 from trellis_dist.files import digest
 from trellis_dist.models.config import ModelConfig
@@ -29,7 +30,6 @@ __all__ = [
     "Recipe",
     "differences",
     "dotted_items",
-    "fit_mesh",
     "load_recipe",
     "parse_recipe",
     "recipe_digest",
@@ -122,31 +122,6 @@ def resolve(recipe: Recipe) -> dict[str, Any]:
     """Every key with its value, as JSON types: what is saved with the run; ``parse_recipe`` reads it."""
     resolved: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(recipe)))
     return resolved
-
-
-def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
-    """The recipe's mesh with ``dp`` filled in for ``world_size`` ranks.
-
-    Raises:
-        ValueError: it, or the engine on it, cannot work there; the arithmetic is in the message.
-    """
-    from trellis_dist.parallel.mesh import check_mesh
-    from trellis_dist.training.engines.factory import check_engine
-
-    mesh = check_mesh(
-        recipe.mesh,
-        world_size=world_size,
-        sequence_length=recipe.data.sequence_length,
-        chunk_size=recipe.model.trellis.chunk_size,
-        num_heads=recipe.model.num_heads,
-        vocab_size=recipe.model.vocab_size,
-        global_rows=recipe.global_rows,
-        micro_batch=recipe.training.micro_batch,
-        conv_kernel=recipe.model.trellis.conv_kernel,
-        pattern=recipe.model.pattern,
-    )
-    check_engine(recipe.training, dp=mesh.dp or 1, sp=mesh.sp)
-    return mesh
 
 
 def recipe_digest(recipe: Recipe) -> str:
@@ -254,8 +229,9 @@ def _batch_and_mesh(recipe: Recipe) -> Iterator[str]:
             f"use {lower} or {lower + length}"
         )
         return
+    one_replica = fit_to_devices(recipe, recipe.mesh.sp * recipe.mesh.tp)  # where mesh.dp is open
     try:
-        fit_mesh(recipe, world_size=recipe.mesh.world_size() or recipe.mesh.sp * recipe.mesh.tp)
+        fit_mesh(one_replica, world_size=one_replica.mesh.world_size() or 1)
     except ValueError as error:
         yield str(error)
 

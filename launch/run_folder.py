@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 from launch.recipe import Recipe, differences, parse_recipe, resolve
 from trellis_dist.files import read_json, write_json
 
-__all__ = ["StageSeconds", "claim_run", "recipe_of_run"]
+__all__ = ["StageSeconds", "anchored", "claim_run", "recipe_of_run"]
 
 # What may change between two starts of one run: nothing that decides which weights come out.
 _FREE = (
@@ -23,7 +25,14 @@ _FREE = (
     "mesh.",
     "training.threads",
 )
-_FREE_TRAINING = ("training.micro_batch", "training.validation_interval", "training.validation_rows")
+_FREE_TRAINING = (
+    "training.micro_batch",
+    "training.validation_interval",
+    "training.validation_rows",
+    "training.max_skipped_steps",
+    "training.first_step_timeout_s",
+    "training.step_timeout_s",
+)
 
 
 def recipe_of_run(run_dir: Path) -> Recipe:
@@ -40,6 +49,12 @@ def recipe_of_run(run_dir: Path) -> Recipe:
     return parse_recipe(read_json(path), source=str(path))
 
 
+def anchored(recipe: Recipe) -> Recipe:
+    """The recipe with ``data.directory`` absolute, so that its run can be used from any working directory."""
+    directory = os.path.abspath(recipe.data.directory)
+    return dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, directory=directory))
+
+
 def claim_run(run_dir: Path, recipe: Recipe) -> Path:
     """Save the resolved recipe in ``run_dir`` and return its path; a run with checkpoints keeps its recipe.
 
@@ -47,11 +62,13 @@ def claim_run(run_dir: Path, recipe: Recipe) -> Path:
         ValueError: the folder's run was trained with other values; the message lists them.
     """
     path = run_dir / "recipe.json"
-    resolved = resolve(recipe)
+    resolved = resolve(anchored(recipe))
     if path.is_file() and any((run_dir / "checkpoints").glob("step-*")):
+        # Parsed, so that a key which a later version added counts with its default.
+        before = resolve(parse_recipe(read_json(path), source=str(path)))
         changed = {
             key: values
-            for key, values in differences(read_json(path), resolved).items()
+            for key, values in differences(before, resolved).items()
             if not key.startswith((*_FREE, *_FREE_TRAINING))
         }
         if changed:
@@ -69,7 +86,7 @@ def _show(value: Any) -> str:
 
 
 class StageSeconds:
-    """``RUN/stages.json``: how long each stage of the main job took when it was done, over several starts."""
+    """``RUN/stages.json``: how long each stage of the main job took, over several starts."""
 
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / "stages.json"
@@ -79,6 +96,10 @@ class StageSeconds:
         """Set the seconds of a stage, durably."""
         self._seconds[stage] = round(seconds, 3)
         write_json(self._path, self._seconds)
+
+    def add(self, stage: str, seconds: float) -> None:
+        """Add to the seconds of a stage, durably: what an interrupted start spent on it counts."""
+        self.record(stage, self._seconds.get(stage, 0.0) + seconds)
 
     def all(self) -> Mapping[str, float]:
         """Stage -> seconds, of the stages that were recorded."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from launch import preflight
 from launch.ranks import TerminatedError, run_ranks, under_torchrun
 from launch.recipe import Recipe
-from launch.run_folder import claim_run
+from launch.run_folder import anchored, claim_run
 from launch.worker import train_rank
 from trellis_dist.training.job import EXIT_TERMINATED, Resume
 
@@ -25,6 +25,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Resume = "auto", stop_at_ste
         launch.ranks.RankError: a rank failed; the message is that rank's error.
         launch.ranks.TerminatedError: SIGTERM; the run was saved.
     """
+    recipe = anchored(preflight.fit_to_machine(recipe, say=_say))
     if under_torchrun():
         if os.environ["RANK"] == "0":
             claim_run(run_dir, recipe)
@@ -37,9 +38,7 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Resume = "auto", stop_at_ste
             f"nothing to resume in {run_dir}: it holds no checkpoint; start without --resume"
         )
     preflight.check_dataset(recipe)
-    ranks = preflight.local_ranks(recipe)
-    preflight.check_writable(run_dir)
-    preflight.check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=recipe.checkpoint.keep)
+    ranks = preflight.check_machine(recipe, run_dir)
     saved = claim_run(run_dir, recipe)
     arguments = [f"--recipe={saved}", f"--run-dir={run_dir}", f"--resume={resume}"]
     if stop_at_step is not None:
@@ -47,9 +46,6 @@ def train(recipe: Recipe, run_dir: Path, *, resume: Resume = "auto", stop_at_ste
     run_ranks(ranks, run_dir=run_dir, arguments=arguments)
 
 
-def _checkpoint_bytes(recipe: Recipe) -> int:
-    """Weights, master weights and two moments, all fp32."""
-    from trellis_dist.models.counts import parameter_counts
-
-    copies = 3 if recipe.training.precision == "fp32" else 4
-    return parameter_counts(recipe.model).total * 4 * copies
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        print(f"trellis: {line}", flush=True)

@@ -108,4 +108,5 @@ def test_ci_turns_such_a_skip_into_a_failure(tmp_path: Path) -> None:
             command, cwd=tmp_path, env={**os.environ, "CI": ci}, capture_output=True, text=True, timeout=120
         )
         assert ran.returncode == status, ran.stdout
-    assert "not today" in ran.stdout or ran.returncode == 0
+        refusal = "skip not allowed under CI: tests/test_lazy.py::test_it: Skipped: not today"
+        assert (refusal in ran.stdout) == (status == 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from launch import preflight
+from launch.fit import fit_to_devices
+from launch.plan import make_plan
 from launch.recipe import load_recipe
+from trellis_dist.parallel.config import MeshConfig
 
 BASE = str(Path(__file__).with_name("base.toml"))
 
@@ -34,13 +38,70 @@ def test_more_ranks_than_devices_are_refused(monkeypatch: pytest.MonkeyPatch) ->
         preflight.local_ranks(load_recipe(BASE))
 
 
+@pytest.mark.parametrize(
+    "devices, dp, micro_batch, accumulation",
+    [(0, 2, 4, 1), (1, 1, 4, 2), (2, 2, 4, 1), (3, 2, 4, 1), (4, 4, 2, 1), (8, 8, 1, 1)],
+)
+def test_the_quickstart_fits_every_number_of_devices(
+    devices: int, dp: int, micro_batch: int, accumulation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: devices)
+    said: list[str] = []
+    recipe = load_recipe("quickstart")
+    fitted = preflight.fit_to_machine(recipe, say=said.append)
+    assert (fitted.mesh.dp, fitted.training.micro_batch) == (dp, micro_batch)
+    assert fitted.global_rows == recipe.global_rows == dp * micro_batch * accumulation
+    assert preflight.local_ranks(recipe) == preflight.local_ranks(fitted) == dp
+    assert make_plan(recipe)["batch"]["accumulation"] == accumulation
+    assert len(said) == (devices in (3, 4, 8))
+    assert preflight.fit_to_machine(fitted, say=said.append) == fitted
+
+
+def test_what_fitting_changed_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    for devices in (3, 4):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
+        preflight.fit_to_machine(load_recipe("quickstart"), say=said.append)
+    assert said == [
+        "8 rows per step on mesh.dp = 2: 2 of 3 devices are used",
+        "8 rows per step on mesh.dp = 4: training.micro_batch 4 -> 2",
+    ]
+
+
+def test_ranks_that_are_there_decide_before_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    fitted = preflight.fit_to_machine(load_recipe("quickstart"), say=print)
+    assert (fitted.mesh.dp, fitted.training.micro_batch) == (8, 1)
+
+
 def test_an_open_dp_takes_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("350m-c4")
-    segments = load_recipe("350m-c4", ["training.engine=local", "mesh.sp=2"])
+    local = load_recipe("350m-c4", ["training.engine=local"])
     for devices, ranks in ((4, 4), (2, 2), (0, 1)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         assert preflight.local_ranks(recipe) == ranks
-        assert preflight.local_ranks(segments) == 2
+        assert preflight.local_ranks(local) == 1
+    segments = dataclasses.replace(local, mesh=MeshConfig(sp=2))
+    assert fit_to_devices(segments, 4).mesh.world_size() == 2
+
+
+def test_an_open_dp_needs_no_micro_batch_that_divides() -> None:
+    recipe = load_recipe("quickstart", ["training.micro_batch=3"])
+    assert fit_to_devices(recipe, 0).training.micro_batch == 2
+    assert make_plan(recipe)["batch"]["micro_batch"] == 2
+
+
+def test_checkpoints_that_are_there_take_no_more_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(1.5e9))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(OSError, match=r"3 checkpoints need 3\.0 GB"):
+        preflight.check_disk(tmp_path, checkpoint_bytes=10**9, kept=2)
+    for step in (1, 2, 3):
+        (tmp_path / "checkpoints" / f"step-0000000{step}").mkdir(parents=True)
+    preflight.check_disk(tmp_path, checkpoint_bytes=10**9, kept=2)
 
 
 def test_sources_are_checked_before_ray_starts(tmp_path: Path) -> None:

@@ -96,10 +96,9 @@ def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
     assert words in lines[0]
 
 
-def test_a_segment_that_is_no_multiple_of_the_chunk_is_refused() -> None:
-    (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "data.sequence_length=64", "training.micro_batch=1")
-    assert "64" in line
-    assert "128" in line
+def test_sequence_ranks_are_refused_with_the_packing_as_the_reason() -> None:
+    (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "training.engine=local")
+    assert 'mesh.sp = 2 cuts rows at multiples of the chunk size, and data.packing = "concat"' in line
 
 
 def test_wsd_needs_room_for_warm_up_and_decay() -> None:
@@ -130,6 +129,16 @@ def test_a_file_extends_shipped_parts_and_files_beside_it(tmp_path: Path) -> Non
     recipe = load_recipe(str(tmp_path / "mine.toml"))
     assert recipe.optimizer.lr == 1e-3
     assert recipe.model.dim == load_recipe("quickstart").model.dim
+
+
+def test_a_path_may_hold_a_plus(tmp_path: Path) -> None:
+    path = tmp_path / "a+b" / "c+d.toml"
+    path.parent.mkdir()
+    path.write_text('name = "mine"\nextends = ["quickstart"]\n')
+    assert load_recipe(str(path)).name == "mine"
+    assert (
+        load_recipe(f"{path}+contexts/2k", ["training.global_batch_tokens=8192"]).data.sequence_length == 2048
+    )
 
 
 def test_broken_toml_names_the_file(tmp_path: Path) -> None:

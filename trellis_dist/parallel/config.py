@@ -14,7 +14,9 @@ class MeshConfig:
     """Three axes, outer to inner: data ``dp`` x sequence ``sp`` x tensor ``tp``.
 
     Attributes:
-        dp: data-parallel replicas; None takes what the world size leaves (world / (sp * tp)).
+        dp: data-parallel replicas; None takes what the world size leaves (world / (sp * tp)). On one machine that
+            is one replica per CUDA device, fewer where they would not divide the rows of a step.
+        cpu_dp: replicas on a machine without CUDA when dp is left open.
         sp: contiguous sequence segments; memories are passed from rank to rank.
         tp: shards of heads, MLP and vocabulary.
     """
@@ -24,9 +26,10 @@ class MeshConfig:
     dp: int | None = None
     sp: int = 1
     tp: int = 1
+    cpu_dp: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp", "sp", "tp"):
+        for name in ("dp", "sp", "tp", "cpu_dp"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"mesh.{name} = {value}: use 1 or more ranks")

@@ -1,0 +1,81 @@
+"""A recipe on the machine it meets: the mesh that its sections allow, and one that the devices allow."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from trellis_dist.parallel.config import MeshConfig
+
+if TYPE_CHECKING:
+    from launch.recipe import Recipe
+
+__all__ = ["fit_mesh", "fit_to_devices", "what_was_fitted"]
+
+
+def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
+    """The recipe's mesh with ``dp`` filled in for ``world_size`` ranks.
+
+    Raises:
+        ValueError: it, the packing or the engine on it cannot work there; the arithmetic is in the message.
+    """
+    from trellis_dist.parallel.mesh import check_mesh
+    from trellis_dist.training.engines.factory import check_engine
+
+    if recipe.mesh.sp > 1 and recipe.data.packing == "concat":
+        raise ValueError(
+            f"mesh.sp = {recipe.mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
+            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set mesh.sp = 1'
+        )
+    mesh = check_mesh(
+        recipe.mesh,
+        world_size=world_size,
+        sequence_length=recipe.data.sequence_length,
+        chunk_size=recipe.model.trellis.chunk_size,
+        num_heads=recipe.model.num_heads,
+        vocab_size=recipe.model.vocab_size,
+        global_rows=recipe.global_rows,
+        micro_batch=recipe.training.micro_batch,
+        conv_kernel=recipe.model.trellis.conv_kernel,
+        pattern=recipe.model.pattern,
+    )
+    check_engine(recipe.training, dp=mesh.dp or 1, sp=mesh.sp)
+    return mesh
+
+
+def fit_to_devices(recipe: Recipe, devices: int) -> Recipe:
+    """The recipe with an open ``mesh.dp`` filled in and the micro-batch lowered to what then divides.
+
+    Replicas are the most that ``devices`` CUDA devices hold (``mesh.cpu_dp`` without any) and that divide the
+    global rows; the micro-batch is the largest divisor of a replica's rows up to ``training.micro_batch``.
+    The rows of a step stay the same. A recipe that names ``mesh.dp`` comes back as it is.
+    """
+    if recipe.mesh.dp is not None:
+        return recipe
+    rows = recipe.global_rows
+    replicas = devices // (recipe.mesh.sp * recipe.mesh.tp) if devices else recipe.mesh.cpu_dp
+    dp = _largest_divisor(rows, 1 if recipe.training.engine == "local" else replicas)
+    micro_batch = _largest_divisor(rows // dp, recipe.training.micro_batch)
+    return dataclasses.replace(
+        recipe,
+        mesh=dataclasses.replace(recipe.mesh, dp=dp),
+        training=dataclasses.replace(recipe.training, micro_batch=micro_batch),
+    )
+
+
+def what_was_fitted(recipe: Recipe, fitted: Recipe, *, devices: int) -> str:
+    """One line for the user when the devices changed more than ``mesh.dp``, else an empty string."""
+    said = []
+    ranks = fitted.mesh.world_size() or 1
+    if recipe.mesh.dp is None and devices > ranks:
+        said.append(f"{ranks} of {devices} devices are used")
+    before, after = recipe.training.micro_batch, fitted.training.micro_batch
+    if before != after:
+        said.append(f"training.micro_batch {before} -> {after}")
+    reason = f"{recipe.global_rows} rows per step on mesh.dp = {fitted.mesh.dp}"
+    return f"{reason}: {', '.join(said)}" if said else ""
+
+
+def _largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of ``number`` that is no more than ``limit``; 1 for a limit below that."""
+    return next((size for size in range(min(number, limit), 1, -1) if number % size == 0), 1)
