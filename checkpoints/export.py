@@ -24,7 +24,7 @@ from checkpoints.tensor_file import Entry, FileRecord, dtype_name, read_header, 
 from checkpoints.verify import check_file
 from trellis_dist.files import REAL, FileSystem, canonical_json, commit_directory, digest, read_json
 
-__all__ = ["Exported", "export_model", "load_exported"]
+__all__ = ["EXPORT", "Exported", "export_model", "load_exported"]
 
 WEIGHTS, CONFIG, TOKENIZER, EXPORT = "model.safetensors", "config.json", "tokenizer.model", "export.json"
 FORMAT, VERSION = "trellis-export", 1

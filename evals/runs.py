@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.commit import list_steps, step_name, step_of
+from checkpoints.export import EXPORT, load_exported
 from checkpoints.state import CheckpointReader, latest_verified, load_run_state, verify_checkpoint
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
@@ -23,6 +25,7 @@ __all__ = [
     "checkpoint_digest",
     "find_checkpoint",
     "find_dataset",
+    "load_model",
     "load_run",
     "read_recipe",
     "resolve_device",
@@ -158,16 +161,13 @@ def load_run(
             weights that do not fit the recipe's model.
         OSError: the data set is not there or cannot be read.
     """
-    from pydantic import TypeAdapter
-
     recipe = read_recipe(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
     folder, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
-    config = TypeAdapter(ModelConfig).validate_python(recipe["model"])
-    model = build_language_model(config, seed=0, device=resolve_device(device))
-    _fill(model, CheckpointReader(checkpoint))
+    reader = CheckpointReader(checkpoint)
+    saved = {name.removeprefix("model/") for name in reader.names() if name.startswith("model/")}
     return LoadedRun(
-        model=model.eval(),
+        model=_build(recipe["model"], saved, lambda name: reader.read(f"model/{name}"), device),
         tokenizer=Tokenizer.load(folder / "tokenizer.model"),
         recipe=recipe,
         step=step_of_checkpoint(checkpoint),
@@ -187,22 +187,44 @@ def resolve_device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def _fill(model: LanguageModel, reader: CheckpointReader) -> None:
-    """Copy every parameter from the checkpoint."""
-    import torch
+def load_model(
+    path: Path, *, step: int | None = None, device: Device = "auto", dataset_dir: Path | None = None
+) -> tuple[LanguageModel, Tokenizer]:
+    """Model and tokenizer of a run folder, or of an exported one (which has no steps and needs no data set).
 
-    saved = set(reader.names())
+    Raises:
+        ValueError, OSError: as `load_run` and `checkpoints.export.load_exported`.
+    """
+    if not (path / EXPORT).is_file():
+        loaded = load_run(path, step=step, device=device, dataset_dir=dataset_dir)
+        return loaded.model, loaded.tokenizer
+    exported = load_exported(path)
+    weights = exported.tensors
+    return _build(exported.model_config, weights, weights.__getitem__, device), Tokenizer.load(
+        exported.tokenizer
+    )
+
+
+def _build(
+    section: Mapping[str, Any], saved: Collection[str], read: Callable[[str], torch.Tensor], device: Device
+) -> LanguageModel:
+    """The model of a recipe's section with every parameter copied from what was saved."""
+    import torch
+    from pydantic import TypeAdapter
+
+    config = TypeAdapter(ModelConfig).validate_python(dict(section))
+    model = build_language_model(config, seed=0, device=resolve_device(device))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            key = f"model/{name}"
-            if key not in saved:
+            if name not in saved:
                 raise ValueError(
-                    f"the checkpoint has no {key}: recipe.json and checkpoint do not belong together"
+                    f"no weights were saved for {name}: they do not belong to this model section"
                 )
-            value = reader.read(key)
+            value = read(name)
             if value.shape != parameter.shape:
                 raise ValueError(
-                    f"{key} is {list(value.shape)} in the checkpoint and {list(parameter.shape)} in the "
-                    "recipe's model: recipe.json and checkpoint do not belong together"
+                    f"{name} was saved as {list(value.shape)} and is {list(parameter.shape)} in the model "
+                    "section: they do not belong together"
                 )
             parameter.copy_(value)
+    return model.eval()

@@ -12,13 +12,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from checkpoints.export import export_model
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import fingerprint_of, load_manifest, write_manifest
 from evals.config import EvalConfig
 from evals.evaluate import check_eval_inputs, evaluate_run
 from evals.ngram import InterpolatedBigram, count_ngrams
 from evals.report import write_run_report
-from evals.runs import load_run
+from evals.runs import load_model, load_run
 from evals.summary import write_summary
 from evals.tasks.perplexity import TASK as PERPLEXITY
 from evals.tasks.perplexity import _positions
@@ -213,3 +214,19 @@ def test_a_recipe_of_another_model_is_refused(run_dir):
     (run_dir / "recipe.json").write_text(json.dumps(recipe))
     with pytest.raises(ValueError, match="do not belong together"):
         load_run(run_dir, device="cpu")
+
+
+def test_an_exported_folder_gives_the_logits_of_its_run(run_dir, tmp_path):
+    run = load_run(run_dir, device="cpu")
+    export_model(
+        run.checkpoint,
+        tmp_path / "out",
+        tokenizer=run.dataset_dir / "tokenizer.model",
+        model_config=run.recipe["model"],
+    )
+    model, tokenizer = load_model(tmp_path / "out", device="cpu")
+    tokens = torch.arange(5)[None]
+    assert torch.equal(model(tokens), run.model(tokens))
+    assert tokenizer.sha256 == run.tokenizer.sha256
+    again, _ = load_model(run_dir, device="cpu")
+    assert torch.equal(again(tokens), run.model(tokens))
