@@ -25,7 +25,8 @@ def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
     if recipe.mesh.sp > 1 and recipe.data.packing == "concat":
         raise ValueError(
             f"mesh.sp = {recipe.mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
-            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set mesh.sp = 1'
+            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set data.packing = '
+            '"aligned" or mesh.sp = 1'
         )
     mesh = check_mesh(
         recipe.mesh,

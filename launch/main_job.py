@@ -179,7 +179,7 @@ class _FirstLoss:
         return self._metrics.is_file() and self._metrics.stat().st_size > 0
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.2):
+        while not self._stop.wait(0.05):
             if self._has_row():
                 self._seconds.record("first_loss", time.time() - self._started)
                 return

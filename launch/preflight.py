@@ -37,14 +37,17 @@ def fit_to_machine(recipe: Recipe, *, say: Callable[[str], None]) -> Recipe:
 
 
 def check_machine(recipe: Recipe, run_dir: Path) -> int:
-    """Check devices, run folder and disk, and return the ranks to start on this machine.
+    """Check devices, run folder, disk and what scoring reads; return the ranks to start on this machine.
 
     Raises:
         ValueError, OSError: one of them does not do; the message says what to change.
     """
+    from evals.evaluate import check_eval_inputs
+
     ranks = local_ranks(recipe)
     check_writable(run_dir)
     check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=recipe.checkpoint.keep)
+    check_eval_inputs(recipe.evals)
     return ranks
 
 

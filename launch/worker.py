@@ -3,24 +3,55 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 import os
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 from typing import cast
 
-from launch.ranks import is_echo, log_folder, record_failure
+from launch.ranks import log_folder
 from launch.recipe import Recipe, parse_recipe, resolve
-from trellis_dist.files import read_json
+from trellis_dist.files import read_json, write_json
+from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, Resume, TrainResult
 
-__all__ = ["error_line", "main", "train_rank"]
+__all__ = ["end_with_launcher", "error_line", "main", "record_failure", "train_rank"]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
 
 ECHO_SECONDS = 3.0
+
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+
+
+def end_with_launcher() -> None:
+    """On Linux, have SIGTERM sent to this process when its launcher dies, even of SIGKILL: save and end.
+
+    Only for a process that our launcher started: it starts ranks from its main thread, with its own Python.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _launcher_is_gone():
+        signal.raise_signal(signal.SIGTERM)
+
+
+def _launcher_is_gone() -> bool:
+    """Tell whether the parent is no longer our launcher but what adopts orphans, which is no Python.
+
+    Not from a parent id of 1, which the launcher itself has in a container.
+    """
+    if "PYTHON_EXEC" in os.environ:  # torchrun was told to start ranks with another Python
+        return False
+    try:
+        return not os.path.samefile("/proc/self/exe", f"/proc/{os.getppid()}/exe")
+    except OSError:  # no /proc here; or another user's process, which is no launcher
+        return os.path.exists("/proc/self/exe")
 
 
 def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> TrainResult:
@@ -46,11 +77,39 @@ def error_line(error: BaseException) -> str:
     text = str(error).strip() or repr(error)
     if isinstance(error, USER_ERRORS):
         return text
+    if _out_of_memory(error, text):
+        return (
+            f"out of memory ({text.splitlines()[0]}): lower training.micro_batch (the global batch stays) "
+            "or data.sequence_length"
+        )
     if isinstance(error, ModuleNotFoundError) and error.name:
         return (
             f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
         )
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
+
+
+def _out_of_memory(error: BaseException, text: str) -> bool:
+    """torch.OutOfMemoryError and cuBLAS and the CPU allocator's words are all RuntimeErrors."""
+    words = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and any(word in text for word in words)
+    )
+
+
+def record_failure(run_dir: Path, *, rank: int, error: BaseException) -> None:
+    """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself."""
+    story = {
+        "rank": rank,
+        "message": error_line(error),
+        "detail": "".join(traceback.format_exception(error)),
+        "echo": isinstance(error, EchoError),
+    }
+    try:
+        log_folder(run_dir).mkdir(parents=True, exist_ok=True)
+        write_json(log_folder(run_dir) / f"failure-rank-{rank:05d}.json", story)
+    except OSError:
+        print(story["detail"], flush=True)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -64,9 +123,8 @@ def main(arguments: list[str] | None = None) -> int:
         resume = cast(Resume, options.resume)
         result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
     except Exception as error:
-        message = error_line(error)
-        record_failure(options.run_dir, rank=rank, message=message, detail=traceback.format_exc())
-        if is_echo(message):
+        record_failure(options.run_dir, rank=rank, error=error)
+        if isinstance(error, EchoError):
             # torchrun ends all ranks as soon as one exits: let the one that knows the cause say it first.
             time.sleep(ECHO_SECONDS)
         return 1
@@ -93,9 +151,11 @@ def _redirect_output(path: Path) -> None:
 
 
 if __name__ == "__main__":
+    end_with_launcher()
     status = main()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
+            stream.flush()
     if status:
         # A rank that failed must not wait in a library's clean-up for peers that wait for it.
         os._exit(status)

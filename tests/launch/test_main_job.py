@@ -1,14 +1,19 @@
-"""The main job end to end on a tiny corpus: two ranks, a stop, a resume, scores, a report; then re-used."""
+"""The main job end to end on a tiny corpus: two ranks, killed and started again, a stop, a resume, scores, a
+report; then re-used."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.cli import main
@@ -25,13 +30,13 @@ SMALL = {
     "model.trellis.chunk_size": 16,
     "data.sequence_length": 64,
     "data.validation_fraction": 0.2,
-    "training.steps": 4,
+    "training.steps": 40,
     "training.global_batch_tokens": 256,
     "training.micro_batch": 1,
     "training.validation_interval": 0,
     "training.validation_rows": 2,
     "schedule.warmup_steps": 1,
-    "checkpoint.interval": 100,
+    "checkpoint.interval": 2,
     "logging.interval": 1,
     "evals.tasks": ["perplexity", "sample"],
     "evals.sample_tokens": 8,
@@ -44,17 +49,30 @@ def options(folder: Path) -> list[str]:
     return [BASE, "--corpus", str(folder / "texts"), *folders, *overrides]
 
 
-def trellis(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def environment() -> dict[str, str]:
     # A run divides its own cores; a test session's rank variables must not reach it.
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "launch.cli", *arguments],
-        cwd=cwd,
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+
+
+def trellis(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "launch.cli", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=280)
+
+
+def kill_in_training(folder: Path) -> None:
+    """Start the job and kill all its processes, ranks included, once it has a loss and a checkpoint."""
+    stages, checkpoints = folder / "run" / "stages.json", folder / "run" / "checkpoints"
+    with (folder / "killed.log").open("wb") as log:
+        command = [sys.executable, "-m", "launch.cli", "run", *options(folder)]
+        job = psutil.Popen(command, cwd=folder, env=environment(), stdout=log, stderr=log)
+        while not any(checkpoints.glob("step-*")) or "first_loss" not in stages.read_text():
+            assert job.poll() is None, (folder / "killed.log").read_text()
+            time.sleep(0.01)
+        processes = [job, *job.children(recursive=True)]
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(processes)
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +84,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess
     ):
         text = Path(__import__(module, fromlist=["x"]).__file__ or "").read_text(encoding="utf-8")
         (folder / "texts" / f"{index}.txt").write_text(text[:20000], encoding="utf-8")
+    kill_in_training(folder)
     return folder, trellis("run", *options(folder), cwd=folder)
 
 
@@ -77,6 +96,7 @@ def test_the_job_runs_to_a_report(finished: tuple[Path, subprocess.CompletedProc
     for key in (
         "validation/bits_per_byte",
         "baseline/bigram_bits_per_byte",
+        "baseline/unigram_bits_per_byte",
         "ln_vocab",
         "perf/tokens_per_second",
     ):
@@ -87,17 +107,32 @@ def test_the_job_runs_to_a_report(finished: tuple[Path, subprocess.CompletedProc
     assert "time to the first loss line" in ran.stdout
 
 
-def test_the_second_half_continued_from_the_first(
+def test_it_continued_where_it_was_killed_and_where_it_stopped(
     finished: tuple[Path, subprocess.CompletedProcess[str]],
 ) -> None:
     folder, ran = finished
     rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows] == [1, 2, 3, 4]
-    assert "resuming from" in ran.stdout + ran.stderr
-    assert {path.name for path in (folder / "run" / "checkpoints").glob("step-*")} == {
-        "step-00000002",
-        "step-00000004",
-    }
+    assert [row["step"] for row in rows] == list(range(1, 41))
+    killed, stopped = map(int, re.findall(r"resuming from \S+/step-(\d+)", ran.stdout + ran.stderr))
+    assert 2 <= killed < stopped == 20
+    assert "trellis: prepare: done before, re-used" in ran.stdout
+    kept = {path.name for path in (folder / "run" / "checkpoints").glob("step-*")}
+    assert kept == {"step-00000038", "step-00000040"}
+
+
+def test_tensorboard_has_the_metrics_and_the_scores(
+    finished: tuple[Path, subprocess.CompletedProcess[str]],
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "run" / "tensorboard"))
+    events.Reload()
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = {event.step: event.value for event in events.Scalars("loss/train")}
+    assert losses == pytest.approx({row["step"]: row["loss/train"] for row in rows})
+    scored = [tag for tag in events.Tags()["scalars"] if [e.step for e in events.Scalars(tag)] == [40]]
+    assert any("bits_per_byte" in tag for tag in scored), events.Tags()["scalars"]
 
 
 def test_a_second_run_reuses_everything(finished: tuple[Path, subprocess.CompletedProcess[str]]) -> None:
@@ -122,6 +157,16 @@ def test_a_finished_run_is_used_by_the_other_commands(
     assert main(["export", "run", "exported"]) == 0
     assert (folder / "exported" / "model.safetensors").is_file()
     assert "run run: whole" in capsys.readouterr().out
+    (folder / "shards").rename(folder / "moved")
+    assert main(["doctor", "run"]) == 1
+    assert f"damaged: no prepared data set in {folder / 'shards'}" in capsys.readouterr().out
+    assert main(["generate", "run", "--prompt", "def ", "--tokens", "1"]) == 1
+    capsys.readouterr()
+    moved = ["--dataset-dir", "moved"]
+    assert main(["generate", "run", "--prompt", "def ", "--tokens", "1", *moved]) == 0
+    assert main(["eval", "run", *moved]) == 0
+    assert main(["export", "run", "exported-again", *moved]) == 0
+    (folder / "moved").rename(folder / "shards")
     assert main(["train", *options(folder), "--set=optimizer.lr=1"]) == 1
     assert "holds a run with another recipe (optimizer.lr 0.004 -> 1" in capsys.readouterr().err
 
