@@ -41,7 +41,7 @@ def chunkwise(
         layout, phi, readout: as in ``compress_kv``.
     """
     pair = (None, None) if stale is None else stale
-    y, key, value, key_start, value_start = _Chunkwise.apply(*operands, *initial, *pair, layout, phi, readout)
+    y, key, value, key_start, value_start = _Chunkwise.apply(*operands, *initial, *pair, layout, phi, readout)  # type: ignore[no-untyped-call]
     return y, (key, value), (key_start, value_start)
 
 
@@ -62,7 +62,7 @@ class _Chunkwise(torch.autograd.Function):
         return y, *(layout.unrank_documents(x) for x in (final.key, final.value, *last))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, operands, memories = ctx.layout, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         start = Memories(*memories[:2])

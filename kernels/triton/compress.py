@@ -38,7 +38,7 @@ def triton_compress(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Output, final memories and final chunk-start pair; arguments as in ``kernels.chunkwise.chunkwise``."""
     pair = (None, None) if stale is None else stale
-    y, key, value, key_start, value_start = _Triton.apply(*operands, *initial, *pair, layout, phi, readout)
+    y, key, value, key_start, value_start = _Triton.apply(*operands, *initial, *pair, layout, phi, readout)  # type: ignore[no-untyped-call]
     return y, (key, value), (key_start, value_start)
 
 
@@ -143,7 +143,7 @@ class _Triton(torch.autograd.Function):
         return y, *(layout.unrank_documents(x) for x in (final.key, final.value, *last))
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
         layout, operands, memories = ctx.layout, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
         start = Memories(*memories[:2])

@@ -46,10 +46,10 @@ def causal_conv(
         [B, T, F].
     """
     if tail is None:
-        return _ShiftedSum.apply(x, weight, edges)  # type: ignore[no-any-return]
+        return _ShiftedSum.apply(x, weight, edges)  # type: ignore[no-any-return, no-untyped-call]
     before = tail.shape[1]
     moved = None if edges is None else tuple(index + before for index in edges)
-    return _ShiftedSum.apply(torch.cat([tail, x], dim=1), weight, moved)[:, before:]  # type: ignore[no-any-return]
+    return _ShiftedSum.apply(torch.cat([tail, x], dim=1), weight, moved)[:, before:]  # type: ignore[no-any-return, no-untyped-call]
 
 
 def document_edges(starts: Tensor, *, total: int, kernel: int) -> tuple[Tensor, ...]:

@@ -32,7 +32,7 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
         both = linear_joined(x, [self.gate_weight, self.up_weight])
-        return linear(_GatedSiLU.apply(both), self.down_weight)
+        return linear(_GatedSiLU.apply(both), self.down_weight)  # type: ignore[no-untyped-call]
 
 
 class _GatedSiLU(torch.autograd.Function):

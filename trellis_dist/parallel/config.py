@@ -14,8 +14,8 @@ class MeshConfig:
     """Three axes, outer to inner: data ``dp`` x sequence ``sp`` x tensor ``tp``.
 
     Attributes:
-        dp: data-parallel replicas; None takes what the world size leaves (world / (sp * tp)). On one machine that
-            is one replica per CUDA device, fewer where they would not divide the rows of a step.
+        dp: data-parallel replicas; None takes what the world size leaves (world / (sp * tp)). On one machine
+            that is one replica per CUDA device, fewer where they would not divide the rows of a step.
         cpu_dp: replicas on a machine without CUDA when dp is left open.
         sp: contiguous sequence segments; memories are passed from rank to rank.
         tp: shards of heads, MLP and vocabulary.

@@ -55,7 +55,7 @@ class HaloConvolution:
         rows = self._segments.rows(len(x), packed=edges is not None)
         by_row = x.reshape(rows, -1, x.shape[-1])
         _check_reach(by_row.shape[1], reach)
-        by_row, halo = _Halo.apply(by_row, reach, self._transfers)
+        by_row, halo = _Halo.apply(by_row, reach, self._transfers)  # type: ignore[no-untyped-call]
         before = self._segments.before(rows, at_most=reach)
         if min(before) < reach:
             halo = halo * _halo_mask(before, reach, halo)

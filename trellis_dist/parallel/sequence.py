@@ -81,7 +81,7 @@ class StatePassing:
             continues=self._segments.continues(rows),
         )
         initial = _initial_memories(initial_state, layout.num_documents, q, v, alpha)
-        y, key, value = _PassStates.apply(call, *initial, q, k, v, alpha, log_decay, step_size)
+        y, key, value = _PassStates.apply(call, *initial, q, k, v, alpha, log_decay, step_size)  # type: ignore[no-untyped-call]
         return y, CompressState(key_memory=key, value_memory=value) if output_final_state else None
 
 
@@ -149,7 +149,7 @@ class _PassStates(torch.autograd.Function):
         return layout.from_chunks(y, q.shape[0]).to(v.dtype), *final
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         call, layout, (start_key, start_value, *operands) = ctx.call, ctx.call.layout, ctx.saved_tensors
         rows = len(call.first)
