@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -26,23 +26,29 @@ USER_ERRORS = (ValueError, OSError)
 
 ECHO_SECONDS = 3.0
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
+LAUNCHER_POLL_SECONDS = 0.5
 
 
 def end_with_launcher() -> None:
-    """On Linux, have SIGTERM sent to this process when its launcher dies, even of SIGKILL: save and end.
+    """Send this process one SIGTERM when its launcher dies, even of SIGKILL: it then saves and ends.
 
-    Only for a process that our launcher started: it starts ranks from its main thread, with its own Python.
+    Only for a process that our launcher started, with its own Python. Not PR_SET_PDEATHSIG: Linux sends that
+    signal once per thread of the dying launcher, and a second SIGTERM means "do not save".
     """
-    if not sys.platform.startswith("linux"):
-        return
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if _launcher_is_gone():
+    launcher = os.getppid()
+    if _is_adopted():
         signal.raise_signal(signal.SIGTERM)
+    threading.Thread(target=_watch, args=(launcher,), daemon=True).start()
 
 
-def _launcher_is_gone() -> bool:
-    """Tell whether the parent is no longer our launcher but what adopts orphans, which is no Python.
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LAUNCHER_POLL_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _is_adopted() -> bool:
+    """Tell whether the launcher is gone already: the parent is what adopts orphans, which is no Python.
 
     Not from a parent id of 1, which the launcher itself has in a container.
     """

@@ -14,8 +14,9 @@ from checkpoints.state import latest_verified, save_checkpoint
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
 from trellis_dist.files import FileSystem
-from trellis_dist.training import loop, saving
+from trellis_dist.training import loop, saving, setup
 from trellis_dist.training.engines.local import LocalEngine
+from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
 from trellis_dist.training.watchdog import DivergedError
@@ -216,6 +217,17 @@ def test_validation_on_part_of_the_split_reports_no_bits_per_byte(data: Path, tm
     assert set(run(job, tmp_path).validation) == {"loss/validation"}
 
 
+def test_after_an_error_no_rank_waits_in_a_shutdown(data: Path, monkeypatch):
+    left: list[str] = []
+    monkeypatch.setattr(setup.env, "shutdown", lambda: left.append("group"))
+    with pytest.raises(RuntimeError, match="a peer died"), setup.runtime(make_job(data)):
+        raise RuntimeError("a peer died")
+    assert left == []
+    with setup.runtime(make_job(data)):
+        pass
+    assert left == ["group"]
+
+
 # The same through DeepSpeed on two ranks.
 
 
@@ -223,13 +235,13 @@ def run_case(job: Job, run_dir: Path, stop_at_step: int | None) -> TrainResult:
     return run(job, run_dir, stop_at_step=stop_at_step)
 
 
-def refused_case(job: Job, run_dir: Path) -> str:
+def refused_case(job: Job, run_dir: Path) -> tuple[str, bool]:
     with pytest.raises(ValueError) as refused:
         run(job, run_dir)
-    return str(refused.value)
+    return str(refused.value), isinstance(refused.value, EchoError)
 
 
-def full_disk_case(job: Job, run_dir: Path) -> str:
+def full_disk_case(job: Job, run_dir: Path) -> tuple[str, bool]:
     """The disk of rank 1 is full: both ranks learn of it and raise."""
     from trellis_dist.parallel import env
 
@@ -241,7 +253,7 @@ def full_disk_case(job: Job, run_dir: Path) -> str:
             run(job, run_dir, stop_at_step=2)
     finally:
         saving.save_checkpoint = real
-    return str(failed.value)
+    return str(failed.value), isinstance(failed.value, EchoError)
 
 
 def sigterm_case(job: Job, run_dir: Path) -> TrainResult:
@@ -295,17 +307,19 @@ def test_a_refusal_found_by_one_rank_reaches_both(tmp_path: Path):
     shard.write_bytes(shard.read_bytes()[:-1] + b"\xff")
     job = make_job(data, training={"engine": "deepspeed", "micro_batch": 1})
     first, second = gloo_pool(2).run(refused_case, job, tmp_path / "run")
-    assert "validation-00000.bin is damaged" in first
-    assert "on another rank" in second
+    assert "validation-00000.bin is damaged" in first[0]
+    assert "on another rank" in second[0]
+    assert (first[1], second[1]) == (False, True)
     local = make_job(data, training={"micro_batch": 1})
-    assert 'use engine = "deepspeed"' in gloo_pool(2).run(refused_case, local, tmp_path / "run")[1]
+    assert 'use engine = "deepspeed"' in gloo_pool(2).run(refused_case, local, tmp_path / "run")[1][0]
 
 
 def test_a_full_disk_on_one_rank_reaches_both(data: Path, tmp_path: Path):
     job = make_job(data, training={"engine": "deepspeed", "micro_batch": 1})
     first, second = gloo_pool(2).run(full_disk_case, job, tmp_path)
-    assert "another rank failed" in first
-    assert "No space left on device" in second
+    assert "another rank failed" in first[0]
+    assert "No space left on device" in second[0]
+    assert (first[1], second[1]) == (True, False)
     assert list((tmp_path / "checkpoints").iterdir()) == []
 
 

@@ -9,10 +9,15 @@ import torch
 import torch.distributed as dist
 
 from trellis_dist.parallel import env
+from trellis_dist.training.errors import EchoError
 
 T = TypeVar("T")
 
-__all__ = ["on_main", "sum_scalars", "together"]
+__all__ = ["PeerFailedError", "on_main", "sum_scalars", "together"]
+
+
+class PeerFailedError(EchoError, ValueError):
+    """Work that all ranks do together failed on another rank."""
 
 
 def sum_scalars(values: Sequence[float], group: dist.ProcessGroup | None = None) -> list[float]:
@@ -30,7 +35,7 @@ def sum_scalars(values: Sequence[float], group: dist.ProcessGroup | None = None)
 def together(work: Callable[[], T], *, what: str) -> T:
     """Run ``work`` on every rank; when it fails on any, raise on all, so that no rank waits for a dead one.
 
-    A rank that failed raises its own error, the others a ``ValueError`` naming ``what``.
+    A rank that failed raises its own error, the others a ``PeerFailedError`` naming ``what``.
     """
     result: list[T] = []
     failure: Exception | None = None
@@ -42,7 +47,7 @@ def together(work: Callable[[], T], *, what: str) -> T:
     if failure is not None:
         raise failure
     if not everywhere:
-        raise ValueError(f"{what} failed on another rank, which says why")
+        raise PeerFailedError(f"{what} failed on another rank, which says why")
     return result[0]
 
 

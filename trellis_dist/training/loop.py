@@ -16,6 +16,7 @@ from trellis_dist.training.collectives import sum_scalars
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
+from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
 from trellis_dist.training.setup import Session, checked_mesh, open_session, runtime
 from trellis_dist.training.termination import TerminationRequest
@@ -38,8 +39,8 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
         stop_at_step: save and return after this step; the schedule still runs to ``training.steps``.
 
     Raises:
-        ValueError: a mesh, data set, model or checkpoint that does not fit, with the remedy; or a run whose
-            loss or gradient stayed non-finite (``DivergedError``).
+        ValueError: a mesh, data set, model or checkpoint that does not fit, with the remedy; another process
+            that trains in ``run_dir``; or a run whose loss or gradient stayed non-finite (``DivergedError``).
         FileNotFoundError: ``resume="require"`` without a checkpoint, or no data set.
         OSError: the last save of this start failed.
     """
@@ -48,8 +49,8 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
     if last < 1:
         raise ValueError(f"stop_at_step = {stop_at_step}: use 1 or more steps")
     job = dataclasses.replace(job, mesh=checked_mesh(job))
-    with runtime(job) as device:
-        session = open_session(job, Path(run_dir), resume=resume, device=device, started=started)
+    with runtime(job) as device, RunLock(Path(run_dir)) as lock:
+        session = open_session(job, Path(run_dir), resume=resume, device=device, started=started, lock=lock)
         if session is None:
             return _finished_before(job, Path(run_dir))
         try:

@@ -9,11 +9,16 @@ from pathlib import Path
 from checkpoints.state import SaveError, save_checkpoint
 from trellis_dist.parallel import env
 from trellis_dist.training.engines.base import Engine
+from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job
 from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.state import Progress, run_state
 
-__all__ = ["Saver"]
+__all__ = ["PeerSaveError", "Saver"]
+
+
+class PeerSaveError(EchoError, SaveError):
+    """The last save of a start failed on another rank."""
 
 
 class Saver:
@@ -41,6 +46,8 @@ class Saver:
             self._write(engine, progress)
         except SaveError as error:
             self.failures += 1
+            if final and error.__cause__ is None:
+                raise PeerSaveError(str(error)) from None
             if final:
                 raise
             self._alert(error)

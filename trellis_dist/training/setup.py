@@ -28,6 +28,7 @@ from trellis_dist.training.engines.factory import build_engine, check_engine, us
 from trellis_dist.training.evaluate import Validator
 from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
+from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.saving import Saver
 from trellis_dist.training.state import Progress, check_same_run, find_resume
 from trellis_dist.training.watchdog import Watchdog
@@ -83,18 +84,20 @@ def checked_mesh(job: Job) -> MeshConfig:
 
 @contextlib.contextmanager
 def runtime(job: Job) -> Iterator[torch.device]:
-    """Set threads, join the process group; leave it at the end if it was joined (or made) here."""
+    """Set threads, join the process group; leave it at the end if it was joined (or made) here.
+
+    After an error it is left as it is: a peer that failed answers no more, and NCCL would wait for it before
+    anybody learns of the error.
+    """
     device = torch.device("cuda", env.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
     torch.set_num_threads(job.training.threads or _share_of_cores())
     joined_before = dist.is_initialized()
     longest = max(job.training.first_step_timeout_s, job.training.step_timeout_s) or 1800.0
     # The watchdog names the stuck line; the collectives' own timeout comes after it.
     env.init_distributed(device, timeout_s=longest + 60.0)
-    try:
-        yield device
-    finally:
-        if not joined_before:
-            env.shutdown()
+    yield device
+    if not joined_before:
+        env.shutdown()
 
 
 def _share_of_cores() -> int:
@@ -105,9 +108,9 @@ def _share_of_cores() -> int:
 
 
 def open_session(
-    job: Job, run_dir: Path, *, resume: Resume, device: torch.device, started: float
+    job: Job, run_dir: Path, *, resume: Resume, device: torch.device, started: float, lock: RunLock
 ) -> Session | None:
-    """Open data, model, engine and outputs, and restore the newest checkpoint.
+    """Open the data, take ``lock``, open model, engine and outputs, and restore the newest checkpoint.
 
     Returns None when that checkpoint is already at ``training.steps``.
 
@@ -115,8 +118,9 @@ def open_session(
         ValueError, FileNotFoundError: what a user can put right, in one line; on every rank.
     """
     root = run_dir / "checkpoints"
-    found = on_main(lambda: find_resume(root, resume))
     train, validation = together(lambda: _open_data(job), what="opening the data")
+    on_main(lock.take)
+    found = on_main(lambda: find_resume(root, resume))
     if found is not None:
         check_same_run(found[1], job, fingerprint=train.fingerprint, checkpoint=found[0])
     progress = Progress.from_state(found[1]) if found else Progress()

@@ -1,0 +1,148 @@
+"""A rank: what it says of its failure, and that it ends with its launcher."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from launch import worker
+from launch.ranks import log_folder
+from launch.recipe import load_recipe, resolve
+from tests.training.small_run import exact_rows, write_dataset
+from trellis_dist.files import read_json, write_json
+from trellis_dist.training.collectives import PeerFailedError
+
+BASE = str(Path(__file__).with_name("base.toml"))
+LINUX = sys.platform.startswith("linux")
+SMALL = {
+    "data.sequence_length": 16,
+    "data.tokenizer.vocab_size": 400,
+    "model.vocab_size": 400,
+    "model.num_layers": 1,
+    "model.dim": 16,
+    "model.num_heads": 2,
+    "model.trellis.chunk_size": 8,
+    "mesh.dp": 1,
+    "training.engine": "local",
+    "training.steps": 100_000,
+    "training.global_batch_tokens": 64,
+    "training.micro_batch": 4,
+    "training.validation_interval": 0,
+    "training.validation_rows": 1,
+    "checkpoint.interval": 100_000,
+    "logging.interval": 1,
+    "logging.tensorboard": False,
+}
+# The real agent in a process of its own, as `trellis train` is.
+LAUNCHER = """
+import sys, threading, time
+from pathlib import Path
+from launch.ranks import run_ranks
+for _ in range(8):  # a thread that dies must not count as another request to end
+    threading.Thread(target=time.sleep, args=(1000,), daemon=True).start()
+run_ranks(1, run_dir=Path(sys.argv[1]), arguments=sys.argv[2:])
+"""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has ..."),
+        RuntimeError("CUDA out of memory. Tried to allocate"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"),
+        MemoryError(),
+    ],
+)
+def test_running_out_of_memory_is_no_bug(error: BaseException) -> None:
+    line = worker.error_line(error)
+    assert "lower training.micro_batch" in line
+    assert "data.sequence_length" in line
+    assert "a bug" not in line
+    assert len(line.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "error, echo", [(PeerFailedError("the data failed on another rank"), True), (ValueError("mine"), False)]
+)
+def test_the_record_says_whether_another_rank_knows_the_cause(
+    error: Exception, echo: bool, tmp_path: Path
+) -> None:
+    worker.record_failure(tmp_path, rank=3, error=error)
+    record = read_json(log_folder(tmp_path) / "failure-rank-00003.json")
+    assert record["echo"] is echo
+    assert record["message"] == str(error)
+
+
+def test_a_failure_that_cannot_be_written_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "logs").write_text("in the way")
+    worker.record_failure(tmp_path, rank=1, error=ValueError("the whole story"))
+    assert "ValueError: the whole story" in capsys.readouterr().out
+
+
+def launch(run_dir: Path, *arguments: str) -> subprocess.Popen[str]:
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    options = [f"--recipe={run_dir / 'recipe.json'}", f"--run-dir={run_dir}", *arguments]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCHER, str(run_dir), *options],
+        env={**environment, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, *, seconds: float = 100.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(not LINUX, reason="the ranks of a launcher are looked up in /proc")
+def test_ranks_end_with_a_killed_launcher_and_the_next_start_continues(tmp_path: Path) -> None:
+    data, run_dir = write_dataset(tmp_path / "set"), tmp_path / "run"
+    overrides = [f"{key}={json.dumps(value)}" for key, value in SMALL.items()]
+    recipe = load_recipe(BASE, [*overrides, f"data.directory={json.dumps(str(data))}"])
+    run_dir.mkdir()
+    write_json(run_dir / "recipe.json", resolve(recipe))
+    with launch(run_dir) as launcher:
+        wait_for(lambda: exact_rows(run_dir) or launcher.poll() is not None)
+        rank = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text())
+        os.kill(rank, signal.SIGSTOP)  # until the next start has met its lock
+        launcher.kill()
+        last = int(exact_rows(run_dir)[-1]["step"]) + 50
+        with launch(run_dir, f"--stop-at-step={last}") as second:
+            waiting = any("another process still trains" in line for line in second.stderr)
+            os.kill(rank, signal.SIGCONT)
+            said = second.communicate(timeout=100)[1]
+    assert waiting
+    assert second.returncode == 0, said
+    assert not Path(f"/proc/{rank}").exists()
+    assert [row["step"] for row in exact_rows(run_dir)] == list(range(1, last + 1))
+    saved_at_the_kill, saved_last = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert saved_at_the_kill < saved_last == f"step-{last:08d}"
+
+
+@pytest.mark.skipif(not LINUX, reason="the ranks of a launcher are looked up in /proc")
+def test_a_rank_whose_launcher_is_gone_already_ends_at_once(tmp_path: Path) -> None:
+    """The parent that asks is a shell, as what adopts orphans is: no Python."""
+    code = "from launch.worker import end_with_launcher as end; end(); print('still here')"
+    done = subprocess.run(
+        ["/bin/sh", "-c", f'"{sys.executable}" -c "{code}"; echo status $?'],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.stdout.split()[-2:] == ["status", str(128 + signal.SIGTERM)], done.stderr
+    assert "still here" not in done.stdout
