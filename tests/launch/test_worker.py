@@ -117,6 +117,7 @@ def test_ranks_end_with_a_killed_launcher_and_the_next_start_continues(tmp_path:
     write_json(run_dir / "recipe.json", resolve(recipe))
     with launch(run_dir) as launcher:
         wait_for(lambda: exact_rows(run_dir) or launcher.poll() is not None)
+        assert launcher.poll() is None, launcher.stderr.read()
         rank = int(Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text())
         os.kill(rank, signal.SIGSTOP)  # until the next start has met its lock
         launcher.kill()
