@@ -127,7 +127,7 @@ def find_dataset(
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"the data set of {run_dir} is not in {folder}: move it back, or say where it is now "
-            "(--dataset-dir FOLDER, or --set data.directory=FOLDER)"
+            "with --dataset-dir FOLDER"
         )
     manifest = load_manifest(folder)
     trained = load_run_state(checkpoint)["data"]["fingerprint"]

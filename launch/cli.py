@@ -189,15 +189,15 @@ def generate(
     step: Step = None,
     dataset_dir: MovedDataset = None,
 ) -> None:
-    """Continue a text with a run's model."""
-    from evals.runs import load_run
+    """Continue a text with the model of a run, or of a folder that `trellis export` wrote."""
+    from evals.runs import load_model
     from evals.sampling import Sampling
     from evals.scorer import Scorer
 
     sampling = Sampling(max_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    loaded = load_run(run_dir, step=step, dataset_dir=dataset_dir)
-    ids = [loaded.tokenizer.bos_id, *loaded.tokenizer.encode(prompt)]
-    print(prompt + Scorer(loaded.model, loaded.tokenizer).generate([ids], sampling)[0])
+    model, tokenizer = load_model(run_dir, step=step, dataset_dir=dataset_dir)
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    print(prompt + Scorer(model, tokenizer).generate([ids], sampling)[0])
 
 
 @app.command()

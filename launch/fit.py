@@ -19,29 +19,16 @@ def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
     Raises:
         ValueError: it, the packing or the engine on it cannot work there; the arithmetic is in the message.
     """
-    from trellis_dist.parallel.mesh import check_mesh
-    from trellis_dist.training.engines.factory import check_engine
+    from trellis_dist.training.combination import check_combination
 
-    if recipe.mesh.sp > 1 and recipe.data.packing == "concat":
-        raise ValueError(
-            f"mesh.sp = {recipe.mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
-            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set data.packing = '
-            '"aligned" or mesh.sp = 1'
-        )
-    mesh = check_mesh(
-        recipe.mesh,
-        world_size=world_size,
-        sequence_length=recipe.data.sequence_length,
-        chunk_size=recipe.model.trellis.chunk_size,
-        num_heads=recipe.model.num_heads,
-        vocab_size=recipe.model.vocab_size,
+    return check_combination(
+        mesh=recipe.mesh,
+        model=recipe.model,
+        data=recipe.data,
+        training=recipe.training,
         global_rows=recipe.global_rows,
-        micro_batch=recipe.training.micro_batch,
-        conv_kernel=recipe.model.trellis.conv_kernel,
-        pattern=recipe.model.pattern,
+        world_size=world_size,
     )
-    check_engine(recipe.training, dp=mesh.dp or 1, sp=mesh.sp)
-    return mesh
 
 
 def fit_to_devices(recipe: Recipe, devices: int) -> Recipe:

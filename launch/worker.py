@@ -13,13 +13,13 @@ import traceback
 from pathlib import Path
 from typing import cast
 
-from launch.ranks import log_folder
+from launch.ranks import log_folder, record_failure
 from launch.recipe import Recipe, parse_recipe, resolve
-from trellis_dist.files import read_json, write_json
+from trellis_dist.files import read_json
 from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, Resume, TrainResult
 
-__all__ = ["end_with_launcher", "error_line", "main", "record_failure", "train_rank"]
+__all__ = ["end_with_launcher", "error_line", "main", "train_rank"]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
@@ -103,21 +103,6 @@ def _out_of_memory(error: BaseException, text: str) -> bool:
     )
 
 
-def record_failure(run_dir: Path, *, rank: int, error: BaseException) -> None:
-    """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself."""
-    story = {
-        "rank": rank,
-        "message": error_line(error),
-        "detail": "".join(traceback.format_exception(error)),
-        "echo": isinstance(error, EchoError),
-    }
-    try:
-        log_folder(run_dir).mkdir(parents=True, exist_ok=True)
-        write_json(log_folder(run_dir) / f"failure-rank-{rank:05d}.json", story)
-    except OSError:
-        print(story["detail"], flush=True)
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Train, and leave a failure where the launcher finds it; returns the exit status."""
     options = _parser().parse_args(arguments)
@@ -129,8 +114,10 @@ def main(arguments: list[str] | None = None) -> int:
         resume = cast(Resume, options.resume)
         result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
     except Exception as error:
-        record_failure(options.run_dir, rank=rank, error=error)
-        if isinstance(error, EchoError):
+        echo = isinstance(error, EchoError)
+        detail = traceback.format_exc()
+        record_failure(options.run_dir, rank=rank, message=error_line(error), detail=detail, echo=echo)
+        if echo:
             # torchrun ends all ranks as soon as one exits: let the one that knows the cause say it first.
             time.sleep(ECHO_SECONDS)
         return 1

@@ -73,20 +73,18 @@ def test_running_out_of_memory_is_no_bug(error: BaseException) -> None:
     "error, echo", [(PeerFailedError("the data failed on another rank"), True), (ValueError("mine"), False)]
 )
 def test_the_record_says_whether_another_rank_knows_the_cause(
-    error: Exception, echo: bool, tmp_path: Path
+    error: Exception, echo: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    worker.record_failure(tmp_path, rank=3, error=error)
-    record = read_json(log_folder(tmp_path) / "failure-rank-00003.json")
-    assert record["echo"] is echo
-    assert record["message"] == str(error)
+    def fail(*_: object, **__: object) -> None:
+        raise error
 
-
-def test_a_failure_that_cannot_be_written_is_printed(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "logs").write_text("in the way")
-    worker.record_failure(tmp_path, rank=1, error=ValueError("the whole story"))
-    assert "ValueError: the whole story" in capsys.readouterr().out
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(worker, "ECHO_SECONDS", 0.0)
+    monkeypatch.setattr(worker, "train_rank", fail)
+    write_json(tmp_path / "recipe.json", resolve(load_recipe(BASE)))
+    assert worker.main([f"--recipe={tmp_path / 'recipe.json'}", f"--run-dir={tmp_path}"]) == 1
+    record = read_json(log_folder(tmp_path) / "failure-rank-00000.json")
+    assert (record["echo"], record["message"]) == (echo, str(error))
 
 
 def launch(run_dir: Path, *arguments: str) -> subprocess.Popen[str]:

@@ -12,13 +12,15 @@ import dataclasses
 import time
 from pathlib import Path
 
+from trellis_dist.parallel import env
 from trellis_dist.training.collectives import sum_scalars
+from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
-from trellis_dist.training.setup import Session, checked_mesh, open_session, runtime
+from trellis_dist.training.setup import Session, open_session, runtime
 from trellis_dist.training.termination import TerminationRequest
 from trellis_dist.training.watchdog import SkipBudget
 
@@ -48,7 +50,15 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
     last = job.training.steps if stop_at_step is None else min(stop_at_step, job.training.steps)
     if last < 1:
         raise ValueError(f"stop_at_step = {stop_at_step}: use 1 or more steps")
-    job = dataclasses.replace(job, mesh=checked_mesh(job))
+    mesh = check_combination(
+        mesh=job.mesh,
+        model=job.model,
+        data=job.data,
+        training=job.training,
+        global_rows=job.global_rows,
+        world_size=env.world_size(),
+    )
+    job = dataclasses.replace(job, mesh=mesh)
     with runtime(job) as device, RunLock(Path(run_dir)) as lock:
         session = open_session(job, Path(run_dir), resume=resume, device=device, started=started, lock=lock)
         if session is None:

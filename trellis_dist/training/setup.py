@@ -20,11 +20,10 @@ from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.language_model import build_language_model
 from trellis_dist.parallel import env
 from trellis_dist.parallel.apply import apply_parallelism
-from trellis_dist.parallel.config import MeshConfig
-from trellis_dist.parallel.mesh import Mesh, build_mesh, check_mesh
+from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.training.collectives import on_main, together
 from trellis_dist.training.engines.base import Engine
-from trellis_dist.training.engines.factory import build_engine, check_engine, uses_bf16
+from trellis_dist.training.engines.factory import build_engine, uses_bf16
 from trellis_dist.training.evaluate import Validator
 from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
@@ -33,7 +32,7 @@ from trellis_dist.training.saving import Saver
 from trellis_dist.training.state import Progress, check_same_run, find_resume
 from trellis_dist.training.watchdog import Watchdog
 
-__all__ = ["Session", "checked_mesh", "open_session", "runtime"]
+__all__ = ["Session", "open_session", "runtime"]
 
 
 @dataclass
@@ -56,30 +55,6 @@ class Session:
         """Stop the watchdog, close files."""
         self.watchdog.disarm()
         self.metrics.close()
-
-
-def checked_mesh(job: Job) -> MeshConfig:
-    """Return the job's mesh with dp filled in from the world size; ``ValueError`` when it cannot work."""
-    model = job.model
-    if job.mesh.sp > 1 and job.data.packing == "concat":
-        raise ValueError(
-            f"mesh.sp = {job.mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
-            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set mesh.sp = 1'
-        )
-    mesh = check_mesh(
-        job.mesh,
-        world_size=env.world_size(),
-        sequence_length=job.data.sequence_length,
-        chunk_size=model.trellis.chunk_size,
-        num_heads=model.num_heads,
-        vocab_size=model.vocab_size,
-        global_rows=job.global_rows,
-        micro_batch=job.training.micro_batch,
-        conv_kernel=model.trellis.conv_kernel,
-        pattern=model.pattern,
-    )
-    check_engine(job.training, dp=mesh.dp or 1, sp=mesh.sp)
-    return mesh
 
 
 @contextlib.contextmanager
@@ -130,7 +105,7 @@ def open_session(
     engine = together(lambda: _engine(job, mesh, found), what="building or restoring the model")
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
-    metrics.say(_describe(job, mesh, found))
+    metrics.say(_describe(job, mesh, train, found))
     return Session(
         job=job,
         mesh=mesh,
@@ -158,6 +133,7 @@ def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
     options: dict[str, Any] = {
         "sequence_length": job.data.sequence_length,
         "seed": job.data.seed,
+        "align": job.model.trellis.chunk_size if job.data.packing == "aligned" else 1,
         "verify": env.is_main(),
     }
     return TokenDataset(folder, "train", **options), TokenDataset(folder, "validation", **options)
@@ -206,7 +182,7 @@ def _validator(job: Job, dataset: TokenDataset, mesh: Mesh) -> Validator:
     )
 
 
-def _describe(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> str:
+def _describe(job: Job, mesh: Mesh, train: TokenDataset, found: tuple[Path, dict[str, Any]] | None) -> str:
     """Say in a few lines what is about to run."""
     training, rows = job.training, job.global_rows
     count = parameter_counts(job.model).total
@@ -221,6 +197,10 @@ def _describe(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -
         f"batch: micro {training.micro_batch} x accumulation {accumulation} x dp {mesh.dp} = {rows} rows of "
         f"{job.data.sequence_length} tokens; steps: {training.steps}",
     ]
+    if job.data.packing == "aligned":
+        lines.append(
+            f"packing: documents start at multiples of a chunk; rows are {train.utilisation:.1%} full"
+        )
     if found is not None:
         lines.append(f"resuming from {found[0]}")
     return "\n".join(lines)
