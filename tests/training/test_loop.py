@@ -359,7 +359,7 @@ def with_rows(data: Path, *, packing: Literal["concat", "aligned"]) -> Job:
     # Parity is measured with SGD and no clipping: Adam amplifies what the order of a sum rounds.
     sgd = {"kind": "sgd", "lr": 0.02, "clip_norm": 0.0}
     job = make_job(data, optimizer=sgd, training={"steps": 8, "global_batch_tokens": 4 * 32})
-    # The per-head norm divides the output of a memory that is nearly empty by sqrt(eps), and its rounding too.
+    # The per-head norm divides the output of a memory that is almost empty by sqrt(eps), its rounding too.
     model = dataclasses.replace(job.model, norm_eps=1e-2)
     rows = dataclasses.replace(job.data, packing=packing, sequence_length=32)
     return dataclasses.replace(job, model=model, data=rows)

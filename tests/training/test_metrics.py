@@ -129,9 +129,12 @@ resource.setrlimit(resource.RLIMIT_FSIZE, (1500, 1500))
 for step in range(1, 60):
     writer.write({"step": step, "loss/train": 1.0, "optim/lr": 0.5})
 try:
-    raise ValueError("what the run has to say")
-finally:
-    writer.close()
+    try:
+        raise ValueError("what the run has to say")
+    finally:
+        writer.close()
+except Exception as error:
+    print(repr(error))
 """
 
 
@@ -139,8 +142,8 @@ def test_a_file_that_may_not_grow_costs_rows_and_hides_no_error(tmp_path: Path):
     done = subprocess.run(
         [sys.executable, "-c", FULL, str(tmp_path)], capture_output=True, text=True, timeout=100
     )
-    assert done.stderr.strip().endswith("ValueError: what the run has to say"), done.stderr
-    assert "During handling" not in done.stderr
+    # TensorBoard's thread prints its own traceback, at any time, so only whole lines of ours are looked for.
+    assert done.stdout == "ValueError('what the run has to say')\n", done.stderr
     assert done.stderr.count("alert: no TensorBoard events from step") == 1
     alerts = done.stderr.count("were not written: [Errno 27]")
     written = read_rows(tmp_path / "metrics.jsonl")
