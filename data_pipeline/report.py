@@ -103,7 +103,7 @@ def _lengths(page: Report, streams: dict[str, Stream]) -> None:
 
 
 def _packing(page: Report, streams: dict[str, Stream], width: int) -> None:
-    page.section(f"Packing: concat, rows of {width:,} tokens")
+    page.section(f"Packed end to end, in rows of {width:,} tokens")
     rows = []
     for name, stream in streams.items():
         documents = len(stream.document_starts) - 1

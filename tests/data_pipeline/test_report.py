@@ -48,6 +48,6 @@ def test_the_page_has_the_figures(prepared: tuple[Path, Manifest]) -> None:
     html = (directory / "report.html").read_text()
     for split in made.splits.values():
         assert f"{split.tokens:,}" in html
-    for heading in ("Document lengths", "Packing: concat", "Quarantined", "Sample documents", "Source"):
+    for heading in ("Document lengths", "Packed end to end", "Quarantined", "Sample documents", "Source"):
         assert heading in html
     assert "<svg" in html
