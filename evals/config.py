@@ -67,8 +67,8 @@ class EvalConfig:
         )
         require(
             bool(self.needle_lengths) and min(self.needle_lengths) >= 256,
-            f"evals.needle_lengths = {self.needle_lengths}: use 256 or more; 128 tokens are room for the "
-            "answer and the question takes about 100",
+            f"evals.needle_lengths = {list(self.needle_lengths)}: use 256 or more; 128 tokens are room for "
+            "the answer and the question takes about 100",
         )
         require(
             self.needle_haystack != "essay" or bool(self.needle_essay),

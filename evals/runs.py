@@ -87,7 +87,8 @@ def find_checkpoint(run_dir: Path, *, step: int | None = None) -> Path:
     if step is None:
         found = latest_verified(root) if root.is_dir() else None
         if found is None:
-            raise ValueError(f"{root} holds no verified checkpoint: train first, or name another run")
+            remedy = "restore one" if root.is_dir() and list_steps(root) else "train first"
+            raise ValueError(f"{root} holds no verified checkpoint: {remedy}, or name another run")
         return found
     steps = list_steps(root)
     if step not in steps:

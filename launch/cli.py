@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.messages import show_warnings_plainly
+
 if TYPE_CHECKING:
     from launch.recipe import Recipe
 
@@ -82,6 +84,8 @@ def prepare(
     )
     for split, info in manifest.splits.items():
         print(f"{split}: {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes")
+    if manifest.quarantined:
+        print(f"quarantined: {manifest.quarantined:,}, listed in {loaded.data.directory}/quarantine.jsonl")
     print(f"shards in {loaded.data.directory}, fingerprint {manifest.fingerprint}")
 
 
@@ -223,9 +227,10 @@ def export(
 
 @app.command()
 def doctor(
-    path: Annotated[Path, typer.Argument(help="a checkpoint, a run or a data set")], as_json: AsJson = False
+    path: Annotated[Path, typer.Argument(help="a checkpoint, a run, a data set or an export")],
+    as_json: AsJson = False,
 ) -> None:
-    """Verify a checkpoint, a run or a data set by its hashes; exit status 1 when something is damaged."""
+    """Verify a checkpoint, a run, a data set or an export by its hashes; exit status 1 on damage."""
     from launch.doctor import examine
 
     report = examine(path)
@@ -245,6 +250,7 @@ def main(arguments: list[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [item for item in given if item != "--debug"]
+    show_warnings_plainly()
     try:
         status = app(given, prog_name="trellis", standalone_mode=False)
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""`trellis doctor`: is a checkpoint, a run or a data set whole? Hashes are compared; nothing is loaded."""
+"""`trellis doctor`: is a checkpoint, a run, a data set or an export whole? Its hashes are compared."""
 
 from __future__ import annotations
 
@@ -12,22 +12,26 @@ def examine(path: Path) -> dict[str, Any]:
     """What ``path`` is, what was examined, and every problem found (none: it is whole).
 
     Returns:
-        ``{"path", "kind": "checkpoint" | "run" | "dataset", "examined": [paths], "problems": [lines]}``.
+        ``{"path", "kind", "examined": [paths], "problems": [lines]}``; the kind is "checkpoint", "run",
+        "dataset" or "export".
 
     Raises:
         FileNotFoundError: no such path.
-        ValueError: it is none of the three.
+        ValueError: it is none of the four.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "recipe.json").is_file():
         return _report(path, "run", _run_parts(path))
+    if (path / "export.json").is_file():
+        return _report(path, "export", {path: _export_problems(path)})
     if (path / "tokenizer.model").is_file() or any(path.glob("*.idx")):
         return _report(path, "dataset", {path: _dataset_problems(path)})
     if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
         return _report(path, "checkpoint", {path: _checkpoint_problems(path)})
     raise ValueError(
-        f"{path} is no checkpoint (step-N), no run (recipe.json) and no data set (tokenizer.model)"
+        f"{path} is no checkpoint (step-N), no run (recipe.json), no export (export.json) and no data "
+        "set (tokenizer.model)"
     )
 
 
@@ -53,6 +57,16 @@ def _run_parts(run_dir: Path) -> dict[Path, list[str]]:
     if not checkpoints:
         parts[run_dir / "checkpoints"] = [f"{run_dir / 'checkpoints'}: no checkpoint"]
     return parts | {checkpoint: _checkpoint_problems(checkpoint) for checkpoint in checkpoints}
+
+
+def _export_problems(path: Path) -> list[str]:
+    from checkpoints.export import load_exported
+
+    try:
+        load_exported(path)
+    except (ValueError, FileNotFoundError) as error:
+        return [str(error)]
+    return []
 
 
 def _checkpoint_problems(path: Path) -> list[str]:

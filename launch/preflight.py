@@ -113,7 +113,8 @@ def check_dataset(recipe: Recipe) -> None:
     directory = Path(recipe.data.directory)
     if not (directory / "manifest.json").is_file():
         raise FileNotFoundError(
-            f"no token shards in {directory} (data.directory): run `trellis prepare {recipe.name}` first"
+            f"no token shards in {directory} (data.directory): run `trellis prepare` with the same arguments "
+            "first"
         )
 
 

@@ -122,6 +122,8 @@ def _prepare_environment(count: int) -> None:
     # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
     for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
         os.environ.setdefault(name, str(2**30))
+    # `python -m` would look in the caller's folder first, and run whatever is called launch or evals there.
+    os.environ.setdefault("PYTHONSAFEPATH", "1")
     path = os.environ.get("PYTHONPATH", "")
     if str(CHECKOUT) not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), path]))
@@ -177,5 +179,5 @@ def _silent_end(status: int) -> str:
         name = signal.Signals(-status).name
         return f"killed by {name}" + (" (out of memory?)" if name == "SIGKILL" else "")
     if status == WATCHDOG:
-        return "exit status 1: a step outlived its timeout; stacks are above or in logs/"
+        return "exit status 1: a step outlived its timeout, or the rank could not start; see above or logs/"
     return f"exit status {status}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from launch.recipe import Recipe, differences, parse_recipe, resolve
 from trellis_dist.files import read_json, write_json
+from trellis_dist.training.run_lock import RunLock
 
 __all__ = ["StageSeconds", "anchored", "claim_run", "recipe_of_run"]
 
@@ -58,9 +59,19 @@ def anchored(recipe: Recipe) -> Recipe:
 def claim_run(run_dir: Path, recipe: Recipe) -> Path:
     """Save the resolved recipe in ``run_dir`` and return its path; a run with checkpoints keeps its recipe.
 
+    It is written under the lock that training holds: the recipe of a job at work is not replaced.
+
     Raises:
-        ValueError: the folder's run was trained with other values; the message lists them.
+        ValueError: the folder's run was trained with other values, which the message lists, or another
+            process trains in it.
+        OSError: the folder is not writable.
     """
+    with RunLock(run_dir) as lock:
+        lock.take()
+        return _claim(run_dir, recipe)
+
+
+def _claim(run_dir: Path, recipe: Recipe) -> Path:
     path = run_dir / "recipe.json"
     resolved = resolve(anchored(recipe))
     if path.is_file() and any((run_dir / "checkpoints").glob("step-*")):

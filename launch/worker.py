@@ -13,6 +13,7 @@ import traceback
 from pathlib import Path
 from typing import cast
 
+from launch.messages import show_warnings_plainly
 from launch.ranks import log_folder, record_failure
 from launch.recipe import Recipe, parse_recipe, resolve
 from trellis_dist.files import read_json
@@ -106,6 +107,7 @@ def _out_of_memory(error: BaseException, text: str) -> bool:
 def main(arguments: list[str] | None = None) -> int:
     """Train, and leave a failure where the launcher finds it; returns the exit status."""
     options = _parser().parse_args(arguments)
+    show_warnings_plainly()
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         _redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")

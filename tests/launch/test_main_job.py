@@ -166,6 +166,13 @@ def test_a_finished_run_is_used_by_the_other_commands(
     assert main(["generate", "run", "--prompt", "def ", "--tokens", "1", *moved]) == 0
     assert main(["eval", "run", *moved]) == 0
     assert main(["export", "run", "exported-again", *moved]) == 0
+    assert main(["doctor", "exported-again"]) == 0
+    assert main(["generate", "exported-again", "--prompt", "def ", "--tokens", "1"]) == 0
+    weights = folder / "exported-again" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-4] + b"\0\0\1\1")
+    capsys.readouterr()
+    assert main(["doctor", "exported-again"]) == 1
+    assert "model.safetensors" in capsys.readouterr().out
     (folder / "moved").rename(folder / "shards")
     assert main(["train", *options(folder), "--set=optimizer.lr=1"]) == 1
     assert "holds a run with another recipe (optimizer.lr 0.004 -> 1" in capsys.readouterr().err

@@ -74,7 +74,10 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
     "ends, words",
     [
         # Rank 1 hangs: the watchdog of rank 0 ends it, half a minute later the agent kills the other.
-        ({0: (1, 10), 1: (-9, 40)}, "rank 0: exit status 1: a step outlived its timeout; stacks are above"),
+        (
+            {0: (1, 10), 1: (-9, 40)},
+            "rank 0: exit status 1: a step outlived its timeout, or the rank could not start",
+        ),
         ({0: (1, 40), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
         ({0: (1, 10), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
         ({0: (-15, 10), 1: (1, 10)}, "rank 1: exit status 1: a step outlived its timeout"),
@@ -117,3 +120,18 @@ def ended(ends: dict[int, tuple[int, int]]) -> Any:
     """What torchrun reports: rank -> (exit status, seconds)."""
     failures = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in ends.items()}
     return SimpleNamespace(failures=failures)
+
+
+def test_files_of_the_callers_folder_are_not_taken_for_ours(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "launch.py").write_text("raise SystemExit('the wrong launch')")
+    (tmp_path / "evals").mkdir()
+    (tmp_path / "evals" / "__init__.py").write_text("raise SystemExit('the wrong evals')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    # Our own worker ran: it is what says that there is no such recipe.
+    with pytest.raises(RankError, match=r"nowhere\.json"):
+        run_ranks(
+            1, run_dir=tmp_path / "run", arguments=["--recipe=nowhere.json", f"--run-dir={tmp_path / 'run'}"]
+        )

@@ -9,6 +9,7 @@ import pytest
 from launch.recipe import load_recipe, resolve
 from launch.run_folder import StageSeconds, claim_run, recipe_of_run
 from trellis_dist.files import write_json
+from trellis_dist.training import run_lock
 
 BASE = str(Path(__file__).with_name("base.toml"))
 
@@ -65,3 +66,15 @@ def test_seconds_of_stages_survive_a_new_start(tmp_path: Path) -> None:
     StageSeconds(tmp_path).record("prepare", 1.5)
     StageSeconds(tmp_path).record("eval", 2.0)
     assert StageSeconds(tmp_path).all() == {"prepare": 1.5, "eval": 2.0}
+
+
+def test_the_recipe_of_a_job_at_work_is_not_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run_lock, "WAIT_S", 0.3)
+    claim_run(tmp_path, load_recipe(BASE))
+    before = (tmp_path / "recipe.json").read_bytes()
+    with run_lock.RunLock(tmp_path) as at_work:
+        at_work.take()
+        with pytest.raises(ValueError, match="another process trains"):
+            claim_run(tmp_path, load_recipe(BASE, ["optimizer.lr=1e-3"]))
+        assert (tmp_path / "recipe.json").read_bytes() == before
+    claim_run(tmp_path, load_recipe(BASE, ["optimizer.lr=1e-3"]))

@@ -7,6 +7,7 @@ import torch
 
 from trellis_dist.models.counts import state_bytes
 from trellis_dist.models.kv_cache import KVCache
+from trellis_dist.models.registry import MIXERS
 
 MODELS = {
     "trellis": {},
@@ -18,6 +19,11 @@ MODELS = {
     },
     "one token per chunk": {"trellis": {"chunk_size": 1, "conv_kernel": 1}},
 }
+
+
+def test_every_mixer_is_held_to_this():
+    covered = {kind for options in MODELS.values() for kind in options.get("pattern", ("trellis",))}
+    assert covered == set(MIXERS), "add the new mixer to MODELS here and in test_packing.py"
 
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
