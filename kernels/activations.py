@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "apply_phi", "apply_readout"]
+__all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "apply_readout"]
 __all__ += ["inner_backward", "inner_gradient", "readout_vjp"]
 
 PHI = ("silu", "tanh", "identity", "ln_silu", "softmax")
@@ -40,17 +40,6 @@ LN_EPS = 1e-5
 L2_EPS = 1e-6
 
 _aten: Any = torch.ops.aten
-
-
-def apply_phi(z: Tensor, phi: str) -> Tensor:
-    """phi(z)."""
-    if phi == "silu":
-        return functional.silu(z)
-    if phi == "tanh":
-        return torch.tanh(z)
-    if phi == "identity":
-        return z
-    return apply_readout(z, phi)
 
 
 def inner_gradient(z: Tensor, alpha: Tensor, phi: str) -> Tensor:
