@@ -1,0 +1,62 @@
+"""What every backend takes: the operands, which function of them is computed, and a pair of memories."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+__all__ = ["Memories", "Operands", "Rule"]
+
+
+class Operands(NamedTuple):
+    """Operands of one call in token order; a missing gate of the value pass is the key pass's.
+
+    Attributes:
+        q, k: queries and keys [B, T, H, D].
+        v: values [B, T, H, V].
+        alpha: latent targets [B, T, H, M].
+        log_decay, step_size: log beta and gamma [B, T, H].
+        value_log_decay, value_step_size: the value pass's own [B, T, H].
+        readout_weight, readout_bias: affine of the readout activation [H, M].
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor
+    log_decay: Tensor
+    step_size: Tensor
+    value_log_decay: Tensor | None = None
+    value_step_size: Tensor | None = None
+    readout_weight: Tensor | None = None
+    readout_bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which function is computed, apart from the chunk size (that is the layout's).
+
+    Attributes:
+        phi: inner nonlinearity.
+        readout: activation between the two passes.
+        update: "stale" (the paper) or "corrected" (docs/math.md).
+    """
+
+    phi: str = "silu"
+    readout: str = "ln_silu"
+    update: str = "stale"
+
+    @property
+    def corrected(self) -> bool:
+        """Whether the inner gradient sees what its own chunk has written."""
+        return self.update == "corrected"
+
+
+@dataclass(frozen=True)
+class Memories:
+    """A pair of memories, one per document or one per chunk: key [., H, M, D], value [., H, M, V]."""
+
+    key: Tensor
+    value: Tensor
