@@ -21,7 +21,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PackedLayout"]
+__all__ = ["PackedLayout", "Segments"]
+
+
+@dataclass(frozen=True, eq=False)
+class Segments:
+    """Runs of consecutive chunks that documents are cut into; G runs, int64 tables [G].
+
+    Attributes:
+        rank: document of the run, by rank.
+        first_step: its first scan step.
+        count: its number of chunks.
+        chunk: its first chunk.
+    """
+
+    rank: Tensor
+    first_step: Tensor
+    count: Tensor
+    chunk: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,7 +73,8 @@ class PackedLayout:
     ends_inside: Tensor | None
     first_step: int = 0
     rows: tuple[int, int] = (0, 0)
-    _spans: dict[int, tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
+    _spans: dict[tuple[int, int], tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
+    _segments: dict[int, Segments] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def from_cu_seqlens(
@@ -125,6 +143,18 @@ class PackedLayout:
         device = self.last_chunk.device
         return base.contiguous().to(device), counts.sum(0).to(device)
 
+    def segments(self, chunks: int) -> Segments:
+        """Every document cut into runs of ``chunks`` chunks, the last one shorter; cached."""
+        if chunks not in self._segments:
+            base, counts = (x.cpu() for x in self.rank_chunks)
+            steps = torch.arange(0, len(base), chunks)
+            step, rank = ((steps[:, None] < counts).nonzero()).T
+            step = step * chunks
+            tables = (rank, step, (counts[rank] - step).clamp(max=chunks), base[step] + rank)
+            device = self.last_chunk.device
+            self._segments[chunks] = Segments(*(x.contiguous().to(device) for x in tables))
+        return self._segments[chunks]
+
     def to(self, device: torch.device | str) -> PackedLayout:
         """The same layout with its tables on ``device`` (itself when they are there)."""
         device = torch.device(device)
@@ -133,24 +163,25 @@ class PackedLayout:
         names = ("order", "rank", "token_of_slot", "slot_of_token", "valid", "last_chunk", "ends_inside")
         tables = {name: getattr(self, name) for name in names}
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tables.items()}
-        return replace(self, _spans={}, **moved)
+        return replace(self, _spans={}, _segments={}, **moved)
 
-    def spans(self, chunks: int) -> tuple[PackedLayout, ...]:
-        """The layout cut between scan steps into pieces of at least ``chunks`` chunks (the last may have
-        fewer).
+    def spans(self, chunks: int, *, steps: int = 1) -> tuple[PackedLayout, ...]:
+        """The layout cut between scan steps into pieces of at least ``chunks`` chunks and ``steps`` steps
+        (the last may have fewer).
 
         A span reads the operands of the whole call (``to_chunks``) and has its own ``steps``,
         ``token_of_slot`` and ``valid``; the tables of documents and tokens stay those of the whole. Cached:
         layers share their layout.
         """
-        if chunks not in self._spans:
+        if (chunks, steps) not in self._spans:
             found, first = [], 0
             for i, (_, end) in enumerate(self.steps):
-                if end - self.steps[first][0] >= chunks or i + 1 == len(self.steps):
+                full = end - self.steps[first][0] >= chunks and i + 1 - first >= steps
+                if full or i + 1 == len(self.steps):
                     found.append(self._span(first, i + 1))
                     first = i + 1
-            self._spans[chunks] = tuple(found)
-        return self._spans[chunks]
+            self._spans[chunks, steps] = tuple(found)
+        return self._spans[chunks, steps]
 
     def _span(self, first: int, last: int) -> PackedLayout:
         base, end, c = self.steps[first][0], self.steps[last - 1][1], self.chunk_size
@@ -161,6 +192,7 @@ class PackedLayout:
             token_of_slot=None if self.token_of_slot is None else self.token_of_slot[base * c : end * c],
             valid=None if self.valid is None or bool(self.valid[base:end].all()) else self.valid[base:end],
             _spans={},
+            _segments={},
         )
 
     def to_chunks(self, x: Tensor) -> Tensor:
