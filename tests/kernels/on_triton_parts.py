@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kernels.layout import PackedLayout
 from kernels.triton.gates import derive_gates, gate_gradients
+from kernels.triton.triangular import diagonal_inverses
 from kernels.types import Operands
 
 DEVICE = os.environ.get("KERNEL_TEST_DEVICE", "cpu")
@@ -106,3 +107,47 @@ def test_gates_are_flat_over_pads() -> None:
         pads = log_decay[chunk, :, length - 1 :]
         assert torch.equal(pads, pads[:, :1].expand_as(pads))
         assert not step[chunk, :, length:].any()
+
+
+def expected_inverses(
+    x: Tensor, log_decay: Tensor, step: Tensor, *, layout: PackedLayout, tokens: int
+) -> Tensor:
+    """[P, H, tiles, tokens, tokens] in fp64 from the rounded gates, by torch.linalg."""
+    chunks = layout.to_chunks(x.double())
+    if layout.valid is not None:
+        chunks = chunks * layout.valid[:, None, :, None]
+    log_decay, step = log_decay.double(), step.double()
+    decay = (log_decay[..., :, None] - log_decay[..., None, :]).tril(-1).exp()
+    lower = ((chunks @ chunks.mT) * decay * step[..., None, :]).tril(-1)
+    c, tiles = lower.shape[-1], -(-lower.shape[-1] // tokens)
+    lower = torch.nn.functional.pad(lower, (0, tiles * tokens - c, 0, tiles * tokens - c))
+    blocks = lower.unflatten(-1, (tiles, tokens)).unflatten(-3, (tiles, tokens))
+    diagonal = blocks.diagonal(dim1=-4, dim2=-2).movedim(-1, -3)
+    eye = torch.eye(tokens, dtype=torch.float64, device=x.device)
+    return torch.linalg.solve_triangular(
+        diagonal + eye, eye.expand_as(diagonal), upper=False, unitriangular=True
+    )
+
+
+@pytest.mark.parametrize("chunk_size", [1, 16, 48, 64, 100])
+@pytest.mark.parametrize("tokens", [16, 32, 64])
+@pytest.mark.parametrize("equal", [False, True])
+def test_diagonal_inverses(chunk_size: int, tokens: int, equal: bool) -> None:
+    lengths, heads = (chunk_size + 5, 1), 2
+    layout = PackedLayout.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), chunk_size).to(DEVICE)
+    total = sum(lengths)
+    dtype = torch.bfloat16 if tokens == 32 else torch.float32
+    key, value = (torch.nn.functional.normalize(draw(1, total, heads, w, seed=w), dim=-1) for w in (20, 48))
+    operands = gate_operands(total, heads, own=(True, True), dtype=torch.float32)
+    if equal:  # the inverse is bidiagonal: whatever cancels shows
+        key, value = (torch.ones_like(x) * x.shape[-1] ** -0.5 for x in (key, value))
+        operands = operands._replace(
+            step_size=torch.ones_like(operands.step_size), log_decay=operands.log_decay * 0
+        )
+    x = tuple(a.to(DEVICE, dtype) for a in (key, value))
+    gates = derive_gates(operands, layout)
+    inverses = diagonal_inverses(x, gates.log_decay, gates.step, layout, tokens=tokens)
+    assert inverses.shape == (2, layout.num_chunks, heads, -(-chunk_size // tokens), tokens, tokens)
+    for memory in range(2):
+        want = expected_inverses(x[memory], *gates.of(memory), layout=layout, tokens=tokens)
+        assert rms(inverses[memory], want) <= 1e-6
