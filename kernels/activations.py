@@ -16,6 +16,8 @@ Shapes: every tensor is [..., M]; a sum or mean over slots is over the last dime
     readout  ln_silu    LN(SiLU(x)), eps 1e-5, no affine
              l2_silu    s / sqrt(sum s^2 + 1e-6), s = SiLU(x)
              softmax    softmax(x)
+             silu_rms   SiLU(w h + b), h = x / sqrt(mean x^2 + 1e-6)
+    affine   the other readouts give w f(x) + b; w is 1 and b is 0 where they are missing
 
 SiLU: sigma = sigmoid(z), s' = sigma (1 + z (1 - sigma)), s'' = sigma (1 - sigma) (2 + z (1 - 2 sigma)).
 aten's fused backward formulas are called by name: one pass over memory where the expression takes five.
@@ -24,20 +26,22 @@ aten's fused backward formulas are called by name: one pass over memory where th
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-__all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "apply_readout"]
+__all__ = ["ELEMENTWISE_PHI", "PHI", "READOUT", "UPDATE", "ReadoutPullBack", "apply_readout"]
 __all__ += ["inner_backward", "inner_gradient", "readout_vjp"]
 
 PHI = ("silu", "tanh", "identity", "ln_silu", "softmax")
 ELEMENTWISE_PHI = ("silu", "tanh", "identity")
-READOUT = ("ln_silu", "l2_silu", "softmax")
+READOUT = ("ln_silu", "l2_silu", "softmax", "silu_rms")
+UPDATE = ("stale", "corrected")
 LN_EPS = 1e-5
 L2_EPS = 1e-6
+RMS_EPS = 1e-6
 
 _aten: Any = torch.ops.aten
 
@@ -51,7 +55,7 @@ def inner_gradient(z: Tensor, alpha: Tensor, phi: str) -> Tensor:
         return cast(Tensor, _aten.tanh_backward(t - alpha, t))
     if phi == "identity":
         return z - alpha
-    value, vjp = readout_vjp(z, phi)
+    value, vjp = _normaliser(z, phi)
     return vjp(value - alpha)
 
 
@@ -73,23 +77,71 @@ def inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, phi: str) -> tuple[Te
     return _ln_silu_inner_backward(z, alpha, grad)
 
 
-def apply_readout(x: Tensor, readout: str) -> Tensor:
-    """f(x), shapes [..., M]."""
+def apply_readout(
+    x: Tensor, readout: str, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """P [..., M] from x [..., M]; weight and bias broadcast to it."""
+    if readout == "silu_rms":
+        return functional.silu(_affine(x * _inverse_rms(x), weight, bias))
     if readout == "softmax":
-        return torch.softmax(x, -1)
+        return _affine(torch.softmax(x, -1), weight, bias)
     s = functional.silu(x)
     if readout == "ln_silu":
-        return functional.layer_norm(s, s.shape[-1:], None, None, LN_EPS)
-    return s * _inverse_norm(s)
+        return _affine(functional.layer_norm(s, s.shape[-1:], None, None, LN_EPS), weight, bias)
+    return _affine(s * _inverse_norm(s), weight, bias)
 
 
-def readout_vjp(x: Tensor, readout: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """f(x) and the function g -> J_f(x)^T g, shapes [..., M]."""
-    if readout == "softmax":
+class ReadoutPullBack(NamedTuple):
+    """Gradients of x [..., M] and, not yet summed over tokens, of the affine; None where there is none."""
+
+    x: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+def readout_vjp(
+    x: Tensor, readout: str, weight: Tensor | None = None, bias: Tensor | None = None
+) -> tuple[Tensor, Callable[[Tensor], ReadoutPullBack]]:
+    """P as ``apply_readout`` gives it, and the function dP -> its gradients."""
+    if readout == "silu_rms":
+        return _silu_rms_vjp(x, weight, bias)
+    h, vjp = _normaliser(x, readout)
+
+    def pull_back(grad: Tensor) -> ReadoutPullBack:
+        dx = vjp(grad if weight is None else grad * weight)
+        return ReadoutPullBack(dx, None if weight is None else grad * h, None if bias is None else grad)
+
+    return _affine(h, weight, bias), pull_back
+
+
+def _affine(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    h = h if weight is None else h * weight
+    return h if bias is None else h + bias
+
+
+def _silu_rms_vjp(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Callable[[Tensor], ReadoutPullBack]]:
+    r = _inverse_rms(x)
+    h = x * r
+    a = _affine(h, weight, bias)
+
+    def pull_back(grad: Tensor) -> ReadoutPullBack:
+        da = cast(Tensor, _aten.silu_backward(grad, a))
+        dh = da if weight is None else da * weight
+        dx = (dh - h * (h * dh).mean(-1, keepdim=True)) * r
+        return ReadoutPullBack(dx, None if weight is None else da * h, None if bias is None else da)
+
+    return functional.silu(a), pull_back
+
+
+def _normaliser(x: Tensor, name: str) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    """The row-wise functions f(x), as phi or as readout, and g -> J_f(x)^T g."""
+    if name == "softmax":
         p = torch.softmax(x, -1)
         return p, lambda grad: cast(Tensor, _aten._softmax_backward_data(grad, p, -1, p.dtype))
     s = functional.silu(x)
-    if readout == "ln_silu":
+    if name == "ln_silu":
         p, mean, rstd = torch.native_layer_norm(s, s.shape[-1:], None, None, LN_EPS)
         return p, lambda grad: cast(Tensor, _aten.silu_backward(_layer_norm_backward(grad, s, mean, rstd), x))
     scale = _inverse_norm(s)
@@ -100,6 +152,10 @@ def readout_vjp(x: Tensor, readout: str) -> tuple[Tensor, Callable[[Tensor], Ten
         return cast(Tensor, _aten.silu_backward(ds, x))
 
     return p, l2_silu_vjp
+
+
+def _inverse_rms(x: Tensor) -> Tensor:
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) + RMS_EPS)
 
 
 def _inverse_norm(s: Tensor) -> Tensor:

@@ -1,223 +1,215 @@
 """The portable backend: the stages of ``kernels.stages`` composed on one device with a hand-written backward.
 
-Autograd never sees the loop over chunks. Forward keeps its inputs and the memories at every chunk's start
-(2 T M D / C numbers per head); backward recomputes the rest. Shapes: q, k [B, T, H, D]; v [B, T, H, V];
-alpha [B, T, H, M]; gates [B, T, H]; memories [N, H, M, .] in the caller's order of documents.
+Autograd never sees the loop over chunks. Forward and backward run over pieces of the sequence (spans of scan
+steps), the pieces one after the other. What is kept between them is the operands and the memories at every
+piece's start; backward runs each piece's scan again. Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha
+[B, T, H, M]; gates [B, T, H]; memories [N, H, M, .] in the caller's order of documents, by rank inside.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from kernels import stages
+from kernels import carry, stages
 from kernels.layout import PackedLayout
-from kernels.stages import Memories, ScanResult
+from kernels.types import Memories, Operands, Rule
 
-__all__ = ["chunkwise", "full_precision", "last_starts", "state_adjoints", "with_pair"]
+__all__ = ["backward", "forward", "saved_count"]
 
-MATRICES = 64  # chunks x heads that a CPU works on at a time
+# On a CPU a piece is just large enough to keep the matrix products busy (chunks x heads) and for the memory
+# at its start to be small beside its tokens, so that what the stages hand to each other stays in cache.
+MATRICES = 64
+TOKENS = 128
 
 
-def chunkwise(
-    operands: tuple[Tensor, ...],
-    initial: tuple[Tensor, Tensor],
-    stale: tuple[Tensor, Tensor] | None,
+def forward(
+    operands: Operands,
+    initial: Memories,
+    stale: Memories | None,
     *,
     layout: PackedLayout,
-    phi: str,
-    readout: str,
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Output, final memories and final chunk-start pair.
+    rule: Rule,
+) -> tuple[Tensor, Memories, Memories, Memories]:
+    """Output, final memories, final chunk-start pair, and the memories at piece starts that backward needs.
 
     Args:
-        operands: (q, k, v, alpha, log_decay, step_size).
-        initial: (key, value) memories [N, H, M, .] in the compute type.
+        operands: in token order.
+        initial: memories [N, H, M, .] in the compute type.
         stale: the chunk-start pair of documents that are entered inside a chunk; None where all start a
             chunk.
-        layout, phi, readout: as in ``compress_kv``.
+        layout, rule: the chunk grid and the function.
+
+    Returns:
+        y [B, T, H, V] in v's dtype; two pairs [N, H, M, .]; saved memories [G, H, M, .], G as
+        ``saved_count`` says.
     """
-    pair = (None, None) if stale is None else stale
-    y, key, value, key_start, value_start = _Chunkwise.apply(*operands, *initial, *pair, layout, phi, readout)  # type: ignore[no-untyped-call]
-    return y, (key, value), (key_start, value_start)
+    ranked, pair = _ranked(layout, initial), None if stale is None else _ranked(layout, stale)
+    memory = Memories(ranked.key.clone(), ranked.value.clone())
+    heads, width = operands.v.shape[2:]
+    y = memory.value.new_empty(layout.num_chunks, heads, layout.chunk_size, width)
+    saved: list[Memories] = []
+    endings: list[tuple[_Ending, _Ending]] = []
+    for piece in _pieces(layout, heads):
+        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
+        now = Memories(memory.key[: piece.running], memory.value[: piece.running])
+        saved.append(Memories(now.key.clone(), now.value.clone()))
+        enters = pair if piece.layout.first_step == 0 else None
+        states, final = stages.scan_forward(inputs, saved[-1], stale=enters)
+        y[piece.chunks] = stages.readout_forward(inputs, states)
+        endings.append(_endings(inputs, states))
+        now.key.copy_(final.key)
+        now.value.copy_(final.value)
+    last = Memories(
+        carry.last_starts(memory.key, [key for key, _ in endings]),
+        carry.last_starts(memory.value, [value for _, value in endings]),
+    )
+    whole = Memories(torch.cat([x.key for x in saved]), torch.cat([x.value for x in saved]))
+    y = layout.from_chunks(y, operands.q.shape[0]).to(operands.v.dtype)
+    return y, _unranked(layout, memory), _unranked(layout, last), whole
 
 
-class _Chunkwise(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        operands, initial, stale, (layout, phi, readout) = args[:6], args[6:8], args[8:10], args[10:]
-        ctx.set_materialize_grads(False)
-        ctx.layout, ctx.phi, ctx.readout, ctx.own_pair = layout, phi, readout, stale[0] is not None
-        pair = Memories(*(layout.rank_documents(x) for x in stale)) if ctx.own_pair else None
-        final = Memories(*(layout.rank_documents(x).clone() for x in initial))
-        with full_precision(operands[0]):
-            y, start = _forward(operands, final, pair, layout, phi=phi, readout=readout)
-        at = start if pair is None else with_pair(start, pair)
-        ctx.save_for_backward(*operands, *_unique(start, at))
-        last = [last_starts(layout, *x) for x in ((at.key, final.key), (at.value, final.value))]
-        y = layout.from_chunks(y, operands[0].shape[0]).to(operands[2].dtype)
-        return y, *(layout.unrank_documents(x) for x in (final.key, final.value, *last))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, *dstates: Tensor | None) -> tuple[Tensor | None, ...]:
-        layout, operands, memories = ctx.layout, ctx.saved_tensors[:6], ctx.saved_tensors[6:]
-        start = Memories(*memories[:2])
-        stale = Memories(*memories[2:]) if ctx.own_pair else start
-        adjoint, extra = state_adjoints(layout, start, dstates)
-        with full_precision(operands[0]):
-            chunks, pair = _backward(
-                operands, start, stale, dy, adjoint, extra, layout, phi=ctx.phi, readout=ctx.readout
-            )
-        batch = operands[0].shape[0]
-        grads = [
-            layout.from_chunks(x, batch).to(o.dtype).view_as(o) for x, o in zip(chunks, operands, strict=True)
-        ]
-        states = [layout.unrank_documents(x) for x in (adjoint.key, adjoint.value)]
-        states += (
-            [None, None] if pair is None else [layout.unrank_documents(x) for x in (pair.key, pair.value)]
-        )
-        return *grads, *states, None, None, None
-
-
-def _forward(
-    operands: tuple[Tensor, ...],
-    state: Memories,
-    pair: Memories | None,
-    layout: PackedLayout,
-    *,
-    phi: str,
-    readout: str,
-) -> tuple[Tensor, Memories]:
-    """Outputs and chunk-start memories in chunk order; ``state`` becomes the final memories in place."""
-    chunks, (heads, slots) = layout.num_chunks, operands[3].shape[-2:]
-    y = state.value.new_empty(chunks, heads, layout.chunk_size, operands[2].shape[-1])
-    start = Memories(*(m.new_empty(chunks, heads, slots, m.shape[-1]) for m in (state.key, state.value)))
-    for span, at, running in _spans(layout, heads):
-        inputs = stages.arrange(*operands, layout=span)
-        states, gradients = stages.scan_forward(inputs, _cut(state, running), phi=phi, stale=pair)
-        y[at] = stages.readout_forward(inputs, states, gradients, readout=readout)
-        _assign(_cut(start, at), states.start)
-        _assign(_cut(state, running), states.final)
-        pair = None  # the documents entered inside a chunk are past it
-    return y, start
-
-
-def _backward(
-    operands: tuple[Tensor, ...],
-    start: Memories,
-    stale: Memories,
+def backward(
+    operands: Operands,
+    saved: Memories,
+    stale: Memories | None,
     dy: Tensor | None,
-    adjoint: Memories,
-    extra: Memories | None,
-    layout: PackedLayout,
+    dfinal: tuple[Tensor | None, Tensor | None],
+    dstart: tuple[Tensor | None, Tensor | None],
     *,
-    phi: str,
-    readout: str,
-) -> tuple[list[Tensor], Memories | None]:
-    """Operand gradients in chunk order; ``adjoint`` goes from the final to the initial memories in place."""
-    heads, c = operands[3].shape[2], layout.chunk_size
-    widths = [x.shape[3] if x.dim() == 4 else 1 for x in operands]
-    out = [start.key.new_empty(layout.num_chunks, heads, c, width) for width in widths]
-    pair = None
-    for span, at, running in reversed(_spans(layout, heads)):
-        inputs = stages.arrange(*operands, layout=span)
-        first = _cut(start, at)
-        states = ScanResult(
-            final=first,  # not read by the backward stages
-            start=first,
-            stale=first if span.first_step > 0 or stale is start else _cut(stale, at),
-        )
-        dy_span = torch.zeros_like(inputs.value) if dy is None else span.to_chunks(dy).to(inputs.value.dtype)
-        grads = stages.readout_backward(inputs, states, dy_span, phi=phi, readout=readout)
-        outside = None if extra is None else _cut(extra, at)
-        scan = stages.scan_backward(
-            inputs, states, grads, _cut(adjoint, running), phi=phi, stale_adjoint=outside
-        )
-        _assign(_cut(adjoint, running), scan.initial)
-        rest, pair = stages.input_backward(inputs, states, grads, scan), scan.initial_stale
-        parts = (grads.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
-        for whole, part in zip(out, parts, strict=True):
-            whole[at] = part
-    return out, pair
+    layout: PackedLayout,
+    rule: Rule,
+) -> tuple[Operands, Memories, Memories | None]:
+    """Gradients of the operands, the initial memories and the stale pair (None without one).
 
-
-def _spans(layout: PackedLayout, heads: int) -> list[tuple[PackedLayout, slice, slice]]:
-    """Pieces to run one after the other, the chunks of each, and the documents running in it.
-
-    On a CPU a piece is just large enough to keep the matrix products busy, so that what the stages hand to
-    each other stays in cache; on a GPU it is the whole.
+    Args:
+        operands, stale, layout, rule: as in ``forward``.
+        saved: what ``forward`` saved.
+        dy: gradient of y; None is zero.
+        dfinal, dstart: gradients of the final memories and of the final chunk-start pair; None is zero.
     """
-    chunks = -(-MATRICES // heads) if layout.last_chunk.device.type == "cpu" else layout.num_chunks
-    pieces, first = [], 0
-    for span in layout.spans(chunks):
+    pair = None if stale is None else _ranked(layout, stale)
+    finals, starts = (
+        [None if x is None else layout.rank_documents(x) for x in pairs] for pairs in (dfinal, dstart)
+    )
+    adjoint = Memories(
+        carry.adjoint_of_last(layout, finals[0], starts[0], saved.key),
+        carry.adjoint_of_last(layout, finals[1], starts[1], saved.value),
+    )
+    totals = _Totals(operands, layout)
+    dstale, end = None, saved.key.shape[0]
+    for piece in reversed(list(_pieces(layout, operands.q.shape[2]))):
+        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
+        first = slice(end - piece.running, end)
+        end = first.start
+        enters = pair if piece.layout.first_step == 0 else None
+        states, _ = stages.scan_forward(inputs, Memories(saved.key[first], saved.value[first]), stale=enters)
+        x = inputs.value.x
+        chunks = torch.zeros_like(x) if dy is None else piece.layout.to_chunks(dy).to(x.dtype)
+        grads = stages.readout_backward(inputs, states, chunks)
+        now = Memories(adjoint.key[: piece.running], adjoint.value[: piece.running])
+        scan = stages.scan_backward(inputs, states, grads, now, outside=_outside(inputs, starts))
+        now.key.copy_(scan.initial.key)
+        now.value.copy_(scan.initial.value)
+        totals.add(piece, stages.input_backward(inputs, states, grads, scan))
+        dstale = scan.stale
+    ranked = None if dstale is None else _unranked(layout, dstale)
+    return totals.in_token_order(), _unranked(layout, adjoint), ranked
+
+
+def saved_count(shape: Sequence[int], chunk_size: int, *, offset: int, device: torch.device) -> int:
+    """G for rows of equal length: number of memories that forward saves, from B, T, H (symbolic or not)."""
+    batch, length, heads = shape
+    chunks, steps = _piece_size(heads, chunk_size, device)
+    steps = torch.sym_max(steps, (chunks + batch - 1) // batch)
+    all_steps = (offset + length + chunk_size - 1) // chunk_size
+    count: int = (all_steps + steps - 1) // steps * batch
+    return count
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """A span of the layout, its chunks in the whole, and how many documents run in its first step."""
+
+    layout: PackedLayout
+    chunks: slice
+    running: int
+
+
+def _pieces(layout: PackedLayout, heads: int) -> Iterator[_Piece]:
+    chunks, steps = _piece_size(heads, layout.chunk_size, layout.last_chunk.device)
+    first = 0
+    for span in layout.spans(chunks, steps=steps):
         count = span.steps[-1][1]
-        pieces.append((span, slice(first, first + count), slice(0, span.steps[0][1])))
+        yield _Piece(span, slice(first, first + count), span.steps[0][1])
         first += count
-    return pieces
 
 
-def _cut(memories: Memories, at: slice) -> Memories:
-    return Memories(memories.key[at], memories.value[at])
+def _piece_size(heads: int, chunk_size: int, device: torch.device) -> tuple[int, int]:
+    """Least number of chunks and of scan steps in a piece."""
+    matrices, tokens = (MATRICES, TOKENS) if device.type == "cpu" else (4096, 1024)
+    return -(-matrices // heads), -(-tokens // chunk_size)
 
 
-def _assign(target: Memories, source: Memories) -> None:
-    target.key.copy_(source.key)
-    target.value.copy_(source.value)
+class _Totals:
+    """Gradients of the operands, collected piece by piece in chunk order."""
+
+    def __init__(self, operands: Operands, layout: PackedLayout) -> None:
+        self._operands, self._layout = operands, layout
+        self._chunks: list[Tensor | None] = [None] * 8
+        self._affine: list[Tensor | None] = [None, None]
+
+    def add(self, piece: _Piece, grads: Operands) -> None:
+        for i, part in enumerate(grads[:8]):
+            if part is not None:
+                whole = self._chunks[i]
+                if whole is None:
+                    whole = self._chunks[i] = part.new_empty(self._layout.num_chunks, *part.shape[1:])
+                whole[piece.chunks] = part
+        for i, part in enumerate(grads[8:]):
+            before = self._affine[i]
+            self._affine[i] = part if before is None or part is None else before + part
+
+    def in_token_order(self) -> Operands:
+        """In the operands' shapes and dtypes."""
+        batch = self._operands.q.shape[0]
+        tokens = [None if x is None else self._layout.from_chunks(x, batch) for x in self._chunks]
+        grads = (
+            None if grad is None or x is None else grad.to(x.dtype).view_as(x)
+            for grad, x in zip((*tokens, *self._affine), self._operands, strict=True)
+        )
+        return Operands(*grads)  # type: ignore[arg-type]
 
 
-def with_pair(start: Memories, pair: Memories) -> Memories:
-    """Stale memories of every chunk: those at its start, in each document's first chunk the carried ones."""
-    both = ((pair.key, start.key), (pair.value, start.value))
-    return Memories(*(torch.cat((carried, own[carried.shape[0] :])) for carried, own in both))
+_Ending = tuple[Tensor, Tensor] | None
 
 
-def _unique(start: Memories, stale: Memories) -> tuple[Tensor, ...]:
-    pairs = (start,) if stale is start else (start, stale)
-    return tuple(x for pair in pairs for x in (pair.key, pair.value))
+def _endings(inputs: stages.Inputs, states: stages.States) -> tuple[_Ending, _Ending]:
+    """What documents that end inside a chunk of these inputs leave behind."""
+    return (
+        carry.ending_starts(inputs.layout, states.key.stale, _totals(inputs, inputs.key)),
+        carry.ending_starts(inputs.layout, states.value.stale, _totals(inputs, inputs.value)),
+    )
 
 
-def last_starts(layout: PackedLayout, stale: Tensor, final: Tensor) -> Tensor:
-    """Chunk-start memory of the token after each document's last, by rank [N, H, M, .]."""
-    if layout.ends_inside is None:
-        return final.clone()
-    return torch.where(layout.ends_inside.view(-1, 1, 1, 1), stale[layout.last_chunk], final)
+def _outside(inputs: stages.Inputs, starts: list[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    layout, chunks = inputs.layout, inputs.alpha.shape[0]
+    return (
+        carry.outside_adjoint(layout, starts[0], _totals(inputs, inputs.key), chunks),
+        carry.outside_adjoint(layout, starts[1], _totals(inputs, inputs.value), chunks),
+    )
 
 
-def state_adjoints(
-    layout: PackedLayout, start: Memories, dstates: tuple[Tensor | None, ...]
-) -> tuple[Memories, Memories | None]:
-    """Adjoints of the final memories [N, ...] and, from a chunk-start pair, of the stale ones [P, ...]."""
-    key, key_extra = _state_adjoint(layout, start.key, dstates[0], dstates[2])
-    value, value_extra = _state_adjoint(layout, start.value, dstates[1], dstates[3])
-    if key_extra is None and value_extra is None:
-        return Memories(key, value), None
-    key_extra = torch.zeros_like(start.key) if key_extra is None else key_extra
-    value_extra = torch.zeros_like(start.value) if value_extra is None else value_extra
-    return Memories(key, value), Memories(key_extra, value_extra)
+def _totals(inputs: stages.Inputs, own: stages.Pass) -> Tensor | None:
+    return own.gates.total if inputs.rule.corrected else None
 
 
-def _state_adjoint(
-    layout: PackedLayout, start: Tensor, dfinal: Tensor | None, dlast: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """One memory: a document's chunk-start memory is its final one, or its last chunk's stale one."""
-    total = start.new_zeros(layout.num_documents, *start.shape[1:])
-    if dfinal is not None:
-        total += layout.rank_documents(dfinal)
-    if dlast is None:
-        return total, None
-    dlast = layout.rank_documents(dlast)
-    if layout.ends_inside is None:
-        return total + dlast, None
-    inside = layout.ends_inside.view(-1, 1, 1, 1)
-    extra = torch.zeros_like(start)
-    extra[layout.last_chunk] = dlast.masked_fill(~inside, 0)
-    return total + dlast.masked_fill(inside, 0), extra
+def _ranked(layout: PackedLayout, memories: Memories) -> Memories:
+    return Memories(layout.rank_documents(memories.key), layout.rank_documents(memories.value))
 
 
-def full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: memories and gates stay fp32 whatever surrounds the call."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
+def _unranked(layout: PackedLayout, memories: Memories) -> Memories:
+    return Memories(layout.unrank_documents(memories.key), layout.unrank_documents(memories.value))

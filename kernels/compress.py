@@ -13,49 +13,20 @@ are fp32 (fp64 for fp64 inputs) whatever the inputs are.
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernels.activations import PHI, READOUT
-from kernels.chunkwise import chunkwise
+from kernels.activations import ELEMENTWISE_PHI
+from kernels.checks import check_choices, check_grid, check_operands, check_state
 from kernels.layout import PackedLayout
+from kernels.operator import compress, find_layout
 from kernels.reference import reference
+from kernels.types import CompressState, Memories, Operands, Rule
 
-__all__ = ["BACKENDS", "CompressState", "compress_kv"]
-
-BACKENDS = ("auto", "reference", "chunkwise", "triton")
-
-
-@dataclass(frozen=True, eq=False)
-class CompressState:
-    """What a sequence leaves behind; its size does not depend on the number of tokens.
-
-    Attributes:
-        key_memory: S after the last token [N, H, M, D].
-        value_memory: R after the last token [N, H, M, V].
-        key_chunk_start, value_chunk_start: the memories before the current chunk's first token, of the same
-            shapes; needed where ``offset`` is not 0 and ignored where it is.
-        offset: tokens of the current chunk already consumed, in [0, C); one for all documents, or one for
-            each.
-    """
-
-    key_memory: Tensor
-    value_memory: Tensor
-    key_chunk_start: Tensor | None = None
-    value_chunk_start: Tensor | None = None
-    offset: int | tuple[int, ...] = 0
-
-    @property
-    def inside_chunk(self) -> bool:
-        """Whether any document's next token is not the first of its chunk."""
-        return bool(self.offset) if isinstance(self.offset, int) else any(self.offset)
+__all__ = ["choose_backend", "compress_kv", "compute_dtype", "stale_pair", "zero_state"]
 
 
 def compress_kv(
@@ -69,11 +40,17 @@ def compress_kv(
     chunk_size: int,
     phi: str = "silu",
     readout: str = "ln_silu",
+    update: str = "stale",
+    value_log_decay: Tensor | None = None,
+    value_step_size: Tensor | None = None,
+    readout_weight: Tensor | None = None,
+    readout_bias: Tensor | None = None,
     initial_state: CompressState | None = None,
     layout: PackedLayout | None = None,
     cu_seqlens: Tensor | None = None,
     output_final_state: bool = False,
     backend: str = "auto",
+    check_values: bool | None = None,
 ) -> tuple[Tensor, CompressState | None]:
     """Compress keys and values into the memories and read them with queries; differentiable in every tensor.
 
@@ -85,13 +62,20 @@ def compress_kv(
         step_size: inner step size, >= 0 [B, T, H].
         chunk_size: C; part of the function, not a tuning knob.
         phi: inner nonlinearity: silu, tanh, identity, ln_silu, softmax.
-        readout: activation between the passes: ln_silu, l2_silu, softmax.
+        readout: activation f between the passes: ln_silu, l2_silu, softmax, silu_rms.
+        update: "stale" takes inner gradients at the chunk's start (the paper); "corrected" adds what the
+            chunk has written since (docs/math.md).
+        value_log_decay, value_step_size: gates of the value pass [B, T, H]; None shares the key pass's.
+        readout_weight, readout_bias: affine after f, in silu_rms before its SiLU [H, M]; None is 1 and 0.
         initial_state: state to continue from, at any offset; None is zero memories.
         layout: chunk grid of packed documents (B = 1), built once and used by every layer.
-        cu_seqlens: document bounds [N + 1] instead of ``layout``, where speed does not matter.
+        cu_seqlens: document bounds [N + 1] instead of ``layout``, where speed does not matter (on a GPU they
+            are waited for).
         output_final_state: also return each document's state.
-        backend: "reference" (slow, the definition), "chunkwise" (PyTorch), "triton" (CUDA; not fp64), or
-            "auto": triton where it can run, chunkwise elsewhere.
+        backend: "reference" (slow, the definition), "chunkwise" (PyTorch), "triton" (CUDA; not fp64, and
+            "corrected" for elementwise phi only), or "auto": triton where it can run, chunkwise elsewhere.
+        check_values: whether to refuse gates out of range; None does on a CPU and not on a GPU, where it
+            would wait for them. Not done inside torch.compile.
 
     Returns:
         y [B, T, H, V] in v's dtype, and the final state or None.
@@ -100,25 +84,45 @@ def compress_kv(
         ValueError: an argument of the wrong shape, dtype, device or value; the message names it and the
         remedy.
     """
-    operands = (q, k, v, alpha, log_decay, step_size)
-    check_operands(operands, dims="B, T, H")
-    check_choices(phi=phi, readout=readout, backend=backend)
-    documents = _documents(q, layout, cu_seqlens)
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands[:4]) else torch.float32
+    gates = (log_decay, step_size, value_log_decay, value_step_size)
+    operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
+    rule = Rule(phi, readout, update)
+    check_operands(operands, dims="B, T, H", check_values=check_values)
+    check_choices(rule, backend)
+    dtype = compute_dtype(operands)
+    backend = choose_backend(backend, q.device, dtype, rule)
+    if cu_seqlens is not None:
+        layout = _from_cu_seqlens(operands, layout, cu_seqlens, chunk_size, initial_state)
+    documents = q.shape[0] if layout is None else layout.bounds.shape[0] - 1
     state = zero_state(q, v, alpha, documents, dtype) if initial_state is None else initial_state
     check_state(state, q, v, alpha, documents)
-    layout = _layout(q, chunk_size, state.offset, layout, cu_seqlens)
-    initial = (state.key_memory.to(dtype), state.value_memory.to(dtype))
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        run = _backend(backend, q.device, dtype)
-        y, final, start = run(
-            operands, initial, stale_pair(state, initial), layout=layout, phi=phi, readout=readout
+    offsets = check_grid(operands, chunk_size, state.offset, layout)
+    initial = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
+    stale, bounds = stale_pair(state, initial), None if layout is None else layout.bounds
+    if backend == "reference":
+        with torch.autocast(device_type=q.device.type, enabled=False):
+            grid = find_layout(operands, bounds, offsets, chunk_size)
+            y, final, start = reference(operands, initial, stale, layout=grid, rule=rule)
+    else:
+        y, final, start = compress(
+            operands,
+            initial,
+            stale,
+            bounds=bounds,
+            offsets=offsets,
+            chunk_size=chunk_size,
+            rule=rule,
+            backend=backend,
         )
     if not output_final_state:
         return y, None
-    ends = layout.end_offsets
-    offset = ends[0] if len(set(ends)) == 1 else ends
-    return y, CompressState(final[0], final[1], start[0], start[1], offset)
+    offset = _end_offset(q.shape[1], chunk_size, state.offset, layout)
+    return y, CompressState(final.key, final.value, start.key, start.value, offset)
+
+
+def compute_dtype(operands: Operands) -> torch.dtype:
+    """fp64 where q, k, v or alpha is, else fp32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in operands[:4]) else torch.float32
 
 
 def zero_state(q: Tensor, v: Tensor, alpha: Tensor, documents: int, dtype: torch.dtype) -> CompressState:
@@ -130,157 +134,76 @@ def zero_state(q: Tensor, v: Tensor, alpha: Tensor, documents: int, dtype: torch
     )
 
 
-def stale_pair(state: CompressState, memories: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor] | None:
+def stale_pair(state: CompressState, memories: Memories) -> Memories | None:
     """The pair the next token's inner gradient is taken at, in the dtype of ``memories``; None: at those."""
     if not state.inside_chunk:
         return None
     assert state.key_chunk_start is not None, "checked by check_state"
     assert state.value_chunk_start is not None, "checked by check_state"
-    key, value = state.key_chunk_start.to(memories[0]), state.value_chunk_start.to(memories[1])
+    key, value = state.key_chunk_start.to(memories.key), state.value_chunk_start.to(memories.value)
     if isinstance(state.offset, int):
-        return key, value
+        return Memories(key, value)
     inside = torch.tensor([o > 0 for o in state.offset], device=key.device).view(-1, 1, 1, 1)
-    return torch.where(inside, key, memories[0]), torch.where(inside, value, memories[1])
+    return Memories(torch.where(inside, key, memories.key), torch.where(inside, value, memories.value))
 
 
-_NAMES = ("q", "k", "v", "alpha", "log_decay", "step_size")
-
-
-def _backend(name: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any]:
+def choose_backend(name: str, device: torch.device, dtype: torch.dtype, rule: Rule) -> str:
+    """The backend that will run; refuses one that cannot (ValueError)."""
+    if name in ("reference", "chunkwise"):
+        return name
     found = importlib.util.find_spec("triton") is not None
+    covered = not rule.corrected or rule.phi in ELEMENTWISE_PHI
     if name == "auto":
-        name = "triton" if found and device.type == "cuda" and dtype == torch.float32 else "chunkwise"
-    if name != "triton":
-        return {"chunkwise": chunkwise, "reference": reference}[name]
+        usable = found and covered and device.type == "cuda" and dtype == torch.float32
+        return "triton" if usable else "chunkwise"
     if not found:
         raise ValueError("backend = 'triton', but triton is not installed: install it, or use 'chunkwise'")
     if dtype != torch.float32:
         raise ValueError("backend = 'triton' computes in fp32 and an operand is fp64: use 'chunkwise'")
+    if not covered:
+        raise ValueError(
+            f"backend = 'triton' with update = 'corrected' and phi = {rule.phi!r}: "
+            f"use 'chunkwise', or phi one of {', '.join(ELEMENTWISE_PHI)}"
+        )
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError(
             f"backend = 'triton' with operands on {device}: move them to a GPU, or use 'chunkwise'"
         )
-    from kernels.triton.compress import triton_compress
-
-    return triton_compress
+    return name
 
 
-def check_operands(operands: tuple[Tensor, ...], *, dims: str) -> None:
-    """Refuse operands whose shapes, dtypes, devices or (on CPU) gate values do not fit (ValueError).
-
-    ``dims`` names the leading dimensions: "B, T, H" for sequences, "B, H" for single tokens.
-    """
-    named, rank = dict(zip(_NAMES, operands, strict=True)), dims.count(",") + 1
-    q = named["q"]
-    if q.dim() != rank + 1 or 0 in q.shape:
-        raise ValueError(f"q has shape {tuple(q.shape)}: it should be [{dims}, D], none of them 0")
-    for name, x in named.items():
-        gate = name in ("log_decay", "step_size")
-        fits = x.shape[:rank] == q.shape[:rank] and x.dim() == rank + (not gate) and 0 not in x.shape
-        if not fits or (name == "k" and x.shape != q.shape):
-            width = {"k": f", {q.shape[-1]}", "v": ", V", "alpha": ", M"}.get(name, "")
-            wanted = ", ".join(map(str, q.shape[:rank])) + width
-            raise ValueError(
-                f"{name} has shape {tuple(x.shape)}: beside q {tuple(q.shape)} it should be [{wanted}]"
-            )
-        if not x.is_floating_point():
-            raise ValueError(f"{name} has dtype {x.dtype}: it should be a floating point type")
-        if x.device != q.device:
-            raise ValueError(f"{name} is on {x.device} and q on {q.device}: move them to one device")
-    if q.device.type == "cpu":
-        _check_gates(named["log_decay"], named["step_size"])
-
-
-def _check_gates(log_decay: Tensor, step_size: Tensor) -> None:
-    """Reads values, so only on CPU: on a GPU it would wait for them."""
-    if not bool((log_decay <= 0).all()):
-        raise ValueError(f"log_decay reaches {log_decay.max().item():g}: it should be <= 0 everywhere")
-    if not bool((step_size >= 0).all()):
-        raise ValueError(f"step_size reaches {step_size.min().item():g}: it should be >= 0 everywhere")
-
-
-def check_choices(*, phi: str, readout: str, backend: str = "auto") -> None:
-    """Refuse an unknown name (ValueError)."""
-    for name, value, allowed in (
-        ("phi", phi, PHI),
-        ("readout", readout, READOUT),
-        ("backend", backend, BACKENDS),
-    ):
-        if value not in allowed:
-            raise ValueError(f"{name} = {value!r}: use one of {', '.join(allowed)}")
-
-
-def _documents(q: Tensor, layout: PackedLayout | None, cu_seqlens: Tensor | None) -> int:
-    if layout is not None and cu_seqlens is not None:
+def _from_cu_seqlens(
+    operands: Operands,
+    layout: PackedLayout | None,
+    cu_seqlens: Tensor,
+    chunk_size: int,
+    state: CompressState | None,
+) -> PackedLayout:
+    if layout is not None:
         raise ValueError(
             "layout and cu_seqlens are both given: give one (a layout is checked once, for all layers)"
         )
-    if cu_seqlens is not None and q.shape[0] != 1:
+    batch, length = operands.q.shape[:2]
+    if batch != 1:
+        raise ValueError(f"cu_seqlens with B = {batch}: packed documents lie end to end in one row, B = 1")
+    offsets = 0 if state is None else state.offset
+    layout = PackedLayout.from_cu_seqlens(cu_seqlens.cpu(), chunk_size, offsets=offsets)
+    if layout.num_tokens != length:
         raise ValueError(
-            f"cu_seqlens with B = {q.shape[0]}: packed documents lie end to end in one row, B = 1"
+            f"cu_seqlens counts {layout.num_tokens} tokens, the operands {length}: they should agree"
         )
-    if layout is not None:
-        return layout.num_documents
-    return q.shape[0] if cu_seqlens is None else cu_seqlens.numel() - 1
+    return layout
 
 
-def _layout(
-    q: Tensor,
-    chunk_size: int,
-    offset: int | tuple[int, ...],
-    layout: PackedLayout | None,
-    cu_seqlens: Tensor | None,
-) -> PackedLayout:
-    """The grid of this call, checked against the operands."""
-    if layout is None and cu_seqlens is None:
-        return _uniform(q.shape[0], q.shape[1], chunk_size, offset, q.device)
+def _end_offset(
+    length: int, chunk_size: int, offset: int | tuple[int, ...], layout: PackedLayout | None
+) -> int | tuple[int, ...]:
+    """Offset after the last token; one number where all documents share it."""
+    if layout is None and isinstance(offset, int):
+        return (offset + length) % chunk_size
     if layout is None:
-        assert cu_seqlens is not None, "one of the two is given here"
-        layout = PackedLayout.from_cu_seqlens(cu_seqlens, chunk_size, offsets=offset)
-    offsets = (offset,) * layout.num_documents if isinstance(offset, int) else offset
-    if layout.chunk_size != chunk_size:
-        raise ValueError(
-            f"layout has chunk_size {layout.chunk_size}, the call {chunk_size}: build it with the call's"
-        )
-    if layout.offsets != offsets:
-        raise ValueError(
-            f"layout is built for offset {layout.offsets}, initial_state has {offsets}: build it with those"
-        )
-    tokens = q.shape[0] * q.shape[1]
-    if layout.num_tokens != tokens:
-        name = "cu_seqlens" if cu_seqlens is not None else "layout"
-        raise ValueError(
-            f"{name} counts {layout.num_tokens} tokens, the operands {tokens}: they should agree"
-        )
-    return layout.to(q.device)
-
-
-@functools.lru_cache(maxsize=64)
-def _uniform(
-    batch: int, length: int, chunk_size: int, offset: int | tuple[int, ...], device: torch.device
-) -> PackedLayout:
-    return PackedLayout.uniform(batch, length, chunk_size, offset=offset).to(device)
-
-
-def check_state(state: CompressState, q: Tensor, v: Tensor, alpha: Tensor, documents: int) -> None:
-    """Refuse a state that does not fit operands q, v, alpha [..., H, .] (ValueError)."""
-    heads, slots = alpha.shape[-2:]
-    wanted = {
-        "key_memory": (documents, heads, slots, q.shape[-1]),
-        "value_memory": (documents, heads, slots, v.shape[-1]),
-    }
-    wanted |= {f"{name.split('_')[0]}_chunk_start": shape for name, shape in wanted.items()}
-    for name, shape in wanted.items():
-        x = getattr(state, name)
-        if x is None:
-            if state.inside_chunk:
-                raise ValueError(
-                    f"initial_state.{name} is None at offset {state.offset}: carry the chunk-start pair along"
-                )
-            continue
-        if tuple(x.shape) != shape:
-            raise ValueError(f"initial_state.{name} has shape {tuple(x.shape)}: it should be {shape}")
-        if x.device != q.device or not x.is_floating_point():
-            raise ValueError(
-                f"initial_state.{name} is {x.dtype} on {x.device}: it should be floating point on {q.device}"
-            )
+        assert not isinstance(offset, int), "the other case is above"
+        ends = tuple((o + length) % chunk_size for o in offset)
+    else:
+        ends = layout.end_offsets
+    return ends[0] if len(set(ends)) == 1 else ends

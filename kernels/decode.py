@@ -1,13 +1,15 @@
-"""decode_step: the operation for one token per sequence; time and memory do not depend on the position.
+"""Prefill and decode_step: a prompt at once, then token by token; a step's time and memory never grow.
 
-With the state (S, R), the chunk-start pair (S', R') and o tokens of the current chunk consumed:
+With the state (S, R), the chunk-start pair (S', R') and o tokens of the current chunk consumed, one step is
 
     S', R' = S, R where o = 0
-    u = J_phi(S' k)^T (phi(S' k) - alpha)             w = J_phi(R' v)^T (phi(R' v) - alpha)
-    S = beta S - gamma u k^T                          R = beta R - gamma w v^T
+    stale        z = S' k;        u = J_phi(z)^T (phi(z) - alpha)
+    corrected    S' = beta S';    z = S' k;    u = J_phi(z)^T (phi(z) - alpha) + beta S k - z
+    S = beta S - gamma u k^T      (R, w, v and the value pass's gates alike)
     y = R^T f(S q);   o = (o + 1) mod C
 
-Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; log_decay, step_size [B, H]; memories [B, H, M, .].
+Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; gates [B, H]; readout affine [H, M]; memories
+[B, H, M, .].
 """
 
 from __future__ import annotations
@@ -16,9 +18,75 @@ import torch
 from torch import Tensor
 
 from kernels.activations import apply_readout, inner_gradient
-from kernels.compress import CompressState, check_choices, check_operands, check_state, stale_pair
+from kernels.checks import check_choices, check_operands, check_state
+from kernels.compress import choose_backend, compress_kv, compute_dtype, stale_pair
+from kernels.layout import PackedLayout
+from kernels.types import CompressState, Memories, Operands, Rule
 
-__all__ = ["decode_step"]
+__all__ = ["decode_step", "prefill"]
+
+_STEP_BACKENDS = ("auto", "chunkwise", "triton")
+
+
+def prefill(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    alpha: Tensor,
+    log_decay: Tensor,
+    step_size: Tensor,
+    state: CompressState | None = None,
+    *,
+    chunk_size: int,
+    phi: str = "silu",
+    readout: str = "ln_silu",
+    update: str = "stale",
+    value_log_decay: Tensor | None = None,
+    value_step_size: Tensor | None = None,
+    readout_weight: Tensor | None = None,
+    readout_bias: Tensor | None = None,
+    layout: PackedLayout | None = None,
+    backend: str = "auto",
+    check_values: bool | None = None,
+) -> tuple[Tensor, CompressState]:
+    """Consume a prompt of any length in the parallel form, without keeping anything for a backward pass.
+
+    Args:
+        q, k, v, alpha, log_decay, step_size: operands [B, T, H, .] as in ``compress_kv``.
+        state: of the tokens before, at any offset; None starts with zero memories.
+        chunk_size, phi, readout, update, value_log_decay, value_step_size, readout_weight, readout_bias,
+        layout, backend, check_values: as in ``compress_kv``.
+
+    Returns:
+        y [B, T, H, V] in v's dtype, and the state that ``decode_step`` or another prefill continues.
+
+    Raises:
+        ValueError: as in ``compress_kv``.
+    """
+    with torch.no_grad():
+        y, after = compress_kv(
+            q,
+            k,
+            v,
+            alpha,
+            log_decay,
+            step_size,
+            chunk_size=chunk_size,
+            phi=phi,
+            readout=readout,
+            update=update,
+            value_log_decay=value_log_decay,
+            value_step_size=value_step_size,
+            readout_weight=readout_weight,
+            readout_bias=readout_bias,
+            initial_state=state,
+            layout=layout,
+            output_final_state=True,
+            backend=backend,
+            check_values=check_values,
+        )
+    assert after is not None, "asked for above"
+    return y, after
 
 
 def decode_step(
@@ -33,14 +101,23 @@ def decode_step(
     chunk_size: int,
     phi: str = "silu",
     readout: str = "ln_silu",
+    update: str = "stale",
+    value_log_decay: Tensor | None = None,
+    value_step_size: Tensor | None = None,
+    readout_weight: Tensor | None = None,
+    readout_bias: Tensor | None = None,
+    backend: str = "auto",
+    check_values: bool | None = None,
 ) -> tuple[Tensor, CompressState]:
     """Consume one token of every sequence.
 
     Args:
-        q, k, v, alpha, log_decay, step_size: operands of the token, without the T dimension of
-            ``compress_kv``.
+        q, k, v, alpha, log_decay, step_size, value_log_decay, value_step_size: operands of the token, without
+            the T dimension of ``compress_kv``.
         state: of the tokens before; the step leaves it untouched.
-        chunk_size, phi, readout: as in ``compress_kv``.
+        chunk_size, phi, readout, update, readout_weight, readout_bias, check_values: as in ``compress_kv``.
+        backend: "chunkwise" (PyTorch, differentiable), "triton" (one kernel, without gradients) or "auto":
+            triton where it can run and no gradient is asked for.
 
     Returns:
         y [B, H, V] in v's dtype, and the state after the token.
@@ -48,31 +125,77 @@ def decode_step(
     Raises:
         ValueError: as in ``compress_kv``.
     """
-    check_operands((q, k, v, alpha, log_decay, step_size), dims="B, H")
-    check_choices(phi=phi, readout=readout)
+    gates = (log_decay, step_size, value_log_decay, value_step_size)
+    operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
+    rule = Rule(phi, readout, update)
+    check_operands(operands, dims="B, H", check_values=check_values)
+    check_choices(rule, backend, _STEP_BACKENDS)
     check_state(state, q, v, alpha, q.shape[0])
+    _check_offset(state, chunk_size, q.shape[0])
+    dtype = compute_dtype(operands)
+    memories = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
+    start = stale_pair(state, memories) or memories
+    if _on_triton(operands, memories, start, backend, rule):
+        from kernels.triton.decode import triton_decode
+
+        tensors = (memories.key, memories.value, start.key, start.value)
+        y, after = triton_decode(
+            operands, tensors, _offset(state, q.device), chunk_size=chunk_size, rule=rule
+        )
+        memories, start = Memories(*after[:2]), Memories(*after[2:])
+    else:
+        with torch.autocast(device_type=q.device.type, enabled=False):
+            y, memories, start = _step(operands, memories, start, rule)
+    return y, _advance(state, memories, start, chunk_size)
+
+
+def _check_offset(state: CompressState, chunk_size: int, batch: int) -> None:
     offsets = (state.offset,) if isinstance(state.offset, int) else state.offset
     if any(not 0 <= o < chunk_size for o in offsets):
         raise ValueError(
             f"state.offset = {state.offset}: it counts tokens of a chunk, so it is in [0, {chunk_size})"
         )
-    with torch.autocast(device_type=q.device.type, enabled=False):
-        dtype = torch.float64 if torch.float64 in (q.dtype, k.dtype, v.dtype, alpha.dtype) else torch.float32
-        S, R = state.key_memory.to(dtype), state.value_memory.to(dtype)
-        S_start, R_start = stale_pair(state, (S, R)) or (S, R)
-        alpha = alpha.to(dtype)
-        beta, gamma = log_decay.to(dtype).exp()[..., None, None], step_size.to(dtype)[..., None]
-        S = beta * S - _write(S_start, k.to(dtype), alpha, gamma, phi)
-        R = beta * R - _write(R_start, v.to(dtype), alpha, gamma, phi)
-        p = apply_readout(_apply(S, q.to(dtype)), readout)
-        y = _apply(R.mT, p).to(v.dtype)
-    return y, _advance(state, (S, R), (S_start, R_start), chunk_size)
+    if not isinstance(state.offset, int) and len(offsets) != batch:
+        raise ValueError(f"state.offset has {len(offsets)} entries for {batch} sequences: give one each")
 
 
-def _write(start: Tensor, x: Tensor, alpha: Tensor, gamma: Tensor, phi: str) -> Tensor:
-    """gamma u x^T [B, H, M, F]."""
-    u = inner_gradient(_apply(start, x), alpha, phi)
-    return (gamma * u)[..., :, None] * x[..., None, :]
+def _on_triton(operands: Operands, memories: Memories, start: Memories, backend: str, rule: Rule) -> bool:
+    tensors = (*operands, memories.key, memories.value, start.key, start.value)
+    tracked = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if backend == "triton" and tracked:
+        raise ValueError("backend = 'triton' decodes without gradients: call it under torch.no_grad()")
+    if backend == "auto" and tracked:
+        return False
+    # One program holds all slots of a head, so "corrected" is no different for a row-wise phi.
+    plain = Rule(phi=rule.phi, readout=rule.readout)
+    return choose_backend(backend, operands.q.device, memories.key.dtype, plain) == "triton"
+
+
+def _step(x: Operands, memory: Memories, start: Memories, rule: Rule) -> tuple[Tensor, Memories, Memories]:
+    """y [B, H, V], the memories, and the chunk-start pair as it stands inside the chunk."""
+    dtype = memory.key.dtype
+    q, k, v, alpha, decay, step = (t.to(dtype) for t in x[:6] if t is not None)
+    value_decay = decay if x.value_log_decay is None else x.value_log_decay.to(dtype)
+    value_step = step if x.value_step_size is None else x.value_step_size.to(dtype)
+    weight, bias = (None if t is None else t.to(dtype) for t in x[8:])
+    S, S_start = _write(memory.key, start.key, (k, alpha, decay, step), rule)
+    R, R_start = _write(memory.value, start.value, (v, alpha, value_decay, value_step), rule)
+    p = apply_readout(_apply(S, q), rule.readout, weight, bias)
+    return _apply(R.mT, p).to(x.v.dtype), Memories(S, R), Memories(S_start, R_start)
+
+
+def _write(memory: Tensor, start: Tensor, token: tuple[Tensor, ...], rule: Rule) -> tuple[Tensor, Tensor]:
+    """One memory [B, H, M, F] after the token (x, alpha, log beta, gamma), and its chunk start."""
+    x, alpha, decay, step = token
+    beta = decay.exp()[..., None, None]
+    kept = beta * memory
+    if rule.corrected:
+        start = beta * start
+    z = _apply(start, x)
+    u = inner_gradient(z, alpha, rule.phi)
+    if rule.corrected:
+        u = u + _apply(kept, x) - z
+    return kept - (step[..., None] * u)[..., :, None] * x[..., None, :], start
 
 
 def _apply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -80,13 +203,15 @@ def _apply(matrix: Tensor, x: Tensor) -> Tensor:
     return (matrix @ x[..., None]).squeeze(-1)
 
 
-def _advance(
-    state: CompressState, memories: tuple[Tensor, Tensor], start: tuple[Tensor, Tensor], chunk_size: int
-) -> CompressState:
+def _offset(state: CompressState, device: torch.device) -> int | Tensor:
+    return state.offset if isinstance(state.offset, int) else torch.tensor(state.offset, device=device)
+
+
+def _advance(state: CompressState, memories: Memories, start: Memories, chunk_size: int) -> CompressState:
     offset: int | tuple[int, ...]
     if isinstance(state.offset, int):
         offset = (state.offset + 1) % chunk_size
         start = start if offset else memories
     else:
         offset = tuple((o + 1) % chunk_size for o in state.offset)
-    return CompressState(memories[0], memories[1], start[0], start[1], offset)
+    return CompressState(memories.key, memories.value, start.key, start.value, offset)

@@ -48,6 +48,7 @@ class PackedLayout:
     Attributes:
         chunk_size: C.
         lengths: tokens of each document, N of them.
+        bounds: the same as cu_seqlens, int64 [N + 1], always on the CPU.
         offsets: for each document, how many tokens of its first chunk an earlier call has already consumed.
         steps: for scan step i, the range of chunks (begin, end) it works on.
         order, rank: document at each rank, rank of each document [N]; None when documents are already ranked.
@@ -56,12 +57,14 @@ class PackedLayout:
         valid: which slots hold a token, bool [P, C]; None when all do.
         last_chunk: last chunk of each document, by rank [N].
         ends_inside: whether each document, by rank, ends inside a chunk, bool [N]; None when none does.
+        ending_rank, ending_chunk: the documents that end inside a chunk, and that chunk [E]; None when none.
         first_step: of a span, its first step in the whole layout.
         rows: documents and steps of the whole layout, where the grid is a plain transposition.
     """
 
     chunk_size: int
     lengths: tuple[int, ...]
+    bounds: Tensor
     offsets: tuple[int, ...]
     steps: tuple[tuple[int, int], ...]
     order: Tensor | None
@@ -71,6 +74,8 @@ class PackedLayout:
     valid: Tensor | None
     last_chunk: Tensor
     ends_inside: Tensor | None
+    ending_rank: Tensor | None
+    ending_chunk: Tensor | None
     first_step: int = 0
     rows: tuple[int, int] = (0, 0)
     _spans: dict[tuple[int, int], tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
@@ -95,6 +100,13 @@ class PackedLayout:
         bounds = _checked_bounds(cu_seqlens)
         lengths = tuple(end - begin for begin, end in itertools.pairwise(bounds))
         return _build(lengths, chunk_size, _per_document(offsets, len(lengths))).to(cu_seqlens.device)
+
+    @staticmethod
+    def of(lengths: tuple[int, ...], chunk_size: int, *, offsets: int | Sequence[int] = 0) -> PackedLayout:
+        """Layout of documents of ``lengths`` tokens, end to end. Raises ValueError as above."""
+        if len(lengths) < 1 or min(lengths) < 1:
+            raise ValueError(f"lengths = {lengths}: name at least one document, none of them empty")
+        return _build(lengths, chunk_size, _per_document(offsets, len(lengths)))
 
     @staticmethod
     def uniform(batch: int, length: int, chunk_size: int, *, offset: int | Sequence[int] = 0) -> PackedLayout:
@@ -160,8 +172,7 @@ class PackedLayout:
         device = torch.device(device)
         if self.last_chunk.device == device:
             return self
-        names = ("order", "rank", "token_of_slot", "slot_of_token", "valid", "last_chunk", "ends_inside")
-        tables = {name: getattr(self, name) for name in names}
+        tables = {name: getattr(self, name) for name in _TABLES}
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tables.items()}
         return replace(self, _spans={}, _segments={}, **moved)
 
@@ -184,10 +195,20 @@ class PackedLayout:
         return self._spans[chunks, steps]
 
     def _span(self, first: int, last: int) -> PackedLayout:
+        if (first, last) == (0, len(self.steps)):
+            return self
         base, end, c = self.steps[first][0], self.steps[last - 1][1], self.chunk_size
+        ending_rank, ending_chunk = self.ending_rank, self.ending_chunk
+        if ending_chunk is not None and ending_rank is not None:
+            here = (ending_chunk >= base) & (ending_chunk < end)
+            some = bool(here.any())
+            ending_rank = ending_rank[here] if some else None
+            ending_chunk = ending_chunk[here] - base if some else None
         return replace(
             self,
             first_step=first,
+            ending_rank=ending_rank,
+            ending_chunk=ending_chunk,
             steps=tuple((a - base, b - base) for a, b in self.steps[first:last]),
             token_of_slot=None if self.token_of_slot is None else self.token_of_slot[base * c : end * c],
             valid=None if self.valid is None or bool(self.valid[base:end].all()) else self.valid[base:end],
@@ -228,6 +249,19 @@ class PackedLayout:
     def unrank_documents(self, x: Tensor) -> Tensor:
         """[N, ...] in rank order to the caller's order."""
         return x if self.rank is None else x.index_select(0, self.rank)
+
+
+_TABLES: tuple[str, ...] = (
+    "order",
+    "rank",
+    "token_of_slot",
+    "slot_of_token",
+    "valid",
+    "last_chunk",
+    "ends_inside",
+    "ending_rank",
+    "ending_chunk",
+)
 
 
 def _checked_bounds(cu_seqlens: Tensor) -> list[int]:
@@ -275,9 +309,13 @@ def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) 
     plain = chunk_size * len(active) == lengths[0] and len(set(lengths)) == 1 and not any(offsets)
     tables = (None, None, None) if plain else _tables(length, offset, rank, base, int(ends[-1]), chunk_size)
     ranked = bool((order == torch.arange(len(lengths))).all())
+    last_chunk = base[chunks[order] - 1] + torch.arange(len(lengths))
+    inside = ranked_end > 0
+    some = bool(inside.any())
     return PackedLayout(
         chunk_size=chunk_size,
         lengths=lengths,
+        bounds=torch.tensor([0, *itertools.accumulate(lengths)]),
         offsets=offsets,
         steps=tuple(zip(base.tolist(), ends.tolist(), strict=True)),
         order=None if ranked else order,
@@ -286,8 +324,10 @@ def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) 
         token_of_slot=tables[0],
         slot_of_token=tables[1],
         valid=tables[2],
-        last_chunk=base[chunks[order] - 1] + torch.arange(len(lengths)),
-        ends_inside=(ranked_end > 0) if bool(ranked_end.any()) else None,
+        last_chunk=last_chunk,
+        ends_inside=inside if some else None,
+        ending_rank=inside.nonzero().flatten() if some else None,
+        ending_chunk=last_chunk[inside] if some else None,
     )
 
 

@@ -29,12 +29,15 @@ _LARGEST_ERROR = 1e-5  # of a trial; fp32 leaves 1e-6, bf16 or tf32 operands 1e-
 _switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 
-def product(a: Tensor, b: Tensor, sign: int = 1) -> Tensor:
-    """sign * a @ b [P, H, i, j]."""
+def product(a: Tensor, b: Tensor, sign: int = 1, *, out: Tensor | None = None) -> Tensor:
+    """sign * a @ b [P, H, i, j], into ``out`` where it is given."""
     shape, a, b = (*a.shape[:-1], b.shape[-1]), a.flatten(0, 1), b.flatten(0, 1)
+    flat = None if out is None else out.flatten(0, 1)
     if sign == 1:
-        return _run(torch.bmm, a, b).view(shape)
-    return _run(lambda a, b: torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=sign), a, b).view(shape)
+        return _run(lambda a, b: torch.bmm(a, b, out=flat), a, b).view(shape)
+    return _run(lambda a, b: torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=sign, out=flat), a, b).view(
+        shape
+    )
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor, sign: int) -> Tensor:

@@ -3,14 +3,22 @@
 Tokens are 0-based, S_t includes token t, t' is the last token before t's chunk (chunks of C, counted from
 each document's start), J the Jacobian of phi:
 
-    u_t = J_phi(S_t' k_t)^T (phi(S_t' k_t) - alpha_t)      w_t = J_phi(R_t' v_t)^T (phi(R_t' v_t) - alpha_t)
-    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T               R_t = beta_t R_{t-1} - gamma_t w_t v_t^T
-    y_t = R_t^T f(S_t q_t)
+    stale        z_t = S_t' k_t;               u_t = J_phi(z_t)^T (phi(z_t) - alpha_t)
+    corrected    z_t = (prod beta) S_t' k_t
+                 u_t = J_phi(z_t)^T (phi(z_t) - alpha_t) + beta_t S_{t-1} k_t - z_t
+                 with the product over the chunk's tokens up to t
+    S_t = beta_t S_{t-1} - gamma_t u_t k_t^T
+
+R and w_t are the same for the values v_t, with the value pass's own gates where it has them, and
+
+    y_t = R_t^T (w f(S_t q_t) + b)             silu_rms: y_t = R_t^T SiLU(w S_t q_t / rms(S_t q_t) + b)
 
 Nothing here is clever and nothing is shared with the chunkwise form: the Jacobian comes from torch.func.vjp,
 the activations are written out.
 
-Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T, H]; memories [N, H, M, .].
+Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T, H]; w, b [H, M]; memories
+[N, H, M, .]. The carried chunk-start memory is what z_t is computed from: decayed with every token under
+"corrected", constant inside a chunk under "stale".
 """
 
 from __future__ import annotations
@@ -21,61 +29,77 @@ import torch
 from torch import Tensor
 
 from kernels.layout import PackedLayout
+from kernels.types import Memories, Operands, Rule
 
 __all__ = ["reference"]
 
 
 def reference(
-    operands: tuple[Tensor, ...],
-    initial: tuple[Tensor, Tensor],
-    stale: tuple[Tensor, Tensor] | None,
+    operands: Operands,
+    initial: Memories,
+    stale: Memories | None,
     *,
     layout: PackedLayout,
-    phi: str,
-    readout: str,
-) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """Output, final memories and final chunk-start pair; arguments as in ``kernels.chunkwise.chunkwise``."""
-    dtype = initial[0].dtype
-    flat = [x.flatten(0, 1).to(dtype) for x in operands]  # [B * T, H, .]
+    rule: Rule,
+) -> tuple[Tensor, Memories, Memories]:
+    """Output [B, T, H, V], final memories and final chunk-start pair [N, H, M, .]; see ``compress_kv``."""
+    dtype = initial.key.dtype
+    flat = [None if x is None else x.flatten(0, 1).to(dtype) for x in operands[:8]]  # [B * T, H, .]
+    affine = [None if x is None else x.to(dtype) for x in operands[8:]]
     stale = initial if stale is None else stale
     outputs: list[Tensor] = []
     states: list[tuple[Tensor, ...]] = []
     begin = 0
     for n, (length, offset) in enumerate(zip(layout.lengths, layout.offsets, strict=True)):
-        tokens = [x[begin : begin + length] for x in flat]
-        before = (initial[0][n], initial[1][n], stale[0][n], stale[1][n])
-        y, after = _document(tokens, before, offset, layout.chunk_size, _PHI[phi], _READOUT[readout])
+        tokens = [None if x is None else x[begin : begin + length] for x in flat]
+        before = (initial.key[n], initial.value[n], stale.key[n], stale.value[n])
+        y, after = _document(Operands(*tokens, *affine), before, offset, layout.chunk_size, rule)  # type: ignore[arg-type]
         outputs.append(y)
         states.append(after)
         begin += length
     key, value, key_start, value_start = (torch.stack(x) for x in zip(*states, strict=True))
-    y = torch.cat(outputs).view_as(operands[2]).to(operands[2].dtype)
-    return y, (key, value), (key_start, value_start)
+    y = torch.cat(outputs).view_as(operands.v).to(operands.v.dtype)
+    return y, Memories(key, value), Memories(key_start, value_start)
 
 
 def _document(
-    tokens: list[Tensor],
-    state: tuple[Tensor, ...],
-    offset: int,
-    chunk_size: int,
-    phi: Callable[[Tensor], Tensor],
-    f: Callable[[Tensor], Tensor],
+    x: Operands, state: tuple[Tensor, ...], offset: int, chunk_size: int, rule: Rule
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One document: tokens [T, H, .], state (S, R, S', R') [H, M, .]."""
+    """One document: operands [T, H, .], state (S, R, S', R') [H, M, .]."""
     S, R, S_start, R_start = state
+    value_decay = x.log_decay if x.value_log_decay is None else x.value_log_decay
+    value_step = x.step_size if x.value_step_size is None else x.value_step_size
     outputs = []
-    for t, (q, k, v, alpha, log_decay, step) in enumerate(zip(*tokens, strict=True)):
+    for t in range(len(x.q)):
         if (offset + t) % chunk_size == 0:
             S_start, R_start = S, R
-        beta, gamma = log_decay.exp()[:, None, None], step[:, None, None]  # [H, 1, 1]
-        u = _inner_gradient(_apply(S_start, k), alpha, phi)  # [H, M]
-        w = _inner_gradient(_apply(R_start, v), alpha, phi)
-        S = beta * S - gamma * u[:, :, None] * k[:, None, :]
-        R = beta * R - gamma * w[:, :, None] * v[:, None, :]
-        outputs.append(_apply(R.mT, f(_apply(S, q))))
+        S, S_start = _write(S, S_start, x.k[t], x.alpha[t], x.log_decay[t], x.step_size[t], rule)
+        R, R_start = _write(R, R_start, x.v[t], x.alpha[t], value_decay[t], value_step[t], rule)
+        p = _readout(_apply(S, x.q[t]), rule.readout, x.readout_weight, x.readout_bias)
+        outputs.append(_apply(R.mT, p))
     if (offset + len(outputs)) % chunk_size == 0:
         S_start, R_start = S, R
     return torch.stack(outputs), (S, R, S_start, R_start)
+
+
+def _write(
+    memory: Tensor,
+    start: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    log_decay: Tensor,
+    step: Tensor,
+    rule: Rule,
+) -> tuple[Tensor, Tensor]:
+    """One token into one memory [H, M, F]: the new memory and what the chunk's next z is computed from."""
+    beta, gamma = log_decay.exp()[:, None, None], step[:, None, None]
+    if rule.corrected:
+        start = beta * start
+    z = _apply(start, x)
+    u = _inner_gradient(z, alpha, _PHI[rule.phi])
+    if rule.corrected:
+        u = u + _apply(beta * memory, x) - z
+    return beta * memory - gamma * u[:, :, None] * x[:, None, :], start
 
 
 def _apply(matrix: Tensor, x: Tensor) -> Tensor:
@@ -121,3 +145,10 @@ _READOUT: dict[str, Callable[[Tensor], Tensor]] = {
     "l2_silu": _l2_silu,
     "softmax": _softmax,
 }
+
+
+def _readout(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    h = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) if name == "silu_rms" else _READOUT[name](x)
+    h = h if weight is None else weight * h
+    h = h if bias is None else h + bias
+    return _silu(h) if name == "silu_rms" else h

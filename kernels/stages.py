@@ -13,25 +13,32 @@ H C C are multiples of 32 times the threads: PyTorch's elementwise functions rou
 range, those that do not fill a vector, differently.)
 
 Shapes (chunk order, kernels.layout): P chunks, H heads, C slots of a chunk, M memory slots, D and V head
-widths, N documents by rank. Per chunk and head, rows are tokens; l = cumsum(log beta) inside the chunk, gamma
-= step size, S [M, D] and R [M, V] the memories at the chunk's start, S', R' the stale pair (the same
-memories, except in a document that a call enters in the middle of a chunk):
+widths, F either of them, N documents by rank. There are two passes, each with a memory of its own: keys X = K
+into S [M, D], values X = V into R [M, V]; the equations of the second are those of the first with R, W, V for
+S, U, K. Per chunk and head, rows are tokens; l = cumsum(log beta) inside the chunk, gamma = step size (each
+pass has its own where the caller gives them), S the memory at the chunk's start, S' the stale one (the same,
+except in a document that a call enters in the middle of a chunk):
 
     mu_i = e^{l_i};   tail_j = e^{l_C - l_j};   Omega_ij = e^{l_i - l_j} for i >= j, else 0
-    U = J_phi(Z)^T (phi(Z) - A),  Z = K S'^T;         W = J_phi(Z2)^T (phi(Z2) - A),  Z2 = V R'^T
-    S+ = e^{l_C} S - (gamma U)^T (tail K);            R+ = e^{l_C} R - (gamma W)^T (tail V)
+    stale        Z = X S'^T;        U = J_phi(Z)^T (phi(Z) - A)
+    corrected    Z = mu X S'^T;     B = J_phi(Z)^T (phi(Z) - A) + mu X (S - S')^T
+                 T = strictlower((X X^T) o Omega);   U = B - T (gamma U) = L^-1 B,  L = I + T diag(gamma)
+    S+ = e^{l_C} S - (gamma U)^T (tail X)
     Yhat = mu Q S^T - ((Q K^T) o Omega) (gamma U);    Y = mu P R - ((P (gamma W)^T) o Omega) V,  P = f(Yhat)
 
-Writing the step size into the rows (X = gamma U, W' = gamma W: "writes") instead of into Omega leaves one
-decay matrix for all products, and the gate gradients become row sums. With dX the gradient of X = gamma U:
+Writing the step size into the rows (U' = gamma U: "writes") instead of into Omega leaves one decay matrix for
+all products, and the gate gradients become row sums. With dU' the gradient of the writes and dB that of B
+(of U under "stale"),
 
-    dgamma_j = sum_m (dX o U + dW' o W)_jm
-    dl_i     = Q_i . dQ_i + P_i . dP_i - gamma_i dgamma_i,  and at the chunk's end  + <S+, dS+> + <R+, dR+>
-    dlogbeta = reverse cumsum of dl inside the chunk
+    dU' = dU'_readout - (tail X) dS+^T - T^T dB;   dB = L^-T gamma (dU' + T^T dB);   dgamma_j = U_j . dU'_j
+    dl_i = Q_i . dQ_i + X_i . dXq_i - gamma_i dgamma_i        (P . dP for the second pass)
+           and at the chunk's end + <S+, dS+>;                dlogbeta = reverse cumsum of dl inside the chunk
 
-because Yhat is linear in Q, Y in P (for fixed states), so the row sums of math.md's G o E plus the mu terms
-are Q.dQ and P.dP, and its column sums plus the tau terms are X.dX = gamma dgamma. The end term is written as
-sum_j K_j . dK_j (state part) + e^{l_C} <S, dS+>, which needs no S+.
+where dXq is what X receives as a reader of the decayed memory (Z and T of "corrected"; nothing under
+"stale"). It holds because Yhat is linear in Q, Y in P and B - J_phi(..) in the reading X (for fixed states),
+so the row sums of math.md's G o E plus the mu terms are Q.dQ and P.dP, and its column sums plus the tau terms
+are U'.dU' = gamma dgamma. The end term is written as sum_j X_j . dX_j (state part) + e^{l_C} <S, dS+>, which
+needs no S+.
 
 Pads (slots without a token) have log beta = 0, gamma = 0 and zero rows of mu and Omega: they write nothing,
 read nothing and receive no gradient. Exponents are masked before exp, so nothing overflows into NaN.
@@ -39,35 +46,24 @@ read nothing and receive no gradient. Exponents are masked before exp, so nothin
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.activations import apply_readout, inner_backward, inner_gradient, readout_vjp
+from kernels.activations import ReadoutPullBack, apply_readout, inner_backward, inner_gradient, readout_vjp
+from kernels.carry import stale_of_chunks
 from kernels.layout import PackedLayout
 from kernels.matmul import add_product_, product
+from kernels.types import Memories, Operands, Rule
 
-__all__ = ["Gates", "InputGradients", "Inputs", "Memories", "ReadoutGradients", "ScanGradients", "ScanResult"]
-__all__ += [
-    "arrange",
-    "derive_gates",
-    "input_backward",
-    "readout_backward",
-    "readout_forward",
-    "scan_backward",
-    "scan_forward",
-]
+__all__ = ["Adjoint", "Gates", "Inputs", "Pass", "PassReadout", "PassStates", "ReadoutGradients"]
+__all__ += ["ScanGradients", "States"]
+__all__ += ["arrange", "input_backward", "readout_backward", "readout_forward", "scan_backward"]
+__all__ += ["scan_forward"]
 
 LOG2_E = 1.4426950408889634  # on a CPU, exp2 is several times faster than exp
-
-
-@dataclass(frozen=True)
-class Memories:
-    """A pair of memories, one per document or one per chunk: key [., H, M, D], value [., H, M, V]."""
-
-    key: Tensor
-    value: Tensor
 
 
 @dataclass(frozen=True)
@@ -80,6 +76,7 @@ class Gates:
         tail: e^{l_C - l} [P, H, C, 1].
         total: e^{l_C} [P, H, 1, 1].
         step: gamma, 0 on pads [P, H, C, 1].
+        valid: which slots hold a token, bool [P, C]; None when all do.
     """
 
     log_decay: Tensor
@@ -87,6 +84,54 @@ class Gates:
     tail: Tensor
     total: Tensor
     step: Tensor
+    valid: Tensor | None
+
+    @staticmethod
+    def of(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> Gates:
+        """From log beta and gamma [P, H, C, 1] in chunk order; silences the pads."""
+        pads = None if layout.valid is None else ~layout.valid[:, None, :, None]
+        if pads is not None:
+            log_decay, step = log_decay.masked_fill(pads, 0), step.masked_fill(pads, 0)
+        cumulative = log_decay.cumsum(2)
+        end = cumulative[:, :, -1:]
+        mu = torch.exp(cumulative)
+        return Gates(
+            log_decay=cumulative.squeeze(-1),
+            mu=mu if pads is None else mu.masked_fill(pads, 0),
+            tail=torch.exp(end - cumulative),
+            total=torch.exp(end),
+            step=step,
+            valid=layout.valid,
+        )
+
+    @functools.cached_property
+    def omega(self) -> Tensor:
+        """Decay from slot j to slot i [P, H, C, C]; rows of pads are zero."""
+        columns, valid, c = self.log_decay * LOG2_E, self.valid, self.log_decay.shape[-1]
+        rows = columns if valid is None else columns.masked_fill(~valid[:, None, :], -torch.inf)
+        future = torch.full((c, c), -torch.inf, dtype=rows.dtype, device=rows.device).triu_(1)
+        return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_()
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One of the two passes: what is written, x [P, H, C, F], and when."""
+
+    x: Tensor
+    gates: Gates
+
+    @functools.cached_property
+    def overlap(self) -> Tensor:
+        """T = strictlower((X X^T) o Omega) [P, H, C, C]: how much of a write a later token reads."""
+        return product(self.x, self.x.mT).mul_(self.gates.omega).tril_(-1)
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """(I + T diag(gamma))^-1 [P, H, C, C], by forward substitution."""
+        lower = self.overlap * self.gates.step.mT
+        eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+        inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
+        return inverse
 
 
 @dataclass(frozen=True)
@@ -94,354 +139,376 @@ class Inputs:
     """What the stages read, in chunk order.
 
     Attributes:
-        query, key: [P, H, C, D]; the queries may be missing where only the scan runs.
-        value: [P, H, C, V].
+        query: [P, H, C, D]; may be missing where only the scan runs.
+        key, value: the two passes.
         alpha: [P, H, C, M].
-        gates: decay factors and step sizes.
+        weight, bias: affine of the readout [H, 1, M] or None.
+        own_decay, own_step: whether the value pass has a decay, a step size of its own.
         layout: the chunk grid.
+        rule: which function is computed.
     """
 
     query: Tensor | None
-    key: Tensor
-    value: Tensor
+    key: Pass
+    value: Pass
     alpha: Tensor
-    gates: Gates
+    weight: Tensor | None
+    bias: Tensor | None
+    own_decay: bool
+    own_step: bool
     layout: PackedLayout
+    rule: Rule
 
 
 @dataclass(frozen=True)
-class ScanResult:
-    """States of a forward scan.
+class PassStates:
+    """One pass of a forward scan.
 
     Attributes:
-        final: memories after each document's last token, by rank [N, ...].
-        start: memories before each chunk's first slot [P, ...].
-        stale: memories the inner gradient is taken at [P, ...]; the same tensors as ``start`` without a stale
-            pair.
+        start: memories before each chunk's first slot [P, H, M, F].
+        stale: memories the inner gradient is taken at; the same tensor without a stale pair.
+        z: pre-activations Z [P, H, C, M].
+        u: inner gradients U [P, H, C, M].
     """
 
-    final: Memories
-    start: Memories
-    stale: Memories
+    start: Tensor
+    stale: Tensor
+    z: Tensor
+    u: Tensor
+
+
+@dataclass(frozen=True)
+class States:
+    """A forward scan of both memories."""
+
+    key: PassStates
+    value: PassStates
+
+
+@dataclass(frozen=True)
+class PassReadout:
+    """What the readout alone contributes to one pass's gradients.
+
+    Attributes:
+        x: of keys or values [P, H, C, F].
+        write: of the writes gamma U [P, H, C, M].
+        start: of the memories at each chunk's start [P, H, M, F].
+        rows: Q.dQ or P.dP, of the cumulative l [P, H, C].
+    """
+
+    x: Tensor
+    write: Tensor
+    start: Tensor
+    rows: Tensor
 
 
 @dataclass(frozen=True)
 class ReadoutGradients:
-    """What the readout alone contributes to each gradient.
-
-    Attributes:
-        query, key, value: [P, H, C, .].
-        key_write, value_write: gradients of gamma U and gamma W [P, H, C, M].
-        key_z, value_z: recomputed pre-activations K S'^T and V R'^T [P, H, C, M].
-        key_gradient, value_gradient: recomputed inner gradients U and W [P, H, C, M].
-        start: adjoint of the memories at each chunk's start [P, ...].
-        log_decay: Q.dQ + P.dP, gradient of the cumulative l [P, H, C].
-    """
+    """Readout gradients: query [P, H, C, D], both passes, and the affine's [H, M] or None."""
 
     query: Tensor
-    key: Tensor
-    value: Tensor
-    key_write: Tensor
-    value_write: Tensor
-    key_z: Tensor
-    value_z: Tensor
-    key_gradient: Tensor
-    value_gradient: Tensor
-    start: Memories
-    log_decay: Tensor
+    key: PassReadout
+    value: PassReadout
+    weight: Tensor | None
+    bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Adjoint:
+    """One pass of the reverse scan.
+
+    Attributes:
+        initial: of the initial memories, by rank [N, H, M, F].
+        stale: of the initial stale pair; None where the call has none.
+        end: of the memories after each chunk [P, H, M, F].
+        write: of the writes, but for T^T dB [P, H, C, M].
+        b: of B [P, H, C, M]; None under "stale", where nothing else needs it.
+        z: of the pre-activations [P, H, C, M].
+        alpha: of the latent target [P, H, C, M].
+        outside: what a returned chunk-start pair added to the stale memories [P, H, M, F] or None.
+    """
+
+    initial: Tensor
+    stale: Tensor | None
+    end: Tensor
+    write: Tensor
+    b: Tensor | None
+    z: Tensor
+    alpha: Tensor
+    outside: Tensor | None
 
 
 @dataclass(frozen=True)
 class ScanGradients:
-    """Adjoints left by the reverse scan.
+    """A reverse scan of both memories."""
 
-    Attributes:
-        initial: of the initial memories, by rank [N, ...].
-        initial_stale: of the initial stale pair; None where the call has none.
-        end: of the memories after each chunk [P, ...].
-        key_write, value_write: complete gradients of gamma U and gamma W [P, H, C, M].
-        key_z, value_z: gradients of the pre-activations [P, H, C, M].
-        alpha: gradient of the latent target, both passes [P, H, C, M].
+    key: Adjoint
+    value: Adjoint
+
+    @property
+    def initial(self) -> Memories:
+        """Adjoints of the initial memories, by rank [N, ...]."""
+        return Memories(self.key.initial, self.value.initial)
+
+    @property
+    def stale(self) -> Memories | None:
+        """Adjoints of the initial stale pair, by rank; None where the call has none."""
+        if self.key.stale is None or self.value.stale is None:
+            return None
+        return Memories(self.key.stale, self.value.stale)
+
+
+def arrange(operands: Operands, *, layout: PackedLayout, rule: Rule) -> Inputs:
+    """Bring operands in token order to chunk order, in the compute type, and derive the decay factors.
+
+    The compute type is fp64 where q, k, v or alpha is, else fp32.
     """
-
-    initial: Memories
-    initial_stale: Memories | None
-    end: Memories
-    key_write: Tensor
-    value_write: Tensor
-    key_z: Tensor
-    value_z: Tensor
-    alpha: Tensor
-
-
-@dataclass(frozen=True)
-class InputGradients:
-    """Gradients in chunk order: key, value, alpha [P, H, C, .]; log_decay, step_size [P, H, C, 1]."""
-
-    key: Tensor
-    value: Tensor
-    alpha: Tensor
-    log_decay: Tensor
-    step_size: Tensor
-
-
-def arrange(
-    query: Tensor | None,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor,
-    log_decay: Tensor,
-    step_size: Tensor,
-    *,
-    layout: PackedLayout,
-) -> Inputs:
-    """Bring inputs in token order [B, T, H, .] (gates [B, T, H]) to chunk order and derive the decay factors.
-
-    The compute type is fp64 where any operand is, else fp32. ``query`` may be None where only the scan will
-    run.
-    """
-    operands = (key, value, alpha) if query is None else (query, key, value, alpha)
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands) else torch.float32
-    chunks = [layout.to_chunks(x).to(dtype) for x in operands]
-    log_decay, step_size = (layout.to_chunks(x[..., None]).to(dtype) for x in (log_decay, step_size))
-    return Inputs(
-        query=None if query is None else chunks[0],
-        key=chunks[-3],
-        value=chunks[-2],
-        alpha=chunks[-1],
-        gates=derive_gates(log_decay, step_size, layout),
-        layout=layout,
+    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands[:4]) else torch.float32
+    query, key, value, alpha = (layout.to_chunks(x).to(dtype) for x in operands[:4])
+    decay, step, own_decay, own_step = (
+        None if x is None else layout.to_chunks(x[..., None]).to(dtype) for x in operands[4:8]
     )
-
-
-def derive_gates(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> Gates:
-    """Decay factors from log beta and gamma [P, H, C, 1] in chunk order; silences the pads."""
-    pads = None if layout.valid is None else ~layout.valid[:, None, :, None]
-    if pads is not None:
-        log_decay, step = log_decay.masked_fill(pads, 0), step.masked_fill(pads, 0)
-    cumulative = log_decay.cumsum(2)
-    end = cumulative[:, :, -1:]
-    mu = torch.exp(cumulative)
-    return Gates(
-        log_decay=cumulative.squeeze(-1),
-        mu=mu if pads is None else mu.masked_fill(pads, 0),
-        tail=torch.exp(end - cumulative),
-        total=torch.exp(end),
-        step=step,
+    assert decay is not None, "only the value pass's gates may be missing"
+    assert step is not None, "only the value pass's gates may be missing"
+    gates = own = Gates.of(decay, step, layout)
+    if own_decay is not None or own_step is not None:
+        own = Gates.of(
+            decay if own_decay is None else own_decay, step if own_step is None else own_step, layout
+        )
+    weight, bias = (None if x is None else x.to(dtype)[:, None, :] for x in operands[8:])
+    return Inputs(
+        query=query,
+        key=Pass(key, gates),
+        value=Pass(value, own),
+        alpha=alpha,
+        weight=weight,
+        bias=bias,
+        own_decay=own_decay is not None,
+        own_step=own_step is not None,
+        layout=layout,
+        rule=rule,
     )
 
 
 def scan_forward(
-    inputs: Inputs, initial: Memories, *, phi: str, stale: Memories | None = None
-) -> tuple[ScanResult, Memories]:
+    inputs: Inputs, initial: Memories, *, stale: Memories | None = None
+) -> tuple[States, Memories]:
     """Run both memories over the chunks.
 
     Args:
         inputs: chunk order; the queries are not read.
         initial: memories before each document's first token, by rank [N, ...].
-        phi: inner nonlinearity.
-        stale: the stale pair [N, ...] of documents entered inside a chunk; None takes ``initial``.
+        stale: the stale pair [N', ...] of the documents in the first step, where a call enters inside a
+            chunk; None takes ``initial``.
 
     Returns:
-        The states, and the inner gradients (U, W) [P, H, C, M] for ``readout_forward``.
+        The states, and the memories after each document's last token, by rank [N, ...].
     """
-    stale_key, stale_value = (None, None) if stale is None else (stale.key, stale.value)
-    key = _scan(inputs.key, inputs, initial.key, stale_key, phi)
-    value = _scan(inputs.value, inputs, initial.value, stale_value, phi)
-    final, start, stale_all, gradients = (Memories(k, v) for k, v in zip(key, value, strict=True))
-    return ScanResult(final, start, stale_all), gradients
+    key, key_final = _scan(inputs.key, inputs, initial.key, None if stale is None else stale.key)
+    value, value_final = _scan(inputs.value, inputs, initial.value, None if stale is None else stale.value)
+    return States(key, value), Memories(key_final, value_final)
 
 
-def _scan(
-    x: Tensor, inputs: Inputs, initial: Tensor, stale: Tensor | None, phi: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One memory: (final [N, H, M, F], start and stale [P, H, M, F], inner gradients [P, H, C, M])."""
-    gates, steps = inputs.gates, inputs.layout.steps
-    weighted = x * (gates.tail * gates.step)  # [P, H, C, F]
-    state = initial.clone()
-    start = state.new_empty(x.shape[0], *state.shape[1:])
-    gradients = torch.empty_like(inputs.alpha)
-    for i, (a, b) in enumerate(steps):
-        now = state[: b - a]  # the documents still running are a prefix
+def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> tuple[PassStates, Tensor]:
+    """One memory: its states, and the final ones [N, H, M, F]."""
+    gates, corrected = own.gates, inputs.rule.corrected
+    weighted = own.x * (gates.tail * gates.step)  # [P, H, C, F]
+    reading = own.x * gates.mu if corrected else own.x
+    memory = initial.clone()
+    start = memory.new_empty(own.x.shape[0], *memory.shape[1:])
+    z, u = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha)
+    for i, (a, b) in enumerate(inputs.layout.steps):
+        now = memory[: b - a]  # the documents still running are a prefix
         start[a:b] = now
-        at = stale[: b - a] if i == 0 and stale is not None else now
-        z = product(x[a:b], at.mT)
-        u = inner_gradient(z, inputs.alpha[a:b], phi)
-        gradients[a:b] = u
+        at = now if i > 0 or stale is None else stale
+        product(reading[a:b], at.mT, out=z[a:b])
+        u[a:b] = inner_gradient(z[a:b], inputs.alpha[a:b], inputs.rule.phi)
+        if corrected:
+            if at is not now:
+                add_product_(u[a:b], reading[a:b], (now - at).mT, 1)
+            u[a:b] = product(own.inverse[a:b], u[a:b])
         now.mul_(gates.total[a:b])
-        add_product_(now, u.mT, weighted[a:b], -1)
-    if stale is None:
-        return state, start, start, gradients
-    stale_all = start.clone()
-    stale_all[: steps[0][1]] = stale
-    return state, start, stale_all, gradients
+        add_product_(now, u[a:b].mT, weighted[a:b], -1)
+    return PassStates(start, start if stale is None else stale_of_chunks(start, stale), z, u), memory
 
 
-def readout_forward(inputs: Inputs, states: ScanResult, gradients: Memories, *, readout: str) -> Tensor:
-    """Outputs [P, H, C, V] from the states and inner gradients of ``scan_forward``; zero on pads."""
-    query, gates, start = _query(inputs), inputs.gates, states.start
-    decay = _decay_matrix(inputs)
-    scores = product(query, inputs.key.mT).mul_(decay)  # (Q K^T) o Omega [P, H, C, C]
-    y_hat = product(query * gates.mu, start.key.mT)
-    p = apply_readout(add_product_(y_hat, scores, gradients.key * gates.step, -1), readout)
-    scores = product(p, (gradients.value * gates.step).mT).mul_(decay)
-    return add_product_(product(p * gates.mu, start.value), scores, inputs.value, -1)
+def readout_forward(inputs: Inputs, states: States) -> Tensor:
+    """Outputs [P, H, C, V] from the states of ``scan_forward``; zero on pads."""
+    query, key, value = _query(inputs), inputs.key, inputs.value
+    scores = product(query, key.x.mT).mul_(key.gates.omega)  # (Q K^T) o Omega [P, H, C, C]
+    y_hat = product(query * key.gates.mu, states.key.start.mT)
+    add_product_(y_hat, scores, states.key.u * key.gates.step, -1)
+    p = apply_readout(y_hat, inputs.rule.readout, inputs.weight, inputs.bias)
+    scores = product(p, (states.value.u * value.gates.step).mT).mul_(value.gates.omega)
+    return add_product_(product(p * value.gates.mu, states.value.start), scores, value.x, -1)
 
 
-def readout_backward(
-    inputs: Inputs, states: ScanResult, dy: Tensor, *, phi: str, readout: str
-) -> ReadoutGradients:
+def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradients:
     """Gradients of the readout for the upstream ``dy`` [P, H, C, V]; recomputes what forward dropped."""
-    start, stale = states.start, states.stale
-    query, key, value, gates = _query(inputs), inputs.key, inputs.value, inputs.gates
-    key_z, value_z = product(key, stale.key.mT), product(value, stale.value.mT)
-    u, w = inner_gradient(key_z, inputs.alpha, phi), inner_gradient(value_z, inputs.alpha, phi)
-    key_write, value_write = u * gates.step, w * gates.step
-    decay = _decay_matrix(inputs)
-    scores = product(query, key.mT).mul_(decay)
-    scaled_query = query * gates.mu
-    y_hat = add_product_(product(scaled_query, start.key.mT), scores, key_write, -1)
-    p, pull_back = readout_vjp(y_hat, readout)
-
-    # Second pass: Y = mu P R - ((P W'^T) o Omega) V.
-    value_scores = product(p, value_write.mT).mul_(decay)
-    dvalue = product(value_scores.mT, dy, -1)
-    dscores = product(dy, value.mT).mul_(decay)
-    dvalue_write = product(dscores.mT, p, -1)
-    dp = add_product_(product(dy, start.value.mT).mul_(gates.mu), dscores, value_write, -1)
-    dvalue_start = product((p * gates.mu).mT, dy)
+    query, key, value = _query(inputs), inputs.key, inputs.value
+    omega, scaled_query = key.gates.omega, query * key.gates.mu
+    key_write, value_write = states.key.u * key.gates.step, states.value.u * value.gates.step
+    scores = product(query, key.x.mT).mul_(omega)
+    y_hat = add_product_(product(scaled_query, states.key.start.mT), scores, key_write, -1)
+    p, pull_back = readout_vjp(y_hat, inputs.rule.readout, inputs.weight, inputs.bias)
+    second, dp = _second_pass_backward(value, states.value, p, value_write, dy)
 
     # First pass: Yhat = mu Q S^T - ((Q K^T) o Omega) U'.
-    dy_hat = pull_back(dp)
+    readout = pull_back(dp)
+    dy_hat = readout.x
     dkey_write = product(scores.mT, dy_hat, -1)
-    dscores = product(dy_hat, key_write.mT).mul_(decay)
-    dquery = add_product_(product(dy_hat, start.key).mul_(gates.mu), dscores, key, -1)
-    dkey = product(dscores.mT, query, -1)
-    return ReadoutGradients(
-        query=dquery,
-        key=dkey,
-        value=dvalue,
-        key_write=dkey_write,
-        value_write=dvalue_write,
-        key_z=key_z,
-        value_z=value_z,
-        key_gradient=u,
-        value_gradient=w,
-        start=Memories(product(dy_hat.mT, scaled_query), dvalue_start),
-        log_decay=_row_dot(query, dquery).add_(_row_dot(p, dp)),
+    dscores = product(dy_hat, key_write.mT).mul_(omega)
+    dquery = product(dy_hat, states.key.start).mul_(key.gates.mu)
+    add_product_(dquery, dscores, key.x, -1)
+    first = PassReadout(
+        x=product(dscores.mT, query, -1),
+        write=dkey_write,
+        start=product(dy_hat.mT, scaled_query),
+        rows=_row_dot(query, dquery),
     )
+    weight, bias = _affine_gradients(readout)
+    return ReadoutGradients(dquery, first, second, weight, bias)
+
+
+def _second_pass_backward(
+    own: Pass, states: PassStates, p: Tensor, write: Tensor, dy: Tensor
+) -> tuple[PassReadout, Tensor]:
+    """Y = mu P R - ((P W'^T) o Omega) V: the value pass's part, and dP [P, H, C, M]."""
+    mu, omega = own.gates.mu, own.gates.omega
+    scores = product(p, write.mT).mul_(omega)
+    dx = product(scores.mT, dy, -1)
+    dscores = product(dy, own.x.mT).mul_(omega)
+    dwrite = product(dscores.mT, p, -1)
+    dp = add_product_(product(dy, states.start.mT).mul_(mu), dscores, write, -1)
+    return PassReadout(dx, dwrite, product((p * mu).mT, dy), _row_dot(p, dp)), dp
+
+
+def _affine_gradients(readout: ReadoutPullBack) -> tuple[Tensor | None, Tensor | None]:
+    weight, bias = (None if x is None else x.sum((0, 2)) for x in (readout.weight, readout.bias))
+    return weight, bias
 
 
 def scan_backward(
     inputs: Inputs,
-    states: ScanResult,
+    states: States,
     grads: ReadoutGradients,
     final: Memories,
     *,
-    phi: str,
-    stale_adjoint: Memories | None = None,
+    outside: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> ScanGradients:
     """Run the adjoints from the last chunk to the first.
 
     Args:
         inputs, states, grads: of the stages before.
         final: adjoint of the final memories, by rank [N, ...].
-        phi: inner nonlinearity.
-        stale_adjoint: adjoint of ``states.stale`` from outside (a returned chunk-start pair) [P, ...]; None
-            is zero.
+        outside: adjoints of the stale memories (key, value) from outside (a returned chunk-start pair)
+            [P, ...]; None is zero.
     """
-    extra = (None, None) if stale_adjoint is None else (stale_adjoint.key, stale_adjoint.value)
-    own_pair = states.stale.key is not states.start.key
-    key = (inputs.key, grads.key_z, grads.key_write, grads.start.key, final.key, extra[0])
-    value = (inputs.value, grads.value_z, grads.value_write, grads.start.value, final.value, extra[1])
-    k = _reverse_scan(*key, inputs=inputs, own_pair=own_pair, phi=phi)
-    v = _reverse_scan(*value, inputs=inputs, own_pair=own_pair, phi=phi)
     return ScanGradients(
-        initial=Memories(k.initial, v.initial),
-        initial_stale=None if k.stale is None or v.stale is None else Memories(k.stale, v.stale),
-        end=Memories(k.end, v.end),
-        key_write=k.write,
-        value_write=v.write,
-        key_z=k.z,
-        value_z=v.z,
-        alpha=k.alpha.add_(v.alpha),
+        _reverse_scan(inputs.key, inputs, states.key, grads.key, final.key, outside[0]),
+        _reverse_scan(inputs.value, inputs, states.value, grads.value, final.value, outside[1]),
     )
 
 
-@dataclass(frozen=True)
-class _Reverse:
-    initial: Tensor
-    stale: Tensor | None
-    end: Tensor
-    write: Tensor
-    z: Tensor
-    alpha: Tensor
-
-
 def _reverse_scan(
-    x: Tensor,
-    z: Tensor,
-    readout_write: Tensor,
-    start_adjoint: Tensor,
-    final: Tensor,
-    extra: Tensor | None,
-    *,
+    own: Pass,
     inputs: Inputs,
-    own_pair: bool,
-    phi: str,
-) -> _Reverse:
-    """One memory; ``extra`` is the part of the stale pair's adjoint that comes from outside."""
-    gates, steps = inputs.gates, inputs.layout.steps
-    tail_x = x * gates.tail
+    states: PassStates,
+    grads: PassReadout,
+    final: Tensor,
+    outside: Tensor | None,
+) -> Adjoint:
+    """One memory."""
+    gates, corrected, pair = own.gates, inputs.rule.corrected, states.stale is not states.start
+    tail_x = own.x * gates.tail
+    reading = own.x * gates.mu if corrected else own.x
     adjoint, stale = final.clone(), None  # dS+ of the running documents
-    end, write, dz, dalpha = (torch.empty_like(t) for t in (start_adjoint, z, z, z))
-    for i, (a, b) in reversed(list(enumerate(steps))):
+    end, write = torch.empty_like(grads.start), grads.write.clone()
+    db, dz, dalpha = (torch.empty_like(write) for _ in range(3))
+    for i, (a, b) in reversed(list(enumerate(inputs.layout.steps))):
         now = adjoint[: b - a]
         end[a:b] = now
-        step_write = write[a:b].copy_(readout_write[a:b])
-        add_product_(step_write, tail_x[a:b], now.mT, -1)
-        grad = step_write * gates.step[a:b]
-        dz[a:b], dalpha[a:b] = inner_backward(z[a:b], inputs.alpha[a:b], grad, phi)
-        now.mul_(gates.total[a:b]).add_(start_adjoint[a:b])
-        if i == 0 and own_pair:
-            stale = product(dz[a:b].mT, x[a:b])
-        else:
-            add_product_(now, dz[a:b].mT, x[a:b], 1)
-        if extra is not None:
-            (now if stale is None else stale).add_(extra[a:b])
-    return _Reverse(adjoint, stale, end, write, dz, dalpha)
+        add_product_(write[a:b], tail_x[a:b], now.mT, -1)
+        torch.mul(write[a:b], gates.step[a:b], out=db[a:b])
+        if corrected:
+            db[a:b] = product(own.inverse[a:b].mT, db[a:b])
+        dz[a:b], dalpha[a:b] = inner_backward(states.z[a:b], inputs.alpha[a:b], db[a:b], inputs.rule.phi)
+        now.mul_(gates.total[a:b]).add_(grads.start[a:b])
+        through = now
+        if i == 0 and pair:
+            through = stale = torch.zeros_like(now)
+            if corrected:
+                direct = product(db[a:b].mT, reading[a:b])
+                now.add_(direct)
+                stale.sub_(direct)
+        add_product_(through, dz[a:b].mT, reading[a:b], 1)
+        if outside is not None:
+            through.add_(outside[a:b])
+    return Adjoint(adjoint, stale, end, write, db if corrected else None, dz, dalpha, outside)
 
 
 def input_backward(
-    inputs: Inputs, states: ScanResult, grads: ReadoutGradients, adjoints: ScanGradients
-) -> InputGradients:
-    """Gradients of everything but the queries, parallel over chunks (theirs are ``grads.query``)."""
-    gates = inputs.gates
-    # dK and dV through S+ = e^{l_C} S - (gamma U)^T (tail K), then the part through Z = K S'^T.
-    key_end = product(grads.key_gradient * gates.step, adjoints.end.key, -1).mul_(gates.tail)
-    value_end = product(grads.value_gradient * gates.step, adjoints.end.value, -1).mul_(gates.tail)
-    dkey = add_product_(grads.key + key_end, adjoints.key_z, states.stale.key, 1)
-    dvalue = add_product_(grads.value + value_end, adjoints.value_z, states.stale.value, 1)
-    dstep = _row_dot(adjoints.key_write, grads.key_gradient)
-    dstep += _row_dot(adjoints.value_write, grads.value_gradient)
-    dlog = torch.addcmul(grads.log_decay, dstep, gates.step.squeeze(-1), value=-1)
-    kept = _row_dot(states.start.key, adjoints.end.key) + _row_dot(states.start.value, adjoints.end.value)
-    written = _row_dot(key_end, inputs.key) + _row_dot(value_end, inputs.value)
-    dlog[..., -1] += written.sum(-1) + kept.sum(-1) * gates.total[..., 0, 0]
+    inputs: Inputs, states: States, grads: ReadoutGradients, adjoints: ScanGradients
+) -> Operands:
+    """Gradients of all operands, parallel over chunks.
+
+    Returns:
+        q, k, v, alpha [P, H, C, .]; gates [P, H, C, 1]; readout affine [H, M]; None for missing operands.
+    """
+    dkey, key_log, key_step = _input_backward(inputs.key, states.key, grads.key, adjoints.key)
+    dvalue, value_log, value_step = _input_backward(inputs.value, states.value, grads.value, adjoints.value)
+    return Operands(
+        q=grads.query,
+        k=dkey,
+        v=dvalue,
+        alpha=adjoints.key.alpha + adjoints.value.alpha,
+        log_decay=key_log if inputs.own_decay else key_log + value_log,
+        step_size=key_step if inputs.own_step else key_step + value_step,
+        value_log_decay=value_log if inputs.own_decay else None,
+        value_step_size=value_step if inputs.own_step else None,
+        readout_weight=grads.weight,
+        readout_bias=grads.bias,
+    )
+
+
+def _input_backward(
+    own: Pass, states: PassStates, grads: PassReadout, adjoint: Adjoint
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass: gradients of x [P, H, C, F], log beta and gamma [P, H, C, 1]."""
+    gates, rows, dwrite = own.gates, grads.rows, adjoint.write
+    # dX through S+ = e^{l_C} S - (gamma U)^T (tail X), then the part through Z.
+    through_end = product(states.u * gates.step, adjoint.end, -1).mul_(gates.tail)
+    dx = grads.x + through_end
+    if adjoint.b is None:
+        add_product_(dx, adjoint.z, states.stale, 1)
+    else:
+        reading, written = _corrected_input_backward(own, states, adjoint.z, adjoint.b)
+        dx.add_(reading).add_(written)
+        rows = rows + _row_dot(own.x, reading)
+        dwrite = add_product_(dwrite.clone(), own.overlap.mT, adjoint.b, -1)
+    dstep = _row_dot(dwrite, states.u)
+    dlog = torch.addcmul(rows, dstep, gates.step.squeeze(-1), value=-1)
+    kept = _row_dot(states.start, adjoint.end).sum(-1) * gates.total[..., 0, 0]
+    if adjoint.b is not None and adjoint.outside is not None:  # the pair left as e^{l_C} S'
+        kept = kept + _row_dot(states.stale, adjoint.outside).sum(-1)
+    dlog[..., -1] += _row_dot(through_end, own.x).sum(-1) + kept
     dlog = dlog.flip(-1).cumsum(-1).flip(-1)
-    return InputGradients(dkey, dvalue, adjoints.alpha, dlog[..., None], dstep[..., None])
+    return dx, dlog[..., None], dstep[..., None]
 
 
-def _decay_matrix(inputs: Inputs) -> Tensor:
-    """Omega [P, H, C, C]; rows of pads are zero."""
-    columns, valid, c = inputs.gates.log_decay * LOG2_E, inputs.layout.valid, inputs.key.shape[2]
-    rows = columns if valid is None else columns.masked_fill(~valid[:, None, :], -torch.inf)
-    future = torch.full((c, c), -torch.inf, dtype=rows.dtype, device=rows.device).triu_(1)
-    return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_()
+def _corrected_input_backward(own: Pass, states: PassStates, dz: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
+    """dX as a reader of the decayed memory and of earlier writes, and as what was written [P, H, C, F]."""
+    gates = own.gates
+    pairs = product(db, (states.u * gates.step).mT).mul_(gates.omega).tril_(-1)
+    reading = product(dz, states.stale)
+    if states.stale is not states.start:
+        add_product_(reading, db, states.start - states.stale, 1)
+    add_product_(reading.mul_(gates.mu), pairs, own.x, -1)
+    return reading, product(pairs.mT, own.x, -1)
 
 
 def _query(inputs: Inputs) -> Tensor:
-    assert inputs.query is not None, "the readout needs queries: arrange() was called with query=None"
+    assert inputs.query is not None, "the readout needs queries"
     return inputs.query
 
 

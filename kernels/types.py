@@ -1,4 +1,4 @@
-"""What every backend takes: the operands, which function of them is computed, and a pair of memories."""
+"""What every backend takes: the operands, which function of them is computed, memories and carried states."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Memories", "Operands", "Rule"]
+__all__ = ["CompressState", "Memories", "Operands", "Rule"]
 
 
 class Operands(NamedTuple):
@@ -60,3 +60,29 @@ class Memories:
 
     key: Tensor
     value: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class CompressState:
+    """What a sequence leaves behind; its size does not depend on the number of tokens.
+
+    Attributes:
+        key_memory: S after the last token [N, H, M, D].
+        value_memory: R after the last token [N, H, M, V].
+        key_chunk_start, value_chunk_start: the memories before the current chunk's first token, of the same
+            shapes (under update "corrected" decayed to the last token); needed where ``offset`` is not 0 and
+            ignored where it is.
+        offset: tokens of the current chunk already consumed, in [0, C); one for all documents, or one for
+            each.
+    """
+
+    key_memory: Tensor
+    value_memory: Tensor
+    key_chunk_start: Tensor | None = None
+    value_chunk_start: Tensor | None = None
+    offset: int | tuple[int, ...] = 0
+
+    @property
+    def inside_chunk(self) -> bool:
+        """Whether any document's next token is not the first of its chunk."""
+        return bool(self.offset) if isinstance(self.offset, int) else any(self.offset)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import CompressState, PackedLayout, compress_kv, stages
-from kernels.stages import Memories, ScanResult
+from kernels.types import Memories, Operands, Rule
 from tests.kernels.helpers import assert_close, assert_equal, make_memories, make_operands, run
 
 few = hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
@@ -118,49 +118,51 @@ SIZES = {"heads": 2, "d": 16, "v": 32, "m": 16}
 
 
 @pytest.mark.parametrize("phi", ("silu", "tanh", "ln_silu", "softmax"))
-@pytest.mark.parametrize("readout", ("ln_silu", "l2_silu", "softmax"))
-def test_segments_at_chunk_multiples_are_bitwise_the_whole(phi: str, readout: str) -> None:
+@pytest.mark.parametrize(
+    "readout, update", [("ln_silu", "stale"), ("l2_silu", "corrected"), ("silu_rms", "corrected")]
+)
+def test_segments_at_chunk_multiples_are_bitwise_the_whole(phi: str, readout: str, update: str) -> None:
     """State passing, forward and backward, by the stages alone: what sp ranks compute."""
     chunk_size, length, batch = 8, 64, 3
     operands = {n: x.detach() for n, x in make_operands(batch, length, dtype=torch.float32, **SIZES).items()}
     dy = torch.randn(batch, length, 2, 32, generator=torch.Generator().manual_seed(3))
-    whole = composed(operands, dy, [length], chunk_size, phi, readout)
-    assert_equal(composed(operands, dy, [24, 40], chunk_size, phi, readout), whole)
-    assert_equal(composed(operands, dy, [8] * 8, chunk_size, phi, readout), whole)
+    rule = Rule(phi, readout, update)
+    whole = composed(operands, dy, [length], chunk_size, rule)
+    assert_equal(composed(operands, dy, [24, 40], chunk_size, rule), whole)
+    assert_equal(composed(operands, dy, [8] * 8, chunk_size, rule), whole)
     memories = make_memories(operands)
     state = CompressState(memories["key_memory"], memories["value_memory"])
-    y, _ = compress_kv(**operands, chunk_size=chunk_size, phi=phi, readout=readout, initial_state=state)
+    options = {"phi": phi, "readout": readout, "update": update}
+    y, _ = compress_kv(**operands, chunk_size=chunk_size, initial_state=state, **options)
     assert torch.equal(y, whole["y"])
 
 
 def composed(
-    operands: dict[str, Tensor], dy: Tensor, lengths: list[int], chunk_size: int, phi: str, readout: str
+    operands: dict[str, Tensor], dy: Tensor, lengths: list[int], chunk_size: int, rule: Rule
 ) -> dict[str, Tensor]:
     """Run segments one after the other, the adjoints in reverse; random initial memories and end adjoints."""
     batch = dy.shape[0]
     memories = make_memories(operands)
     state = Memories(memories["key_memory"].detach(), memories["value_memory"].detach())
     adjoint = Memories(memories["key_chunk_start"].detach(), memories["value_chunk_start"].detach())
-    kept: list[tuple[stages.Inputs, ScanResult, Tensor]] = []
+    kept: list[tuple[stages.Inputs, stages.States, Tensor]] = []
     y, begin = [], 0
     for length in lengths:
         part = slice(begin, begin + length)
         layout = PackedLayout.uniform(batch, length, chunk_size)
-        inputs = stages.arrange(*(x[:, part] for x in operands.values()), layout=layout)
-        states, gradients = stages.scan_forward(inputs, state, phi=phi)
-        state, begin = states.final, begin + length
-        y.append(
-            layout.from_chunks(stages.readout_forward(inputs, states, gradients, readout=readout), batch)
-        )
-        kept.append((inputs, states, layout.to_chunks(dy[:, part])))
+        cut = Operands(*(x[:, part] for x in operands.values()))
+        inputs = stages.arrange(cut, layout=layout, rule=rule)
+        states, state = stages.scan_forward(inputs, state)
+        begin += length
+        y.append(layout.from_chunks(stages.readout_forward(inputs, states), batch))
+        kept.append((inputs, states, dy[:, part]))
     grads = []
-    for inputs, states, dy_chunks in reversed(kept):
-        local = stages.readout_backward(inputs, states, dy_chunks, phi=phi, readout=readout)
-        scan = stages.scan_backward(inputs, states, local, adjoint, phi=phi)
+    for inputs, states, dy_part in reversed(kept):
+        local = stages.readout_backward(inputs, states, inputs.layout.to_chunks(dy_part))
+        scan = stages.scan_backward(inputs, states, local, adjoint)
         rest = stages.input_backward(inputs, states, local, scan)
         adjoint = scan.initial
-        chunks = (local.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
-        grads.append([inputs.layout.from_chunks(x, batch) for x in chunks])
+        grads.append([inputs.layout.from_chunks(x, batch) for x in rest if x is not None])
     gradients = [torch.cat(x, 1) for x in zip(*reversed(grads), strict=True)]
     results = {"y": torch.cat(y, 1), "S": state.key, "R": state.value, "dS": adjoint.key, "dR": adjoint.value}
     return results | {f"d{name}": x for name, x in zip(operands, gradients, strict=True)}

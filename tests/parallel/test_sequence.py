@@ -291,7 +291,8 @@ def order_of_events() -> list[str]:
 
 def test_a_neighbour_waits_for_the_scans_only():
     forward = ["expect_left", "wait", "scan_forward", "send_right", "readout_forward"]
-    backward = ["expect_right", "readout_backward", "wait", "scan_backward", "send_left", "input_backward"]
+    backward = ["expect_right", "scan_forward", "readout_backward"]
+    backward += ["wait", "scan_backward", "send_left", "input_backward"]
     assert ranks().run(order_of_events)[1] == forward + backward
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import CompressState, PackedLayout, stages
-from kernels.stages import Memories, ScanResult
+from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.transfers import Arrival, Transfers
 
@@ -54,6 +54,11 @@ class StatePassing:
         chunk_size: int,
         phi: str = "silu",
         readout: str = "ln_silu",
+        update: str = "stale",
+        value_log_decay: Tensor | None = None,
+        value_step_size: Tensor | None = None,
+        readout_weight: Tensor | None = None,
+        readout_bias: Tensor | None = None,
         initial_state: CompressState | None = None,
         layout: PackedLayout | None = None,
         output_final_state: bool = False,
@@ -74,14 +79,15 @@ class StatePassing:
         call = _Call(
             transfers=self._transfers,
             layout=layout,
-            phi=phi,
-            readout=readout,
+            rule=Rule(phi, readout, update),
             first=first,
             last=last,
             continues=self._segments.continues(rows),
         )
         initial = _initial_memories(initial_state, layout.num_documents, q, v, alpha)
-        y, key, value = _PassStates.apply(call, *initial, q, k, v, alpha, log_decay, step_size)  # type: ignore[no-untyped-call]
+        gates = (log_decay, step_size, value_log_decay, value_step_size)
+        operands = (q, k, v, alpha, *gates, readout_weight, readout_bias)
+        y, key, value = _PassStates.apply(call, *initial, *operands)  # type: ignore[no-untyped-call]
         return y, CompressState(key_memory=key, value_memory=value) if output_final_state else None
 
 
@@ -91,8 +97,7 @@ class _Call:
 
     transfers: Transfers
     layout: PackedLayout
-    phi: str
-    readout: str
+    rule: Rule
     first: tuple[int, ...]
     last: tuple[int, ...]
     continues: tuple[bool, ...]
@@ -131,49 +136,53 @@ class _PassStates(torch.autograd.Function):
     """(call, S, R [N, H, M, .], operands in token order) -> y [B, L, H, V], S and R after each document."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, key: Tensor, value: Tensor, *operands: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, call: _Call, key: Tensor, value: Tensor, *operands: Tensor | None
+    ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.call, layout = call, call.layout
+        ctx.call, layout, whole = call, call.layout, Operands(*operands)  # type: ignore[arg-type]
         own = [_pick(memory, call.first) for memory in (key, value)]
         arrival = call.transfers.expect_left(*own)
         with _full_precision(key):
-            inputs = stages.arrange(*operands, layout=layout)
+            inputs = stages.arrange(whole, layout=layout, rule=call.rule)
             initial = [key, value] if arrival is None else _continue((key, value), own, arrival, call)
-            ranked = Memories(*(layout.rank_documents(memory) for memory in initial))
-            states, gradients = stages.scan_forward(inputs, ranked, phi=call.phi)
-            final = [layout.unrank_documents(memory) for memory in (states.final.key, states.final.value)]
+            first = Memories(*map(layout.rank_documents, initial))
+            states, end = stages.scan_forward(inputs, first)
+            final = [layout.unrank_documents(memory) for memory in (end.key, end.value)]
             call.transfers.send_right(*(_pick(memory, call.last) for memory in final))
-            y = stages.readout_forward(inputs, states, gradients, readout=call.readout)
-        ctx.save_for_backward(states.start.key, states.start.value, *operands)
-        q, v = operands[0], operands[2]
-        return layout.from_chunks(y, q.shape[0]).to(v.dtype), *final
+            y = stages.readout_forward(inputs, states)
+        ctx.save_for_backward(first.key, first.value, *operands)  # backward scans again from here
+        return layout.from_chunks(y, whole.q.shape[0]).to(whole.v.dtype), *final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        call, layout, (start_key, start_value, *operands) = ctx.call, ctx.call.layout, ctx.saved_tensors
-        rows = len(call.first)
+        call, layout, (key, value, *saved) = ctx.call, ctx.call.layout, ctx.saved_tensors
+        rows, operands = len(call.first), Operands(*saved)
         # Any tensors of the shape of one memory per row will do to size the receive.
-        arrival = call.transfers.expect_right(start_key[:rows], start_value[:rows])
-        start = Memories(start_key, start_value)
-        with _full_precision(start_key):
-            inputs = stages.arrange(*operands, layout=layout)
-            chunks = (
-                torch.zeros_like(inputs.value) if dy is None else layout.to_chunks(dy).to(inputs.value.dtype)
-            )
-            states = ScanResult(
-                final=start, start=start, stale=start
-            )  # backward never reads the final memories
-            grads = stages.readout_backward(inputs, states, chunks, phi=call.phi, readout=call.readout)
-            final = _final_adjoints(dfinal, start, arrival, call)
-            scan = stages.scan_backward(inputs, states, grads, final, phi=call.phi)
+        arrival = call.transfers.expect_right(key[:rows], value[:rows])
+        first = Memories(key, value)
+        with _full_precision(key):
+            inputs = stages.arrange(operands, layout=layout, rule=call.rule)
+            x = inputs.value.x
+            chunks = torch.zeros_like(x) if dy is None else layout.to_chunks(dy).to(x.dtype)
+            states, _ = stages.scan_forward(inputs, first)
+            grads = stages.readout_backward(inputs, states, chunks)
+            scan = stages.scan_backward(inputs, states, grads, _final_adjoints(dfinal, first, arrival, call))
             dinitial = [layout.unrank_documents(d) for d in (scan.initial.key, scan.initial.value)]
             _hand_left(dinitial, call)
             rest = stages.input_backward(inputs, states, grads, scan)
-        outputs = (grads.query, rest.key, rest.value, rest.alpha, rest.log_decay, rest.step_size)
-        batch = operands[0].shape[0]
-        doperands = [layout.from_chunks(d, batch).to(o.dtype).view_as(o) for d, o in zip(outputs, operands)]
-        return None, *dinitial, *doperands
+        return None, *dinitial, *_in_token_order(rest, operands, layout)
+
+
+def _in_token_order(grads: Operands, operands: Operands, layout: PackedLayout) -> list[Tensor | None]:
+    """Gradients in the operands' order, shapes and dtypes; None for missing operands."""
+    batch = operands.q.shape[0]
+    tokens = [None if x is None else layout.from_chunks(x, batch) for x in grads[:8]]
+    return [
+        None if d is None or x is None else d.to(x.dtype).view_as(x)
+        for d, x in zip((*tokens, *grads[8:]), operands, strict=True)
+    ]
 
 
 def _continue(
@@ -191,16 +200,15 @@ def _continue(
 
 
 def _final_adjoints(
-    dfinal: tuple[Tensor | None, ...], start: Memories, arrival: Arrival | None, call: _Call
+    dfinal: tuple[Tensor | None, ...], first: Memories, arrival: Arrival | None, call: _Call
 ) -> Memories:
     """Adjoints of the final memories, by rank [N, ...]: the caller's own plus the right neighbour's."""
-    documents = call.layout.num_documents
     totals = [
-        like.new_zeros(documents, *like.shape[1:]) if own is None else own.clone()
-        for own, like in zip(dfinal, (start.key, start.value), strict=True)
+        torch.zeros_like(like) if own is None else own.clone()
+        for own, like in zip(dfinal, (first.key, first.value), strict=True)
     ]
     if arrival is not None:
-        index = torch.tensor(call.last, device=start.key.device)
+        index = torch.tensor(call.last, device=first.key.device)
         for total, received in zip(totals, arrival.wait(), strict=True):
             total.index_add_(0, index, received)
     return Memories(*(call.layout.rank_documents(total) for total in totals))
