@@ -22,7 +22,7 @@ fits the shared memory of one program at 4 bytes an entry (an upper bound: buffe
 
 where t = tokens, w = the wider head, s = slots, all padded to powers of two. A scan is sequential over
 chunks, so it takes 32 slots a program and leaves parallelism to the grid. Four warps hold tiles up to 64
-wide, eight the wider ones.
+wide, eight the wider ones. The step of one token holds a head's memories in registers.
 """
 
 from __future__ import annotations
@@ -205,6 +205,8 @@ def rule(kernel: str, size: Size) -> Launch:
     widths = padded(size.d), padded(size.v), padded(size.m)
     slots = min(32, widths[2]) if kernel.startswith("scan") else widths[2]
     warps = 4 if max(widths) <= 64 else 8
+    if kernel == "decode":  # both memories and their pair in registers, 16 numbers of each a thread
+        warps = min(16, max(1, max(widths[:2]) * widths[2] >> 9))
     tokens = min(64, padded(size.c))
     room = SHARED_KIB.get(size.arch, SMALLEST_KIB) << 10
     if size.arch == INTERPRETER:

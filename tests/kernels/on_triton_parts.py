@@ -9,10 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.activations import PHI, READOUT, UPDATE, apply_readout, inner_gradient
 from kernels.layout import PackedLayout
+from kernels.triton.decode import triton_decode
 from kernels.triton.gates import derive_gates, gate_gradients
 from kernels.triton.triangular import diagonal_inverses
-from kernels.types import Operands
+from kernels.types import Operands, Rule
 
 DEVICE = os.environ.get("KERNEL_TEST_DEVICE", "cpu")
 RAGGED = ((40, 1, 130), (3, 0, 7))  # lengths, and offsets of the documents that are entered inside a chunk
@@ -151,3 +153,136 @@ def test_diagonal_inverses(chunk_size: int, tokens: int, equal: bool) -> None:
     for memory in range(2):
         want = expected_inverses(x[memory], *gates.of(memory), layout=layout, tokens=tokens)
         assert rms(inverses[memory], want) <= 1e-6
+
+
+WIDTHS = {"d": 20, "v": 48, "m": 24}
+
+
+def token_operands(batch: int, heads: int, *, options: bool, seed: int, d: int, v: int, m: int) -> Operands:
+    """Operands of one token in fp64; with ``options`` the value pass's gates and the affine too."""
+    rows = [torch.nn.functional.normalize(draw(batch, heads, w, seed=seed + w), dim=-1) for w in (d, v)]
+    gates = [
+        g
+        for i in range(2)
+        for g in (
+            -0.2 * draw(batch, heads, seed=seed + i).abs(),
+            draw(batch, heads, seed=seed + 7 + i).sigmoid(),
+        )
+    ]
+    affine = (1 + 0.3 * draw(heads, m, seed=3), 0.2 * draw(heads, m, seed=4))
+    query, alpha = draw(batch, heads, d, seed=seed + 1), draw(batch, heads, m, seed=seed + 2)
+    more = (*gates[2:], *affine) if options else (None,) * 4
+    return Operands(query, *rows, alpha, *gates[:2], *more)
+
+
+def write_one(
+    S: Tensor, start: Tensor, x: Tensor, alpha: Tensor, gates: tuple[Tensor, Tensor], rule: Rule
+) -> tuple[Tensor, Tensor]:
+    beta, gamma = gates[0].exp()[..., None, None], gates[1][..., None]
+    start = beta * start if rule.corrected else start
+    z = (start @ x[..., None]).squeeze(-1)
+    u = inner_gradient(z, alpha, rule.phi)
+    if rule.corrected:
+        u = u + (beta * S @ x[..., None]).squeeze(-1) - z
+    return beta * S - (gamma * u)[..., None] * x[..., None, :], start
+
+
+def plain_step(
+    x: Operands, state: list[Tensor], offset: Tensor, *, chunk_size: int, rule: Rule
+) -> tuple[Tensor, list[Tensor]]:
+    """The recurrence in fp64, with one offset for each sequence."""
+    first, last = (t[:, None, None, None] for t in (offset == 0, offset + 1 == chunk_size))
+    start = [torch.where(first, s, p) for s, p in zip(state[:2], state[2:], strict=True)]
+    value_gates = [g if own is None else own for own, g in zip(x[6:8], x[4:6], strict=True)]
+    S, key_start = write_one(state[0], start[0], x.k, x.alpha, x[4:6], rule)
+    R, value_start = write_one(state[1], start[1], x.v, x.alpha, tuple(value_gates), rule)
+    p = apply_readout((S @ x.q[..., None]).squeeze(-1), rule.readout, x.readout_weight, x.readout_bias)
+    pair = [torch.where(last, s, t) for s, t in ((S, key_start), (R, value_start))]
+    return (R.mT @ p[..., None]).squeeze(-1), [S, R, *pair]
+
+
+def fresh_state(batch: int, heads: int, *, d: int, v: int, m: int) -> list[Tensor]:
+    return [0.3 * draw(batch, heads, m, w, seed=20 + i) for i, w in enumerate((d, v, d, v))]
+
+
+@pytest.mark.parametrize(
+    "phi, readout", [*((phi, "silu_rms") for phi in PHI), *(("tanh", r) for r in READOUT)]
+)
+@pytest.mark.parametrize("update", UPDATE)
+def test_decode_follows_the_recurrence(phi: str, readout: str, update: str) -> None:
+    rule, chunk_size, batch, heads = Rule(phi, readout, update), 3, 2, 2
+    want = fresh_state(batch, heads, **WIDTHS)
+    state = tuple(x.to(DEVICE, torch.float32) for x in want)
+    for t in range(1, 6):  # from inside a chunk, across two boundaries
+        step = token_operands(batch, heads, options=t % 2 == 0, seed=100 * t, **WIDTHS)
+        offset = t % chunk_size
+        y, want = plain_step(step, want, torch.full((batch,), offset), chunk_size=chunk_size, rule=rule)
+        given = Operands(*(None if x is None else x.to(DEVICE, torch.float32) for x in step))
+        actual, state = triton_decode(given, state, offset, chunk_size=chunk_size, rule=rule)
+        for a, b in zip((actual, *state), (y, *want), strict=True):
+            assert rms(a, b) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("widths", [(16, 128, 16), (128, 16, 128), (96, 48, 100), (48, 96, 64)])
+def test_decode_widths_and_types(widths: tuple[int, int, int], dtype: torch.dtype) -> None:
+    sizes = dict(zip("dvm", widths, strict=True))
+    state = fresh_state(1, 2, **sizes)
+    step = token_operands(1, 2, options=True, seed=5, **sizes)
+    given = Operands(*(None if x is None else x.to(DEVICE, dtype) for x in step))
+    y, want = plain_step(
+        Operands(*(None if x is None else x.double().cpu() for x in given)),
+        state,
+        torch.tensor([0]),
+        chunk_size=1,
+        rule=Rule(),
+    )
+    memories = tuple(x.to(DEVICE, torch.float32) for x in state)
+    actual, new = triton_decode(given, memories, 0, chunk_size=1, rule=Rule())
+    assert actual.dtype == dtype
+    assert rms(actual, y) <= (5e-3 if dtype == torch.bfloat16 else 1e-3 if dtype == torch.float16 else 1e-5)
+    assert max(rms(a, b) for a, b in zip(new, want, strict=True)) <= 1e-5
+
+
+@pytest.mark.parametrize("update", UPDATE)
+@pytest.mark.parametrize("in_place", [False, True])
+def test_decode_with_offsets_on_the_device(update: str, in_place: bool) -> None:
+    """Sequences at offsets of their own; the step in place is what a captured graph replays."""
+    rule, chunk_size, heads = Rule("silu", "ln_silu", update), 4, 2
+    offset = torch.tensor([0, 1, 3])
+    want = fresh_state(3, heads, **WIDTHS)
+    state = tuple(x.to(DEVICE, torch.float32) for x in want)
+    device_offset = offset[:, None].repeat(1, heads).to(DEVICE, torch.int32)
+    for t in range(5):
+        step = token_operands(3, heads, options=True, seed=100 * t, **WIDTHS)
+        y, want = plain_step(step, want, offset, chunk_size=chunk_size, rule=rule)
+        given = Operands(*(None if x is None else x.to(DEVICE, torch.float32) for x in step))
+        before, kept = [x.clone() for x in state], state
+        following = device_offset if in_place else torch.empty_like(device_offset)
+        actual, state = triton_decode(
+            given,
+            state,
+            device_offset,
+            chunk_size=chunk_size,
+            rule=rule,
+            out=state if in_place else None,
+            next_offset=following,
+        )
+        offset, device_offset = (offset + 1) % chunk_size, following
+        assert torch.equal(device_offset.cpu(), offset[:, None].repeat(1, heads).int())
+        assert in_place or all(torch.equal(a, b) for a, b in zip(before, kept, strict=True))
+        for a, b in zip((actual, *state), (y, *want), strict=True):
+            assert rms(a, b) <= 1e-5
+
+
+def test_decode_takes_one_offset_a_sequence() -> None:
+    step = token_operands(2, 3, options=False, seed=1, **WIDTHS)
+    given = Operands(*(None if x is None else x.to(DEVICE, torch.float32) for x in step))
+    state = tuple(x.to(DEVICE, torch.float32) for x in fresh_state(2, 3, **WIDTHS))
+    for rule in (Rule(), Rule(update="corrected")):
+        by_sequence = triton_decode(
+            given, state, torch.tensor([2, 2], device=DEVICE), chunk_size=4, rule=rule
+        )
+        together = triton_decode(given, state, 2, chunk_size=4, rule=rule)
+        for a, b in zip((by_sequence[0], *by_sequence[1]), (together[0], *together[1]), strict=True):
+            assert torch.equal(a, b)
