@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.activations import PHI, READOUT, UPDATE
-from kernels.layout import PackedLayout
+from kernels.layout import PackedLayout, check_rows
 from kernels.types import CompressState, Operands, Rule
 
 __all__ = ["BACKENDS", "check_choices", "check_grid", "check_operands", "check_state"]
@@ -90,7 +90,7 @@ def check_grid(
     if torch.compiler.is_compiling():
         return offsets
     if layout is None:
-        PackedLayout.uniform(batch, length, chunk_size, offset=offset)
+        check_rows(batch, length, chunk_size, offset)
         return offsets
     if layout.chunk_size != chunk_size:
         raise ValueError(

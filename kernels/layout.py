@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["PackedLayout", "Segments"]
+__all__ = ["PackedLayout", "Segments", "check_rows"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,8 +111,7 @@ class PackedLayout:
     @staticmethod
     def uniform(batch: int, length: int, chunk_size: int, *, offset: int | Sequence[int] = 0) -> PackedLayout:
         """Layout of ``batch`` rows of ``length`` tokens, one document each. Raises ValueError as above."""
-        if batch < 1 or length < 1:
-            raise ValueError(f"batch = {batch}, length = {length}: both must be at least 1")
+        check_rows(batch, length, chunk_size, offset)
         return _build((length,) * batch, chunk_size, _per_document(offset, batch))
 
     @property
@@ -264,6 +263,22 @@ _TABLES: tuple[str, ...] = (
 )
 
 
+def check_rows(batch: int, length: int, chunk_size: int, offset: int | Sequence[int]) -> None:
+    """Refuse what ``PackedLayout.uniform`` refuses, without building a table (ValueError)."""
+    if batch < 1 or length < 1:
+        raise ValueError(f"batch = {batch}, length = {length}: both must be at least 1")
+    _check_offsets(chunk_size, _per_document(offset, batch))
+
+
+def _check_offsets(chunk_size: int, offsets: tuple[int, ...]) -> None:
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size = {chunk_size}: use 1 or more tokens")
+    if any(not 0 <= o < chunk_size for o in offsets):
+        raise ValueError(
+            f"offset = {offsets}: an offset counts tokens of a chunk, so it is in [0, {chunk_size})"
+        )
+
+
 def _checked_bounds(cu_seqlens: Tensor) -> list[int]:
     if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
@@ -292,12 +307,7 @@ def _per_document(offsets: int | Sequence[int], documents: int) -> tuple[int, ..
 
 @functools.lru_cache(maxsize=64)
 def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -> PackedLayout:
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size = {chunk_size}: use 1 or more tokens")
-    if any(not 0 <= o < chunk_size for o in offsets):
-        raise ValueError(
-            f"offset = {offsets}: an offset counts tokens of a chunk, so it is in [0, {chunk_size})"
-        )
+    _check_offsets(chunk_size, offsets)
     length, offset = torch.tensor(lengths), torch.tensor(offsets)
     chunks = (offset + length + chunk_size - 1) // chunk_size  # of each document
     order = torch.argsort(chunks, descending=True, stable=True)
