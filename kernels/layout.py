@@ -149,8 +149,8 @@ class PackedLayout:
     @functools.cached_property
     def rank_chunks(self) -> tuple[Tensor, Tensor]:
         """First chunk of each scan step, and number of chunks of each document by rank, int64."""
-        base, ends = torch.tensor(self.steps).T
-        counts = (ends - base)[:, None] > torch.arange(self.num_documents)
+        base, ends = torch.tensor(self.steps, device="cpu").T
+        counts = (ends - base)[:, None] > torch.arange(self.num_documents, device="cpu")
         device = self.last_chunk.device
         return base.contiguous().to(device), counts.sum(0).to(device)
 
@@ -158,7 +158,7 @@ class PackedLayout:
         """Every document cut into runs of ``chunks`` chunks, the last one shorter; cached."""
         if chunks not in self._segments:
             base, counts = (x.cpu() for x in self.rank_chunks)
-            steps = torch.arange(0, len(base), chunks)
+            steps = torch.arange(0, len(base), chunks, device="cpu")
             step, rank = ((steps[:, None] < counts).nonzero()).T
             step = step * chunks
             tables = (rank, step, (counts[rank] - step).clamp(max=chunks), base[step] + rank)
@@ -308,6 +308,12 @@ def _per_document(offsets: int | Sequence[int], documents: int) -> tuple[int, ..
 @functools.lru_cache(maxsize=64)
 def _build(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -> PackedLayout:
     _check_offsets(chunk_size, offsets)
+    # Whoever asks first does so for everybody: in inference mode, or with another default device.
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _grid(lengths, chunk_size, offsets)
+
+
+def _grid(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -> PackedLayout:
     length, offset = torch.tensor(lengths), torch.tensor(offsets)
     chunks = (offset + length + chunk_size - 1) // chunk_size  # of each document
     order = torch.argsort(chunks, descending=True, stable=True)
