@@ -36,11 +36,21 @@ def test_impossible_models_are_refused(change, message):
         ({"gates": ()}, "gates is empty"),
         ({"gates": ("open",)}, "gates names 'open'"),
         ({"conv_kernel": -1}, "conv_kernel = -1"),
+        ({"readout": "silu_rms", "readout_affine": True}, "leave readout_affine out"),
+        ({"update": "corrected", "step_bound": "token"}, "steps of 2 .* set step_size_max = 1"),
+        ({"update": "corrected", "chunk_size": 1}, "steps of 2 .* below 2 only"),
+        ({"update": "corrected", "step_size_max": 300.0}, "steps of 4.6875"),
     ],
 )
 def test_impossible_mixers_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TrellisConfig(**change)
+
+
+def test_corrected_steps_stay_below_two():
+    assert TrellisConfig(update="corrected").largest_step == 2 / 64
+    assert TrellisConfig(update="corrected", step_bound="token", step_size_max=1.0).largest_step == 1.0
+    assert TrellisConfig(step_bound="token").largest_step == 2.0
 
 
 def test_an_attention_window_holds_a_token():

@@ -49,6 +49,39 @@ def test_counts_equal_the_built_model(tiny, tied):
     assert counts.embedding == sum(p.numel() for p in tables)
 
 
+def test_gates_and_affine_of_the_new_options_are_counted():
+    def total(**options):
+        config = ModelConfig(
+            vocab_size=10, num_layers=2, dim=64, num_heads=2, trellis=TrellisConfig(slots=8, **options)
+        )
+        return parameter_counts(config).total
+
+    layers, heads, dim, slots = 2, 2, 64, 8
+    gate, affine = layers * heads * (dim + 1), layers * heads * slots * 2
+    assert total(value_gates="own") - total() == 2 * gate
+    assert total(value_gates="own", gates=("off",)) - total(gates=("off",)) == gate
+    assert total(readout_affine=True) - total() == total(readout="silu_rms") - total() == affine
+    assert total(update="corrected") == total()
+
+
+def test_corrected_counts_its_triangular_systems():
+    def flops(**options):
+        config = ModelConfig(
+            vocab_size=10,
+            num_layers=1,
+            dim=64,
+            num_heads=2,
+            trellis=TrellisConfig(slots=16, chunk_size=24, **options),
+        )
+        return flops_per_token(config, sequence_length=512)
+
+    # per head and token: X X^T (C D) and L^-1 B (C M) twice, two inverses of C^3 / 6 per chunk
+    extra = 2 * (2 * (24 * 32 + 24 * 16) + 2 * 24**2 / 6)
+    assert flops(update="corrected") - flops() == 3 * 2 * extra
+    assert flops(value_gates="own") - flops() == 3 * 2 * 2 * 64 * 2
+    assert flops() - flops(gates=("off",)) == 3 * 2 * 64 * 2
+
+
 def test_flops_are_six_per_parameter_plus_the_operation():
     config = paper_config("125m")
     dense = 6 * parameter_counts(config).total

@@ -17,6 +17,19 @@ MODELS = {
     "fixed gate, learned start, no convolution": {
         "trellis": {"gates": ("fixed", "off"), "learned_initial_memory": True, "conv_kernel": 0}
     },
+    "corrected, own gates, silu_rms": {
+        "trellis": {
+            "update": "corrected",
+            "phi": "tanh",
+            "readout": "silu_rms",
+            "value_gates": "own",
+            "step_bound": "token",
+            "step_size_max": 1.0,
+        }
+    },
+    "corrected, affine, one gate off": {
+        "trellis": {"update": "corrected", "readout_affine": True, "value_gates": "own", "gates": ("off",)}
+    },
     "one token per chunk": {"trellis": {"chunk_size": 1, "conv_kernel": 1}},
 }
 

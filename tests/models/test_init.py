@@ -9,6 +9,8 @@ from torch import nn
 from trellis_dist.models.init import Constant, Normal, initialise, new_parameter
 from trellis_dist.models.parallel_kind import ParallelKind, kind_of, shard_dim, undeclared
 
+EVERYTHING = {"learned_initial_memory": True, "value_gates": "own", "readout_affine": True}
+
 
 def values(model):
     return dict(model.named_parameters())
@@ -43,6 +45,12 @@ def test_layers_keep_their_weights_when_the_model_deepens(tiny):
     assert torch.equal(shallow["blocks.1.mixer.q_weight"], deep["blocks.1.mixer.q_weight"])
 
 
+def test_options_do_not_move_the_other_weights(tiny):
+    plain, more = values(tiny()), values(tiny(trellis=EVERYTHING))
+    assert set(plain) < set(more)
+    assert all(torch.equal(plain[name], more[name]) for name in plain)
+
+
 def test_global_random_state_is_neither_read_nor_moved(tiny):
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -71,8 +79,7 @@ def test_a_foreign_parameter_is_refused_and_listed():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_every_parameter_declares_its_kind(tiny, tied):
-    options = {"learned_initial_memory": True}
-    model = tiny(pattern=("trellis", "attention"), tie_embeddings=tied, trellis=options)
+    model = tiny(pattern=("trellis", "attention"), tie_embeddings=tied, trellis=EVERYTHING)
     assert undeclared(model) == []
     for name, parameter in model.named_parameters():
         sharded = kind_of(parameter) is ParallelKind.SHARDED
@@ -81,7 +88,7 @@ def test_every_parameter_declares_its_kind(tiny, tied):
 
 
 def test_sharded_parameters_split_by_heads_columns_or_vocabulary(tiny):
-    model = tiny(pattern=("trellis", "attention"), trellis={"learned_initial_memory": True})
+    model = tiny(pattern=("trellis", "attention"), trellis=EVERYTHING)
     sharded = {name: p.shape[shard_dim(p)] for name, p in values(model).items() if shard_dim(p) is not None}
     assert all(size % model.config.num_heads == 0 for name, size in sharded.items() if "mixer" in name)
 

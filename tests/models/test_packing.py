@@ -18,6 +18,7 @@ MODELS = {
     "trellis": {},
     "attention": {"pattern": ("attention",), "attention": AttentionConfig(window=3)},
     "hybrid": {"pattern": ("trellis", "attention"), "trellis": {"learned_initial_memory": True}},
+    "corrected": {"trellis": {"update": "corrected", "readout": "silu_rms", "value_gates": "own"}},
 }
 
 

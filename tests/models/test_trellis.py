@@ -23,16 +23,44 @@ def recurrence(q, k, v, alpha, log_decay, step_size, *, chunk_size, S, R):
         beta, gamma = log_decay[:, t, :, None, None].exp(), step_size[:, t, :, None, None]
         S = beta * S - gamma * u[..., None] * k[:, t, :, None]
         R = beta * R - gamma * w[..., None] * v[:, t, :, None]
-        read = F.silu(torch.einsum("bhmd,bhd->bhm", S, q[:, t]))
+        read = F.silu(apply(S, q[:, t]))
         read = F.layer_norm(read, read.shape[-1:], eps=1e-5)
         outputs.append(torch.einsum("bhmv,bhm->bhv", R, read))
     return torch.stack(outputs, dim=1)
 
 
 def gradient(memory, x, alpha):
-    z = torch.einsum("bhmd,bhd->bhm", memory, x)
+    z = apply(memory, x)
     sigma = torch.sigmoid(z)
     return sigma * (1 + z * (1 - sigma)) * (F.silu(z) - alpha)
+
+
+def corrected_recurrence(
+    q, k, v, alpha, log_decay, step_size, value_log_decay, value_step_size, *, chunk_size, affine
+):
+    """The corrected update with phi = tanh, gates of its own for the value pass, and f = silu_rms."""
+    shape = (*alpha.shape[:1], *alpha.shape[2:], q.shape[-1])
+    memories, starts = [torch.zeros(shape, dtype=q.dtype)] * 2, [None, None]
+    gates, outputs = ((log_decay, step_size), (value_log_decay, value_step_size)), []
+    for t in range(q.shape[1]):
+        for i, (x, (decay, step)) in enumerate(zip((k[:, t], v[:, t]), gates)):
+            beta, gamma = decay[:, t, :, None, None].exp(), step[:, t, :, None, None]
+            start = beta * (memories[i] if t % chunk_size == 0 else starts[i])
+            kept, z = beta * memories[i], apply(start, x)
+            u = (1 - z.tanh() ** 2) * (z.tanh() - alpha[:, t]) + apply(kept, x) - z
+            memories[i], starts[i] = kept - gamma * u[..., None] * x[..., None, :], start
+        read = apply(memories[0], q[:, t])
+        unit = read / (read.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        read = F.silu(affine[0] * unit + affine[1])
+        outputs.append(torch.einsum("bhmv,bhm->bhv", memories[1], read))
+    return torch.stack(outputs, dim=1)
+
+
+def apply(memory, x):
+    return torch.einsum("bhmd,bhd->bhm", memory, x)
+
+
+OWN_GATES = ("value_log_decay", "value_step_size")
 
 
 class Spy:
@@ -40,6 +68,7 @@ class Spy:
 
     def __call__(self, q, k, v, alpha, log_decay, step_size, **settings):
         self.inputs = {"q": q, "k": k, "v": v, "alpha": alpha, "log_decay": log_decay, "step_size": step_size}
+        self.inputs |= {name: settings.pop(name) for name in list(settings) if name in OWN_GATES}
         self.settings = settings
         return v.clone(), None
 
@@ -68,8 +97,37 @@ def test_mixer_equals_the_token_recurrence(tiny, learned_start):
             memory.expand(2, -1, -1, -1) for memory in (mixer.initial_key_memory, mixer.initial_value_memory)
         )
 
-    def operation(*inputs, chunk_size, **_):
-        return recurrence(*inputs, chunk_size=chunk_size, S=S, R=R), None
+    def operation(*, chunk_size, phi, readout, update, initial_state, layout, **inputs):
+        return recurrence(**inputs, chunk_size=chunk_size, S=S, R=R), None
+
+    mixer.operation = operation
+    torch.testing.assert_close(ours, mixer(x, SequenceContext()), atol=1e-10, rtol=1e-10)
+
+
+CORRECTED = {
+    "update": "corrected",
+    "phi": "tanh",
+    "readout": "silu_rms",
+    "value_gates": "own",
+    "step_bound": "token",
+    "step_size_max": 1.0,
+}
+
+
+def test_mixer_equals_the_corrected_recurrence(tiny):
+    mixer = tiny(trellis=CORRECTED).blocks[0].mixer
+    with torch.no_grad():
+        mixer.readout_weight += torch.linspace(-1, 1, 12)
+        mixer.readout_bias += torch.linspace(-2, 1, 12)
+        mixer.value_decay_bias -= 3
+    x = torch.randn(2, 11, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ours = mixer(x, SequenceContext())
+
+    def operation(*, readout_weight, readout_bias, chunk_size, phi, readout, update, **inputs):
+        assert (phi, readout, update) == ("tanh", "silu_rms", "corrected")
+        inputs = {name: inputs[name] for name in inputs if name not in ("initial_state", "layout")}
+        affine = (readout_weight, readout_bias)
+        return corrected_recurrence(**inputs, chunk_size=chunk_size, affine=affine), None
 
     mixer.operation = operation
     torch.testing.assert_close(ours, mixer(x, SequenceContext()), atol=1e-10, rtol=1e-10)
@@ -95,7 +153,7 @@ def test_without_the_activation_queries_are_the_normalised_convolution(tiny):
     model = tiny(trellis={"conv_activation": "none", "conv_kernel": 0})
     x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     mixer = model.blocks[0].mixer
-    q = mixer._inputs(mixer._project(x))[0]
+    q = mixer._inputs(mixer._project(x))["q"]
     expected = torch.nn.functional.normalize((x @ mixer.q_weight.t()).unflatten(-1, (2, 8)), dim=-1)
     torch.testing.assert_close(q, expected, atol=1e-3, rtol=0)
     assert (q < 0).any()
@@ -127,9 +185,51 @@ def test_operation_gets_the_models_settings(tiny):
         "chunk_size": 4,
         "phi": "tanh",
         "readout": "softmax",
+        "update": "stale",
         "initial_state": None,
         "layout": None,
     }
+
+
+def test_value_gates_are_the_key_gates_unless_they_are_its_own(tiny):
+    assert not set(handed(tiny()).inputs) & set(OWN_GATES)
+    model = tiny(trellis={"value_gates": "own", "step_size_bias": -1.0})
+    inputs = handed(model).inputs
+    for own, shared, largest in (
+        ("value_log_decay", "log_decay", 0.0),
+        ("value_step_size", "step_size", 0.5),
+    ):
+        assert inputs[own].shape == inputs[shared].shape
+        assert inputs[own].max() <= largest
+        assert not torch.isclose(inputs[own], inputs[shared]).any()
+    names = {name.rpartition(".")[2] for name, _ in model.blocks[0].named_parameters()}
+    assert {"value_step_weight", "value_step_bias", "value_decay_weight", "value_decay_bias"} <= names
+
+
+@pytest.mark.parametrize("gate", ["fixed", "off"])
+def test_a_forget_gate_that_is_not_learned_is_the_same_for_both_passes(tiny, gate):
+    model = tiny(trellis={"value_gates": "own", "gates": (gate,)})
+    inputs = handed(model).inputs
+    assert "value_step_size" in inputs
+    assert "value_log_decay" not in inputs
+    assert not any("decay" in name for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("options", [{"readout": "silu_rms"}, {"readout_affine": True}])
+def test_the_affine_is_learned_and_starts_as_none(tiny, options):
+    settings = handed(tiny(trellis=options)).settings
+    assert torch.equal(settings["readout_weight"], torch.ones(2, 6).double())
+    assert torch.equal(settings["readout_bias"], torch.zeros(2, 6).double())
+    assert "readout_weight" not in handed(tiny()).settings
+
+
+def test_a_fresh_affine_changes_nothing(tiny, tokens):
+    x = tokens(2, 9)
+    model, plain = tiny(trellis={"readout_affine": True}), tiny()
+    torch.testing.assert_close(model(x), plain(x), atol=1e-12, rtol=1e-12)
+    with torch.no_grad():
+        model.blocks[1].mixer.readout_bias[:6] += 1  # of the first head
+    assert not torch.allclose(model(x), plain(x), atol=1e-3)
 
 
 def test_layers_share_one_layout(tiny, tokens):
@@ -166,8 +266,9 @@ def test_half_precision_model_is_close_to_fp32(config, tokens):
     assert logits.dtype == torch.bfloat16
 
 
-def test_every_parameter_gets_a_gradient(tiny, tokens):
-    options = {"learned_initial_memory": True}
+@pytest.mark.parametrize("options", [{}, CORRECTED, {"readout_affine": True}])
+def test_every_parameter_gets_a_gradient(tiny, tokens, options):
+    options = {"learned_initial_memory": True, **options}
     model = tiny(pattern=("trellis", "attention"), tie_embeddings=False, trellis=options)
     model.loss_sum(tokens(2, 13), tokens(2, 13, seed=1)).backward()
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []

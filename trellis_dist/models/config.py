@@ -12,11 +12,12 @@ from typing import Literal, get_args
 from trellis_dist.validation import STRICT, require
 
 Phi = Literal["silu", "tanh", "identity", "ln_silu", "softmax"]
-Readout = Literal["ln_silu", "l2_silu", "softmax"]
+Readout = Literal["ln_silu", "l2_silu", "softmax", "silu_rms"]
+Update = Literal["stale", "corrected"]
 Gate = Literal["learned", "fixed", "off"]
 LayerKind = Literal["trellis", "attention"]
 
-__all__ = ["AttentionConfig", "Gate", "LayerKind", "ModelConfig", "Phi", "Readout", "TrellisConfig"]
+__all__ = ["AttentionConfig", "Gate", "LayerKind", "ModelConfig", "Phi", "Readout", "TrellisConfig", "Update"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,13 @@ class TrellisConfig:
         slots: M, memory rows per head (paper: 64).
         chunk_size: C, tokens per stale-gradient chunk. Part of the model: changing it changes the function.
         phi: inner nonlinearity of the objective ||phi(M k) - alpha||^2 (our choice: silu).
-        readout: f, the activation between the two passes (paper's best: ln_silu).
+        update: "stale" takes a chunk's gradients at its start (the paper); "corrected" adds what the chunk
+            has written since (our option). It corrects errors, so each step stays below 2: along a unit key
+            a step of 1 removes the error, one above 1 overshoots, and from 2 on no error shrinks. Its
+            intended form is gamma = sigmoid(.): ``step_bound`` "token" and ``step_size_max`` 1.
+        readout: f, the activation between the two passes (paper's best: ln_silu; silu_rms is our option).
+        readout_affine: learn a weight and a bias per head and slot after f. silu_rms always has them, inside
+            its SiLU, and then this stays false.
         step_size_max: gamma_max. The chunk's steps sum to at most this when ``step_bound`` is "chunk".
         step_size_bias: b of gamma = scale * sigmoid(w.x + b).
         step_bound: "chunk" divides gamma_max by C (our choice, stable at every C); "token" does not.
@@ -35,6 +42,8 @@ class TrellisConfig:
         value_norm: "l2" gives v unit norm inside the memory update (our choice); "none" leaves it raw.
         gate_bias: b of beta = sigmoid(w.x + b); the paper biases the forget gate towards one.
         gates: forget gate per layer, cycled: "learned", "fixed" (at sigmoid(gate_bias)) or "off".
+        value_gates: "shared" gives the value pass the key pass's gates (the paper); "own" learns a step size
+            of its own for it and, where ``gates`` is "learned", a forget gate (our option).
         conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
         conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
@@ -45,7 +54,9 @@ class TrellisConfig:
     slots: int = 64
     chunk_size: int = 64
     phi: Phi = "silu"
+    update: Update = "stale"
     readout: Readout = "ln_silu"
+    readout_affine: bool = False
     step_size_max: float = 2.0
     step_size_bias: float = 0.0
     step_bound: Literal["chunk", "token"] = "chunk"
@@ -53,6 +64,7 @@ class TrellisConfig:
     value_norm: Literal["l2", "none"] = "l2"
     gate_bias: float = 4.0
     gates: tuple[Gate, ...] = ("learned",)
+    value_gates: Literal["shared", "own"] = "shared"
     conv_kernel: int = 4
     conv_activation: Literal["silu", "none"] = "silu"
     learned_initial_memory: bool = False
@@ -72,6 +84,27 @@ class TrellisConfig:
             self.conv_kernel >= 0,
             f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
         )
+        require(
+            not (self.readout_affine and self.readout == "silu_rms"),
+            "model.trellis.readout_affine = true with readout = 'silu_rms', which always learns its weight "
+            "and bias: leave readout_affine out",
+        )
+        require(
+            self.update == "stale" or self.largest_step < 2,
+            f"model.trellis.step_size_max = {self.step_size_max:g} allows steps of {self.largest_step:g} and "
+            "update = 'corrected' corrects errors with steps below 2 only: set step_size_max = 1 and "
+            "step_bound = 'token', or use a smaller step_size_max",
+        )
+
+    @property
+    def largest_step(self) -> float:
+        """The bound on gamma of one token."""
+        return self.step_size_max / (self.chunk_size if self.step_bound == "chunk" else 1)
+
+    @property
+    def learns_affine(self) -> bool:
+        """Whether the readout has a weight and a bias."""
+        return self.readout_affine or self.readout == "silu_rms"
 
 
 @dataclass(frozen=True, kw_only=True)

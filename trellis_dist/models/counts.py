@@ -46,19 +46,25 @@ def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
     forward = 2.0 * config.vocab_size * config.dim
     for layer in range(config.num_layers):
         forward += 2.0 * 3 * config.dim * config.mlp_width
-        kind = config.layer_kind(layer)
-        forward += _trellis_flops(config) if kind == "trellis" else _attention_flops(config, sequence_length)
+        if config.layer_kind(layer) == "trellis":
+            forward += _trellis_flops(config, layer)
+        else:
+            forward += _attention_flops(config, sequence_length)
     return 3.0 * forward
 
 
-def _trellis_flops(config: ModelConfig) -> float:
-    """Forward FLOPs per token of one Trellis mixer (docs/math.md, chunkwise form)."""
+def _trellis_flops(config: ModelConfig, layer: int) -> float:
+    """Forward FLOPs per token of the Trellis mixer of layer ``layer`` (docs/math.md, chunkwise form)."""
     heads, head_dim, options = config.num_heads, config.head_dim, config.trellis
     slots, chunk = options.slots, options.chunk_size
-    projections = 5 * config.dim**2 + config.dim * heads * (slots + 2) + 2 * config.dim * options.conv_kernel
-    scan = 4 * slots * head_dim  # Z = K S', S update, and the same for the value memory
+    gates = (2 if config.gate(layer) == "learned" else 1) * (2 if options.value_gates == "own" else 1)
+    projections = 5 * config.dim**2 + config.dim * heads * (slots + gates)
+    convolution = 2 * config.dim * options.conv_kernel
+    scan: float = 4 * slots * head_dim  # Z = K S', S update, and the same for the value memory
     readout = 2 * slots * head_dim + 2 * chunk * (head_dim + slots)  # Q S', P R; Q K', E U, P W', E V
-    return 2.0 * (projections + heads * (scan + readout))
+    if options.update == "corrected":  # K K', L^-1 B and L^-1 itself (C^3 / 6), and the same for the values
+        scan += 2 * chunk * (head_dim + slots) + chunk**2 / 3
+    return 2.0 * (projections + convolution + heads * (scan + readout))
 
 
 def _attention_flops(config: ModelConfig, sequence_length: int) -> float:

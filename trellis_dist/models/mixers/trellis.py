@@ -6,6 +6,9 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
     alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
     out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
 
+With ``value_gates`` "own" the value pass has a log_decay and a step of its own, made alike; with an affine
+readout compress_kv takes its weight and bias [H, M] too.
+
 The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
 has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
 2.48 without: undecided.
@@ -13,6 +16,7 @@ has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.5
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -53,14 +57,16 @@ class TrellisState:
 
 
 class _Projected(NamedTuple):
-    """The fused input projection, cut up: widths 2F, F, F, H M, H, H (no decay unless it is learned)."""
+    """The fused input projection, cut up: widths 2F, F, F, H M, and H for each gate that is learned."""
 
     query_key: Tensor
     value: Tensor
     output_gate: Tensor
     alpha: Tensor
     step: Tensor
-    decay: Tensor | None
+    decay: Tensor | None = None
+    value_step: Tensor | None = None
+    value_decay: Tensor | None = None
 
 
 class TrellisMixer(nn.Module):
@@ -70,6 +76,12 @@ class TrellisMixer(nn.Module):
         operation: called like ``kernels.compress_kv``; parallel/ replaces it to pass states between ranks.
         convolution: called like ``conv.causal_conv``; parallel/ replaces it to fetch the halo.
     """
+
+    step_weight: nn.Parameter
+    step_bias: nn.Parameter
+    decay_bias: nn.Parameter
+    value_step_bias: nn.Parameter
+    value_decay_bias: nn.Parameter
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -84,16 +96,37 @@ class TrellisMixer(nn.Module):
         self.v_weight = new_parameter(width, width, initial=weight, **sharded)
         self.output_gate_weight = new_parameter(width, width, initial=weight, **sharded)
         self.alpha_weight = new_parameter(heads * slots, width, initial=weight, **sharded)
-        self.step_weight = new_parameter(heads, width, initial=weight, **sharded)
-        self.step_bias = new_parameter(heads, initial=Constant(self.options.step_size_bias), **sharded)
-        if self.gate == "learned":
-            self.decay_weight = new_parameter(heads, width, initial=weight, **sharded)
-            self.decay_bias = new_parameter(heads, initial=Constant(self.options.gate_bias), **sharded)
+        self._learned_gates: list[str] = []
+        self._add_gates("", sharded)
+        if self.options.value_gates == "own":
+            self._add_gates("value_", sharded)
+        self._add_affine(sharded)
         self._add_convolution(sharded)
         self._add_initial_memory(sharded)
         self.norm_weight = new_parameter(heads, config.head_dim, initial=Constant(1.0), **sharded)
         depth_scaled = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
         self.out_weight = new_parameter(width, width, initial=depth_scaled, kind=ParallelKind.SHARDED, dim=1)
+
+    def _add_gates(self, prefix: str, sharded: dict[str, Any]) -> None:
+        """Step size and, where it is learned, forget gate of one pass: a weight [H, dim] and a bias [H]."""
+        biases = {"step": self.options.step_size_bias}
+        if self.gate == "learned":
+            biases["decay"] = self.options.gate_bias
+        for name, bias in biases.items():
+            weight = new_parameter(
+                self.config.num_heads, self.config.dim, initial=Normal(self.config.init_std), **sharded
+            )
+            self.register_parameter(f"{prefix}{name}_weight", weight)
+            constant = new_parameter(self.config.num_heads, initial=Constant(bias), **sharded)
+            self.register_parameter(f"{prefix}{name}_bias", constant)
+            self._learned_gates.append(prefix + name)
+
+    def _add_affine(self, sharded: dict[str, Any]) -> None:
+        """Of one dimension, as biases and norms of vectors are: weight decay leaves those alone."""
+        if self.options.learns_affine:
+            size = self.config.num_heads * self.options.slots
+            self.readout_weight = new_parameter(size, initial=Constant(1.0), **sharded)
+            self.readout_bias = new_parameter(size, initial=Constant(0.0), **sharded)
 
     def _add_convolution(self, sharded: dict[str, Any]) -> None:
         taps, width = self.options.conv_kernel, self.config.dim
@@ -114,7 +147,7 @@ class TrellisMixer(nn.Module):
         documents = len(context.lengths) if context.lengths is not None else x.shape[0]
         learned = self.options.learned_initial_memory
         y, _ = self.operation(
-            *self._inputs(projected, edges=context.edges),
+            **self._inputs(projected, edges=context.edges),
             **self._settings(),
             initial_state=self._first_memory(documents) if learned else None,
             layout=context.layout,
@@ -131,7 +164,7 @@ class TrellisMixer(nn.Module):
         """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
         projected = self._project(x)
         y, memory = self.operation(
-            *self._inputs(projected, tail=state.tail),
+            **self._inputs(projected, tail=state.tail),
             **self._settings(),
             initial_state=state.memory,
             output_final_state=True,
@@ -142,33 +175,24 @@ class TrellisMixer(nn.Module):
     def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
         projected = self._project(x.unsqueeze(1))
-        q, k, v, alpha, decay, step = (part.squeeze(1) for part in self._inputs(projected, tail=state.tail))
-        y, memory = decode_step(q, k, v, alpha, decay, step, state.memory, **self._settings())
+        token = {name: x.squeeze(1) for name, x in self._inputs(projected, tail=state.tail).items()}
+        y, memory = decode_step(**token, state=state.memory, **self._settings())
         out = self._output(y.unsqueeze(1), projected.output_gate).squeeze(1)
         return out, self._advance(state, memory, projected.query_key)
 
     def _project(self, x: Tensor) -> _Projected:
         """Every input projection in one matmul; copying the weights together costs 1/T of it."""
-        weights: list[Tensor] = [
-            self.q_weight,
-            self.k_weight,
-            self.v_weight,
-            self.output_gate_weight,
-            self.alpha_weight,
-        ]
-        weights.append(self.step_weight)
-        sizes = [len(self.q_weight) * 2, len(self.v_weight), len(self.output_gate_weight)]
-        sizes += [len(self.alpha_weight), len(self.step_weight)]
-        if self.gate == "learned":
-            weights.append(self.decay_weight)
-            sizes.append(len(self.decay_weight))
-        query_key, value, gate, alpha, step, *decay = linear_joined(x, weights).split(sizes, dim=-1)
-        return _Projected(query_key, value, gate, alpha, step, decay[0] if decay else None)
+        weights: list[Tensor] = [self.q_weight, self.k_weight, self.v_weight]
+        weights += [self.output_gate_weight, self.alpha_weight]
+        sizes = [2 * len(self.q_weight), *(len(weight) for weight in weights[2:])]
+        gates = [getattr(self, f"{name}_weight") for name in self._learned_gates]
+        parts = linear_joined(x, weights + gates).split(sizes + [len(gate) for gate in gates], dim=-1)
+        return _Projected(*parts[:4], **dict(zip(self._learned_gates, parts[4:], strict=True)))
 
     def _inputs(
         self, projected: _Projected, *, edges: tuple[Tensor, ...] | None = None, tail: Tensor | None = None
-    ) -> tuple[Tensor, ...]:
-        """q, k, v, alpha, log_decay, step_size as the operation takes them."""
+    ) -> dict[str, Any]:
+        """Tensors q, k, v, alpha and the gates as the operation takes them."""
         head_dim, slots = self.config.head_dim, self.options.slots
         mixed = projected.query_key
         if self.options.conv_kernel > 0:
@@ -184,25 +208,39 @@ class TrellisMixer(nn.Module):
         alpha = projected.alpha.unflatten(-1, (-1, slots))
         if self.options.alpha_norm == "rms":
             alpha = rms_normalise(alpha, eps=self.config.norm_eps)
-        return q, k, v, alpha, self._log_decay(projected), self._step_size(projected.step)
+        return {"q": q, "k": k, "v": v, "alpha": alpha, **self._gates(projected)}
 
-    def _log_decay(self, projected: _Projected) -> Tensor:
-        """log beta [B, T, H] in fp32 (fp64 for fp64 inputs): 0 when the gate is off."""
-        if projected.decay is not None:
-            return F.logsigmoid(_wide(projected.decay) + _wide(self.decay_bias))
-        fixed = F.logsigmoid(torch.tensor(self.options.gate_bias, dtype=torch.float64)).item()
-        return torch.full_like(_wide(projected.step), fixed if self.gate == "fixed" else 0.0)
+    def _gates(self, projected: _Projected) -> dict[str, Tensor]:
+        """log beta and gamma [B, T, H] of the key pass and, where they are its own, of the value pass."""
+        step = self._step_size(projected.step, self.step_bias)
+        if projected.decay is None:
+            decay = torch.full_like(step, self._fixed_log_decay())
+        else:
+            decay = _log_decay(projected.decay, self.decay_bias)
+        gates = {"log_decay": decay, "step_size": step}
+        if projected.value_step is not None:
+            gates["value_step_size"] = self._step_size(projected.value_step, self.value_step_bias)
+        if projected.value_decay is not None:
+            gates["value_log_decay"] = _log_decay(projected.value_decay, self.value_decay_bias)
+        return gates
 
-    def _step_size(self, logits: Tensor) -> Tensor:
-        """gamma [B, T, H] in fp32 (fp64 for fp64 inputs); a chunk's sum is at most step_size_max."""
-        bound = self.options.step_size_max
-        if self.options.step_bound == "chunk":
-            bound = bound / self.options.chunk_size
-        return torch.sigmoid(_wide(logits) + _wide(self.step_bias)) * bound
+    def _fixed_log_decay(self) -> float:
+        """log sigmoid(gate_bias), or 0 when the gate is off."""
+        bias = self.options.gate_bias
+        return min(bias, 0.0) - math.log1p(math.exp(-abs(bias))) if self.gate == "fixed" else 0.0
+
+    def _step_size(self, logits: Tensor, bias: Tensor) -> Tensor:
+        """gamma [B, T, H] in fp32 (fp64 for fp64 inputs)."""
+        return torch.sigmoid(_wide(logits) + _wide(bias)) * self.options.largest_step
 
     def _settings(self) -> dict[str, Any]:
-        options = self.options
-        return {"chunk_size": options.chunk_size, "phi": options.phi, "readout": options.readout}
+        """What the operation takes besides tokens and states."""
+        names = ("chunk_size", "phi", "readout", "update")
+        settings = {name: getattr(self.options, name) for name in names}
+        if self.options.learns_affine:
+            for name in ("readout_weight", "readout_bias"):
+                settings[name] = getattr(self, name).unflatten(0, (-1, self.options.slots))
+        return settings
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
@@ -226,6 +264,11 @@ class TrellisMixer(nn.Module):
             return replace(state, memory=memory)
         inputs = torch.cat([state.tail, query_key], dim=1)
         return TrellisState(memory=memory, tail=inputs[:, inputs.shape[1] - state.tail.shape[1] :].clone())
+
+
+def _log_decay(logits: Tensor, bias: Tensor) -> Tensor:
+    """log beta [B, T, H] of a learned forget gate, in fp32 (fp64 for fp64 inputs)."""
+    return F.logsigmoid(_wide(logits) + _wide(bias))
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
