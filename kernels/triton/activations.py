@@ -1,8 +1,11 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""phi, f and their derivatives on tiles [rows, slots]; equations in ``kernels.activations``.
+"""phi, f and their derivatives on tiles; equations in ``kernels.activations``.
 
-Tiles are as wide as the next power of two; ``keep`` marks the M real slots. Padded slots enter as zero and
-leave as zero. ``slots`` is M as a float.
+Sums and means over slots run along AXIS: 1 for tiles [rows, slots], 0 for [slots, rows]. Tiles are as wide as
+the next power of two; ``keep`` marks the real slots of real rows. Padded slots enter as zero and leave as
+zero. ``slots`` is M as a float. ``weight`` and ``bias`` are the readout's affine, None where it has none:
+
+    P = weight f(x) + bias;   silu_rms: P = SiLU(weight n + bias), n = x / sqrt(mean x^2 + eps)
 """
 
 from __future__ import annotations
@@ -10,10 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels import activations as portable
+
 __all__ = ["apply_readout", "inner_backward", "inner_gradient", "readout_backward"]
 
-LN_EPS = tl.constexpr(1e-5)
-L2_EPS = tl.constexpr(1e-6)
+LN_EPS = tl.constexpr(portable.LN_EPS)
+L2_EPS = tl.constexpr(portable.L2_EPS)
+RMS_EPS = tl.constexpr(portable.RMS_EPS)
+
+
+@triton.jit
+def _sum(x, AXIS: tl.constexpr):
+    """Sum over slots, to be broadcast against x."""
+    return tl.expand_dims(tl.sum(x, AXIS), AXIS)
 
 
 @triton.jit
@@ -26,51 +38,55 @@ def _tanh(z):
 
 
 @triton.jit
-def _layer_norm(s, keep, slots):
-    """(h, 1 / std) of rows."""
-    centred = tl.where(keep, s - (tl.sum(s, 1) / slots)[:, None], 0.0)
-    r = tl.rsqrt(tl.sum(centred * centred, 1) / slots + LN_EPS)[:, None]
+def _silu_slope(x, sigma):
+    return sigma + x * sigma * (1.0 - sigma)
+
+
+@triton.jit
+def _layer_norm(s, keep, slots, AXIS: tl.constexpr):
+    """(h, 1 / std)."""
+    centred = tl.where(keep, s - _sum(s, AXIS) / slots, 0.0)
+    r = tl.rsqrt(_sum(centred * centred, AXIS) / slots + LN_EPS)
     return centred * r, r
 
 
 @triton.jit
-def _layer_norm_backward(x, h, r, keep, slots):
+def _layer_norm_backward(x, h, r, keep, slots, AXIS: tl.constexpr):
     """A(x) = r (x - mean x - h mean(h x))."""
-    mean, along = tl.sum(x, 1) / slots, tl.sum(h * x, 1) / slots
-    return tl.where(keep, r * (x - mean[:, None] - h * along[:, None]), 0.0)
+    return tl.where(keep, r * (x - _sum(x, AXIS) / slots - h * (_sum(h * x, AXIS) / slots)), 0.0)
 
 
 @triton.jit
-def _softmax(z, keep):
+def _softmax(z, keep, AXIS: tl.constexpr):
     z = tl.where(keep, z, -1e30)  # finite: a row may be masked as a whole
-    e = tl.exp(z - tl.max(z, 1)[:, None])
-    return e / tl.sum(e, 1)[:, None]
+    e = tl.exp(z - tl.expand_dims(tl.max(z, AXIS), AXIS))
+    return e / _sum(e, AXIS)
 
 
 @triton.jit
-def inner_gradient(z, alpha, keep, slots, PHI: tl.constexpr):
+def inner_gradient(z, alpha, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
     """u = J_phi(z)^T (phi(z) - alpha)."""
     if PHI == "silu":
         sigma = tl.sigmoid(z)
-        s = z * sigma
-        u = (s - alpha) * (sigma + s * (1.0 - sigma))
+        u = (z * sigma - alpha) * _silu_slope(z, sigma)
     elif PHI == "tanh":
         t = _tanh(z)
         u = (t - alpha) * (1.0 - t * t)
     elif PHI == "identity":
         u = z - alpha
     else:
-        u = readout_backward(z, apply_readout(z, keep, slots, PHI) - alpha, keep, slots, PHI)
+        value, _ = _activate(z, keep, slots, PHI, AXIS)
+        u = _pull_back(z, value - alpha, keep, slots, PHI, AXIS)
     return tl.where(keep, u, 0.0)
 
 
 @triton.jit
-def inner_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr):
+def inner_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
     """(dz, dalpha) of ``inner_gradient`` for the upstream gradient ``grad``."""
     if PHI == "silu":
         sigma = tl.sigmoid(z)
         s = z * sigma
-        first = sigma + s * (1.0 - sigma)
+        first = _silu_slope(z, sigma)
         second = sigma * (1.0 - sigma) * (2.0 + z - 2.0 * s)
         dz = (first * first + (s - alpha) * second) * grad
         dalpha = -first * grad
@@ -83,60 +99,98 @@ def inner_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr):
         dz = grad
         dalpha = -grad
     elif PHI == "softmax":
-        p = _softmax(z, keep)
+        p = _softmax(z, keep, AXIS)
         e = tl.where(keep, p - alpha, 0.0)
-        along = tl.sum(grad * p, 1)[:, None]
+        along = _sum(grad * p, AXIS)
         t = p * (grad - along)
-        dp = grad * (e - tl.sum(p * e, 1)[:, None]) - e * along + t
-        dz = p * (dp - tl.sum(p * dp, 1)[:, None])
+        dp = grad * (e - _sum(p * e, AXIS)) - e * along + t
+        dz = p * (dp - _sum(p * dp, AXIS))
         dalpha = -t
     else:
         sigma = tl.sigmoid(z)
-        s = z * sigma
-        h, r = _layer_norm(s, keep, slots)
+        s = tl.where(keep, z * sigma, 0.0)
+        h, r = _layer_norm(s, keep, slots, AXIS)
         e = tl.where(keep, h - alpha, 0.0)
-        t = _layer_norm_backward(e, h, r, keep, slots)
-        slope = sigma + s * (1.0 - sigma)
-        g = slope * grad
-        ag = _layer_norm_backward(g, h, r, keep, slots)
-        he, hg = (tl.sum(h * e, 1) / slots)[:, None], (tl.sum(h * g, 1) / slots)[:, None]
-        dh = ag - r * (g * he + e * hg)
-        gt = (tl.sum(g * t, 1) / slots)[:, None]
-        ds = _layer_norm_backward(dh, h, r, keep, slots) - r * h * gt
+        t = _layer_norm_backward(e, h, r, keep, slots, AXIS)
+        slope = _silu_slope(z, sigma)
+        g = tl.where(keep, slope * grad, 0.0)
+        ag = _layer_norm_backward(g, h, r, keep, slots, AXIS)
+        dh = ag - r * (g * (_sum(h * e, AXIS) / slots) + e * (_sum(h * g, AXIS) / slots))
+        ds = _layer_norm_backward(dh, h, r, keep, slots, AXIS) - r * h * (_sum(g * t, AXIS) / slots)
         dz = slope * ds + sigma * (1.0 - sigma) * (2.0 + z - 2.0 * s) * grad * t
         dalpha = -ag
     return tl.where(keep, dz, 0.0), tl.where(keep, dalpha, 0.0)
 
 
 @triton.jit
-def apply_readout(x, keep, slots, READOUT: tl.constexpr):
-    """f(x)."""
+def _activate(x, keep, slots, READOUT: tl.constexpr, AXIS: tl.constexpr):
+    """f(x) without affine; silu_rms before its SiLU. And the factor that normalised it."""
     if READOUT == "softmax":
-        p = _softmax(x, keep)
+        p = _softmax(x, keep, AXIS)
+        r = 1.0
+    elif READOUT == "silu_rms":
+        x = tl.where(keep, x, 0.0)
+        r = tl.rsqrt(_sum(x * x, AXIS) / slots + RMS_EPS)
+        p = x * r
     else:
         s = tl.where(keep, x * tl.sigmoid(x), 0.0)
         if READOUT == "ln_silu":
-            p, _ = _layer_norm(s, keep, slots)
+            p, r = _layer_norm(s, keep, slots, AXIS)
         else:
-            p = s * tl.rsqrt(tl.sum(s * s, 1) + L2_EPS)[:, None]
+            r = tl.rsqrt(_sum(s * s, AXIS) + L2_EPS)
+            p = s * r
+    return p, r
+
+
+@triton.jit
+def _pull_back(x, grad, keep, slots, READOUT: tl.constexpr, AXIS: tl.constexpr):
+    """J^T grad of ``_activate``."""
+    grad = tl.where(keep, grad, 0.0)
+    p, r = _activate(x, keep, slots, READOUT, AXIS)
+    if READOUT == "softmax":
+        dx = p * (grad - _sum(p * grad, AXIS))
+    elif READOUT == "silu_rms":
+        dx = r * (grad - p * (_sum(p * grad, AXIS) / slots))
+    else:
+        if READOUT == "ln_silu":
+            ds = _layer_norm_backward(grad, p, r, keep, slots, AXIS)
+        else:
+            ds = r * (grad - p * _sum(p * grad, AXIS))
+        dx = ds * _silu_slope(x, tl.sigmoid(x))
+    return tl.where(keep, dx, 0.0)
+
+
+@triton.jit
+def _affine(p, weight, bias, keep):
+    if weight is not None:
+        p = p * weight
+    if bias is not None:
+        p = p + bias
+    return tl.where(keep, p, 0.0)
+
+
+@triton.jit
+def apply_readout(x, weight, bias, keep, slots, READOUT: tl.constexpr):
+    """P of [rows, slots]."""
+    p, _ = _activate(x, keep, slots, READOUT, 1)
+    p = _affine(p, weight, bias, keep)
+    if READOUT == "silu_rms":
+        p = p * tl.sigmoid(p)
     return p
 
 
 @triton.jit
-def readout_backward(x, grad, keep, slots, READOUT: tl.constexpr):
-    """J_f(x)^T grad."""
+def readout_backward(x, weight, bias, grad, keep, slots, READOUT: tl.constexpr):
+    """(dx, d affine, n) of ``apply_readout`` at rows x.
+
+    dweight is the sum over rows of d affine * n, dbias that of d affine.
+    """
+    normal, _ = _activate(x, keep, slots, READOUT, 1)
     grad = tl.where(keep, grad, 0.0)
-    if READOUT == "softmax":
-        p = _softmax(x, keep)
-        dx = p * (grad - tl.sum(p * grad, 1)[:, None])
-    else:
-        sigma = tl.sigmoid(x)
-        s = tl.where(keep, x * sigma, 0.0)
-        if READOUT == "ln_silu":
-            h, r = _layer_norm(s, keep, slots)
-            ds = _layer_norm_backward(grad, h, r, keep, slots)
-        else:
-            scale = tl.rsqrt(tl.sum(s * s, 1) + L2_EPS)[:, None]
-            ds = scale * (grad - s * scale * tl.sum(s * scale * grad, 1)[:, None])
-        dx = ds * (sigma + s * (1.0 - sigma))
-    return tl.where(keep, dx, 0.0)
+    if READOUT == "silu_rms":
+        a = _affine(normal, weight, bias, keep)
+        grad = grad * _silu_slope(a, tl.sigmoid(a))
+    dnormal = grad
+    if weight is not None:
+        dnormal = grad * weight
+    return _pull_back(x, dnormal, keep, slots, READOUT, 1), grad, normal

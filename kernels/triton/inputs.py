@@ -1,248 +1,169 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Local work around the scans: inner gradients recomputed, and the gradients of keys, values and gates.
+"""Gradients of keys, values, latent targets and gates, after the reverse scan.
 
-Shapes as in ``kernels.stages``; X is K or V, S' the stale memory, dS+ the adjoint after the chunk. Parallel
-over chunks, heads, tiles of BT tokens and the two memories.
+Parallel over chunks, heads and tiles of BT tokens; one program does both passes, so that nothing is added up
+outside. Shapes as in ``kernels.stages``; X is K (L = Q, G = dYhat) or V (L = dY, G = P), dS+ the adjoint of
+the memory after the chunk. The pre-activations and their gradients are recomputed:
 
-    writes   U = J_phi(X S'^T)^T (phi(X S'^T) - A)
-    inputs   E = -tail (gamma U) dS+;  dX = dX_readout + E + dZ S'
-             row sums dX'.U (for dgamma) and X.E (for dl at the chunk's end)
+    dW   = dU'_readout - (tail X) dS+^T        dB = gamma dW, corrected: from the reverse scan
+    (dZ, dA) = inner_backward(Z, A, dB)        corrected: dZ = mu dZ
+    dX   = -((G U'^T) o Omega)^T L + End + Zr + Xq + Xk
+    End  = -(tail U') dS+;   Zr = dZ S'
+    corrected, with B = (dB U'^T) o Omega below the diagonal and T = (X X^T) o Omega below the diagonal:
+           Xq = -B X + mu dB (S - S');   Xk = -B^T X;   dW -= T^T dB;   otherwise Xq = Xk = 0
+    gates  dgamma = dW . U;   dl = Q.dQ (or P.dP) + X.(Xq + Zr, corrected only), completed in gate_gradients
+           at the chunk's end: sum_j X_j.End_j + e^{l_C} <S, dS+>
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from kernels.triton.activations import inner_gradient
-from kernels.triton.tiles import dot, load_memory, load_scratch, load_tokens, store_scratch, store_tokens
+from kernels.triton.activations import inner_backward, inner_gradient
+from kernels.triton.readout import load_stale, load_writes
+from kernels.triton.tiles import (
+    dot,
+    load_gates,
+    load_memory,
+    load_slots,
+    load_tokens,
+    omega,
+    store_tokens,
+    tile_length,
+)
 
-__all__ = ["inputs_kernel", "writes_kernel"]
+__all__ = ["Side", "inputs_kernel"]
+
+
+class Side(NamedTuple):
+    """What one pass reads and writes here.
+
+    Attributes:
+        left, right: L [B * T, H, F] and G [P, H, C, M].
+        write: the readout's dU' [P, H, C, M].
+        base: dB [P, H, C, M], corrected only.
+        end: dS+ [P, H, M, F].
+        dx: gradient of x, token order.
+        rows, dgamma: dl [P, H, C], to be completed in place, and dgamma [P, H, C].
+        parts: each tile's part of the chunk's end [TILES, P, H].
+    """
+
+    left: Any
+    right: Any
+    write: Any
+    base: Any
+    end: Any
+    dx: Any
+    rows: Any
+    dgamma: Any
+    parts: Any
 
 
 @triton.jit
-def _writes_one(
-    x,
-    alpha,
-    stale,
-    gradient,
-    first_token,
-    lengths,
-    heads,
-    F: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BF: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PHI: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    chunk_head = tl.program_id(0).to(tl.int64)
-    chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    j, slots = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BM)
-    valid = j < length
-    X = load_tokens(x, token, j, valid, head, heads, F, BF)
-    A = load_tokens(alpha, token, j, valid, head, heads, M, BM)
-    Z = dot(X, tl.trans(load_memory(stale, chunk_head, slots, M, F, BF)), PRECISION)
-    U = inner_gradient(Z, A, (slots < M)[None, :] & valid[:, None], M * 1.0, PHI)
-    store_scratch(gradient, U, chunk_head, j, slots, C, M)
+def _from_readers(m, s, X, U, logs, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
+    """(what the readers of the tile's writes add to dX, T^T dB): sums over the tiles from this one on."""
+    head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
+    token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
+    dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
+    overlap = tl.zeros((Z.BT, Z.BM), dtype=tl.float32)
+    for other in range(tile, Z.TILES):
+        n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
+        i, j = other * Z.BT + r, tile * Z.BT + r
+        L = load_tokens(s.left, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
+        G = load_slots(s.right, row * Z.M, n, 0, Z.M, Z)
+        logs_i, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+        scores = dot(G, tl.trans(U), Z.precision) * omega(logs_i, logs, i, j, r < n)
+        dX -= dot(tl.trans(scores), L, Z.precision)
+        if Z.corrected:
+            dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z)
+            X_i = load_tokens(m.x, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
+            decay = omega(logs_i, logs, i, j, r < n, True)
+            dX -= dot(tl.trans(dot(dB, tl.trans(U), Z.precision) * decay), X_i, Z.precision)
+            overlap += dot(tl.trans(dot(X_i, tl.trans(X), Z.precision) * decay), dB, Z.precision)
+    return dX, overlap
 
 
 @triton.jit
-def writes_kernel(
-    key,
-    value,
-    alpha,
-    key_stale,
-    value_stale,
-    key_gradient,
-    value_gradient,
-    first_token,
-    lengths,
-    heads,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PHI: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid (P * H, ceil(C / BT), 2): U and W in chunk order."""
-    if tl.program_id(2) == 0:
-        _writes_one(
-            key,
-            alpha,
-            key_stale,
-            key_gradient,
-            first_token,
-            lengths,
-            heads,
-            D,
-            M,
-            C,
-            BD,
-            BM,
-            BT,
-            PHI,
-            PRECISION,
-        )
+def _as_reader(m, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
+    """Xq [BT, BF] of ``corrected``: what the tile's tokens read of their own chunk's earlier writes."""
+    r = tl.arange(0, Z.BT)
+    dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
+    for other in range(0, tile + 1):
+        X, U, logs_j = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
+        decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)
+        dX -= dot(dot(dB, tl.trans(U), Z.precision) * decay, X, Z.precision)
+    return dX
+
+
+@triton.jit
+def _one(m, s, alpha, t, tile, chunk_head, documents, chunks, heads, F, BF, Z: tl.constexpr):
+    """dalpha [BT, BM] of one pass; everything else is stored."""
+    head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
+    token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
+    row = chunk_head * Z.C + tile * Z.BT
+    real = (tl.arange(0, Z.BM) < Z.M)[None, :] & (r < n)[:, None]
+    X = load_tokens(m.x, token, n, head, heads, F, BF, Z.BT)
+    A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
+    at = load_stale(m, chunk_head, documents, heads, F, BF, Z)
+    after = load_memory(s.end, chunk_head, 0, None, F, BF, Z)
+    dW = load_slots(s.write, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
+    logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
+    end = tl.load(m.log_decay + chunk_head * Z.C + Z.C - 1)
+    mu, tail = tl.exp(logs)[:, None], tl.exp(tl.where(r < n, end - logs, 0.0))[:, None]
+
+    pre = dot(X, tl.trans(at), Z.precision)
+    if Z.corrected:
+        pre = pre * mu
+    if Z.stored:
+        U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
-        _writes_one(
-            value,
-            alpha,
-            value_stale,
-            value_gradient,
-            first_token,
-            lengths,
-            heads,
-            V,
-            M,
-            C,
-            BV,
-            BM,
-            BT,
-            PHI,
-            PRECISION,
-        )
-
-
-@triton.jit
-def _inputs_one(
-    x,
-    stale,
-    end,
-    gradient,
-    write,
-    dz,
-    dx_readout,
-    log_decay,
-    step,
-    dx,
-    step_sum,
-    end_sum,
-    first_token,
-    lengths,
-    heads,
-    F: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BF: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    chunk_head = tl.program_id(0).to(tl.int64)
-    chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    j, slots = tl.program_id(1) * BT + tl.arange(0, BT), tl.arange(0, BM)
-    valid = j < length
-    X = load_tokens(x, token, j, valid, head, heads, F, BF)
-    U = load_scratch(gradient, chunk_head, j, slots, C, M)
-    logs = tl.load(log_decay + chunk_head * C + j, mask=valid, other=0.0)
-    gamma = tl.load(step + chunk_head * C + j, mask=valid, other=0.0)
-    log_end = tl.load(log_decay + chunk_head * C + C - 1)
-    weight = tl.where(valid, gamma * tl.exp(tl.where(valid, log_end - logs, 0.0)), 0.0)
-    E = -dot(U * weight[:, None], load_memory(end, chunk_head, slots, M, F, BF), PRECISION)
-    dZ = load_scratch(dz, chunk_head, j, slots, C, M)
-    dX = load_scratch(dx_readout, chunk_head, j, tl.arange(0, BF), C, F) + E
-    dX += dot(dZ, load_memory(stale, chunk_head, slots, M, F, BF), PRECISION)
-    store_tokens(dx, dX, token, j, valid, head, heads, F, BF)
-    dwrite = load_scratch(write, chunk_head, j, slots, C, M)
-    tl.store(step_sum + chunk_head * C + j, tl.sum(dwrite * U, 1), mask=j < C)
-    tl.store(end_sum + chunk_head * C + j, tl.sum(X * E, 1), mask=j < C)
+        U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
+    write = U * gamma[:, None]
+    dW -= dot(X, tl.trans(after), Z.precision) * tail
+    if Z.corrected:
+        dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
+    else:
+        dB = dW * gamma[:, None]
+    dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
+    dX, overlap = _from_readers(m, s, X, write, logs, t, tile, chunk_head, heads, F, BF, Z)
+    rows = tl.load(s.rows + row + r, mask=r < n, other=0.0)
+    X = X.to(tl.float32)
+    if Z.corrected:
+        dW -= overlap
+        read = _as_reader(m, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
+        read += dot(dZ * mu, at, Z.precision)
+        if m.pair is not None:
+            change = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32) - at
+            read += dot(dB * mu, change, Z.precision)
+        rows += tl.sum(X * read, 1)
+        dX += read
+    else:
+        dX += dot(dZ, at, Z.precision)
+    written = -dot(write * tail, after, Z.precision)
+    store_tokens(s.dx, dX + written, token, n, head, heads, F, BF, Z.BT)
+    tl.store(s.rows + row + r, rows, mask=r < n)
+    tl.store(s.dgamma + row + r, tl.sum(dW * U, 1), mask=r < n)
+    part = tl.sum(tl.sum(X * written, 1), 0)
+    start = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32)
+    kept = tl.exp(end) * tl.sum(tl.sum(start * after.to(tl.float32), 1), 0)
+    part += tl.where(tile == 0, kept, 0.0)
+    tl.store(s.parts + tile * chunks * heads + chunk_head, part)
+    return dA
 
 
 @triton.jit
 def inputs_kernel(
-    key,
-    value,
-    key_stale,
-    value_stale,
-    key_end,
-    value_end,
-    key_gradient,
-    value_gradient,
-    key_write,
-    value_write,
-    key_dz,
-    value_dz,
-    key_readout,
-    value_readout,
-    log_decay,
-    step,
-    dkey,
-    dvalue,
-    key_step_sum,
-    value_step_sum,
-    key_end_sum,
-    value_end_sum,
-    first_token,
-    lengths,
-    heads,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    key, key_side, value, value_side, alpha, dalpha, t, documents, chunks, heads, Z: tl.constexpr
 ):
-    """Grid (P * H, ceil(C / BT), 2): dK, dV in token order and two row sums [P, H, C] per memory."""
-    if tl.program_id(2) == 0:
-        _inputs_one(
-            key,
-            key_stale,
-            key_end,
-            key_gradient,
-            key_write,
-            key_dz,
-            key_readout,
-            log_decay,
-            step,
-            dkey,
-            key_step_sum,
-            key_end_sum,
-            first_token,
-            lengths,
-            heads,
-            D,
-            M,
-            C,
-            BD,
-            BM,
-            BT,
-            PRECISION,
-        )
-    else:
-        _inputs_one(
-            value,
-            value_stale,
-            value_end,
-            value_gradient,
-            value_write,
-            value_dz,
-            value_readout,
-            log_decay,
-            step,
-            dvalue,
-            value_step_sum,
-            value_end_sum,
-            first_token,
-            lengths,
-            heads,
-            V,
-            M,
-            C,
-            BV,
-            BM,
-            BT,
-            PRECISION,
-        )
+    """Grid (P * H, TILES); ``chunks`` is P."""
+    chunk_head, tile = tl.program_id(0).to(tl.int64), 0
+    if Z.TILES > 1:
+        tile = tl.program_id(1)
+    dA = _one(key, key_side, alpha, t, tile, chunk_head, documents, chunks, heads, Z.D, Z.BD, Z)
+    dA += _one(value, value_side, alpha, t, tile, chunk_head, documents, chunks, heads, Z.V, Z.BV, Z)
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
+    store_tokens(dalpha, dA, token, n, head, heads, Z.M, Z.BM, Z.BT)

@@ -1,296 +1,247 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The readout, forward and backward: parallel over chunks, heads and tiles of BT tokens.
 
-Shapes and equations as in ``kernels.stages``; U' = gamma U and W' = gamma W are the writes.
+Shapes and equations as in ``kernels.stages``; U' = gamma U and W' = gamma W are the writes, Omega and mu are
+the key pass's in the first line of each and the value pass's in the second:
 
-    forward         Yhat = mu Q S^T - ((Q K^T) o Omega) U';  P = f(Yhat);  Y = mu P R - ((P W'^T) o Omega) V
-    by query tile   dP = mu dY R^T - ((dY V^T) o Omega) W';  dYhat = J_f^T dP;
-                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ + P.dP
-    by key tile     dV = -((P W'^T) o Omega)^T dY;  dW' = -((dY V^T) o Omega)^T P
-                    dK = -((dYhat U'^T) o Omega)^T Q;  dU' = -((Q K^T) o Omega)^T dYhat
+    forward         Yhat = mu Q S^T - ((Q K^T) o Omega) U';  P = readout(Yhat)
+                    Y = mu P R - ((P W'^T) o Omega) V
+    by query tile   dP = mu dY R^T - ((dY V^T) o Omega) W';  dYhat = J^T dP
+                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ (key), P.dP (value)
+    by key tile     dU' = -((Q K^T) o Omega)^T dYhat;  dS = (mu dYhat)^T Q
+                    dW' = -((dY V^T) o Omega)^T P;     dR = (mu P)^T dY
 
-A query tile meets the key tiles up to its own, a key tile the query tiles from its own on; no atomics.
+A query tile meets the key tiles up to its own, a key tile the query tiles from its own on; no atomics. Where
+a chunk is one tile, the query kernel has the scores of the last two lines at hand and writes these as well.
+The writes are recomputed from the chunk-start memory there, and come from the scan where a chunk has several
+tiles or its writes depend on each other ("corrected").
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 
-from kernels.triton.activations import apply_readout, readout_backward
+from kernels.triton.activations import apply_readout, inner_gradient, readout_backward
 from kernels.triton.tiles import (
     dot,
+    load_gates,
     load_memory,
-    load_scratch,
+    load_slots,
     load_tokens,
     omega,
-    store_scratch,
+    store_memory,
+    store_slots,
     store_tokens,
+    tile_length,
 )
 
-__all__ = ["key_backward_kernel", "query_backward_kernel", "readout_forward_kernel"]
+__all__ = ["Gradients", "key_backward_kernel", "query_backward_kernel", "readout_forward_kernel"]
+__all__ += ["load_stale", "load_writes"]
+
+
+class Gradients(NamedTuple):
+    """What the backward kernels write.
+
+    Attributes:
+        query: dQ, token order.
+        p, y_hat: P and dYhat [P, H, C, M].
+        key_write, value_write: dU' and dW' [P, H, C, M].
+        key_start, value_start: dS and dR [P, H, M, .].
+        key_rows, value_rows: Q.dQ and P.dP [P, H, C].
+        weight, bias: each program's part of the affine's gradients [H, P, TILES, M]; None where it has none.
+    """
+
+    query: Any
+    p: Any
+    y_hat: Any
+    key_write: Any
+    value_write: Any
+    key_start: Any
+    value_start: Any
+    key_rows: Any
+    value_rows: Any
+    weight: Any
+    bias: Any
 
 
 @triton.jit
-def _gates(log_decay, step, chunk_head, j, length, C: tl.constexpr):
-    """(l, mu, gamma) of slots j; all zero where there is no token."""
-    valid = j < length
-    logs = tl.load(log_decay + chunk_head * C + j, mask=valid, other=0.0)
-    gamma = tl.load(step + chunk_head * C + j, mask=valid, other=0.0)
-    return logs, tl.where(valid, tl.exp(logs), 0.0), gamma
+def load_stale(m, chunk_head, documents, heads, F: tl.constexpr, BF: tl.constexpr, Z: tl.constexpr):
+    """S' of a chunk: the memory at its start, in a document's first chunk the carried one."""
+    S = load_memory(m.start, chunk_head, 0, None, F, BF, Z)
+    if m.pair is not None:
+        first = chunk_head < documents * heads  # chunk n is the first one of rank n
+        S = tl.where(first, load_memory(m.pair, chunk_head, 0, first, F, BF, Z), S.to(tl.float32))
+    return S
 
 
 @triton.jit
-def _first_pass(
-    Q,
-    logs,
-    mu,
-    i,
-    tile,
-    key,
-    gradient,
-    start,
-    log_decay,
-    step,
-    chunk_head,
-    token,
-    length,
-    head,
-    heads,
-    D: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
+    """(X, U', l) of a tile of keys."""
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
+    row = chunk_head * Z.C + tile * Z.BT
+    X = load_tokens(m.x, token, n, head, heads, F, BF, Z.BT)
+    logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
+    if Z.stored:
+        U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
+    else:
+        A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
+        pre = dot(X, tl.trans(load_stale(m, chunk_head, documents, heads, F, BF, Z)), Z.precision)
+        real = (tl.arange(0, Z.BM) < Z.M)[None, :] & (tl.arange(0, Z.BT) < n)[:, None]
+        U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
+    return X, U * gamma[:, None], logs
+
+
+@triton.jit
+def _decay(log_i, log_j, tile_i, tile_j, n, Z: tl.constexpr):
+    """Omega between two tiles of a chunk; n tokens in that of the rows."""
+    r = tl.arange(0, Z.BT)
+    return omega(log_i, log_j, tile_i * Z.BT + r, tile_j * Z.BT + r, r < n)
+
+
+@triton.jit
+def _affine(x, head, Z: tl.constexpr):
+    s = tl.arange(0, Z.BM)
+    if x is not None:
+        x = tl.load(x + head * Z.M + s, mask=s < Z.M, other=0.0).to(tl.float32)[None, :]
+    return x
+
+
+@triton.jit
+def _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z: tl.constexpr):
     """Yhat [BT, BM] of a query tile."""
-    slots = tl.arange(0, BM)
-    S = load_memory(start, chunk_head, slots, M, D, BD)
-    y_hat = dot(Q * mu[:, None], tl.trans(S), PRECISION)
-    for t in range(0, tile + 1):
-        j = t * BT + tl.arange(0, BT)
-        K = load_tokens(key, token, j, j < length, head, heads, D, BD)
-        logs_j, _, gamma = _gates(log_decay, step, chunk_head, j, length, C)
-        write = load_scratch(gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-        scores = dot(Q, tl.trans(K), PRECISION) * omega(logs, logs_j, i, j, length)
-        y_hat -= dot(scores, write, PRECISION)
+    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
+    y_hat = dot(Q, tl.trans(S), Z.precision) * tl.exp(logs)[:, None]
+    for other in range(0, tile + 1):
+        K, U, logs_j = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
+        scores = dot(Q, tl.trans(K), Z.precision) * _decay(logs, logs_j, tile, other, n, Z)
+        y_hat -= dot(scores, U, Z.precision)
     return y_hat
 
 
 @triton.jit
-def readout_forward_kernel(
-    query,
-    key,
-    value,
-    log_decay,
-    step,
-    key_start,
-    value_start,
-    key_gradient,
-    value_gradient,
-    y,
-    first_token,
-    lengths,
-    heads,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    READOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid (P * H, ceil(C / BT)): y in token order."""
-    chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    i, slots = tile * BT + tl.arange(0, BT), tl.arange(0, BM)
-    Q = load_tokens(query, token, i, i < length, head, heads, D, BD)
-    logs, mu, _ = _gates(log_decay, step, chunk_head, i, length, C)
-    y_hat = _first_pass(
-        Q,
-        logs,
-        mu,
-        i,
-        tile,
-        key,
-        key_gradient,
-        key_start,
-        log_decay,
-        step,
-        chunk_head,
-        token,
-        length,
-        head,
-        heads,
-        D,
-        M,
-        C,
-        BD,
-        BM,
-        BT,
-        PRECISION,
-    )
-    P = apply_readout(y_hat, (slots < M)[None, :], M * 1.0, READOUT)
-    Y = dot(P * mu[:, None], load_memory(value_start, chunk_head, slots, M, V, BV), PRECISION)
-    for t in range(0, tile + 1):
-        j = t * BT + tl.arange(0, BT)
-        X = load_tokens(value, token, j, j < length, head, heads, V, BV)
-        logs_j, _, gamma = _gates(log_decay, step, chunk_head, j, length, C)
-        write = load_scratch(value_gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-        scores = dot(P, tl.trans(write), PRECISION) * omega(logs, logs_j, i, j, length)
-        Y -= dot(scores, X, PRECISION)
-    store_tokens(y, Y, token, i, i < length, head, heads, V, BV)
+def readout_forward_kernel(query, key, value, alpha, weight, bias, y, t, documents, heads, Z: tl.constexpr):
+    """Grid (P * H, TILES): y in token order."""
+    chunk_head, tile = tl.program_id(0).to(tl.int64), 0
+    if Z.TILES > 1:
+        tile = tl.program_id(1)
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
+    row = chunk_head * Z.C + tile * Z.BT
+    Q = load_tokens(query, token, n, head, heads, Z.D, Z.BD, Z.BT)
+    logs, _ = load_gates(key.log_decay, key.step, row, n, Z.BT)
+    y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
+    keep = (tl.arange(0, Z.BM) < Z.M)[None, :]
+    P = apply_readout(y_hat, _affine(weight, head, Z), _affine(bias, head, Z), keep, Z.M * 1.0, Z.readout)
+    logs, _ = load_gates(value.log_decay, value.step, row, n, Z.BT)
+    Y = dot(P, load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z), Z.precision)
+    Y = Y * tl.exp(logs)[:, None]
+    for other in range(0, tile + 1):
+        X, W, logs_j = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
+        scores = dot(P, tl.trans(W), Z.precision) * _decay(logs, logs_j, tile, other, n, Z)
+        Y -= dot(scores, X, Z.precision)
+    store_tokens(y, Y, token, n, head, heads, Z.V, Z.BV, Z.BT)
 
 
 @triton.jit
 def query_backward_kernel(
-    query,
-    key,
-    value,
-    dy,
-    log_decay,
-    step,
-    key_start,
-    value_start,
-    key_gradient,
-    value_gradient,
-    dquery,
-    p,
-    dy_hat,
-    dlog,
-    first_token,
-    lengths,
-    heads,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    READOUT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    query, key, value, dy, alpha, weight, bias, out, t, documents, heads, Z: tl.constexpr
 ):
-    """Grid (P * H, ceil(C / BT)): dQ in token order; P, dYhat and Q.dQ + P.dP in chunk order."""
-    chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    i, slots = tile * BT + tl.arange(0, BT), tl.arange(0, BM)
-    keep = (slots < M)[None, :]
-    Q = load_tokens(query, token, i, i < length, head, heads, D, BD)
-    dY = load_tokens(dy, token, i, i < length, head, heads, V, BV)
-    logs, mu, _ = _gates(log_decay, step, chunk_head, i, length, C)
-    y_hat = _first_pass(
-        Q,
-        logs,
-        mu,
-        i,
-        tile,
-        key,
-        key_gradient,
-        key_start,
-        log_decay,
-        step,
-        chunk_head,
-        token,
-        length,
-        head,
-        heads,
-        D,
-        M,
-        C,
-        BD,
-        BM,
-        BT,
-        PRECISION,
-    )
-    P = apply_readout(y_hat, keep, M * 1.0, READOUT)
-    dP = dot(dY * mu[:, None], tl.trans(load_memory(value_start, chunk_head, slots, M, V, BV)), PRECISION)
-    for t in range(0, tile + 1):
-        j = t * BT + tl.arange(0, BT)
-        X = load_tokens(value, token, j, j < length, head, heads, V, BV)
-        logs_j, _, gamma = _gates(log_decay, step, chunk_head, j, length, C)
-        write = load_scratch(value_gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-        dscores = dot(dY, tl.trans(X), PRECISION) * omega(logs, logs_j, i, j, length)
-        dP -= dot(dscores, write, PRECISION)
-    dY_hat = readout_backward(y_hat, dP, keep, M * 1.0, READOUT)
-    dQ = dot(dY_hat * mu[:, None], load_memory(key_start, chunk_head, slots, M, D, BD), PRECISION)
-    for t in range(0, tile + 1):
-        j = t * BT + tl.arange(0, BT)
-        K = load_tokens(key, token, j, j < length, head, heads, D, BD)
-        logs_j, _, gamma = _gates(log_decay, step, chunk_head, j, length, C)
-        write = load_scratch(key_gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-        dscores = dot(dY_hat, tl.trans(write), PRECISION) * omega(logs, logs_j, i, j, length)
-        dQ -= dot(dscores, K, PRECISION)
-    store_tokens(dquery, dQ, token, i, i < length, head, heads, D, BD)
-    store_scratch(p, P, chunk_head, i, slots, C, M)
-    store_scratch(dy_hat, dY_hat, chunk_head, i, slots, C, M)
-    tl.store(dlog + chunk_head * C + i, tl.sum(Q * dQ, 1) + tl.sum(P * dP, 1), mask=i < C)
+    """Grid (P * H, TILES): all of ``out``, without the key tiles' part where a chunk has several."""
+    chunk_head, tile = tl.program_id(0).to(tl.int64), 0
+    if Z.TILES > 1:
+        tile = tl.program_id(1)
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
+    row, r = chunk_head * Z.C + tile * Z.BT, tl.arange(0, Z.BT)
+    keep = (tl.arange(0, Z.BM) < Z.M)[None, :]
+    Q = load_tokens(query, token, n, head, heads, Z.D, Z.BD, Z.BT)
+    dY = load_tokens(dy, token, n, head, heads, Z.V, Z.BV, Z.BT)
+    logs, _ = load_gates(key.log_decay, key.step, row, n, Z.BT)
+    value_logs, _ = load_gates(value.log_decay, value.step, row, n, Z.BT)
+    mu, value_mu = tl.exp(logs)[:, None], tl.exp(value_logs)[:, None]
+    w, b = _affine(weight, head, Z), _affine(bias, head, Z)
+
+    y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
+    P = apply_readout(y_hat, w, b, keep, Z.M * 1.0, Z.readout)
+    R = load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z)
+    dP = dot(dY, tl.trans(R), Z.precision) * value_mu
+    for other in range(0, tile + 1):
+        X, W, logs_j = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
+        dscores = dot(dY, tl.trans(X), Z.precision) * _decay(value_logs, logs_j, tile, other, n, Z)
+        dP -= dot(dscores, W, Z.precision)
+        if Z.TILES == 1:
+            dW = -dot(tl.trans(dscores), P, Z.precision)
+            store_slots(out.value_write, dW, row * Z.M, n, 0, Z.M, Z)
+            dR = dot(tl.trans(P * value_mu), dY, Z.precision)
+            store_memory(out.value_start, dR, chunk_head, 0, None, Z.V, Z.BV, Z)
+    dY_hat, affine, normal = readout_backward(y_hat, w, b, dP, keep & (r < n)[:, None], Z.M * 1.0, Z.readout)
+
+    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
+    dQ = dot(dY_hat, S, Z.precision) * mu
+    for other in range(0, tile + 1):
+        K, U, logs_j = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
+        decay = _decay(logs, logs_j, tile, other, n, Z)
+        dQ -= dot(dot(dY_hat, tl.trans(U), Z.precision) * decay, K, Z.precision)
+        if Z.TILES == 1:
+            scores = dot(Q, tl.trans(K), Z.precision) * decay
+            dU = -dot(tl.trans(scores), dY_hat, Z.precision)
+            store_slots(out.key_write, dU, row * Z.M, n, 0, Z.M, Z)
+            dS = dot(tl.trans(dY_hat * mu), Q, Z.precision)
+            store_memory(out.key_start, dS, chunk_head, 0, None, Z.D, Z.BD, Z)
+    store_tokens(out.query, dQ, token, n, head, heads, Z.D, Z.BD, Z.BT)
+    store_slots(out.p, P, row * Z.M, n, 0, Z.M, Z)
+    store_slots(out.y_hat, dY_hat, row * Z.M, n, 0, Z.M, Z)
+    tl.store(out.key_rows + row + r, tl.sum(Q.to(tl.float32) * dQ, 1), mask=r < n)
+    tl.store(out.value_rows + row + r, tl.sum(tl.where(keep, P * dP, 0.0), 1), mask=r < n)
+    _store_affine(out, affine, normal, chunk, head, heads, tile, Z)
 
 
 @triton.jit
-def key_backward_kernel(
-    query,
-    key,
-    value,
-    dy,
-    log_decay,
-    step,
-    key_gradient,
-    value_gradient,
-    p,
-    dy_hat,
-    dkey,
-    dvalue,
-    key_write,
-    value_write,
-    first_token,
-    lengths,
-    heads,
-    D: tl.constexpr,
-    V: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-    BD: tl.constexpr,
-    BV: tl.constexpr,
-    BM: tl.constexpr,
-    BT: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
-    """Grid (P * H, ceil(C / BT)): the readout's part of dK, dV (chunk order), dU' and dW'."""
+def _store_affine(out, affine, normal, chunk, head, heads, tile, Z: tl.constexpr):
+    """This program's part of dweight and dbias."""
+    s = tl.arange(0, Z.BM)
+    chunks = tl.num_programs(0) // heads
+    part = ((head * chunks + chunk) * Z.TILES + tile) * Z.M + s
+    if out.weight is not None:
+        tl.store(out.weight + part, tl.sum(affine * normal, 0), mask=s < Z.M)
+    if out.bias is not None:
+        tl.store(out.bias + part, tl.sum(affine, 0), mask=s < Z.M)
+
+
+@triton.jit
+def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.constexpr, Z: tl.constexpr):
+    """dU' = -((L X^T) o Omega)^T G of a key tile, and dS = (mu G)^T L in the last program of a chunk."""
     chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    j, slots = tile * BT + tl.arange(0, BT), tl.arange(0, BM)
-    K = load_tokens(key, token, j, j < length, head, heads, D, BD)
-    X = load_tokens(value, token, j, j < length, head, heads, V, BV)
-    logs, _, gamma = _gates(log_decay, step, chunk_head, j, length, C)
-    U = load_scratch(key_gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-    W = load_scratch(value_gradient, chunk_head, j, slots, C, M) * gamma[:, None]
-    dK, dV = tl.zeros((BT, BD), dtype=tl.float32), tl.zeros((BT, BV), dtype=tl.float32)
-    dU, dW = tl.zeros((BT, BM), dtype=tl.float32), tl.zeros((BT, BM), dtype=tl.float32)
-    for t in range(tile, tl.cdiv(C, BT)):
-        i = t * BT + tl.arange(0, BT)
-        Q = load_tokens(query, token, i, i < length, head, heads, D, BD)
-        dY = load_tokens(dy, token, i, i < length, head, heads, V, BV)
-        P, dY_hat = (
-            load_scratch(p, chunk_head, i, slots, C, M),
-            load_scratch(dy_hat, chunk_head, i, slots, C, M),
-        )
-        logs_i, _, _ = _gates(log_decay, step, chunk_head, i, length, C)
-        decay = omega(logs_i, logs, i, j, length)
-        dV -= dot(tl.trans(dot(P, tl.trans(W), PRECISION) * decay), dY, PRECISION)
-        dW -= dot(tl.trans(dot(dY, tl.trans(X), PRECISION) * decay), P, PRECISION)
-        dK -= dot(tl.trans(dot(dY_hat, tl.trans(U), PRECISION) * decay), Q, PRECISION)
-        dU -= dot(tl.trans(dot(Q, tl.trans(K), PRECISION) * decay), dY_hat, PRECISION)
-    store_scratch(dkey, dK, chunk_head, j, tl.arange(0, BD), C, D)
-    store_scratch(dvalue, dV, chunk_head, j, tl.arange(0, BV), C, V)
-    store_scratch(key_write, dU, chunk_head, j, slots, C, M)
-    store_scratch(value_write, dW, chunk_head, j, slots, C, M)
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
+    n, row = tile_length(length, tile, Z.BT), chunk_head * Z.C + tile * Z.BT
+    X = load_tokens(m.x, token + tile * Z.BT, n, head, heads, F, BF, Z.BT)
+    logs, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+    dU = tl.zeros((Z.BT, Z.BM), dtype=tl.float32)
+    dS = tl.zeros((Z.BM, BF), dtype=tl.float32)
+    memory = tile == Z.TILES
+    for other in range(tl.where(memory, 0, tile), Z.TILES):
+        n_i, row_i = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
+        L = load_tokens(left, token + other * Z.BT, n_i, head, heads, F, BF, Z.BT)
+        G = load_slots(right, row_i * Z.M, n_i, 0, Z.M, Z)
+        logs_i, _ = load_gates(m.log_decay, m.step, row_i, n_i, Z.BT)
+        if memory:
+            dS += dot(tl.trans(G * tl.exp(logs_i)[:, None]), L, Z.precision)
+        else:
+            scores = dot(L, tl.trans(X), Z.precision) * _decay(logs_i, logs, other, tile, n_i, Z)
+            dU -= dot(tl.trans(scores), G, Z.precision)
+    store_memory(start, dS, chunk_head, 0, memory, F, BF, Z)
+    store_slots(write, dU, row * Z.M, n, 0, Z.M, Z)
+
+
+@triton.jit
+def key_backward_kernel(query, key, value, dy, out, t, heads, Z: tl.constexpr):
+    """Grid (P * H, TILES + 1, 2), for chunks of several tiles: the key tiles' part of ``out``."""
+    if tl.program_id(2) == 0:
+        _key_one(key, query, out.y_hat, out.key_write, out.key_start, t, heads, Z.D, Z.BD, Z)
+    else:
+        _key_one(value, dy, out.p, out.value_write, out.value_start, t, heads, Z.V, Z.BV, Z)

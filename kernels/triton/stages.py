@@ -1,0 +1,478 @@
+"""The stages of ``kernels.stages`` as Triton launches, with the memory plan of a call.
+
+    arrange            gates in chunk order; operands stay in token order
+    scan_forward       memories over whole documents: chunk starts (scratch), segment starts (to keep)
+    rescan             chunk starts again, all segments at once
+    readout_forward    outputs
+    readout_backward   the output's gradients inside each chunk
+    scan_backward      adjoints of the memories
+    input_backward     gradients of every operand
+
+A composition across devices puts the transfer of the initial memories before scan_forward and that of their
+adjoints before scan_backward. Cut at a multiple of C, no bit of the memories differs.
+
+Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; P chunks, N documents by rank, G segments of
+SEGMENT tokens or one chunk; memories [., H, M, .]. Scratch for both passes is stacked, [2, P, H, C, M]. It is
+fp32, and bf16 where products round their factors to bf16 anyway (``tiles``); segment starts, adjoints handed
+on and row sums are fp32 always. Every entry is written before it is read, and no sum depends on a race, so
+runs repeat bitwise.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.activations import ELEMENTWISE_PHI
+from kernels.layout import PackedLayout
+from kernels.triton import inputs as inputs_room
+from kernels.triton import launch, readout, scan
+from kernels.triton.gates import Gates, derive_gates, gate_gradients
+from kernels.triton.tiles import Pass, Sizes, Tables
+from kernels.triton.triangular import diagonal_inverses
+from kernels.types import Memories, Operands, Rule
+
+__all__ = ["SEGMENT", "Inputs", "ReadoutGradients", "ScanGradients", "States", "arrange", "input_backward"]
+__all__ += ["readout_backward", "readout_forward", "rescan", "scan_backward", "scan_forward"]
+__all__ += ["segment_chunks"]
+
+SEGMENT = 256  # tokens from one memory that backward keeps to the next
+_READERS = ("readout_forward", "query_backward", "inputs")  # of the inner gradients
+
+_Pair = tuple[Tensor | None, Tensor | None]
+
+
+def segment_chunks(chunk_size: int) -> int:
+    """Chunks of a segment."""
+    return max(1, SEGMENT // chunk_size)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What every stage of one call reads.
+
+    Attributes:
+        operands: token order, contiguous.
+        gates: chunk order.
+        layout: the chunk grid, on the operands' device.
+        rule: which function is computed.
+    """
+
+    operands: Operands
+    gates: Gates
+    layout: PackedLayout
+    rule: Rule
+
+    @property
+    def heads(self) -> int:
+        """H."""
+        return self.operands.q.shape[2]
+
+    @property
+    def slots(self) -> int:
+        """M."""
+        return self.operands.alpha.shape[3]
+
+    @functools.cached_property
+    def precision(self) -> str:
+        """Of products (``tiles``)."""
+        types = {x.dtype for x in self.operands[:3]}
+        if types == {torch.bfloat16}:
+            return "bf16"
+        return "tf32" if types <= {torch.bfloat16, torch.float16} else "ieee"
+
+    @functools.cached_property
+    def stored(self) -> bool:
+        """Whether the scans keep the inner gradients, which the kernels after them else recompute."""
+        c = self.layout.chunk_size
+        return self.rule.corrected or any(self.launch(kernel).tokens < c for kernel in _READERS)
+
+    @functools.cached_property
+    def inverse(self) -> Tensor:
+        """Inverses of the corrected update's diagonal tiles [2, P, H, tiles, BT, BT]."""
+        x, tokens = (self.operands.k, self.operands.v), self.launch("scan_forward").tokens
+        return diagonal_inverses(x, self.gates.log_decay, self.gates.step, self.layout, tokens=tokens)
+
+    def launch(self, kernel: str) -> launch.Launch:
+        """Launch parameters of a kernel."""
+        q, v = self.operands.q, self.operands.v
+        return launch.parameters(
+            kernel,
+            arch=launch.architecture(q.device),
+            d=q.shape[3],
+            v=v.shape[3],
+            m=self.slots,
+            c=self.layout.chunk_size,
+            corrected=self.rule.corrected,
+            itemsize=q.element_size(),
+        )
+
+    def sizes(self, kernel: str) -> Sizes:
+        """What a kernel is compiled for."""
+        d, v, m, c = self.operands.q.shape[3], self.operands.v.shape[3], self.slots, self.layout.chunk_size
+        found = self.launch(kernel)
+        return Sizes(
+            D=d,
+            V=v,
+            M=m,
+            C=c,
+            BD=launch.padded(d),
+            BV=launch.padded(v),
+            BM=found.slots if self.rule.phi in ELEMENTWISE_PHI else launch.padded(m),
+            BT=found.tokens,
+            TILES=triton.cdiv(c, found.tokens),
+            phi=self.rule.phi,
+            readout=self.rule.readout,
+            corrected=self.rule.corrected,
+            stored=self.stored,
+            even=self.layout.num_chunks == self.layout.num_documents * len(self.layout.steps),
+            precision=self.precision,
+        )
+
+    def options(self, kernel: str) -> dict[str, Any]:
+        """Keyword arguments of a launch."""
+        found = self.launch(kernel)
+        return {"Z": self.sizes(kernel), "num_warps": found.warps, "num_stages": found.stages}
+
+    def tables(self, chunks: int) -> Tables:
+        """The layout as the kernels read it, with scans over runs of ``chunks`` chunks."""
+        layout, runs = self.layout, self.layout.segments(chunks)
+        base, counts = layout.rank_chunks
+        return Tables(
+            runs.rank, runs.first_step, runs.count, base, counts, *layout.chunk_tokens, layout.ends_inside
+        )
+
+    def whole(self) -> Tables:
+        """``tables`` with every document one run."""
+        return self.tables(len(self.layout.steps))
+
+    def scratch(self, width: int | None = None) -> Tensor:
+        """[2, P, H, C, M] for factors of products, or with ``width`` fp32 [width, P, H, C]."""
+        shape = (self.layout.num_chunks, self.heads, self.layout.chunk_size)
+        if width is not None:
+            return self.operands.q.new_empty(width, *shape, dtype=torch.float32)
+        return self.operands.q.new_empty(2, *shape, self.slots, dtype=self._factor)
+
+    def memories(self, count: int, *, factor: bool = False) -> Memories:
+        """[count, H, M, .], fp32 or for factors of products."""
+        q, v, shape = self.operands.q, self.operands.v, (count, self.heads, self.slots)
+        dtype = self._factor if factor else torch.float32
+        return Memories(*(x.new_empty(*shape, x.shape[3], dtype=dtype) for x in (q, v)))
+
+    @property
+    def _factor(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@dataclass(frozen=True)
+class States:
+    """A forward scan.
+
+    Attributes:
+        start: memories before each chunk [P, ...].
+        pair: the stale pair of the documents' first chunks [N, ...]; None takes ``start``.
+        gradient: inner gradients [2, P, H, C, M]; None where they are recomputed.
+        saved: memories at segment starts [G, ...], what backward keeps; None in a rescan.
+        last: chunk-start pair that the next call takes, by rank [N, ...]; None in a rescan.
+    """
+
+    start: Memories
+    pair: Memories | None
+    gradient: Tensor | None
+    saved: Memories | None
+    last: Memories | None
+
+    def passes(self, inputs: Inputs) -> tuple[Pass, Pass]:
+        """Both passes as the parallel kernels see them."""
+        return _pass(inputs, self, 0), _pass(inputs, self, 1)
+
+
+@dataclass(frozen=True)
+class ReadoutGradients:
+    """What the readout alone contributes to each gradient.
+
+    Attributes:
+        query: dQ [B, T, H, D].
+        reader: dYhat and P [2, P, H, C, M], with which each pass's writes were read.
+        write: of the writes [2, P, H, C, M].
+        start: of the memories at each chunk's start [P, ...].
+        rows: Q.dQ and P.dP [2, P, H, C].
+        weight, bias: of the affine [H, M], fp32; None where there is none.
+        dy: the upstream gradient.
+    """
+
+    query: Tensor
+    reader: Tensor
+    write: Tensor
+    start: Memories
+    rows: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    dy: Tensor
+
+
+@dataclass(frozen=True)
+class ScanGradients:
+    """A reverse scan.
+
+    Attributes:
+        initial: adjoint of the initial memories, by rank [N, ...].
+        stale: of the stale pair; None where the call has none.
+        end: of the memories after each chunk [P, ...].
+        base: of B [2, P, H, C, M]; None under "stale".
+        parts: what each memory adds to the decay's gradient at a chunk's end [2, parts, P, H]; the parts
+            of ``input_backward`` are still empty.
+    """
+
+    initial: Memories
+    stale: Memories | None
+    end: Memories
+    base: Tensor | None
+    parts: Tensor
+
+
+def arrange(operands: Operands, *, layout: PackedLayout, rule: Rule) -> Inputs:
+    """Operands in token order and their gates in chunk order.
+
+    Raises:
+        ValueError: update "corrected" with a phi that mixes slots.
+    """
+    if rule.corrected and rule.phi not in ELEMENTWISE_PHI:
+        raise ValueError(
+            f"update = 'corrected' with phi = {rule.phi!r}: these kernels have it for "
+            f"{', '.join(ELEMENTWISE_PHI)}; use backend 'chunkwise'"
+        )
+    operands = Operands(*(None if x is None else x.contiguous() for x in operands))  # type: ignore[arg-type]
+    return Inputs(operands, derive_gates(operands, layout), layout, rule)
+
+
+def scan_forward(
+    inputs: Inputs, initial: Memories, *, stale: Memories | None = None
+) -> tuple[States, Memories]:
+    """Run both memories over the documents.
+
+    Args:
+        inputs: of ``arrange``; the queries are not read.
+        initial: memories before each document's first token, by rank [N, ...], fp32.
+        stale: the pair [N, ...] where a call enters inside a chunk; None takes ``initial``.
+
+    Returns:
+        The states, and the memories after each document's last token, by rank [N, ...].
+    """
+    layout, every = inputs.layout, segment_chunks(inputs.layout.chunk_size)
+    documents = layout.num_documents
+    saved = inputs.memories(layout.segments(every).rank.shape[0])
+    final, last = inputs.memories(documents), inputs.memories(documents)
+    states = _scan(inputs, inputs.whole(), initial, stale, every, saved=saved, final=final, last=last)
+    return states, final
+
+
+def rescan(inputs: Inputs, saved: Memories, *, stale: Memories | None = None) -> States:
+    """The states of ``scan_forward`` from its segment starts, all segments side by side."""
+    every = segment_chunks(inputs.layout.chunk_size)
+    return _scan(inputs, inputs.tables(every), saved, stale, every, saved=None, final=None, last=None)
+
+
+def _scan(
+    inputs: Inputs,
+    tables: Tables,
+    initial: Memories,
+    stale: Memories | None,
+    every: int,
+    *,
+    saved: Memories | None,
+    final: Memories | None,
+    last: Memories | None,
+) -> States:
+    start = inputs.memories(inputs.layout.num_chunks, factor=True)
+    gradient = inputs.scratch() if inputs.stored else None
+    outer = (initial, stale, saved, start, final, last)
+    sides = [
+        scan.Forward(
+            (inputs.operands.k, inputs.operands.v)[memory],
+            *inputs.gates.of(memory),
+            _part(inputs.inverse if inputs.rule.corrected else None, memory),
+            *(_side(x, memory) for x in outer),
+            _part(gradient, memory),
+        )
+        for memory in (0, 1)
+    ]
+    options = inputs.options("scan_forward")
+    runs, blocks = tables.rank.shape[0], triton.cdiv(inputs.slots, options["Z"].BM)
+    scan.scan_forward_kernel[(runs * inputs.heads, 2, blocks)](
+        *sides, inputs.operands.alpha, tables, inputs.heads, inputs.layout.num_documents, every, **options
+    )
+    return States(start, stale, gradient, saved, last)
+
+
+def readout_forward(inputs: Inputs, states: States) -> Tensor:
+    """Outputs [B, T, H, V] in v's dtype from the states of ``scan_forward``."""
+    operands, y = inputs.operands, torch.empty_like(inputs.operands.v)
+    options = inputs.options("readout_forward")
+    readout.readout_forward_kernel[_grid(inputs, options)](
+        operands.q,
+        *states.passes(inputs),
+        operands.alpha,
+        operands.readout_weight,
+        operands.readout_bias,
+        y,
+        inputs.whole(),
+        inputs.layout.num_documents,
+        inputs.heads,
+        **options,
+    )
+    return y
+
+
+def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradients:
+    """Gradients of the readout for the upstream ``dy`` [B, T, H, V]."""
+    operands, dy = inputs.operands, dy.contiguous()
+    options = inputs.options("query_backward")
+    tiles = options["Z"].TILES
+    start = inputs.memories(inputs.layout.num_chunks, factor=True)
+    reader, write, rows = inputs.scratch(), inputs.scratch(), inputs.scratch(2)
+    query = torch.empty_like(operands.q)
+    weight, bias = (
+        None if x is None else rows.new_empty(inputs.heads, inputs.layout.num_chunks * tiles, inputs.slots)
+        for x in (operands.readout_weight, operands.readout_bias)
+    )
+    out = readout.Gradients(query, reader[1], reader[0], *write, start.key, start.value, *rows, weight, bias)
+    tables, passes = inputs.whole(), states.passes(inputs)
+    affine = (operands.readout_weight, operands.readout_bias)
+    readout.query_backward_kernel[_grid(inputs, options)](
+        operands.q,
+        *passes,
+        dy,
+        operands.alpha,
+        *affine,
+        out,
+        tables,
+        inputs.layout.num_documents,
+        inputs.heads,
+        **options,
+    )
+    if tiles > 1:
+        options = inputs.options("key_backward")
+        readout.key_backward_kernel[(_grid(inputs, options)[0], options["Z"].TILES + 1, 2)](
+            operands.q, *passes, dy, out, tables, inputs.heads, **options
+        )
+    weight, bias = (None if x is None else x.sum(1) for x in (weight, bias))
+    return ReadoutGradients(query, reader, write, start, rows, weight, bias, dy)
+
+
+def scan_backward(
+    inputs: Inputs,
+    states: States,
+    grads: ReadoutGradients,
+    final: _Pair,
+    *,
+    outside: _Pair = (None, None),
+) -> ScanGradients:
+    """Run the adjoints from the last chunk to the first.
+
+    Args:
+        inputs, states, grads: of the stages before.
+        final: adjoints of the final memories (key, value), by rank [N, ...], fp32; None is zero.
+        outside: adjoints of the chunk-start pair of documents that end inside a chunk, by rank [N, ...],
+            zero for the others; None is zero.
+    """
+    layout, options = inputs.layout, inputs.options("scan_backward")
+    documents, chunks = layout.num_documents, layout.num_chunks
+    initial, end = inputs.memories(documents), inputs.memories(chunks, factor=True)
+    stale = None if states.pair is None else inputs.memories(documents)
+    base = inputs.scratch() if inputs.rule.corrected else None
+    blocks, tiles = triton.cdiv(inputs.slots, options["Z"].BM), inputs.sizes("inputs").TILES
+    extra = blocks if inputs.rule.corrected and outside != (None, None) else 0
+    parts = grads.rows.new_empty(2, tiles + extra, chunks, inputs.heads)
+    parts[:, tiles:].zero_()
+    given = (states.start, states.pair)
+    sides = [
+        scan.Backward(
+            (inputs.operands.k, inputs.operands.v)[memory],
+            *inputs.gates.of(memory),
+            _part(inputs.inverse if inputs.rule.corrected else None, memory),
+            *(_side(x, memory) for x in given),
+            grads.write[memory],
+            _side(grads.start, memory),
+            final[memory],
+            outside[memory],
+            *(_side(x, memory) for x in (initial, stale, end)),
+            _part(base, memory),
+            parts[memory, tiles:] if extra else None,
+        )
+        for memory in (0, 1)
+    ]
+    scan.scan_backward_kernel[(documents * inputs.heads, 2, blocks)](
+        *sides, inputs.operands.alpha, inputs.whole(), inputs.heads, documents, chunks, **options
+    )
+    return ScanGradients(initial, stale, end, base, parts)
+
+
+def input_backward(
+    inputs: Inputs, states: States, grads: ReadoutGradients, adjoints: ScanGradients
+) -> Operands:
+    """Gradients of all operands in token order and their dtypes; None for missing operands."""
+    operands, layout, options = inputs.operands, inputs.layout, inputs.options("inputs")
+    dx = (torch.empty_like(operands.k), torch.empty_like(operands.v))
+    dalpha, dgamma = torch.empty_like(operands.alpha), torch.empty_like(grads.rows)
+    sides = [
+        inputs_room.Side(
+            (operands.q, grads.dy)[memory],
+            grads.reader[memory],
+            grads.write[memory],
+            _part(adjoints.base, memory),
+            _side(adjoints.end, memory),
+            dx[memory],
+            grads.rows[memory],
+            dgamma[memory],
+            adjoints.parts[memory],
+        )
+        for memory in (0, 1)
+    ]
+    key, value = states.passes(inputs)
+    inputs_room.inputs_kernel[_grid(inputs, options)](
+        key,
+        sides[0],
+        value,
+        sides[1],
+        operands.alpha,
+        dalpha,
+        inputs.whole(),
+        layout.num_documents,
+        layout.num_chunks,
+        inputs.heads,
+        **options,
+    )
+    gates = gate_gradients(grads.rows, dgamma, adjoints.parts, inputs.gates, operands=operands, layout=layout)
+    affine = (
+        None if grad is None or x is None else grad.to(x.dtype)
+        for grad, x in ((grads.weight, operands.readout_weight), (grads.bias, operands.readout_bias))
+    )
+    return Operands(grads.query, *dx, dalpha, *gates, *affine)
+
+
+def _pass(inputs: Inputs, states: States, memory: int) -> Pass:
+    return Pass(
+        (inputs.operands.k, inputs.operands.v)[memory],
+        *inputs.gates.of(memory),
+        _side(states.start, memory),
+        _side(states.pair, memory),
+        _part(states.gradient, memory),
+    )
+
+
+def _side(memories: Memories | None, memory: int) -> Tensor | None:
+    return None if memories is None else (memories.key, memories.value)[memory]
+
+
+def _part(stacked: Tensor | None, memory: int) -> Tensor | None:
+    return None if stacked is None else stacked[memory]
+
+
+def _grid(inputs: Inputs, options: dict[str, Any]) -> tuple[int, int]:
+    return inputs.layout.num_chunks * inputs.heads, options["Z"].TILES
