@@ -22,6 +22,7 @@ from trellis_dist.training.engines.local import LocalEngine
 from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
+from trellis_dist.training.state import Progress, check_same_run, run_state
 from trellis_dist.training.watchdog import DivergedError
 
 
@@ -138,6 +139,25 @@ def test_changed_data_or_model_is_refused_with_both_values(data: Path, whole: Pa
         run(make_job(other), whole)
     with pytest.raises(ValueError, match=r"model\.mlp_hidden = 32, but .* saved with 24"):
         run(make_job(data, model={"mlp_hidden": 32}), whole)
+
+
+def test_a_model_field_added_after_the_checkpoint_has_its_default(data: Path, tmp_path: Path):
+    def saved_by(job: Job) -> dict:
+        state = run_state(job, Progress(), optimizer_steps=0, fingerprint="f")
+        for name in ("update", "readout_affine", "value_gates"):
+            del state["model"]["trellis"][name]
+        del state["model"]["tie_embeddings"]
+        return state
+
+    job = make_job(data)
+    changed = dataclasses.replace(
+        job.model, trellis=dataclasses.replace(job.model.trellis, value_gates="own")
+    )
+    check_same_run(saved_by(job), job, fingerprint="f", checkpoint=tmp_path)
+    with pytest.raises(ValueError, match=r"model\.trellis = .*'own'.* saved with .*'shared'"):
+        check_same_run(
+            saved_by(job), dataclasses.replace(job, model=changed), fingerprint="f", checkpoint=tmp_path
+        )
 
 
 def test_what_cannot_work_is_refused_before_training(data: Path, tmp_path: Path):

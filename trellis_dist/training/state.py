@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.state import latest_verified, load_run_state
 from trellis_dist.files import digest
+from trellis_dist.models.config import ModelConfig
 from trellis_dist.training.job import Job, Resume
 
 __all__ = ["Progress", "check_same_run", "find_resume", "run_state"]
@@ -61,14 +62,25 @@ def check_same_run(state: Mapping[str, Any], job: Job, *, fingerprint: str, chec
                 f"the data changed: data {key} is {value}, but {checkpoint} was trained with {saved}: "
                 "restore the data set and its settings, or start a new run in another folder"
             )
-    model = _plain(dataclasses.asdict(job.model))
-    changed = [key for key in model if state["model"].get(key) != model[key]]
+    model, saved = _plain(dataclasses.asdict(job.model)), _completed(state["model"], ModelConfig)
+    changed = [key for key in model if saved.get(key) != model[key]]
     if changed:
         key = changed[0]
         raise ValueError(
-            f"model.{key} = {model[key]}, but {checkpoint} was saved with {state['model'].get(key)}: use the "
+            f"model.{key} = {model[key]}, but {checkpoint} was saved with {saved.get(key)}: use the "
             "recipe the run began with, or start a new run in another folder"
         )
+
+
+def _completed(saved: Mapping[str, Any], kind: type) -> dict[str, Any]:
+    """A saved section with the defaults of the fields that its version of the code did not have yet."""
+    section = dict(saved)
+    for field in dataclasses.fields(kind):
+        if field.default is not dataclasses.MISSING:
+            section.setdefault(field.name, _plain(field.default))
+        elif isinstance(field.default_factory, type):
+            section[field.name] = _completed(section.get(field.name, {}), field.default_factory)
+    return section
 
 
 def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | None:
