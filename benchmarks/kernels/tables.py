@@ -1,0 +1,190 @@
+"""A record as markdown: what the command prints at its end, and what docs/performance.md shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.kernels.gpu import GpuPlan, case_name, rival_name
+from benchmarks.kernels.targets import floors
+
+__all__ = ["render"]
+
+
+def render(record: dict[str, Any]) -> str:
+    """All tables of a record, complete or not. Raises ValueError for what is no record."""
+    parts = {"cpu": _cpu, "gpu": _gpu}
+    if not isinstance(record, dict) or record.get("part") not in parts:
+        raise ValueError("this is no record of python -m benchmarks.kernels: it has no part cpu or gpu")
+    sections = parts[record["part"]](record)
+    sections += [("Targets", _targets(record))]
+    return "\n\n".join(f"{title}\n\n{table}" for title, table in sections if table) + "\n"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
+    return "\n".join(f"| {line} |" for line in lines) if rows else ""
+
+
+def _time(found: dict[str, float], digits: int = 1) -> str:
+    """Median (tenth - ninetieth percentile)."""
+    return f"{found['median']:.{digits}f} ({found['p10']:.{digits}f} - {found['p90']:.{digits}f})"
+
+
+def _targets(record: dict[str, Any]) -> str:
+    verdicts = {True: "met", False: "missed", None: "-"}
+    rows = []
+    for target in record.get("targets", []):
+        measured = target["note"] if target["measured"] is None else f"{target['measured']:.3g}"
+        bound = "-" if target["bound"] is None else f"{target['bound']:.3g}"
+        verdict = "not measured" if target["measured"] is None else verdicts[target["met"]]
+        rows.append([target["name"], measured, bound, verdict])
+    return _table(["target", "measured", "bound", "verdict"], rows)
+
+
+def _cpu(record: dict[str, Any]) -> list[tuple[str, str]]:
+    cases = record["cases"]
+    found = []
+    for name, case in cases.items():
+        if name.startswith("side by side/") and "ms" in case:
+            title = f"Forward and backward, ms, threads: {case['threads']}"
+            rows = [
+                [
+                    who,
+                    *(_time(ms[part]) for part in ("forward", "backward", "both")),
+                    _time(case["times_chunkwise"][who], 2),
+                ]
+                for who, ms in case["ms"].items()
+            ]
+            head = ["", "forward", "backward", "both", "both / chunkwise, round by round"]
+            found.append((title, _table(head, rows)))
+    found.append(("Memory of the same call, MiB", _memory(cases)))
+    found.append(("Forward + backward, microseconds per token against T, 1 thread", _lengths(cases)))
+    decode = cases.get("decode", {}).get("microseconds_per_token", {})
+    rows = [[at, _time(found_at)] for at, found_at in decode.items()]
+    found.append(
+        ("Decode step, microseconds per token and layer, 1 thread", _table(["position", "time"], rows))
+    )
+    for kind in ("bf16", "fp32"):
+        case = cases.get(f"saved for backward/layer in {kind}", {})
+        found.append(
+            (f"Saved for backward, bytes per token and layer, {kind} operands", _saved(record, case))
+        )
+    return found
+
+
+def _memory(cases: dict[str, Any]) -> str:
+    held = cases.get("saved for backward/chunkwise, plain loops", {}).get("bytes", {})
+    rows = []
+    for name, case in cases.items():
+        who = name.removeprefix("peak memory/")
+        if who != name and "bytes" in case and who in held:
+            peak = [f"{case['bytes'][part]['median'] / 2**20:.0f}" for part in ("peak", "after_forward")]
+            rows.append([who, *peak, *(f"{held[who][part] / 2**20:.1f}" for part in ("operands", "own"))])
+    head = ["", "peak over the operands", "of it after forward", "saved: operands", "saved: own"]
+    return _table(head, rows)
+
+
+def _lengths(cases: dict[str, Any]) -> str:
+    found = cases.get("time against length", {}).get("microseconds_per_token", {})
+    rows = [[update, *(_time(time) for time in times.values())] for update, times in found.items()]
+    lengths = [str(t) for times in list(found.values())[:1] for t in times]
+    return _table(["T", *lengths], rows)
+
+
+def _saved(record: dict[str, Any], case: dict[str, Any]) -> str:
+    if "bytes_per_token" not in case:
+        return ""
+    rows = []
+    for chunk, sizes in case["bytes_per_token"].items():
+        measured, formula = sizes["measured"], sizes["formula"]
+        operands, own = measured["operands"], measured["own"]
+        by_formula = formula["operands"] + formula["own"]
+        every = formula["operands"] + formula["every_chunk_start"]
+        rows.append([f"C {chunk}", *(f"{x:.0f}" for x in (operands, own, operands + own, by_formula, every))])
+    attention = case["attention"]
+    blank = ["", "", f"{attention['measured']:.0f}", f"{attention['formula']:.0f}", ""]
+    rows.append(["attention", *blank])
+    return _table(["", "operands", "memories", "sum", "formula", "if every chunk start were kept"], rows)
+
+
+def _gpu(record: dict[str, Any]) -> list[tuple[str, str]]:
+    plan, cases = GpuPlan.of_json(record["settings"]), record["cases"]
+    found = [("Ceilings, measured first", _ceilings(cases))]
+    found.append(("The operation, ms", _own(plan, cases)))
+    found.append(("Forward + backward beside the rivals, ms", _rivals(plan, cases)))
+    rows = []
+    for name, case in cases.items():
+        if name.startswith("decode/") and "microseconds" in case:
+            rows.append(
+                [name.partition("/")[2], *(_time(case["microseconds"][k], 1) for k in ("graph", "eager"))]
+            )
+    found.append(("Decode step, microseconds per layer", _table(["", "graph replay", "eager"], rows)))
+    rows = []
+    for name, case in cases.items():
+        if name.startswith("scan latency/") and "error" not in case:
+            times = case["microseconds_per_chunk"]
+            rows.append(
+                [name.partition("/")[2], *(f"{times[k]:.2f}" for k in ("forward", "again", "reverse"))]
+            )
+    head = ["", "forward", "again in backward", "reverse"]
+    found.append(("The scans alone, microseconds per chunk", _table(head, rows)))
+    rows = [[name, case["error"]] for name, case in cases.items() if "error" in case]
+    return [*found, ("Not measured", _table(["case", "why"], rows))]
+
+
+def _ceilings(cases: dict[str, Any]) -> str:
+    found = cases.get("ceilings", {})
+    if "bytes_per_second" not in found:
+        return ""
+    row = [f"{found['bytes_per_second'] / 1e12:.2f}", f"{found['flops_per_second'] / 1e12:.0f}"]
+    return _table(["copy, TB/s read + written", "bf16 product, TFLOP/s"], [row])
+
+
+def _own(plan: GpuPlan, cases: dict[str, Any]) -> str:
+    rows = []
+    for shape in plan.own:
+        case = cases.get(case_name("compress", shape), {})
+        if "ms" not in case:
+            continue
+        ms, floor = case["ms"], floors(cases, shape)
+        moved = sum(case["floor_bytes"][part]["staged"] for part in ("forward", "backward"))
+        share = "-" if floor is None else f"{100 * floor['both'] / ms['both']['median']:.0f}%"
+        by_part = "-" if floor is None else f"{floor['forward']:.3f} + {floor['backward']:.3f}"
+        state = ("" if case["exact"] else "WRONG ") + ("" if case["bitwise_repeatable"] else "NOT REPEATABLE")
+        rows.append(
+            [
+                f"{shape.name}, C {shape.chunk}, {shape.update}",
+                *(_time(ms[part], 3) for part in ("forward", "backward", "both")),
+                by_part,
+                f"{moved / ms['both']['median'] / 1e9:.2f}",
+                share,
+                f"{ms['submit']['median']:.2f}",
+                state.strip() or "yes",
+            ]
+        )
+    head = [
+        "",
+        "forward",
+        "backward",
+        "both",
+        "floor",
+        "TB/s",
+        "of the roofline",
+        "host",
+        "exact, repeatable",
+    ]
+    return _table(head, rows)
+
+
+def _rivals(plan: GpuPlan, cases: dict[str, Any]) -> str:
+    rows = []
+    for sizes in plan.shapes:
+        shapes = [plan.shape(sizes, chunk) for chunk in plan.chunks]
+        names = {f"ours, C {s.chunk}": case_name("compress", s) for s in shapes}
+        names |= {f"ttt_linear, C {s.chunk}": rival_name("ttt_linear", s) for s in shapes}
+        for rival in ("chunk_gsa", "chunk_gated_delta_rule", "attention"):
+            names[rival] = rival_name(rival, shapes[0])
+        medians = [cases.get(name, {}).get("ms", {}).get("both", {}).get("median") for name in names.values()]
+        rows.append([shapes[0].name, *("-" if ms is None else f"{ms:.3f}" for ms in medians)])
+    return _table(["", *names], rows)
