@@ -46,35 +46,41 @@ RMS_EPS = 1e-6
 _aten: Any = torch.ops.aten
 
 
-def inner_gradient(z: Tensor, alpha: Tensor, phi: str) -> Tensor:
-    """u = J_phi(z)^T (phi(z) - alpha), shapes [..., M]."""
+def inner_gradient(z: Tensor, alpha: Tensor, phi: str, *, out: Tensor | None = None) -> Tensor:
+    """u = J_phi(z)^T (phi(z) - alpha), shapes [..., M]; into ``out`` where it is given."""
+    out = torch.empty_like(z) if out is None else out
     if phi == "silu":
-        return cast(Tensor, _aten.silu_backward(functional.silu(z).sub_(alpha), z))
+        _aten.silu_backward.grad_input(functional.silu(z).sub_(alpha), z, grad_input=out)
+        return out
     if phi == "tanh":
         t = torch.tanh(z)
-        return cast(Tensor, _aten.tanh_backward(t - alpha, t))
+        _aten.tanh_backward.grad_input(t - alpha, t, grad_input=out)
+        return out
     if phi == "identity":
-        return z - alpha
+        return torch.sub(z, alpha, out=out)
     value, vjp = _normaliser(z, phi)
-    return vjp(value - alpha)
+    return out.copy_(vjp(value - alpha))
 
 
-def inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, phi: str) -> tuple[Tensor, Tensor]:
-    """(dz, dalpha) of ``inner_gradient`` for the upstream gradient ``grad`` = dL/du, shapes [..., M]."""
+def inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, phi: str, *, out: tuple[Tensor, Tensor]) -> None:
+    """(dz, dalpha) of ``inner_gradient`` for the gradient ``grad`` = dL/du, into ``out``, shapes [..., M]."""
+    dz, dalpha = out
     if phi == "silu":
-        return _silu_inner_backward(z, alpha, grad)
-    if phi == "tanh":
+        _silu_inner_backward(z, alpha, grad, out)
+    elif phi == "tanh":
         t = torch.tanh(z)
         first = _aten.tanh_backward(grad, t)  # phi' g
-        curvature = _aten.tanh_backward(
-            (t - alpha).mul_(grad).mul_(t), t
-        )  # e g t phi', and phi'' = -2 t phi'
-        return _aten.tanh_backward(first, t).sub_(curvature, alpha=2), first.neg_()
-    if phi == "identity":
-        return grad, -grad
-    if phi == "softmax":
-        return _softmax_inner_backward(z, alpha, grad)
-    return _ln_silu_inner_backward(z, alpha, grad)
+        error = (t - alpha).mul_(grad).mul_(t)
+        curvature = _aten.tanh_backward(error, t)  # e g t phi', and phi'' = -2 t phi'
+        _aten.tanh_backward.grad_input(first, t, grad_input=dz).sub_(curvature, alpha=2)
+        torch.neg(first, out=dalpha)
+    elif phi == "identity":
+        dz.copy_(grad)
+        torch.neg(grad, out=dalpha)
+    else:
+        rows = _softmax_inner_backward if phi == "softmax" else _ln_silu_inner_backward
+        for target, value in zip(out, rows(z, alpha, grad), strict=True):
+            target.copy_(value)
 
 
 def apply_readout(
@@ -169,14 +175,14 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) ->
     )
 
 
-def _silu_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _silu_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]) -> None:
     sigma = torch.sigmoid(z)
     s = z * sigma
     first = _aten.silu_backward(grad, z)  # phi' g
     curvature = _aten.sigmoid_backward((s - alpha).mul_(grad), sigma)  # e g sigma (1 - sigma)
     slope = torch.sub(z, s, alpha=2).add_(2)  # 2 + z (1 - 2 sigma)
-    dz = _aten.silu_backward(first, z).addcmul_(curvature, slope)
-    return dz, first.neg_()
+    _aten.silu_backward.grad_input(first, z, grad_input=out[0]).addcmul_(curvature, slope)
+    torch.neg(first, out=out[1])
 
 
 def _softmax_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

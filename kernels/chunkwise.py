@@ -49,8 +49,7 @@ def forward(
     """
     ranked, pair = _ranked(layout, initial), None if stale is None else _ranked(layout, stale)
     memory = Memories(ranked.key.clone(), ranked.value.clone())
-    heads, width = operands.v.shape[2:]
-    y = memory.value.new_empty(layout.num_chunks, heads, layout.chunk_size, width)
+    heads, y = operands.v.shape[2], operands.v.new_empty(operands.v.shape)
     saved: list[Memories] = []
     endings: list[tuple[_Ending, _Ending]] = []
     for piece in _pieces(layout, heads):
@@ -59,7 +58,7 @@ def forward(
         saved.append(Memories(now.key.clone(), now.value.clone()))
         enters = pair if piece.layout.first_step == 0 else None
         states, final = stages.scan_forward(inputs, saved[-1], stale=enters)
-        y[piece.chunks] = stages.readout_forward(inputs, states)
+        piece.layout.write_tokens(y, stages.readout_forward(inputs, states))
         endings.append(_endings(inputs, states))
         now.key.copy_(final.key)
         now.value.copy_(final.value)
@@ -68,7 +67,6 @@ def forward(
         carry.last_starts(memory.value, [value for _, value in endings]),
     )
     whole = Memories(torch.cat([x.key for x in saved]), torch.cat([x.value for x in saved]))
-    y = layout.from_chunks(y, operands.q.shape[0]).to(operands.v.dtype)
     return y, _unranked(layout, memory), _unranked(layout, last), whole
 
 
@@ -99,7 +97,7 @@ def backward(
         carry.adjoint_of_last(layout, finals[0], starts[0], saved.key),
         carry.adjoint_of_last(layout, finals[1], starts[1], saved.value),
     )
-    totals = _Totals(operands, layout)
+    totals = _Totals(operands)
     dstale, end = None, saved.key.shape[0]
     for piece in reversed(list(_pieces(layout, operands.q.shape[2]))):
         inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
@@ -114,10 +112,10 @@ def backward(
         scan = stages.scan_backward(inputs, states, grads, now, outside=_outside(inputs, starts))
         now.key.copy_(scan.initial.key)
         now.value.copy_(scan.initial.value)
-        totals.add(piece, stages.input_backward(inputs, states, grads, scan))
+        totals.add(piece.layout, stages.input_backward(inputs, states, grads, scan))
         dstale = scan.stale
     ranked = None if dstale is None else _unranked(layout, dstale)
-    return totals.in_token_order(), _unranked(layout, adjoint), ranked
+    return totals.grads(), _unranked(layout, adjoint), ranked
 
 
 def saved_count(shape: Sequence[int], chunk_size: int, *, offset: int, device: torch.device) -> int:
@@ -132,20 +130,16 @@ def saved_count(shape: Sequence[int], chunk_size: int, *, offset: int, device: t
 
 @dataclass(frozen=True)
 class _Piece:
-    """A span of the layout, its chunks in the whole, and how many documents run in its first step."""
+    """A span of the layout, and how many documents run in its first step."""
 
     layout: PackedLayout
-    chunks: slice
     running: int
 
 
 def _pieces(layout: PackedLayout, heads: int) -> Iterator[_Piece]:
     chunks, steps = _piece_size(heads, layout.chunk_size, layout.last_chunk.device)
-    first = 0
     for span in layout.spans(chunks, steps=steps):
-        count = span.steps[-1][1]
-        yield _Piece(span, slice(first, first + count), span.steps[0][1])
-        first += count
+        yield _Piece(span, span.steps[0][1])
 
 
 def _piece_size(heads: int, chunk_size: int, device: torch.device) -> tuple[int, int]:
@@ -155,33 +149,28 @@ def _piece_size(heads: int, chunk_size: int, device: torch.device) -> tuple[int,
 
 
 class _Totals:
-    """Gradients of the operands, collected piece by piece in chunk order."""
+    """Gradients of the operands: tokens are written piece by piece, the affine is summed."""
 
-    def __init__(self, operands: Operands, layout: PackedLayout) -> None:
-        self._operands, self._layout = operands, layout
-        self._chunks: list[Tensor | None] = [None] * 8
+    def __init__(self, operands: Operands) -> None:
+        self._operands = operands
+        self._tokens = [None if x is None else x.new_empty(x.shape) for x in operands[:8]]
         self._affine: list[Tensor | None] = [None, None]
 
-    def add(self, piece: _Piece, grads: Operands) -> None:
-        for i, part in enumerate(grads[:8]):
-            if part is not None:
-                whole = self._chunks[i]
-                if whole is None:
-                    whole = self._chunks[i] = part.new_empty(self._layout.num_chunks, *part.shape[1:])
-                whole[piece.chunks] = part
+    def add(self, piece: PackedLayout, grads: Operands) -> None:
+        for whole, part in zip(self._tokens, grads[:8], strict=True):
+            if whole is not None and part is not None:
+                piece.write_tokens(whole if whole.dim() == 4 else whole[..., None], part)
         for i, part in enumerate(grads[8:]):
             before = self._affine[i]
             self._affine[i] = part if before is None or part is None else before + part
 
-    def in_token_order(self) -> Operands:
+    def grads(self) -> Operands:
         """In the operands' shapes and dtypes."""
-        batch = self._operands.q.shape[0]
-        tokens = [None if x is None else self._layout.from_chunks(x, batch) for x in self._chunks]
-        grads = (
-            None if grad is None or x is None else grad.to(x.dtype).view_as(x)
-            for grad, x in zip((*tokens, *self._affine), self._operands, strict=True)
+        affine = (
+            None if grad is None or x is None else grad.to(x.dtype)
+            for grad, x in zip(self._affine, self._operands[8:], strict=True)
         )
-        return Operands(*grads)  # type: ignore[arg-type]
+        return Operands(*self._tokens, *affine)  # type: ignore[arg-type]
 
 
 _Ending = tuple[Tensor, Tensor] | None

@@ -241,6 +241,29 @@ class PackedLayout:
         rows = (chunk[:, None] * heads + head) * c + slot[:, None]  # [B * T, H]
         return x.reshape(-1, width).index_select(0, rows.view(-1)).view(batch, -1, heads, width)
 
+    def write_tokens(self, out: Tensor, x: Tensor) -> None:
+        """Write a span's x [P, H, C, F] to its tokens of ``out`` [B, T, H, F]; what pads hold is dropped."""
+        heads, width, c = x.shape[1], x.shape[3], self.chunk_size
+        if self.token_of_slot is None:
+            grid = out.view(*self.rows, c, heads, width)
+            part = grid[:, self.first_step : self.first_step + len(self.steps)].permute(1, 0, 3, 2, 4)
+            part.copy_(x.view(len(self.steps), self.rows[0], heads, c, width))
+            return
+        slots, tokens = self._filled
+        head = torch.arange(heads, device=x.device)
+        rows = (slots // c * (heads * c) + slots % c)[:, None] + head * c
+        target = tokens[:, None] * heads + head
+        out.view(-1, width)[target.view(-1)] = x.reshape(-1, width)[rows.view(-1)].to(out.dtype)
+
+    @functools.cached_property
+    def _filled(self) -> tuple[Tensor, Tensor]:
+        """The slots that hold a token, and those tokens."""
+        assert self.token_of_slot is not None, "an even grid needs no tables"
+        if self.valid is None:
+            return torch.arange(len(self.token_of_slot), device=self.token_of_slot.device), self.token_of_slot
+        slots = self.valid.view(-1).nonzero().flatten()
+        return slots, self.token_of_slot[slots]
+
     def rank_documents(self, x: Tensor) -> Tensor:
         """[N, ...] in the caller's order to rank order."""
         return x if self.order is None else x.index_select(0, self.order)

@@ -29,21 +29,16 @@ _LARGEST_ERROR = 1e-5  # of a trial; fp32 leaves 1e-6, bf16 or tf32 operands 1e-
 _switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 
-def product(a: Tensor, b: Tensor, sign: int = 1, *, out: Tensor | None = None) -> Tensor:
-    """sign * a @ b [P, H, i, j], into ``out`` where it is given."""
-    shape, a, b = (*a.shape[:-1], b.shape[-1]), a.flatten(0, 1), b.flatten(0, 1)
+def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """a @ b [P, H, i, j], into ``out`` where it is given."""
+    shape = (*a.shape[:-1], b.shape[-1])
     flat = None if out is None else out.flatten(0, 1)
-    if sign == 1:
-        return _run(lambda a, b: torch.bmm(a, b, out=flat), a, b).view(shape)
-    return _run(lambda a, b: torch.baddbmm(a.new_empty(()), a, b, beta=0, alpha=sign, out=flat), a, b).view(
-        shape
-    )
+    return _run(lambda a, b: torch.bmm(a, b, out=flat), a.flatten(0, 1), b.flatten(0, 1)).view(shape)
 
 
-def add_product_(total: Tensor, a: Tensor, b: Tensor, sign: int) -> Tensor:
-    """total += sign * a @ b, in place."""
-    flat = total.flatten(0, 1)
-    _run(lambda a, b: flat.baddbmm_(a, b, alpha=sign), a.flatten(0, 1), b.flatten(0, 1))
+def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """total += a @ b, in place."""
+    _run(total.flatten(0, 1).baddbmm_, a.flatten(0, 1), b.flatten(0, 1))
     return total
 
 

@@ -105,12 +105,12 @@ class Gates:
         )
 
     @functools.cached_property
-    def omega(self) -> Tensor:
-        """Decay from slot j to slot i [P, H, C, C]; rows of pads are zero."""
+    def minus_omega(self) -> Tensor:
+        """-Omega [P, H, C, C]: every product with Omega is subtracted; rows of pads are zero."""
         columns, valid, c = self.log_decay * LOG2_E, self.valid, self.log_decay.shape[-1]
         rows = columns if valid is None else columns.masked_fill(~valid[:, None, :], -torch.inf)
         future = torch.full((c, c), -torch.inf, dtype=rows.dtype, device=rows.device).triu_(1)
-        return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_()
+        return (rows[..., :, None] - columns[..., None, :]).add_(future).exp2_().neg_()
 
 
 @dataclass(frozen=True)
@@ -122,13 +122,13 @@ class Pass:
 
     @functools.cached_property
     def overlap(self) -> Tensor:
-        """T = strictlower((X X^T) o Omega) [P, H, C, C]: how much of a write a later token reads."""
-        return product(self.x, self.x.mT).mul_(self.gates.omega).tril_(-1)
+        """-T = -strictlower((X X^T) o Omega) [P, H, C, C]: what a later token reads of a write."""
+        return product(self.x, self.x.mT).mul_(self.gates.minus_omega).tril_(-1)
 
     @functools.cached_property
     def inverse(self) -> Tensor:
         """(I + T diag(gamma))^-1 [P, H, C, C], by forward substitution."""
-        lower = self.overlap * self.gates.step.mT
+        lower = self.overlap * -self.gates.step.mT
         eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
         inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False, unitriangular=True)
         return inverse
@@ -169,12 +169,14 @@ class PassStates:
         stale: memories the inner gradient is taken at; the same tensor without a stale pair.
         z: pre-activations Z [P, H, C, M].
         u: inner gradients U [P, H, C, M].
+        write: gamma U [P, H, C, M].
     """
 
     start: Tensor
     stale: Tensor
     z: Tensor
     u: Tensor
+    write: Tensor
 
 
 @dataclass(frozen=True)
@@ -312,56 +314,61 @@ def scan_forward(
 def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> tuple[PassStates, Tensor]:
     """One memory: its states, and the final ones [N, H, M, F]."""
     gates, corrected = own.gates, inputs.rule.corrected
-    weighted = own.x * (gates.tail * gates.step)  # [P, H, C, F]
+    weighted = own.x * (gates.tail * -gates.step)  # [P, H, C, F]
     reading = own.x * gates.mu if corrected else own.x
-    memory = initial.clone()
-    start = memory.new_empty(own.x.shape[0], *memory.shape[1:])
-    z, u = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha)
+    start = initial.new_empty(own.x.shape[0], *initial.shape[1:])
+    z, u, final = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha), torch.empty_like(initial)
+    running = [b - a for a, b in inputs.layout.steps] + [0]  # documents, each a prefix of those before
+    start[: running[0]] = initial
     for i, (a, b) in enumerate(inputs.layout.steps):
-        now = memory[: b - a]  # the documents still running are a prefix
-        start[a:b] = now
+        now = start[a:b]
         at = now if i > 0 or stale is None else stale
         product(reading[a:b], at.mT, out=z[a:b])
-        u[a:b] = inner_gradient(z[a:b], inputs.alpha[a:b], inputs.rule.phi)
+        inner_gradient(z[a:b], inputs.alpha[a:b], inputs.rule.phi, out=u[a:b])
         if corrected:
             if at is not now:
-                add_product_(u[a:b], reading[a:b], (now - at).mT, 1)
+                add_product_(u[a:b], reading[a:b], (now - at).mT)
             u[a:b] = product(own.inverse[a:b], u[a:b])
-        now.mul_(gates.total[a:b])
-        add_product_(now, u[a:b].mT, weighted[a:b], -1)
-    return PassStates(start, start if stale is None else stale_of_chunks(start, stale), z, u), memory
+        rest = running[i + 1]
+        after = start[b : b + rest] if rest == running[i] else torch.empty_like(now)
+        torch.mul(now, gates.total[a:b], out=after)
+        add_product_(after, u[a:b].mT, weighted[a:b])
+        if rest < running[i]:
+            start[b : b + rest], final[rest : running[i]] = after[:rest], after[rest:]
+    taken = start if stale is None else stale_of_chunks(start, stale)
+    return PassStates(start, taken, z, u, u * gates.step), final
 
 
 def readout_forward(inputs: Inputs, states: States) -> Tensor:
     """Outputs [P, H, C, V] from the states of ``scan_forward``; zero on pads."""
     query, key, value = _query(inputs), inputs.key, inputs.value
-    scores = product(query, key.x.mT).mul_(key.gates.omega)  # (Q K^T) o Omega [P, H, C, C]
+    scores = product(query, key.x.mT).mul_(key.gates.minus_omega)  # -(Q K^T) o Omega [P, H, C, C]
     y_hat = product(query * key.gates.mu, states.key.start.mT)
-    add_product_(y_hat, scores, states.key.u * key.gates.step, -1)
+    add_product_(y_hat, scores, states.key.write)
     p = apply_readout(y_hat, inputs.rule.readout, inputs.weight, inputs.bias)
-    scores = product(p, (states.value.u * value.gates.step).mT).mul_(value.gates.omega)
-    return add_product_(product(p * value.gates.mu, states.value.start), scores, value.x, -1)
+    scores = product(p, states.value.write.mT).mul_(value.gates.minus_omega)
+    return add_product_(product(p * value.gates.mu, states.value.start), scores, value.x)
 
 
 def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradients:
     """Gradients of the readout for the upstream ``dy`` [P, H, C, V]; recomputes what forward dropped."""
     query, key, value = _query(inputs), inputs.key, inputs.value
-    omega, scaled_query = key.gates.omega, query * key.gates.mu
-    key_write, value_write = states.key.u * key.gates.step, states.value.u * value.gates.step
-    scores = product(query, key.x.mT).mul_(omega)
-    y_hat = add_product_(product(scaled_query, states.key.start.mT), scores, key_write, -1)
+    minus_omega, scaled_query = key.gates.minus_omega, query * key.gates.mu
+    key_write = states.key.write
+    scores = product(query, key.x.mT).mul_(minus_omega)
+    y_hat = add_product_(product(scaled_query, states.key.start.mT), scores, key_write)
     p, pull_back = readout_vjp(y_hat, inputs.rule.readout, inputs.weight, inputs.bias)
-    second, dp = _second_pass_backward(value, states.value, p, value_write, dy)
+    second, dp = _second_pass_backward(value, states.value, p, dy)
 
     # First pass: Yhat = mu Q S^T - ((Q K^T) o Omega) U'.
     readout = pull_back(dp)
     dy_hat = readout.x
-    dkey_write = product(scores.mT, dy_hat, -1)
-    dscores = product(dy_hat, key_write.mT).mul_(omega)
+    dkey_write = product(scores.mT, dy_hat)
+    dscores = product(dy_hat, key_write.mT).mul_(minus_omega)
     dquery = product(dy_hat, states.key.start).mul_(key.gates.mu)
-    add_product_(dquery, dscores, key.x, -1)
+    add_product_(dquery, dscores, key.x)
     first = PassReadout(
-        x=product(dscores.mT, query, -1),
+        x=product(dscores.mT, query),
         write=dkey_write,
         start=product(dy_hat.mT, scaled_query),
         rows=_row_dot(query, dquery),
@@ -370,16 +377,14 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
     return ReadoutGradients(dquery, first, second, weight, bias)
 
 
-def _second_pass_backward(
-    own: Pass, states: PassStates, p: Tensor, write: Tensor, dy: Tensor
-) -> tuple[PassReadout, Tensor]:
+def _second_pass_backward(own: Pass, states: PassStates, p: Tensor, dy: Tensor) -> tuple[PassReadout, Tensor]:
     """Y = mu P R - ((P W'^T) o Omega) V: the value pass's part, and dP [P, H, C, M]."""
-    mu, omega = own.gates.mu, own.gates.omega
-    scores = product(p, write.mT).mul_(omega)
-    dx = product(scores.mT, dy, -1)
-    dscores = product(dy, own.x.mT).mul_(omega)
-    dwrite = product(dscores.mT, p, -1)
-    dp = add_product_(product(dy, states.start.mT).mul_(mu), dscores, write, -1)
+    mu, minus_omega = own.gates.mu, own.gates.minus_omega
+    scores = product(p, states.write.mT).mul_(minus_omega)
+    dx = product(scores.mT, dy)
+    dscores = product(dy, own.x.mT).mul_(minus_omega)
+    dwrite = product(dscores.mT, p)
+    dp = add_product_(product(dy, states.start.mT).mul_(mu), dscores, states.write)
     return PassReadout(dx, dwrite, product((p * mu).mT, dy), _row_dot(p, dp)), dp
 
 
@@ -420,31 +425,35 @@ def _reverse_scan(
 ) -> Adjoint:
     """One memory."""
     gates, corrected, pair = own.gates, inputs.rule.corrected, states.stale is not states.start
-    tail_x = own.x * gates.tail
+    tail_x = own.x * -gates.tail
     reading = own.x * gates.mu if corrected else own.x
-    adjoint, stale = final.clone(), None  # dS+ of the running documents
-    end, write = torch.empty_like(grads.start), grads.write.clone()
+    steps = inputs.layout.steps
+    stale, end, write = None, torch.empty_like(grads.start), grads.write.clone()
     db, dz, dalpha = (torch.empty_like(write) for _ in range(3))
-    for i, (a, b) in reversed(list(enumerate(inputs.layout.steps))):
-        now = adjoint[: b - a]
-        end[a:b] = now
-        add_product_(write[a:b], tail_x[a:b], now.mT, -1)
+    initial = torch.empty_like(final)
+    for i, (a, b) in reversed(list(enumerate(steps))):
+        now = end[a:b]  # dS+ of the running documents: handed on by the next step, or ended here
+        handed = steps[i + 1][1] - b if i + 1 < len(steps) else 0
+        now[handed:] = final[handed : b - a]
+        add_product_(write[a:b], tail_x[a:b], now.mT)
         torch.mul(write[a:b], gates.step[a:b], out=db[a:b])
         if corrected:
             db[a:b] = product(own.inverse[a:b].mT, db[a:b])
-        dz[a:b], dalpha[a:b] = inner_backward(states.z[a:b], inputs.alpha[a:b], db[a:b], inputs.rule.phi)
-        now.mul_(gates.total[a:b]).add_(grads.start[a:b])
-        through = now
+        z, alpha = states.z[a:b], inputs.alpha[a:b]
+        inner_backward(z, alpha, db[a:b], inputs.rule.phi, out=(dz[a:b], dalpha[a:b]))
+        before = initial if i == 0 else end[steps[i - 1][0] :][: b - a]
+        torch.addcmul(grads.start[a:b], now, gates.total[a:b], out=before)
+        through = before
         if i == 0 and pair:
-            through = stale = torch.zeros_like(now)
+            through = stale = torch.zeros_like(before)
             if corrected:
                 direct = product(db[a:b].mT, reading[a:b])
-                now.add_(direct)
+                before.add_(direct)
                 stale.sub_(direct)
-        add_product_(through, dz[a:b].mT, reading[a:b], 1)
+        add_product_(through, dz[a:b].mT, reading[a:b])
         if outside is not None:
             through.add_(outside[a:b])
-    return Adjoint(adjoint, stale, end, write, db if corrected else None, dz, dalpha, outside)
+    return Adjoint(initial, stale, end, write, db if corrected else None, dz, dalpha, outside)
 
 
 def input_backward(
@@ -477,15 +486,15 @@ def _input_backward(
     """One pass: gradients of x [P, H, C, F], log beta and gamma [P, H, C, 1]."""
     gates, rows, dwrite = own.gates, grads.rows, adjoint.write
     # dX through S+ = e^{l_C} S - (gamma U)^T (tail X), then the part through Z.
-    through_end = product(states.u * gates.step, adjoint.end, -1).mul_(gates.tail)
+    through_end = product(states.write, adjoint.end).mul_(-gates.tail)
     dx = grads.x + through_end
     if adjoint.b is None:
-        add_product_(dx, adjoint.z, states.stale, 1)
+        add_product_(dx, adjoint.z, states.stale)
     else:
         reading, written = _corrected_input_backward(own, states, adjoint.z, adjoint.b)
         dx.add_(reading).add_(written)
         rows = rows + _row_dot(own.x, reading)
-        dwrite = add_product_(dwrite.clone(), own.overlap.mT, adjoint.b, -1)
+        dwrite = add_product_(dwrite.clone(), own.overlap.mT, adjoint.b)
     dstep = _row_dot(dwrite, states.u)
     dlog = torch.addcmul(rows, dstep, gates.step.squeeze(-1), value=-1)
     kept = _row_dot(states.start, adjoint.end).sum(-1) * gates.total[..., 0, 0]
@@ -499,12 +508,12 @@ def _input_backward(
 def _corrected_input_backward(own: Pass, states: PassStates, dz: Tensor, db: Tensor) -> tuple[Tensor, Tensor]:
     """dX as a reader of the decayed memory and of earlier writes, and as what was written [P, H, C, F]."""
     gates = own.gates
-    pairs = product(db, (states.u * gates.step).mT).mul_(gates.omega).tril_(-1)
+    pairs = product(db, states.write.mT).mul_(gates.minus_omega).tril_(-1)
     reading = product(dz, states.stale)
     if states.stale is not states.start:
-        add_product_(reading, db, states.start - states.stale, 1)
-    add_product_(reading.mul_(gates.mu), pairs, own.x, -1)
-    return reading, product(pairs.mT, own.x, -1)
+        add_product_(reading, db, states.start - states.stale)
+    add_product_(reading.mul_(gates.mu), pairs, own.x)
+    return reading, product(pairs.mT, own.x)
 
 
 def _query(inputs: Inputs) -> Tensor:

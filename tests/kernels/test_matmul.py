@@ -44,12 +44,12 @@ def test_products_are_fp32_and_independent_of_the_batch(size: tuple[int, int, in
     exact = a.double() @ b.double()
     scale = exact.abs().amax()
     assert (product(a, b) - exact).abs().amax() <= 1e-6 * scale
-    assert torch.equal(product(a, b, -1), -product(a, b))
-    assert (add_product_(total.clone(), a, b, -1) - (1 - exact)).abs().amax() <= 1e-6 * scale
+    assert torch.equal(product(a, b, out=torch.empty_like(product(a, b))), product(a, b))
+    assert (add_product_(total.clone(), a, b) - (1 + exact)).abs().amax() <= 1e-6 * scale
     for count in (1, 5):
         parts = zip(a.split(count), b.split(count), total.split(count), strict=True)
-        cut = torch.cat([add_product_(t.clone(), x, y, 1) for x, y, t in parts])
-        assert torch.equal(cut, add_product_(total.clone(), a, b, 1))
+        cut = torch.cat([add_product_(t.clone(), x, y) for x, y, t in parts])
+        assert torch.equal(cut, add_product_(total.clone(), a, b))
 
 
 def test_a_library_that_rounds_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -66,7 +66,7 @@ def test_the_permission_ends_with_the_product_and_the_trial_draws_nothing() -> N
     a, b = operands(64, 32, 32, "nn")
     product(a, b)
     with pytest.raises(RuntimeError):
-        add_product_(torch.zeros(12, 2, 3, 3), a, b, 1)
+        add_product_(torch.zeros(12, 2, 3, 3), a, b)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert torch.equal(torch.get_rng_state(), state)
 
