@@ -1,120 +1,148 @@
-"""The chunkwise backend against the token recurrence in fp64: outputs, states and every gradient."""
+"""The chunkwise backend against the token recurrence at every size, in fp64 and below, and by gradcheck."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
-from kernels import CompressState, chunkwise, compress_kv, decode_step
-from kernels.activations import PHI, READOUT
-from tests.kernels.helpers import assert_close, assert_equal, make_memories, make_operands, run
+from kernels import CompressState, chunkwise, compress_kv
+from kernels.activations import UPDATE
+from tests.kernels.helpers import (
+    AFFINE,
+    MEMORIES,
+    OWN_GATES,
+    assert_close,
+    assert_equal,
+    assert_matches_reference,
+    case_seed,
+    detached,
+    error,
+    make_memories,
+    make_operands,
+    run,
+    slowed,
+)
 
-TOLERANCE = 1e-12
-
-
-@pytest.mark.parametrize("readout", READOUT)
-@pytest.mark.parametrize("phi", PHI)
-def test_equals_the_recurrence_for_every_activation(phi: str, readout: str) -> None:
-    operands = make_operands(length=37)
-    memories = make_memories(operands)
-    options = {"chunk_size": 8, "phi": phi, "readout": readout}
-    expected = run(operands, memories, backend="reference", **options)
-    assert_close(run(operands, memories, backend="chunkwise", **options), expected, TOLERANCE)
-
-
-@pytest.mark.parametrize("length", (1, 63, 64, 65, 200))
-@pytest.mark.parametrize("chunk_size", (1, 16, 64))
-def test_equals_the_recurrence_at_every_length(chunk_size: int, length: int) -> None:
-    operands = make_operands(1, length, 2, d=6, v=4, m=5, seed=length)
-    memories = make_memories(operands)
-    expected = run(operands, memories, backend="reference", chunk_size=chunk_size)
-    assert_close(run(operands, memories, backend="chunkwise", chunk_size=chunk_size), expected, TOLERANCE)
+EVERYTHING = (*OWN_GATES, *AFFINE)
+DEFAULT: dict[str, Any] = {}
+CORRECTED: dict[str, Any] = {"phi": "tanh", "readout": "silu_rms", "update": "corrected"}
 
 
-@pytest.mark.parametrize("offset", (0, 3, (5, 0)))
-@pytest.mark.parametrize("length", (2, 5, 19))
-def test_continues_a_state_at_any_offset(length: int, offset: int | tuple[int, ...]) -> None:
-    operands = make_operands(length=length, seed=5)
-    memories = make_memories(operands)
-    options = {"offset": offset, "chunk_size": 8, "phi": "tanh", "readout": "l2_silu"}
-    expected = run(operands, memories, backend="reference", **options)
-    assert_close(run(operands, memories, backend="chunkwise", **options), expected, TOLERANCE)
+@pytest.fixture(autouse=True)
+def _poisoned_scratch() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # fills uninitialised memory with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("wrong", ("dq", "dk", "dv", "dalpha", "dlog_decay", "dstep_size", "dkey_memory"))
-def test_the_comparison_sees_a_gradient_that_is_twice_too_large(wrong: str) -> None:
-    operands = make_operands(1, 9)
-    memories = make_memories(operands)
-    expected = run(operands, memories, backend="reference", chunk_size=4)
-    assert expected[wrong].abs().amax() > 1e-3, "the case does not exercise this gradient"
-    actual = expected | {wrong: 2 * expected[wrong]}
-    with pytest.raises(AssertionError, match=wrong):
-        assert_close(actual, expected, TOLERANCE)
+def test_scratch_is_poisoned_here() -> None:
+    assert torch.empty(64).isnan().all()
 
 
-def test_fp32_is_fp32_and_bf16_keeps_fp32_memories() -> None:
-    expected = run(make_operands(d=16, v=16, m=16), chunk_size=16)
-    actual = run(make_operands(d=16, v=16, m=16, dtype=torch.float32), chunk_size=16)
-    assert_close(actual, expected, 5e-6)
-    low = {
-        name: x.detach().bfloat16().requires_grad_() for name, x in make_operands(d=16, v=16, m=16).items()
-    }
-    rounded = {name: x.detach().double().requires_grad_() for name, x in low.items()}
-    actual, expected = run(low, chunk_size=16), run(rounded, chunk_size=16)
-    assert actual["y"].dtype == actual["dk"].dtype == torch.bfloat16
-    assert actual["key_memory"].dtype == torch.float32
-    assert_close(actual, expected, 2e-2)
-    assert_close({"S": actual["key_memory"]}, {"S": expected["key_memory"]}, 5e-6)
+@pytest.mark.parametrize("length", (1, 63, 64, 65, 1000))
+@pytest.mark.parametrize("chunk_size", (1, 16, 64, 128, 512))
+@pytest.mark.parametrize("rule", (DEFAULT, CORRECTED), ids=("default", "corrected"))
+def test_equals_the_recurrence_at_every_length(rule: dict[str, Any], chunk_size: int, length: int) -> None:
+    seed = case_seed(rule, chunk_size, length)
+    operands = make_operands(1, length, 2, d=6, v=4, m=5, seed=seed, extra=EVERYTHING if rule else ())
+    scale = 16 / max(16, chunk_size)  # a chunk decays by some e, and its stale steps add up to about 2
+    operands = slowed(operands, decay=scale, step=1 if rule else scale)
+    memories = make_memories(operands, seed=seed + 1)
+    assert_matches_reference(operands, memories, seed=seed + 2, chunk_size=chunk_size, **rule)
 
 
-def test_autocast_does_not_reach_memories_or_gates() -> None:
-    operands = make_operands(dtype=torch.float32)
-    plain = run(operands, chunk_size=16)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert_equal(run(operands, chunk_size=16), plain)
+@pytest.mark.parametrize("offset", (0, 3, (5, 0), (7, 2)))
+@pytest.mark.parametrize("length", (1, 2, 5, 19))
+@pytest.mark.parametrize("update", UPDATE)
+def test_continues_a_state_at_any_offset(update: str, length: int, offset: int | tuple[int, ...]) -> None:
+    seed = case_seed(update, length, offset)
+    operands = make_operands(length=length, seed=seed, extra=EVERYTHING)
+    memories = make_memories(operands, seed=seed + 1)
+    rule = {"phi": "softmax", "readout": "l2_silu", "update": update}
+    assert_matches_reference(operands, memories, seed=seed + 2, offset=offset, chunk_size=8, **rule)
 
 
-@pytest.mark.parametrize("decay", (-80.0, -1e-30, 0.0))
-def test_extreme_decay_stays_finite_and_exact(decay: float) -> None:
-    operands = make_operands(1, 40)
-    operands["log_decay"] = torch.full_like(operands["log_decay"], decay).requires_grad_()
-    options = {"chunk_size": 16}
-    expected = run(operands, backend="reference", **options)
-    actual = run(operands, backend="chunkwise", **options)
-    if decay == -80.0:  # the true gradient of log beta is about e^-80: what is left is rounding
-        assert actual.pop("dlog_decay").abs().amax() < 1e-14
-        assert expected.pop("dlog_decay").abs().amax() < 1e-14
-    assert_close(actual, expected, TOLERANCE)
-    single = {name: x.detach().float().requires_grad_() for name, x in operands.items()}
-    assert all(x.isfinite().all() for x in run(single, **options).values())
+@pytest.mark.parametrize("update", UPDATE)
+def test_packed_documents_equal_the_recurrence(update: str) -> None:
+    """Documents of every kind at once: of one token, within a chunk, ending with one, entered inside one."""
+    lengths, offsets = (1, 3, 13, 40, 2, 8), (7, 0, 3, 0, 4, 0)
+    operands = make_operands(1, sum(lengths), seed=case_seed(update), extra=EVERYTHING)
+    assert_matches_reference(
+        operands,
+        make_memories(operands, len(lengths)),
+        offset=offsets,
+        chunk_size=8,
+        cu_seqlens=torch.tensor([0, *lengths]).cumsum(0),
+        phi="tanh",
+        readout="silu_rms",
+        update=update,
+    )
 
 
-def test_equal_keys_stay_exact() -> None:
-    operands = make_operands(1, 50)
-    for name in ("k", "v"):
-        operands[name] = operands[name].detach()[:, :1].expand_as(operands[name]).clone().requires_grad_()
-    expected = run(operands, backend="reference", chunk_size=16)
-    assert_close(run(operands, backend="chunkwise", chunk_size=16), expected, TOLERANCE)
-
-
-def test_zero_steps_leave_only_decay() -> None:
-    operands = make_operands(1, 20)
-    memories = make_memories(operands)
-    operands["step_size"] = torch.zeros_like(operands["step_size"]).requires_grad_()
-    final = run(operands, memories, chunk_size=8)
-    factor = operands["log_decay"].sum(1).exp()[..., None, None]
-    torch.testing.assert_close(final["key_memory"], memories["key_memory"] * factor, rtol=1e-13, atol=0)
-
-
-def test_the_size_of_the_pieces_changes_no_bit(monkeypatch: pytest.MonkeyPatch) -> None:
-    operands = make_operands(3, 100, 2, d=16, v=16, m=16, dtype=torch.float32)
+@pytest.mark.parametrize("update", UPDATE)
+def test_the_size_of_the_pieces_changes_no_bit(update: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    operands = make_operands(3, 100, 2, d=16, v=16, m=16, dtype=torch.float32, extra=OWN_GATES)
     memories = make_memories(operands)
     results = []
     for matrices in (1, 12, 10_000):
         monkeypatch.setattr(chunkwise, "MATRICES", matrices)
-        results.append(run(operands, memories, offset=(3, 0, 9), chunk_size=16))
+        monkeypatch.setattr(chunkwise, "TOKENS", 16)
+        results.append(run(operands, memories, offset=(3, 0, 9), chunk_size=16, update=update))
     assert_equal(results[1], results[0])
     assert_equal(results[2], results[0])
+
+
+@pytest.mark.parametrize("update", UPDATE)
+def test_fp32_is_fp32_and_bf16_keeps_fp32_memories(update: str) -> None:
+    operands = make_operands(d=16, v=16, m=16, extra=EVERYTHING)
+    options = {"chunk_size": 16, "update": update}
+    single = {name: x.detach().float().requires_grad_() for name, x in operands.items()}
+    assert_close(run(single, **options), run(operands, **options), 5e-6)
+    low = {name: x.detach().bfloat16().requires_grad_() for name, x in operands.items()}
+    rounded = {name: x.detach().double().requires_grad_() for name, x in low.items()}
+    actual, expected = run(low, **options), run(rounded, **options)
+    assert {actual[name].dtype for name in ("y", *(f"d{name}" for name in operands))} == {torch.bfloat16}
+    assert_close(actual, expected, 2e-2)
+    memories = {name: actual[name] for name in MEMORIES}
+    assert {x.dtype for x in memories.values()} == {torch.float32}
+    assert_close(memories, {name: expected[name] for name in MEMORIES}, 5e-6)
+
+
+@pytest.mark.parametrize("gates", (torch.float16, torch.bfloat16, torch.float32, torch.float64))
+def test_gates_of_any_dtype_are_computed_in_fp32(gates: torch.dtype) -> None:
+    operands = make_operands(1, 40, d=16, v=16, m=16, dtype=torch.float32, extra=EVERYTHING)
+    mixed, exact = dict(operands), dict(operands)
+    for name in ("log_decay", "step_size", *EVERYTHING):
+        mixed[name] = operands[name].detach().to(gates).requires_grad_()
+        exact[name] = mixed[name].detach().float().requires_grad_()
+    actual, expected = run(mixed, chunk_size=16), run(exact, chunk_size=16)
+    assert all(actual[f"d{name}"].dtype == mixed[name].dtype for name in operands)
+    assert_equal(actual, {name: x.to(actual[name].dtype) for name, x in expected.items()})
+
+
+def test_an_fp64_gate_is_not_rounded_where_the_call_is_fp64() -> None:
+    operands = make_operands(1, 20)
+    exact = run(operands, chunk_size=8)
+    operands["log_decay"] = operands["log_decay"].detach().float().requires_grad_()
+    assert 1e-12 < error(run(operands, chunk_size=8)["y"], exact["y"]) < 1e-5
+
+
+def test_strides_and_repeated_arguments_do_not_matter() -> None:
+    operands = make_operands(2, 20)
+    expected = run(operands, chunk_size=8)
+    strided = {name: x.detach().transpose(0, 1).contiguous().transpose(0, 1) for name, x in operands.items()}
+    assert not strided["q"].is_contiguous()
+    assert_equal(run({name: x.requires_grad_() for name, x in strided.items()}, chunk_size=8), expected)
+    copies = detached(operands) | {"v": operands["k"].detach().clone().requires_grad_()}
+    copies["value_step_size"] = copies["step_size"].detach().clone().requires_grad_()
+    apart = run(copies, chunk_size=8)
+    shared = copies | {"v": copies["k"], "value_step_size": copies["step_size"]}
+    together = run(shared, chunk_size=8)
+    assert_equal({"dk": together["dk"]}, {"dk": apart["dk"] + apart["dv"]})
+    assert_equal({"d": together["dstep_size"]}, {"d": apart["dstep_size"] + apart["dvalue_step_size"]})
 
 
 def test_gradients_only_where_asked_and_none_where_no_output_needs_them() -> None:
@@ -128,105 +156,38 @@ def test_gradients_only_where_asked_and_none_where_no_output_needs_them() -> Non
     assert operands["q"].grad is None
 
 
-def test_identity_with_single_token_chunks_is_deltanet() -> None:
-    """phi = identity, C = 1, beta = 1, alpha as the target: two delta-rule memories in a row."""
-    operands = {name: x.detach() for name, x in make_operands(2, 33).items()}
-    operands["log_decay"] = torch.zeros_like(operands["log_decay"])
-    y, state = compress_kv(
-        **operands, chunk_size=1, phi="identity", readout="softmax", output_final_state=True
-    )
-    assert state is not None
-    hidden, keys = delta_rule(operands["q"], operands["k"], operands["alpha"], operands["step_size"])
-    torch.testing.assert_close(state.key_memory, keys, rtol=1e-12, atol=1e-13)
-    memory = torch.zeros(*state.value_memory.shape, dtype=torch.float64)
-    for t in range(33):
-        v, gamma = operands["v"][:, t], operands["step_size"][:, t, :, None, None]
-        residual = operands["alpha"][:, t] - torch.einsum("bhmv,bhv->bhm", memory, v)
-        memory = memory + gamma * residual[..., :, None] * v[..., None, :]
-        expected = torch.einsum("bhmv,bhm->bhv", memory, torch.softmax(hidden[:, t], -1))
-        torch.testing.assert_close(y[:, t], expected, rtol=1e-11, atol=1e-13)
+def test_without_gradients_nothing_is_kept() -> None:
+    operands = make_operands(1, 10)
+    with torch.no_grad():
+        y, _ = compress_kv(**operands, chunk_size=4)
+    assert y.grad_fn is None
+    y, _ = compress_kv(**{name: x.detach() for name, x in operands.items()}, chunk_size=4)
+    assert y.grad_fn is None
 
 
-def delta_rule(
-    q: torch.Tensor, k: torch.Tensor, target: torch.Tensor, step: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """DeltaNet in its textbook form W (I - g k k^T) + g target k^T, with outputs W q."""
-    batch, length, heads, width = k.shape
-    outputs = torch.empty_like(target)
-    memories = torch.zeros(batch, heads, target.shape[-1], width, dtype=k.dtype)
-    for b in range(batch):
-        for h in range(heads):
-            for t in range(length):
-                key, g = k[b, t, h], step[b, t, h]
-                erase = torch.eye(width, dtype=k.dtype) - g * torch.outer(key, key)
-                memories[b, h] = memories[b, h] @ erase + g * torch.outer(target[b, t, h], key)
-                outputs[b, t, h] = memories[b, h] @ q[b, t, h]
-    return outputs, memories
-
-
-def test_gradcheck() -> None:
-    operands = make_operands(1, 5, 1, d=2, v=3, m=3)
+@pytest.mark.parametrize("update", UPDATE)
+@pytest.mark.parametrize(
+    "phi, readout",
+    [("silu", "silu_rms"), ("tanh", "ln_silu"), ("ln_silu", "l2_silu"), ("softmax", "softmax")],
+)
+def test_gradcheck(phi: str, readout: str, update: str) -> None:
+    """Nothing but differences of the function itself: own gates, affine, states on both ends."""
+    operands = make_operands(1, 5, 1, d=2, v=3, m=3, seed=case_seed(phi, update), extra=EVERYTHING)
     memories = make_memories(operands)
 
     def call(*tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        state = CompressState(*tensors[6:], offset=1)
-        y, final = compress_kv(*tensors[:6], chunk_size=3, initial_state=state, output_final_state=True)
+        named = dict(zip(operands, tensors, strict=False))
+        y, final = compress_kv(
+            **named,
+            chunk_size=3,
+            phi=phi,
+            readout=readout,
+            update=update,
+            initial_state=CompressState(*tensors[len(operands) :], offset=1),
+            output_final_state=True,
+            check_values=False,  # differences may leave the range of the gates
+        )
         assert final is not None
-        return y, final.key_memory, final.value_memory
+        return y, *(getattr(final, name) for name in MEMORIES)
 
     assert torch.autograd.gradcheck(call, (*operands.values(), *memories.values()))
-
-
-@pytest.mark.parametrize("phi", PHI)
-@pytest.mark.parametrize("prefill", (0, 5, 8))
-def test_prefill_and_decode_equal_the_parallel_form(prefill: int, phi: str) -> None:
-    operands = {name: x.detach() for name, x in make_operands(2, 21).items()}
-    memories = {name: x.detach() for name, x in make_memories(operands).items()}
-    options = {"chunk_size": 8, "phi": phi, "readout": "ln_silu"}
-    state = CompressState(memories["key_memory"], memories["value_memory"])
-    whole, end = compress_kv(**operands, initial_state=state, output_final_state=True, **options)
-    if prefill:
-        head = {name: x[:, :prefill] for name, x in operands.items()}
-        _, after = compress_kv(**head, initial_state=state, output_final_state=True, **options)
-        assert after is not None
-        state = after
-    for t in range(prefill, 21):
-        y, state = decode_step(*(x[:, t] for x in operands.values()), state, **options)
-        torch.testing.assert_close(y, whole[:, t], rtol=1e-11, atol=1e-13)
-    assert end is not None
-    assert state.offset == end.offset == 5
-    for name in ("key_memory", "value_memory", "key_chunk_start", "value_chunk_start"):
-        torch.testing.assert_close(getattr(state, name), getattr(end, name), rtol=1e-11, atol=1e-13)
-
-
-def test_decode_follows_documents_at_different_offsets() -> None:
-    operands = {name: x.detach() for name, x in make_operands(1, 12).items()}
-    cu_seqlens = torch.tensor([0, 4, 12])
-    _, state = compress_kv(**operands, chunk_size=5, cu_seqlens=cu_seqlens, output_final_state=True)
-    assert state is not None
-    assert state.offset == (4, 3)
-    token = [
-        x[:, :2].transpose(0, 1).squeeze(1) for x in operands.values()
-    ]  # one more token for each document
-    for _ in range(3):
-        y, state = decode_step(*token, state, chunk_size=5)
-    for n, (begin, end) in enumerate(((0, 4), (4, 12))):
-        more = [
-            torch.cat((x[:, begin:end], *[t[None, None, n]] * 3), 1) for x, t in zip(operands.values(), token)
-        ]
-        alone, _ = compress_kv(*more, chunk_size=5)
-        torch.testing.assert_close(y[n], alone[0, -1], rtol=1e-11, atol=1e-13)
-
-
-def test_decode_backward_matches_the_parallel_form() -> None:
-    operands = make_operands(1, 1)
-    memories = make_memories(operands)
-    state = CompressState(**memories, offset=2)
-    inputs = [*operands.values(), *memories.values()]
-    y, _ = decode_step(*(x[:, 0] for x in operands.values()), state, chunk_size=4, phi="softmax")
-    expected, _ = compress_kv(**operands, initial_state=state, chunk_size=4, phi="softmax")
-    torch.testing.assert_close(y, expected[:, 0], rtol=1e-12, atol=1e-14)
-    for a, b in zip(
-        torch.autograd.grad(y.sum(), inputs), torch.autograd.grad(expected.sum(), inputs), strict=True
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-13)
