@@ -23,7 +23,7 @@ from benchmarks.kernels.cpu import CpuPlan, cpu_cases
 from benchmarks.kernels.device import Device, cuda_device
 from benchmarks.kernels.gpu import GpuPlan, gpu_cases, warm_jobs
 from benchmarks.kernels.record import Case, Deadline, Record, source_digest
-from benchmarks.kernels.tables import render
+from benchmarks.kernels.tables import floor_table, render
 from benchmarks.kernels.targets import Target, cpu_targets, gpu_targets
 from benchmarks.kernels.timing import Clock
 from benchmarks.machine import machine, versions
@@ -33,6 +33,7 @@ __all__ = ["main", "run_cpu", "run_gpu"]
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 RIVAL_PACKAGES = ("flash-linear-attention", "fla-core")
+H200 = {"bytes_per_second": 4.8e12, "flops_per_second": 990e12}  # its data sheet: HBM3e, dense bf16
 WARM_SHARE = 0.4  # of the time limit, for compiling ahead
 
 
@@ -105,6 +106,7 @@ def _arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repetitions", type=int, help="measured rounds; default 9 on a CPU, 30 on a GPU")
     parser.add_argument("--minutes", type=float, help="start no case after this; default none, 8 on a GPU")
+    parser.add_argument("--floors", action="store_true", help="print the floors of an H200, measure nothing")
     parser.add_argument(
         "--show", type=Path, metavar="JSON", help="print the tables of a file, measure nothing"
     )
@@ -122,6 +124,9 @@ def main(given: Sequence[str] | None = None) -> int:
     try:
         if arguments.show is not None:
             print(render(read_json(arguments.show)), end="")
+            return 0
+        if arguments.floors:
+            print(floor_table(GpuPlan(), **H200))
             return 0
         return _measure(arguments)
     except (ValueError, OSError) as error:

@@ -11,9 +11,9 @@ without caring for backward: batched over sequences and heads, products as matmu
 PyTorch has them, the gates of all chunks at once before the loop. How the loop gets at a chunk matters more
 than the rest:
 
-    unbound   all chunks are split off before the loop; their gradients are stacked once
-    indexed   x[i] in the loop, as most such loops are written; the gradient of every index is a whole tensor
-              of zeros around one chunk, so backward moves (T / C)^2 chunks
+    split      the chunks are copied out and split off before the loop; their gradients are stacked once
+    indexed    x[i] in the loop on views of the operands, as such loops are mostly written; the gradient of
+               every index is a whole tensor of zeros around one chunk, so backward moves (T / C)^2 chunks
 
 Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; gates [B, T, H]; S, R [B, H, M, .].
 """
@@ -42,7 +42,8 @@ def plain_loop(operands: Mapping[str, Tensor], *, chunk_size: int, indexed: bool
         raise ValueError(f"T = {length} is no multiple of chunk_size = {chunk_size}: the plain loop needs it")
 
     def chunks(x: Tensor) -> Tensor:  # [T / C, B, H, C, .]
-        return x.view(batch, -1, chunk_size, heads, x.shape[-1]).permute(1, 0, 3, 2, 4).contiguous()
+        views = x.view(batch, -1, chunk_size, heads, x.shape[-1]).permute(1, 0, 3, 2, 4)
+        return views if indexed else views.contiguous()
 
     q, k, v, alpha = (chunks(operands[name]) for name in ("q", "k", "v", "alpha"))
     cumulative = chunks(operands["log_decay"][..., None]).cumsum(-2)  # l [T / C, B, H, C, 1]

@@ -1,8 +1,9 @@
 """Shapes, random operands as a model makes them, and the floors of a call in bytes and arithmetic.
 
-Per token and head, b bytes an operand, F = D + V, W = 4 M F / C (the two fp32 memories of a chunk, spread
-over its tokens), 8 bytes of gates. "least" moves every operand and result once; "staged" is what the split
-into stages has to move through device memory (everything inside a stage stays on the chip):
+Per token and head, b bytes an operand, F = D + V, W = b M F / C (the two memories of a chunk in the operands'
+type, spread over its tokens), 8 bytes of gates. "least" moves every operand and result once; "staged" is what
+the split into stages has to move through device memory (everything inside a stage stays on the chip; the few
+memories kept for backward are left out):
 
     forward   least    q, k, v, alpha, gates in; y out
               staged   scan: k, v, alpha in, W out;   readout: q, k, v, alpha, W in, y out
@@ -93,7 +94,7 @@ def floor_bytes(shape: Shape, itemsize: int) -> dict[str, dict[str, int]]:
     """Bytes of forward and backward: {"forward": {"least": ., "staged": .}, "backward": ...}."""
     d = v = shape.width * itemsize
     m, gates = shape.slots * itemsize, 8
-    memory = 4 * shape.slots * 2 * shape.width / shape.chunk
+    memory = itemsize * shape.slots * 2 * shape.width / shape.chunk
     write = 2 * m
     scan = d + v + m + gates + memory
     readout = d + d + v + m + gates + memory + v

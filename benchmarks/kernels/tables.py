@@ -1,14 +1,19 @@
-"""A record as markdown: what the command prints at its end, and what docs/performance.md shows."""
+"""A record as markdown: what the command prints at its end, and what docs/performance.md shows.
+
+A file's keys come sorted, so the order of rows and columns is taken from the settings or from the numbers.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+from benchmarks.kernels.contenders import CPU_CONTENDERS
 from benchmarks.kernels.gpu import GpuPlan, case_name, rival_name
+from benchmarks.kernels.sizes import Shape, arithmetic, floor_bytes
 from benchmarks.kernels.targets import floors
 
-__all__ = ["render"]
+__all__ = ["floor_table", "render"]
 
 
 def render(record: dict[str, Any]) -> str:
@@ -19,6 +24,22 @@ def render(record: dict[str, Any]) -> str:
     sections = parts[record["part"]](record)
     sections += [("Targets", _targets(record))]
     return "\n\n".join(f"{title}\n\n{table}" for title, table in sections if table) + "\n"
+
+
+def floor_table(plan: GpuPlan, *, bytes_per_second: float, flops_per_second: float) -> str:
+    """Floors of every size at given ceilings, without the scan's latency: nothing is measured for them."""
+    rows = []
+    for shape in plan.own:
+        size, flops = floor_bytes(shape, 2), arithmetic(shape)
+        row = [_label(shape)]
+        for part in ("forward", "backward"):
+            by_bytes = [1e3 * size[part][kind] / bytes_per_second for kind in ("least", "staged")]
+            row += [f"{ms:.3f}" for ms in (*by_bytes, 1e3 * flops[part] / flops_per_second)]
+        rows.append(row)
+    columns = [
+        f"{part}: {what}" for part in ("forward", "backward") for what in ("least", "staged", "arithmetic")
+    ]
+    return _table(["", *columns], rows)
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -45,40 +66,39 @@ def _targets(record: dict[str, Any]) -> str:
 def _cpu(record: dict[str, Any]) -> list[tuple[str, str]]:
     cases = record["cases"]
     found = []
-    for name, case in cases.items():
+    for name in sorted(cases):
+        case = cases[name]
         if name.startswith("side by side/") and "ms" in case:
             title = f"Forward and backward, ms, threads: {case['threads']}"
             rows = [
                 [
                     who,
-                    *(_time(ms[part]) for part in ("forward", "backward", "both")),
+                    *(_time(case["ms"][who][part]) for part in ("forward", "backward", "both")),
                     _time(case["times_chunkwise"][who], 2),
                 ]
-                for who, ms in case["ms"].items()
+                for who in CPU_CONTENDERS
             ]
             head = ["", "forward", "backward", "both", "both / chunkwise, round by round"]
             found.append((title, _table(head, rows)))
     found.append(("Memory of the same call, MiB", _memory(cases)))
     found.append(("Forward + backward, microseconds per token against T, 1 thread", _lengths(cases)))
     decode = cases.get("decode", {}).get("microseconds_per_token", {})
-    rows = [[at, _time(found_at)] for at, found_at in decode.items()]
+    rows = [[at, _time(decode[at])] for at in sorted(decode, key=int)]
     found.append(
         ("Decode step, microseconds per token and layer, 1 thread", _table(["position", "time"], rows))
     )
     for kind in ("bf16", "fp32"):
         case = cases.get(f"saved for backward/layer in {kind}", {})
-        found.append(
-            (f"Saved for backward, bytes per token and layer, {kind} operands", _saved(record, case))
-        )
+        found.append((f"Saved for backward, bytes per token and layer, {kind} operands", _saved(case)))
     return found
 
 
 def _memory(cases: dict[str, Any]) -> str:
     held = cases.get("saved for backward/chunkwise, plain loops", {}).get("bytes", {})
     rows = []
-    for name, case in cases.items():
-        who = name.removeprefix("peak memory/")
-        if who != name and "bytes" in case and who in held:
+    for who in CPU_CONTENDERS:
+        case = cases.get(f"peak memory/{who}", {})
+        if "bytes" in case and who in held:
             peak = [f"{case['bytes'][part]['median'] / 2**20:.0f}" for part in ("peak", "after_forward")]
             rows.append([who, *peak, *(f"{held[who][part] / 2**20:.1f}" for part in ("operands", "own"))])
     head = ["", "peak over the operands", "of it after forward", "saved: operands", "saved: own"]
@@ -87,16 +107,18 @@ def _memory(cases: dict[str, Any]) -> str:
 
 def _lengths(cases: dict[str, Any]) -> str:
     found = cases.get("time against length", {}).get("microseconds_per_token", {})
-    rows = [[update, *(_time(time) for time in times.values())] for update, times in found.items()]
-    lengths = [str(t) for times in list(found.values())[:1] for t in times]
+    updates = [update for update in ("stale", "corrected") if update in found]
+    lengths = sorted(found[updates[0]], key=int) if updates else []
+    rows = [[update, *(_time(found[update][length]) for length in lengths)] for update in updates]
     return _table(["T", *lengths], rows)
 
 
-def _saved(record: dict[str, Any], case: dict[str, Any]) -> str:
+def _saved(case: dict[str, Any]) -> str:
     if "bytes_per_token" not in case:
         return ""
     rows = []
-    for chunk, sizes in case["bytes_per_token"].items():
+    for chunk in sorted(case["bytes_per_token"], key=int):
+        sizes = case["bytes_per_token"][chunk]
         measured, formula = sizes["measured"], sizes["formula"]
         operands, own = measured["operands"], measured["own"]
         by_formula = formula["operands"] + formula["own"]
@@ -113,24 +135,32 @@ def _gpu(record: dict[str, Any]) -> list[tuple[str, str]]:
     found = [("Ceilings, measured first", _ceilings(cases))]
     found.append(("The operation, ms", _own(plan, cases)))
     found.append(("Forward + backward beside the rivals, ms", _rivals(plan, cases)))
-    rows = []
-    for name, case in cases.items():
-        if name.startswith("decode/") and "microseconds" in case:
-            rows.append(
-                [name.partition("/")[2], *(_time(case["microseconds"][k], 1) for k in ("graph", "eager"))]
-            )
-    found.append(("Decode step, microseconds per layer", _table(["", "graph replay", "eager"], rows)))
-    rows = []
-    for name, case in cases.items():
-        if name.startswith("scan latency/") and "error" not in case:
-            times = case["microseconds_per_chunk"]
-            rows.append(
-                [name.partition("/")[2], *(f"{times[k]:.2f}" for k in ("forward", "again", "reverse"))]
-            )
-    head = ["", "forward", "again in backward", "reverse"]
-    found.append(("The scans alone, microseconds per chunk", _table(head, rows)))
-    rows = [[name, case["error"]] for name, case in cases.items() if "error" in case]
+    found.append(("Decode step, microseconds per layer", _decode(plan, cases)))
+    found.append(("The scans alone, microseconds per chunk", _latencies(plan, cases)))
+    rows = [[name, cases[name]["error"]] for name in sorted(cases) if "error" in cases[name]]
     return [*found, ("Not measured", _table(["case", "why"], rows))]
+
+
+def _decode(plan: GpuPlan, cases: dict[str, Any]) -> str:
+    rows = []
+    for shape in plan.decodes:
+        times = cases.get(f"decode/B {shape.batch}", {}).get("microseconds")
+        if times is not None:
+            rows.append([f"B {shape.batch}", _time(times["graph"]), _time(times["eager"])])
+    return _table(["", "graph replay", "eager"], rows)
+
+
+def _latencies(plan: GpuPlan, cases: dict[str, Any]) -> str:
+    parts, rows = ("forward", "again", "reverse"), []
+    for shape in plan.latencies:
+        times = cases.get(case_name("scan latency", shape), {}).get("microseconds_per_chunk")
+        if times is not None:
+            rows.append([_label(shape), *(f"{times[part]:.2f}" for part in parts)])
+    return _table(["", "forward", "again in backward", "reverse"], rows)
+
+
+def _label(shape: Shape) -> str:
+    return f"{shape.name}, C {shape.chunk}, {shape.update}"
 
 
 def _ceilings(cases: dict[str, Any]) -> str:
@@ -154,7 +184,7 @@ def _own(plan: GpuPlan, cases: dict[str, Any]) -> str:
         state = ("" if case["exact"] else "WRONG ") + ("" if case["bitwise_repeatable"] else "NOT REPEATABLE")
         rows.append(
             [
-                f"{shape.name}, C {shape.chunk}, {shape.update}",
+                _label(shape),
                 *(_time(ms[part], 3) for part in ("forward", "backward", "both")),
                 by_part,
                 f"{moved / ms['both']['median'] / 1e9:.2f}",

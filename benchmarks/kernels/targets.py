@@ -84,7 +84,7 @@ def _why(cases: dict[str, Any], name: str) -> str:
 def cpu_targets(cases: dict[str, Any]) -> list[Target]:
     """Speed and memory beside the plain loops, and what must not grow with the length."""
     found = []
-    sides = [name for name in cases if name.startswith("side by side/")]
+    sides = sorted(name for name in cases if name.startswith("side by side/"))
     for side in sides or ["side by side"]:
         where = side.partition("/")[2]
         for rival in ("plain_loop", "plain_loop_indexed"):
@@ -103,8 +103,10 @@ def cpu_targets(cases: dict[str, Any]) -> list[Target]:
 
 def _constant(cases: dict[str, Any]) -> list[Target]:
     per_token: dict[str, Any] = {
-        f"time per token over lengths, slowest / fastest, {update}": times
-        for update, times in (_find(cases, "time against length", "microseconds_per_token") or {}).items()
+        f"time per token over lengths, slowest / fastest, {update}": _find(
+            cases, "time against length", "microseconds_per_token", update
+        )
+        for update in ("stale", "corrected")
     }
     decode = _find(cases, "decode", "microseconds_per_token")
     per_token["decode step over positions, slowest / fastest"] = decode
