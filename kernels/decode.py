@@ -14,10 +14,13 @@ Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; gates [B, H]; readout a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from kernels.activations import apply_readout, inner_gradient
+from kernels.activations import apply_readout, inner_backward, inner_gradient
 from kernels.checks import check_choices, check_operands, check_state
 from kernels.compress import choose_backend, compress_kv, compute_dtype, stale_pair
 from kernels.layout import PackedLayout
@@ -192,10 +195,28 @@ def _write(memory: Tensor, start: Tensor, token: tuple[Tensor, ...], rule: Rule)
     if rule.corrected:
         start = beta * start
     z = _apply(start, x)
-    u = inner_gradient(z, alpha, rule.phi)
+    u: Tensor = _InnerGradient.apply(z, alpha, rule.phi)  # type: ignore[no-untyped-call]
     if rule.corrected:
         u = u + _apply(kept, x) - z
     return kept - (step[..., None] * u)[..., :, None] * x[..., None, :], start
+
+
+class _InnerGradient(torch.autograd.Function):
+    """u of (z, alpha); aten's fused formulas have no derivative of their own."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, alpha: Tensor, phi: str) -> Tensor:
+        ctx.phi = phi
+        ctx.save_for_backward(z, alpha)
+        return inner_gradient(z, alpha, phi)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        z, alpha = ctx.saved_tensors
+        dz, dalpha = torch.empty_like(z), torch.empty_like(z)
+        inner_backward(z, alpha, grad, ctx.phi, out=(dz, dalpha))
+        return dz, dalpha, None
 
 
 def _apply(matrix: Tensor, x: Tensor) -> Tensor:

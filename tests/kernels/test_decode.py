@@ -145,7 +145,7 @@ def test_prefill_is_the_parallel_form_without_a_graph() -> None:
 
 
 @pytest.mark.parametrize("update", UPDATE)
-@pytest.mark.parametrize("phi, readout", [("softmax", "ln_silu"), ("tanh", "silu_rms")])
+@pytest.mark.parametrize("phi, readout", zip(PHI, (*READOUT, "silu_rms")))
 def test_backward_through_decoding_is_that_of_the_parallel_form(phi: str, readout: str, update: str) -> None:
     """Five steps over a chunk boundary: gradients of operands, affine and the state that was entered."""
     operands = make_operands(2, 5, seed=case_seed(phi, update), extra=EVERYTHING)
