@@ -16,8 +16,8 @@ from benchmarks.kernels.memory import measured_in_own_process, saved_bytes
 from benchmarks.kernels.record import Case
 from benchmarks.kernels.sizes import Shape, make_operands
 from benchmarks.kernels.timing import Call, Clock, HostClock, in_turns, summaries, summary, timed_pass
-from kernels import CompressState, compress_kv, decode_step
-from kernels.chunkwise import saved_count
+from kernels import CompressState, chunkwise, compress_kv, decode_step
+from kernels.triton import compress
 
 __all__ = ["CpuPlan", "cpu_cases"]
 
@@ -236,12 +236,16 @@ def _saved(plan: CpuPlan, dtype: torch.dtype) -> Callable[[], dict[str, Any]]:
 
 
 def _formula(shape: Shape, itemsize: int) -> dict[str, float]:
-    """Operands H ((2 D + V + M) b + 8); memories 4 H M (D + V) G / (B T), G piece starts or all chunks."""
+    """Operands H ((2 D + V + M) b + 8); memories 4 H M (D + V) G / (B T), G kept or all chunks."""
     memory = 4 * shape.heads * shape.slots * 2 * shape.width
     rows = (shape.batch, shape.length, shape.heads)
-    starts = saved_count(rows, shape.chunk, offset=0, device=torch.device("cpu"))
+    starts, triton = (
+        backend.saved_count(rows, shape.chunk, offset=0, device=torch.device("cpu"))
+        for backend in (chunkwise, compress)
+    )
     return {
         "operands": shape.heads * ((3 * shape.width + shape.slots) * itemsize + 8),
         "own": memory * starts / shape.tokens,
+        "own_triton": memory * triton / shape.tokens,
         "every_chunk_start": memory * shape.batch * shape.chunks / shape.tokens,
     }

@@ -23,7 +23,7 @@ def render(record: dict[str, Any]) -> str:
         raise ValueError("this is no record of python -m benchmarks.kernels: it has no part cpu or gpu")
     sections = parts[record["part"]](record)
     sections += [("Targets", _targets(record))]
-    return "\n\n".join(f"{title}\n\n{table}" for title, table in sections if table) + "\n"
+    return "\n\n".join(f"### {title}\n\n{table}" for title, table in sections if table) + "\n"
 
 
 def floor_table(plan: GpuPlan, *, bytes_per_second: float, flops_per_second: float) -> str:
@@ -90,7 +90,7 @@ def _cpu(record: dict[str, Any]) -> list[tuple[str, str]]:
     for kind in ("bf16", "fp32"):
         case = cases.get(f"saved for backward/layer in {kind}", {})
         found.append((f"Saved for backward, bytes per token and layer, {kind} operands", _saved(case)))
-    return found
+    return [*found, ("Decoding, bytes held per layer and sequence", _decoding(cases))]
 
 
 def _memory(cases: dict[str, Any]) -> str:
@@ -122,12 +122,24 @@ def _saved(case: dict[str, Any]) -> str:
         measured, formula = sizes["measured"], sizes["formula"]
         operands, own = measured["operands"], measured["own"]
         by_formula = formula["operands"] + formula["own"]
-        every = formula["operands"] + formula["every_chunk_start"]
-        rows.append([f"C {chunk}", *(f"{x:.0f}" for x in (operands, own, operands + own, by_formula, every))])
+        others = (formula["operands"] + formula[kept] for kept in ("own_triton", "every_chunk_start"))
+        numbers = (operands, own, operands + own, by_formula, *others)
+        rows.append([f"C {chunk}", *(f"{x:.0f}" for x in numbers)])
     attention = case["attention"]
-    blank = ["", "", f"{attention['measured']:.0f}", f"{attention['formula']:.0f}", ""]
-    rows.append(["attention", *blank])
-    return _table(["", "operands", "memories", "sum", "formula", "if every chunk start were kept"], rows)
+    rows.append(["attention", "", "", f"{attention['measured']:.0f}", f"{attention['formula']:.0f}", "", ""])
+    head = ["", "operands", "memories", "sum", "formula", "triton, formula", "if every chunk start were kept"]
+    return _table(head, rows)
+
+
+def _decoding(cases: dict[str, Any]) -> str:
+    found = cases.get("saved for backward/layer in bf16", {}).get("decoding")
+    if found is None:
+        return ""
+    rows = [
+        [f"{length} tokens", str(found["state"]), str(length * found["attention_per_token"])]
+        for length in (1024, 32768, 1 << 20)
+    ]
+    return _table(["after", "state", "attention's keys and values, bf16"], rows)
 
 
 def _gpu(record: dict[str, Any]) -> list[tuple[str, str]]:

@@ -74,10 +74,19 @@ def _find(cases: dict[str, Any], *path: str) -> Any:
     return at
 
 
+def _trusted(cases: dict[str, Any], name: str, part: str = "both") -> Any:
+    """Median milliseconds of a case on a GPU; None for one that computed something wrong."""
+    if False in (_find(cases, name, "exact"), _find(cases, name, "finite")):
+        return None
+    return _find(cases, name, "ms", part, "median")
+
+
 def _why(cases: dict[str, Any], name: str) -> str:
     """Why a case has no number."""
     if name not in cases:
         return f"{name}: not run"
+    if "ms" in cases[name]:
+        return f"{name}: its results are wrong"
     return f"{name}: {cases[name].get('error', 'no number')}"
 
 
@@ -154,18 +163,25 @@ def gpu_targets(cases: dict[str, Any], plan: GpuPlan) -> list[Target]:
     name = case_name("compress", first)
     found = []
     for part, bound in (("forward", FORWARD_MS), ("backward", BACKWARD_MS)):
-        ms = _find(cases, name, "ms", part, "median")
+        ms = _trusted(cases, name, part)
         found.append(Target(f"{part} ms at {first.name}, C {first.chunk}", ms, bound, note=_why(cases, name)))
     batch = min(plan.decode_batches)
     decode = _find(cases, f"decode/B {batch}", "microseconds", "graph", "median")
     why = _why(cases, f"decode/B {batch}")
     found.append(Target(f"decode step, microseconds per layer at B {batch}", decode, DECODE_US, note=why))
     found += [target for shape in plan.own if shape.update == "stale" for target in _at(cases, plan, shape)]
-    wrong = [s for s in plan.own if _find(cases, case_name("compress", s), "exact") is False]
-    moving = [s for s in plan.own if _find(cases, case_name("compress", s), "bitwise_repeatable") is False]
-    found.append(Target("sizes with results outside the tolerances", float(len(wrong)), 0.0))
-    found.append(Target("sizes where two runs differ", float(len(moving)), 0.0))
+    found.append(_counted(cases, plan, "sizes with results outside the tolerances", "exact"))
+    found.append(_counted(cases, plan, "sizes where two runs differ", "bitwise_repeatable"))
     return [_settled(target) for target in found]
+
+
+def _counted(cases: dict[str, Any], plan: GpuPlan, name: str, key: str) -> Target:
+    """How many sizes fail a check, once all have been checked."""
+    checks = {own: _find(cases, own, key) for own in (case_name("compress", s) for s in plan.own)}
+    missing = [own for own, check in checks.items() if check is None]
+    if missing:
+        return Target(name, None, 0.0, note=_why(cases, missing[0]))
+    return Target(name, float(sum(not check for check in checks.values())), 0.0)
 
 
 def _settled(target: Target) -> Target:
@@ -177,15 +193,15 @@ def _at(cases: dict[str, Any], plan: GpuPlan, shape: Shape) -> list[Target]:
     """Beside the rivals, the corrected update and the floor, forward + backward."""
     where = f"at {shape.name}, C {shape.chunk}"
     own = case_name("compress", shape)
-    ours = _find(cases, own, "ms", "both", "median")
+    ours = _trusted(cases, own)
     found = []
     for rival in ("chunk_gsa", "ttt_linear"):
         name = rival_name(rival, plan.shape(_sizes(shape), _rival_chunk(plan, rival, shape)))
-        theirs = _find(cases, name, "ms", "both", "median")
+        theirs = _trusted(cases, name)
         note = _why(cases, own if ours is None else name)
         found.append(_ratio(f"forward + backward / {rival} {where}", ours, theirs, 1.0, note=note))
     other = case_name("compress", plan.shape(_sizes(shape), shape.chunk, "corrected"))
-    corrected = _find(cases, other, "ms", "both", "median")
+    corrected = _trusted(cases, other)
     note = _why(cases, own if ours is None else other)
     found.append(_ratio(f"corrected / stale {where}", corrected, ours, CORRECTED, note=note))
     floor = floors(cases, shape)

@@ -379,6 +379,8 @@ def test_a_wrong_result_is_marked_and_missed(
     record = json.loads(path.read_text())
     target = verdicts(record)["sizes with results outside the tolerances"]
     assert (target["measured"], target["met"]) == (2, False)
+    ratio = verdicts(record)["corrected / stale at 1x32x2x16, C 16"]
+    assert (ratio["met"], ratio["note"]) == (None, "compress/1x32x2x16/C 16/stale: its results are wrong")
     assert "WRONG" in render(record)
 
 
