@@ -2,8 +2,8 @@
 """phi, f and their derivatives on tiles; equations in ``kernels.activations``.
 
 Sums and means over slots run along AXIS: 1 for tiles [rows, slots], 0 for [slots, rows]. Tiles are as wide as
-the next power of two; ``keep`` marks the real slots of real rows. Padded slots enter as zero and leave as
-zero. ``slots`` is M as a float. ``weight`` and ``bias`` are the readout's affine, None where it has none:
+the next power of two; ``keep`` marks the real slots of real rows. What is outside enters as zero and leaves
+as zero. ``slots`` is M as a float. ``weight`` and ``bias`` are the readout's affine, None where it has none:
 
     P = weight f(x) + bias;   silu_rms: P = SiLU(weight n + bias), n = x / sqrt(mean x^2 + eps)
 """
@@ -64,41 +64,53 @@ def _softmax(z, keep, AXIS: tl.constexpr):
 
 
 @triton.jit
-def inner_gradient(z, alpha, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
-    """u = J_phi(z)^T (phi(z) - alpha)."""
+def _slopes(z, alpha, PHI: tl.constexpr):
+    """(u, phi', phi'^2 + e phi'') of an elementwise phi, e = phi(z) - alpha; u is 0 where z and alpha are."""
     if PHI == "silu":
         sigma = tl.sigmoid(z)
-        u = (z * sigma - alpha) * _silu_slope(z, sigma)
+        rest = 1.0 - sigma
+        first = sigma + z * sigma * rest
+        second = sigma * rest * (2.0 + z * (rest - sigma))
+        e = z * sigma - alpha
+        u, curve = e * first, first * first + e * second
     elif PHI == "tanh":
         t = _tanh(z)
-        u = (t - alpha) * (1.0 - t * t)
-    elif PHI == "identity":
-        u = z - alpha
+        first = 1.0 - t * t
+        u = (t - alpha) * first
+        curve = first * first - 2.0 * t * u
     else:
+        u = z - alpha
+        first = tl.full(z.shape, 1.0, tl.float32)
+        curve = first
+    return u, first, curve
+
+
+@triton.jit
+def inner_gradient(z, alpha, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
+    """u = J_phi(z)^T (phi(z) - alpha)."""
+    if PHI == "ln_silu" or PHI == "softmax":
         value, _ = _activate(z, keep, slots, PHI, AXIS)
-        u = _pull_back(z, value - alpha, keep, slots, PHI, AXIS)
-    return tl.where(keep, u, 0.0)
+        u = tl.where(keep, _pull_back(z, value - alpha, keep, slots, PHI, AXIS), 0.0)
+    else:
+        u, _, _ = _slopes(z, alpha, PHI)
+    return u
 
 
 @triton.jit
 def inner_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
-    """(dz, dalpha) of ``inner_gradient`` for the upstream gradient ``grad``."""
-    if PHI == "silu":
-        sigma = tl.sigmoid(z)
-        s = z * sigma
-        first = _silu_slope(z, sigma)
-        second = sigma * (1.0 - sigma) * (2.0 + z - 2.0 * s)
-        dz = (first * first + (s - alpha) * second) * grad
-        dalpha = -first * grad
-    elif PHI == "tanh":
-        t = _tanh(z)
-        first = 1.0 - t * t
-        dz = (first * first - 2.0 * (t - alpha) * t * first) * grad
-        dalpha = -first * grad
-    elif PHI == "identity":
-        dz = grad
-        dalpha = -grad
-    elif PHI == "softmax":
+    """(dz, dalpha) of ``inner_gradient`` for the upstream gradient ``grad``, which is 0 outside ``keep``."""
+    if PHI == "ln_silu" or PHI == "softmax":
+        dz, dalpha = _rows_backward(z, alpha, grad, keep, slots, PHI, AXIS)
+    else:
+        _, first, curve = _slopes(z, alpha, PHI)
+        dz, dalpha = curve * grad, -first * grad
+    return dz, dalpha
+
+
+@triton.jit
+def _rows_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr, AXIS: tl.constexpr):
+    """``inner_backward`` of the phi that mix slots."""
+    if PHI == "softmax":
         p = _softmax(z, keep, AXIS)
         e = tl.where(keep, p - alpha, 0.0)
         along = _sum(grad * p, AXIS)

@@ -11,7 +11,7 @@ the memory after the chunk. The pre-activations and their gradients are recomput
     End  = -(tail U') dS+;   Zr = dZ S'
     corrected, with B = (dB U'^T) o Omega below the diagonal and T = (X X^T) o Omega below the diagonal:
            Xq = -B X + mu dB (S - S');   Xk = -B^T X;   dW -= T^T dB;   otherwise Xq = Xk = 0
-    gates  dgamma = dW . U;   dl = Q.dQ (or P.dP) + X.(Xq + Zr, corrected only), completed in gate_gradients
+    gates  dgamma = dW . U;   dl = Q.dQ (or P.dP) + (corrected) X.Xq + Z.dZ, completed in gate_gradients
            at the chunk's end: sum_j X_j.End_j + e^{l_C} <S, dS+>
 """
 
@@ -63,94 +63,106 @@ class Side(NamedTuple):
 
 
 @triton.jit
-def _from_readers(m, s, X, U, logs, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
-    """(what the readers of the tile's writes add to dX, T^T dB): sums over the tiles from this one on."""
+def _from_queries(m, s, dX, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
+    """dX less ((G U'^T) o Omega)^T L, summed over the tiles from this one on."""
+    head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
+    token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
+    for other in range(tile, Z.TILES):
+        n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
+        L = load_tokens(s.left, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
+        G = load_slots(s.right, row * Z.M, n, 0, Z.M, Z)
+        logs_i, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+        decay = omega(logs_i, logs, other * Z.BT + r, tile * Z.BT + r, r < n)
+        scores = dot(G, U, Z.precision, TB=True) * (decay * gamma[None, :])
+        dX -= dot(scores, L, Z.precision, TA=True)
+    return dX
+
+
+@triton.jit
+def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
+    """(Xk, T^T dB) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
     head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
     dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
     overlap = tl.zeros((Z.BT, Z.BM), dtype=tl.float32)
     for other in range(tile, Z.TILES):
         n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
-        i, j = other * Z.BT + r, tile * Z.BT + r
-        L = load_tokens(s.left, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
-        G = load_slots(s.right, row * Z.M, n, 0, Z.M, Z)
+        dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z)
+        X_i = load_tokens(m.x, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
         logs_i, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
-        scores = dot(G, tl.trans(U), Z.precision) * omega(logs_i, logs, i, j, r < n)
-        dX -= dot(tl.trans(scores), L, Z.precision)
-        if Z.corrected:
-            dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z)
-            X_i = load_tokens(m.x, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
-            decay = omega(logs_i, logs, i, j, r < n, True)
-            dX -= dot(tl.trans(dot(dB, tl.trans(U), Z.precision) * decay), X_i, Z.precision)
-            overlap += dot(tl.trans(dot(X_i, tl.trans(X), Z.precision) * decay), dB, Z.precision)
+        decay = omega(logs_i, logs, other * Z.BT + r, tile * Z.BT + r, r < n, True)
+        scores = dot(dB, U, Z.precision, TB=True) * (decay * gamma[None, :])
+        dX -= dot(scores, X_i, Z.precision, TA=True)
+        overlap += dot(dot(X_i, X, Z.precision, TB=True) * decay, dB, Z.precision, TA=True)
     return dX, overlap
 
 
 @triton.jit
-def _as_reader(m, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
-    """Xq [BT, BF] of ``corrected``: what the tile's tokens read of their own chunk's earlier writes."""
+def _as_reader(m, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
+    """Xq [BT, BF] of ``corrected``: through what B reads of the chunk's earlier writes, and of S - S'."""
     r = tl.arange(0, Z.BT)
     dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
     for other in range(0, tile + 1):
-        X, U, logs_j = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
+        X, U, logs_j, gamma = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
         decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)
-        dX -= dot(dot(dB, tl.trans(U), Z.precision) * decay, X, Z.precision)
+        dX -= dot(dot(dB, U, Z.precision, TB=True) * (decay * gamma), X, Z.precision)
+    if m.pair is not None:
+        change = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32) - at
+        dX += dot(dB * tl.exp(logs)[:, None], change, Z.precision)
     return dX
 
 
 @triton.jit
 def _one(m, s, alpha, t, tile, chunk_head, documents, chunks, heads, F, BF, Z: tl.constexpr):
-    """dalpha [BT, BM] of one pass; everything else is stored."""
+    """dalpha [BT, BM] of one pass; everything else is stored, as soon as may be: registers are short."""
     head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
     token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
     row = chunk_head * Z.C + tile * Z.BT
     real = (tl.arange(0, Z.BM) < Z.M)[None, :] & (r < n)[:, None]
     X = load_tokens(m.x, token, n, head, heads, F, BF, Z.BT)
-    A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
     at = load_stale(m, chunk_head, documents, heads, F, BF, Z)
     after = load_memory(s.end, chunk_head, 0, None, F, BF, Z)
-    dW = load_slots(s.write, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
+    A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
     logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
     end = tl.load(m.log_decay + chunk_head * Z.C + Z.C - 1)
-    mu, tail = tl.exp(logs)[:, None], tl.exp(tl.where(r < n, end - logs, 0.0))[:, None]
+    tail = tl.exp(tl.where(r < n, end - logs, 0.0))[:, None]
+    start = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32)
+    part = tl.exp(end) * tl.sum(tl.sum(start * after.to(tl.float32), 1), 0)
+    part = tl.where(tile == 0, part, 0.0)
 
-    pre = dot(X, tl.trans(at), Z.precision)
+    dW = load_slots(s.write, row * Z.M, n, 0, Z.M, Z)
+    pre = dot(X, at, Z.precision, TB=True)
+    seen = dot(X, after, Z.precision, TB=True) * tail
     if Z.corrected:
-        pre = pre * mu
-    if Z.stored:
-        U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
-    else:
-        U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
-    write = U * gamma[:, None]
-    dW -= dot(X, tl.trans(after), Z.precision) * tail
+        pre = pre * tl.exp(logs)[:, None]
+    dW = dW.to(tl.float32) - seen
     if Z.corrected:
         dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
         dB = dW * gamma[:, None]
-    dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
-    dX, overlap = _from_readers(m, s, X, write, logs, t, tile, chunk_head, heads, F, BF, Z)
-    rows = tl.load(s.rows + row + r, mask=r < n, other=0.0)
-    X = X.to(tl.float32)
-    if Z.corrected:
-        dW -= overlap
-        read = _as_reader(m, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
-        read += dot(dZ * mu, at, Z.precision)
-        if m.pair is not None:
-            change = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32) - at
-            read += dot(dB * mu, change, Z.precision)
-        rows += tl.sum(X * read, 1)
-        dX += read
+    if Z.stored:
+        U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
-        dX += dot(dZ, at, Z.precision)
-    written = -dot(write * tail, after, Z.precision)
-    store_tokens(s.dx, dX + written, token, n, head, heads, F, BF, Z.BT)
-    tl.store(s.rows + row + r, rows, mask=r < n)
+        U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
+    dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
+    write = U * gamma[:, None]
+    part -= tl.sum(tl.sum(write * seen, 1), 0)  # X_j . End_j
+    if Z.corrected:
+        from_keys, overlap = _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
+        dW -= overlap
     tl.store(s.dgamma + row + r, tl.sum(dW * U, 1), mask=r < n)
-    part = tl.sum(tl.sum(X * written, 1), 0)
-    start = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32)
-    kept = tl.exp(end) * tl.sum(tl.sum(start * after.to(tl.float32), 1), 0)
-    part += tl.where(tile == 0, kept, 0.0)
+    dX = -dot(write * tail, after, Z.precision)
     tl.store(s.parts + tile * chunks * heads + chunk_head, part)
+    if Z.corrected:
+        read = _as_reader(m, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
+        rows = tl.load(s.rows + row + r, mask=r < n, other=0.0)
+        rows += tl.sum(X.to(tl.float32) * read, 1) + tl.sum(pre * dZ, 1)  # Z.dZ is X.Zr
+        tl.store(s.rows + row + r, rows, mask=r < n)
+        dZ = dZ * tl.exp(logs)[:, None]
+        dX += from_keys + read
+    dX += dot(dZ, at, Z.precision)
+    dX = _from_queries(m, s, dX, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
+    store_tokens(s.dx, dX, token, n, head, heads, F, BF, Z.BT)
     return dA
 
 

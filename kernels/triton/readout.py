@@ -1,13 +1,14 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
 """The readout, forward and backward: parallel over chunks, heads and tiles of BT tokens.
 
-Shapes and equations as in ``kernels.stages``; U' = gamma U and W' = gamma W are the writes, Omega and mu are
-the key pass's in the first line of each and the value pass's in the second:
+Shapes and equations as in ``kernels.stages``. U' = gamma U and W' = gamma W are the writes; a product takes U
+and the other factor takes gamma, so that U is rounded once and alike everywhere. Omega, mu and gamma are the
+pass's own: the keys' in the first line of each, the values' in the second:
 
     forward         Yhat = mu Q S^T - ((Q K^T) o Omega) U';  P = readout(Yhat)
                     Y = mu P R - ((P W'^T) o Omega) V
     by query tile   dP = mu dY R^T - ((dY V^T) o Omega) W';  dYhat = J^T dP
-                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ (key), P.dP (value)
+                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ = Yhat.dYhat (key), P.dP (value)
     by key tile     dU' = -((Q K^T) o Omega)^T dYhat;  dS = (mu dYhat)^T Q
                     dW' = -((dY V^T) o Omega)^T P;     dR = (mu P)^T dY
 
@@ -79,7 +80,7 @@ def load_stale(m, chunk_head, documents, heads, F: tl.constexpr, BF: tl.constexp
 
 @triton.jit
 def load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
-    """(X, U', l) of a tile of keys."""
+    """(X, U, l, gamma) of a tile of keys."""
     head, chunk = chunk_head % heads, chunk_head // heads
     token, n = tl.load(t.token + chunk) + tile * Z.BT, tile_length(tl.load(t.length + chunk), tile, Z.BT)
     row = chunk_head * Z.C + tile * Z.BT
@@ -89,10 +90,10 @@ def load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.co
         U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
         A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
-        pre = dot(X, tl.trans(load_stale(m, chunk_head, documents, heads, F, BF, Z)), Z.precision)
+        pre = dot(X, load_stale(m, chunk_head, documents, heads, F, BF, Z), Z.precision, TB=True)
         real = (tl.arange(0, Z.BM) < Z.M)[None, :] & (tl.arange(0, Z.BT) < n)[:, None]
         U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
-    return X, U * gamma[:, None], logs
+    return X, U, logs, gamma[None, :]
 
 
 @triton.jit
@@ -114,11 +115,11 @@ def _affine(x, head, Z: tl.constexpr):
 def _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z: tl.constexpr):
     """Yhat [BT, BM] of a query tile."""
     S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
-    y_hat = dot(Q, tl.trans(S), Z.precision) * tl.exp(logs)[:, None]
+    y_hat = dot(Q, S, Z.precision, TB=True) * tl.exp(logs)[:, None]
     for other in range(0, tile + 1):
-        K, U, logs_j = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
-        scores = dot(Q, tl.trans(K), Z.precision) * _decay(logs, logs_j, tile, other, n, Z)
-        y_hat -= dot(scores, U, Z.precision)
+        K, U, logs_j, gamma = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
+        scores = dot(Q, K, Z.precision, TB=True) * _decay(logs, logs_j, tile, other, n, Z)
+        y_hat -= dot(scores * gamma, U, Z.precision)
     return y_hat
 
 
@@ -140,9 +141,9 @@ def readout_forward_kernel(query, key, value, alpha, weight, bias, y, t, documen
     Y = dot(P, load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z), Z.precision)
     Y = Y * tl.exp(logs)[:, None]
     for other in range(0, tile + 1):
-        X, W, logs_j = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
-        scores = dot(P, tl.trans(W), Z.precision) * _decay(logs, logs_j, tile, other, n, Z)
-        Y -= dot(scores, X, Z.precision)
+        X, W, logs_j, gamma = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
+        scores = dot(P, W, Z.precision, TB=True) * _decay(logs, logs_j, tile, other, n, Z)
+        Y -= dot(scores * gamma, X, Z.precision)
     store_tokens(y, Y, token, n, head, heads, Z.V, Z.BV, Z.BT)
 
 
@@ -167,37 +168,37 @@ def query_backward_kernel(
 
     y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
     P = apply_readout(y_hat, w, b, keep, Z.M * 1.0, Z.readout)
+    store_slots(out.p, P, row * Z.M, n, 0, Z.M, Z)
     R = load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z)
-    dP = dot(dY, tl.trans(R), Z.precision) * value_mu
+    dP = dot(dY, R, Z.precision, TB=True) * value_mu
     for other in range(0, tile + 1):
-        X, W, logs_j = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
-        dscores = dot(dY, tl.trans(X), Z.precision) * _decay(value_logs, logs_j, tile, other, n, Z)
-        dP -= dot(dscores, W, Z.precision)
+        X, W, logs_j, gamma = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
+        dscores = dot(dY, X, Z.precision, TB=True) * _decay(value_logs, logs_j, tile, other, n, Z)
+        dP -= dot(dscores * gamma, W, Z.precision)
         if Z.TILES == 1:
-            dW = -dot(tl.trans(dscores), P, Z.precision)
+            dW = -dot(dscores, P, Z.precision, TA=True)
             store_slots(out.value_write, dW, row * Z.M, n, 0, Z.M, Z)
-            dR = dot(tl.trans(P * value_mu), dY, Z.precision)
+            dR = dot(P * value_mu, dY, Z.precision, TA=True)
             store_memory(out.value_start, dR, chunk_head, 0, None, Z.V, Z.BV, Z)
+    tl.store(out.value_rows + row + r, tl.sum(tl.where(keep, P * dP, 0.0), 1), mask=r < n)
     dY_hat, affine, normal = readout_backward(y_hat, w, b, dP, keep & (r < n)[:, None], Z.M * 1.0, Z.readout)
+    _store_affine(out, affine, normal, chunk, head, heads, tile, Z)
+    tl.store(out.key_rows + row + r, tl.sum(dY_hat * y_hat, 1), mask=r < n)  # Q.dQ: Yhat is linear in Q
+    store_slots(out.y_hat, dY_hat, row * Z.M, n, 0, Z.M, Z)
 
     S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
     dQ = dot(dY_hat, S, Z.precision) * mu
     for other in range(0, tile + 1):
-        K, U, logs_j = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
+        K, U, logs_j, gamma = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
         decay = _decay(logs, logs_j, tile, other, n, Z)
-        dQ -= dot(dot(dY_hat, tl.trans(U), Z.precision) * decay, K, Z.precision)
+        dQ -= dot(dot(dY_hat, U, Z.precision, TB=True) * (decay * gamma), K, Z.precision)
         if Z.TILES == 1:
-            scores = dot(Q, tl.trans(K), Z.precision) * decay
-            dU = -dot(tl.trans(scores), dY_hat, Z.precision)
+            scores = dot(Q, K, Z.precision, TB=True) * decay
+            dU = -dot(scores, dY_hat, Z.precision, TA=True)
             store_slots(out.key_write, dU, row * Z.M, n, 0, Z.M, Z)
-            dS = dot(tl.trans(dY_hat * mu), Q, Z.precision)
+            dS = dot(dY_hat * mu, Q, Z.precision, TA=True)
             store_memory(out.key_start, dS, chunk_head, 0, None, Z.D, Z.BD, Z)
     store_tokens(out.query, dQ, token, n, head, heads, Z.D, Z.BD, Z.BT)
-    store_slots(out.p, P, row * Z.M, n, 0, Z.M, Z)
-    store_slots(out.y_hat, dY_hat, row * Z.M, n, 0, Z.M, Z)
-    tl.store(out.key_rows + row + r, tl.sum(Q.to(tl.float32) * dQ, 1), mask=r < n)
-    tl.store(out.value_rows + row + r, tl.sum(tl.where(keep, P * dP, 0.0), 1), mask=r < n)
-    _store_affine(out, affine, normal, chunk, head, heads, tile, Z)
 
 
 @triton.jit
@@ -230,10 +231,10 @@ def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.con
         G = load_slots(right, row_i * Z.M, n_i, 0, Z.M, Z)
         logs_i, _ = load_gates(m.log_decay, m.step, row_i, n_i, Z.BT)
         if memory:
-            dS += dot(tl.trans(G * tl.exp(logs_i)[:, None]), L, Z.precision)
+            dS += dot(G * tl.exp(logs_i)[:, None], L, Z.precision, TA=True)
         else:
-            scores = dot(L, tl.trans(X), Z.precision) * _decay(logs_i, logs, other, tile, n_i, Z)
-            dU -= dot(tl.trans(scores), G, Z.precision)
+            scores = dot(L, X, Z.precision, TB=True) * _decay(logs_i, logs, other, tile, n_i, Z)
+            dU -= dot(scores, G, Z.precision, TA=True)
     store_memory(start, dS, chunk_head, 0, memory, F, BF, Z)
     store_slots(write, dU, row * Z.M, n, 0, Z.M, Z)
 

@@ -145,9 +145,10 @@ def _earlier_tiles(m, X, logs, tile, token, length, chunk_head, head, heads, slo
         row = chunk_head * Z.C + s * Z.BT
         X_s = load_tokens(m.x, token + s * Z.BT, n, head, heads, F, BF, Z.BT)
         logs_s, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
-        U = load_slots(m.gradient, row * Z.M, n, slot, Z.M, Z, True).to(tl.float32) * gamma[None, :]
+        U = load_slots(m.gradient, row * Z.M, n, slot, Z.M, Z, True)
         decay = omega(logs, logs_s, r + Z.BT, r, r < tile_length(length, tile, Z.BT))
-        total += dot(U, tl.trans(dot(X, tl.trans(X_s), Z.precision) * decay), Z.precision)
+        overlap = dot(X, X_s, Z.precision, TB=True) * (decay * gamma[None, :])
+        total += dot(U, overlap, Z.precision, TB=True)
     return total
 
 
@@ -191,18 +192,18 @@ def _forward_one(m, alpha, t, heads, documents, every, F: tl.constexpr, BF: tl.c
             logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
             weight = gamma * tl.exp(tl.where(r < n, end - logs, 0.0))
             real = keep & (r < n)[None, :]
-            pre = dot(at, tl.trans(X), Z.precision)
+            pre = dot(at, X, Z.precision, TB=True)
             if Z.corrected:
                 pre = pre * tl.exp(logs)[None, :]
             U = inner_gradient(pre, A.to(tl.float32), real, Z.M * 1.0, Z.phi, 0)
             if Z.corrected:
                 if m.pair is not None:
-                    U += dot(S - at, tl.trans(X), Z.precision) * tl.exp(logs)[None, :]
+                    U += dot(S - at, X, Z.precision, TB=True) * tl.exp(logs)[None, :]
                 if Z.TILES > 1:
                     U -= _earlier_tiles(
                         m, X, logs, tile, token, length, chunk_head, head, heads, slot, F, BF, Z
                     )
-                U = dot(U, tl.trans(_load_inverse(m, chunk_head, tile, Z)), Z.precision)
+                U = dot(U, _load_inverse(m, chunk_head, tile, Z), Z.precision, TB=True)
             if m.gradient is not None:
                 store_slots(m.gradient, U, row * Z.M, n, slot, Z.M, Z, True)
                 if Z.corrected and Z.TILES > 1:
@@ -235,7 +236,7 @@ def _later_tiles(m, X, logs, tile, token, length, chunk_head, head, heads, slot,
         logs_s, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
         dB = load_slots(m.base, row * Z.M, n, slot, Z.M, Z, True)
         decay = omega(logs_s, logs, r + Z.BT, r, r < n)
-        total += dot(dB, dot(X_s, tl.trans(X), Z.precision) * decay, Z.precision)
+        total += dot(dB, dot(X_s, X, Z.precision, TB=True) * decay, Z.precision)
     return total
 
 
@@ -284,8 +285,8 @@ def _backward_one(m, alpha, t, heads, documents, chunks, F: tl.constexpr, BF: tl
             dB = load_slots(m.write, row * Z.M, n, slot, Z.M, Z, True).to(tl.float32)
             logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
             mu, tail = tl.exp(logs)[None, :], tl.exp(tl.where(r < n, end - logs, 0.0))[None, :]
-            pre = dot(at, tl.trans(X), Z.precision)
-            dB = (dB - dot(dS, tl.trans(X), Z.precision) * tail) * gamma[None, :]
+            pre = dot(at, X, Z.precision, TB=True)
+            dB = (dB - dot(dS, X, Z.precision, TB=True) * tail) * gamma[None, :]
             if Z.corrected:
                 pre = pre * mu
                 if Z.TILES > 1:

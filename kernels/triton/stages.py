@@ -78,6 +78,11 @@ class Inputs:
         """M."""
         return self.operands.alpha.shape[3]
 
+    @property
+    def written(self) -> tuple[Tensor, Tensor]:
+        """What the two passes write: keys and values."""
+        return self.operands.k, self.operands.v
+
     @functools.cached_property
     def precision(self) -> str:
         """Of products (``tiles``)."""
@@ -95,8 +100,10 @@ class Inputs:
     @functools.cached_property
     def inverse(self) -> Tensor:
         """Inverses of the corrected update's diagonal tiles [2, P, H, tiles, BT, BT]."""
-        x, tokens = (self.operands.k, self.operands.v), self.launch("scan_forward").tokens
-        return diagonal_inverses(x, self.gates.log_decay, self.gates.step, self.layout, tokens=tokens)
+        tokens = self.launch("scan_forward").tokens
+        return diagonal_inverses(
+            self.written, self.gates.log_decay, self.gates.step, self.layout, tokens=tokens
+        )
 
     def launch(self, kernel: str) -> launch.Launch:
         """Launch parameters of a kernel."""
@@ -291,14 +298,20 @@ def _scan(
 ) -> States:
     start = inputs.memories(inputs.layout.num_chunks, factor=True)
     gradient = inputs.scratch() if inputs.stored else None
-    outer = (initial, stale, saved, start, final, last)
+    inverse = inputs.inverse if inputs.rule.corrected else None
     sides = [
         scan.Forward(
-            (inputs.operands.k, inputs.operands.v)[memory],
-            *inputs.gates.of(memory),
-            _part(inputs.inverse if inputs.rule.corrected else None, memory),
-            *(_side(x, memory) for x in outer),
-            _part(gradient, memory),
+            x=inputs.written[memory],
+            log_decay=inputs.gates.of(memory)[0],
+            step=inputs.gates.of(memory)[1],
+            inverse=_part(inverse, memory),
+            initial=_side(initial, memory),
+            pair=_side(stale, memory),
+            saved=_side(saved, memory),
+            start=_side(start, memory),
+            final=_side(final, memory),
+            last=_side(last, memory),
+            gradient=_part(gradient, memory),
         )
         for memory in (0, 1)
     ]
@@ -341,7 +354,19 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
         None if x is None else rows.new_empty(inputs.heads, inputs.layout.num_chunks * tiles, inputs.slots)
         for x in (operands.readout_weight, operands.readout_bias)
     )
-    out = readout.Gradients(query, reader[1], reader[0], *write, start.key, start.value, *rows, weight, bias)
+    out = readout.Gradients(
+        query=query,
+        p=reader[1],
+        y_hat=reader[0],
+        key_write=write[0],
+        value_write=write[1],
+        key_start=start.key,
+        value_start=start.value,
+        key_rows=rows[0],
+        value_rows=rows[1],
+        weight=weight,
+        bias=bias,
+    )
     tables, passes = inputs.whole(), states.passes(inputs)
     affine = (operands.readout_weight, operands.readout_bias)
     readout.query_backward_kernel[_grid(inputs, options)](
@@ -390,20 +415,24 @@ def scan_backward(
     extra = blocks if inputs.rule.corrected and outside != (None, None) else 0
     parts = grads.rows.new_empty(2, tiles + extra, chunks, inputs.heads)
     parts[:, tiles:].zero_()
-    given = (states.start, states.pair)
+    inverse = inputs.inverse if inputs.rule.corrected else None
     sides = [
         scan.Backward(
-            (inputs.operands.k, inputs.operands.v)[memory],
-            *inputs.gates.of(memory),
-            _part(inputs.inverse if inputs.rule.corrected else None, memory),
-            *(_side(x, memory) for x in given),
-            grads.write[memory],
-            _side(grads.start, memory),
-            final[memory],
-            outside[memory],
-            *(_side(x, memory) for x in (initial, stale, end)),
-            _part(base, memory),
-            parts[memory, tiles:] if extra else None,
+            x=inputs.written[memory],
+            log_decay=inputs.gates.of(memory)[0],
+            step=inputs.gates.of(memory)[1],
+            inverse=_part(inverse, memory),
+            start=_side(states.start, memory),
+            pair=_side(states.pair, memory),
+            write=grads.write[memory],
+            readout=_side(grads.start, memory),
+            final=final[memory],
+            outside=outside[memory],
+            initial=_side(initial, memory),
+            initial_pair=_side(stale, memory),
+            end=_side(end, memory),
+            base=_part(base, memory),
+            decay=parts[memory, tiles:] if extra else None,
         )
         for memory in (0, 1)
     ]
@@ -422,15 +451,15 @@ def input_backward(
     dalpha, dgamma = torch.empty_like(operands.alpha), torch.empty_like(grads.rows)
     sides = [
         inputs_room.Side(
-            (operands.q, grads.dy)[memory],
-            grads.reader[memory],
-            grads.write[memory],
-            _part(adjoints.base, memory),
-            _side(adjoints.end, memory),
-            dx[memory],
-            grads.rows[memory],
-            dgamma[memory],
-            adjoints.parts[memory],
+            left=(operands.q, grads.dy)[memory],
+            right=grads.reader[memory],
+            write=grads.write[memory],
+            base=_part(adjoints.base, memory),
+            end=_side(adjoints.end, memory),
+            dx=dx[memory],
+            rows=grads.rows[memory],
+            dgamma=dgamma[memory],
+            parts=adjoints.parts[memory],
         )
         for memory in (0, 1)
     ]
@@ -449,20 +478,32 @@ def input_backward(
         **options,
     )
     gates = gate_gradients(grads.rows, dgamma, adjoints.parts, inputs.gates, operands=operands, layout=layout)
-    affine = (
+    weight, bias = (
         None if grad is None or x is None else grad.to(x.dtype)
         for grad, x in ((grads.weight, operands.readout_weight), (grads.bias, operands.readout_bias))
     )
-    return Operands(grads.query, *dx, dalpha, *gates, *affine)
+    return Operands(
+        q=grads.query,
+        k=dx[0],
+        v=dx[1],
+        alpha=dalpha,
+        log_decay=gates[0],
+        step_size=gates[1],
+        value_log_decay=gates[2],
+        value_step_size=gates[3],
+        readout_weight=weight,
+        readout_bias=bias,
+    )
 
 
 def _pass(inputs: Inputs, states: States, memory: int) -> Pass:
     return Pass(
-        (inputs.operands.k, inputs.operands.v)[memory],
-        *inputs.gates.of(memory),
-        _side(states.start, memory),
-        _side(states.pair, memory),
-        _part(states.gradient, memory),
+        x=inputs.written[memory],
+        log_decay=inputs.gates.of(memory)[0],
+        step=inputs.gates.of(memory)[1],
+        start=_side(states.start, memory),
+        pair=_side(states.pair, memory),
+        gradient=_part(states.gradient, memory),
     )
 
 

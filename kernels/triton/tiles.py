@@ -115,14 +115,31 @@ def _store(pointers, value, mask):
 
 
 @triton.jit
-def dot(a, b, PRECISION: tl.constexpr):
-    """a @ b in fp32."""
+def _factor(x, PRECISION: tl.constexpr):
     if PRECISION != "bf16":
-        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision=PRECISION)
+        x = x.to(tl.float32)
     elif INTERPRETED:
-        product = tl.dot(_rounded(a), _rounded(b))
+        x = _rounded(x)
     else:
-        product = tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
+        x = x.to(tl.bfloat16)
+    return x
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr, TA: tl.constexpr = False, TB: tl.constexpr = False):
+    """a @ b in fp32; TA, TB: of the transposed factor.
+
+    A factor is rounded before it is transposed: only then is the transposition a view of shared memory.
+    """
+    a, b = _factor(a, PRECISION), _factor(b, PRECISION)
+    if TA:
+        a = tl.trans(a)
+    if TB:
+        b = tl.trans(b)
+    if PRECISION == "bf16":
+        product = tl.dot(a, b)
+    else:
+        product = tl.dot(a, b, input_precision=PRECISION)
     return product
 
 
