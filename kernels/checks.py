@@ -63,10 +63,13 @@ def _check_gates(operands: Operands) -> None:
         x = getattr(operands, name)
         if x is None:
             continue
-        if "decay" in name and not bool((x <= 0).all()):
-            raise ValueError(f"{name} reaches {x.max().item():g}: it should be <= 0 everywhere")
-        if "step" in name and not bool((x >= 0).all()):
-            raise ValueError(f"{name} reaches {x.min().item():g}: it should be >= 0 everywhere")
+        low, high = (end.item() for end in torch.aminmax(x))  # a NaN is both, and is neither <= nor >=
+        if "decay" in name and not (high <= 0 and low > -torch.inf):
+            bad = high if low > -torch.inf else low
+            raise ValueError(f"{name} reaches {bad:g}: it should be finite and <= 0 everywhere")
+        if "step" in name and not (low >= 0 and high < torch.inf):
+            bad = low if high < torch.inf else high
+            raise ValueError(f"{name} reaches {bad:g}: it should be finite and >= 0 everywhere")
 
 
 def check_choices(rule: Rule, backend: str = "auto", backends: Sequence[str] = BACKENDS) -> None:
