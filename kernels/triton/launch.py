@@ -7,22 +7,26 @@
 The same sizes give the same parameters on every run, so runs repeat bitwise. ``launch_table.json`` holds one
 row for each (architecture, D, V, M, C, bytes of an operand, update) with the parameters of every kernel and
 where they come from: "measured" (by ``python -m benchmarks.tune_kernels``, with device, versions and times)
-or "offline" (compiled for the architecture without spills, never timed).
+or "offline" (compiled for the architecture, never timed; registers and spilled bytes are in the row).
 
 Kernels of one call may differ in ``tokens``: what one writes another reads through memory, slot by slot. The
 one exception is the inverse of the corrected update, which is stored in tiles of ``tokens`` rows
 (``kernels.triton.triangular``): the kernels in INVERSE share theirs.
 
-The rule. A tile has 64 tokens, no more than the chunk, and is halved until everything that feeds a product
-fits the shared memory of one program at 4 bytes an entry (an upper bound: buffers are re-used):
+The rule. A tile has at most 64 tokens, and no more than the chunk; 32 where registers cannot hold 64 without
+spilling a kilobyte a thread: inputs, and the readout's backward with heads or memories wider than 64; 16 for
+fp32 operands, whose products have no tensor cores and are unrolled. It is halved until everything that feeds
+a product fits the shared memory of one program at 4 bytes an entry (an upper bound: buffers are re-used, and
+bf16 takes half):
 
     scans            X [t, w]; S, dS [s, w]; U, dZ [t, s]; corrected: T and L^{-1} [t, t] each
     readouts         Q, K, V, dY [t, w]; S or R [M, w]; U', P [t, M]; scores [t, t]
-    inputs           as the scans, with all slots and, corrected, the second tile of the keys
+    inputs           as the scans, with all slots
 
 where t = tokens, w = the wider head, s = slots, all padded to powers of two. A scan is sequential over
 chunks, so it takes 32 slots a program and leaves parallelism to the grid. Four warps hold tiles up to 64
-wide, eight the wider ones. The step of one token holds a head's memories in registers.
+wide, eight the wider ones, fp32, query_backward's 64 tokens and the corrected update's inputs. The step of
+one token holds a head's memories in registers, 16 numbers of each a thread.
 """
 
 from __future__ import annotations
@@ -204,17 +208,31 @@ def rule(kernel: str, size: Size) -> Launch:
     assert kernel in KERNELS, f"no kernel {kernel!r}"
     widths = padded(size.d), padded(size.v), padded(size.m)
     slots = min(32, widths[2]) if kernel.startswith("scan") else widths[2]
-    warps = 4 if max(widths) <= 64 else 8
-    if kernel == "decode":  # both memories and their pair in registers, 16 numbers of each a thread
-        warps = min(16, max(1, max(widths[:2]) * widths[2] >> 9))
-    tokens = min(64, padded(size.c))
+    tokens = min(_most_tokens(kernel, size, max(widths)), padded(size.c))
     room = SHARED_KIB.get(size.arch, SMALLEST_KIB) << 10
     if size.arch == INTERPRETER:
         room = SHARED_KIB["sm_90"] << 10
     sized_by = INVERSE[1] if kernel in INVERSE else kernel  # the larger one: both share their tokens
     while tokens > 16 and shared_memory(sized_by, size, tokens=tokens, slots=slots) > room:
         tokens //= 2
-    return Launch(tokens, slots, warps, 1)
+    return Launch(tokens, slots, _warps(kernel, size, tokens), 1)
+
+
+def _most_tokens(kernel: str, size: Size, widest: int) -> int:
+    if size.itemsize == 4 and size.arch != INTERPRETER:  # which has no registers, and prefers large tiles
+        return 16
+    if kernel == "inputs" or (widest > 64 and kernel in ("query_backward", "key_backward")):
+        return 32
+    return 64
+
+
+def _warps(kernel: str, size: Size, tokens: int) -> int:
+    wide, slots = padded(max(size.d, size.v)), padded(size.m)
+    if kernel == "decode":
+        return min(16, max(1, wide * slots >> 9))
+    if (kernel, tokens) == ("query_backward", 64) or (kernel, tokens, size.corrected) == ("inputs", 32, True):
+        return 8
+    return 8 if max(wide, slots) > 64 or size.itemsize == 4 else 4
 
 
 def shared_memory(kernel: str, size: Size, *, tokens: int, slots: int) -> int:

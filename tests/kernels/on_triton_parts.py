@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.kernels.record import Deadline
+from benchmarks.tune_kernels import Tuner, tune
 from kernels.activations import PHI, READOUT, UPDATE, apply_readout, inner_gradient
 from kernels.layout import PackedLayout
+from kernels.triton import launch
 from kernels.triton.decode import triton_decode
 from kernels.triton.gates import derive_gates, gate_gradients
 from kernels.triton.triangular import diagonal_inverses
 from kernels.types import Operands, Rule
 
 DEVICE = os.environ.get("KERNEL_TEST_DEVICE", "cpu")
-RAGGED = ((40, 1, 130), (3, 0, 7))  # lengths, and offsets of the documents that are entered inside a chunk
+RAGGED = ((20, 1, 70), (3, 0, 7))  # lengths, and offsets of the documents that are entered inside a chunk
 
 
 @pytest.fixture(autouse=True)
@@ -63,8 +69,13 @@ def expected_gates(log_decay: Tensor, step: Tensor, layout: PackedLayout) -> tup
     return log_decay.cumsum(-1), step
 
 
-@pytest.mark.parametrize("chunk_size", [1, 5, 16, 64, 100, 512])
-@pytest.mark.parametrize("own", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    "chunk_size, own",
+    [
+        *((c, (False, True)) for c in (1, 16, 64, 100, 512)),
+        *((5, own) for own in product((False, True), repeat=2)),
+    ],
+)
 def test_gates_forward_and_backward(chunk_size: int, own: tuple[bool, bool]) -> None:
     layout, heads = ragged_layout(chunk_size), 3
     dtype = torch.bfloat16 if chunk_size == 16 else torch.float32
@@ -78,7 +89,7 @@ def test_gates_forward_and_backward(chunk_size: int, own: tuple[bool, bool]) -> 
     assert gates.own == any(own)
     for memory, want in enumerate((key, value)):
         log_decay, step = gates.of(memory)
-        assert rms(log_decay, want[0]) <= 1e-7
+        assert rms(log_decay, want[0]) <= 3e-7  # a few roundings of fp32
         assert torch.equal(step.double(), want[1])
     shape = (2, layout.num_chunks, heads, chunk_size)
     rows, dgamma = (draw(*shape, seed=s).to(DEVICE, torch.float32) for s in (5, 6))
@@ -135,7 +146,7 @@ def expected_inverses(
 @pytest.mark.parametrize("tokens", [16, 32, 64])
 @pytest.mark.parametrize("equal", [False, True])
 def test_diagonal_inverses(chunk_size: int, tokens: int, equal: bool) -> None:
-    lengths, heads = (chunk_size + 5, 1), 2
+    lengths, heads = (chunk_size + 5, 1), 1
     layout = PackedLayout.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), chunk_size).to(DEVICE)
     total = sum(lengths)
     dtype = torch.bfloat16 if tokens == 32 else torch.float32
@@ -286,3 +297,33 @@ def test_decode_takes_one_offset_a_sequence() -> None:
         together = triton_decode(given, state, 2, chunk_size=4, rule=rule)
         for a, b in zip((by_sequence[0], *by_sequence[1]), (together[0], *together[1]), strict=True):
             assert torch.equal(a, b)
+
+
+def test_the_tuner_writes_what_its_clock_prefers(tmp_path: Path) -> None:
+    """The whole search on a CPU: two candidates each, and a clock that likes the second of two kernels."""
+    text, said = "1,20,1,16,16,16,corrected", []
+    size = launch.Size(launch.architecture(torch.device(DEVICE)), 16, 16, 16, 16, True, 4)
+    rule = {kernel: launch.rule(kernel, size) for kernel in launch.KERNELS}
+    other = {kernel: replace(base, warps=base.warps * 2) for kernel, base in rule.items()}
+    liked = ("inputs", "decode")
+
+    def timer(work: Callable[[int], object], repetitions: int) -> list[float]:
+        found = {kernel: launch.parameters(kernel, **size._asdict()) for kernel in liked}
+        return [3.0 - sum(found[kernel] == other[kernel] for kernel in liked)] * repetitions
+
+    def two(kernel: str, size: launch.Size) -> list[launch.Launch]:
+        return [rule[kernel], other[kernel]]
+
+    source = {"device": "a test", "versions": {}, "kernels": "0"}
+    tuner = Tuner(torch.device(DEVICE), torch.float32, timer, two, source, sets=2, repetitions=3)
+    path = tmp_path / "table.json"
+    assert tune([text], path, tuner, deadline=Deadline(), say=said.append) == []
+    (row,) = launch.load_table(path).values()
+    assert row.size == size
+    assert row.launches == rule | {kernel: other[kernel] for kernel in liked}
+    assert row.source["kind"] == "measured"
+    assert row.source["milliseconds"]["both"]["chosen"]["median"] == 2.0
+    assert "inputs" in said[-1]
+    assert tune([text], path, tuner, deadline=Deadline(), say=said.append) == []  # measured already
+    assert "1 of 1 shapes" in said[-2]
+    assert tune([text], path, tuner, deadline=Deadline(0.0), again=True, say=said.append) == [text]
