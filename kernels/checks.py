@@ -63,7 +63,9 @@ def _check_gates(operands: Operands) -> None:
         x = getattr(operands, name)
         if x is None:
             continue
-        low, high = (end.item() for end in torch.aminmax(x))  # a NaN is both, and is neither <= nor >=
+        low, high = (
+            end.item() for end in torch.aminmax(x.detach())
+        )  # a NaN is both, and is neither <= nor >=
         if "decay" in name and not (high <= 0 and low > -torch.inf):
             bad = high if low > -torch.inf else low
             raise ValueError(f"{name} reaches {bad:g}: it should be finite and <= 0 everywhere")
