@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.activations import READOUT, UPDATE
+from kernels.activations import ELEMENTWISE_PHI, READOUT, UPDATE, inner_backward, inner_gradient
 from tests.kernels.helpers import (
     AFFINE,
     OWN_GATES,
@@ -159,3 +159,22 @@ def test_65536_tokens_stay_finite_and_near_fp64(update: str) -> None:
     actual, expected = run(operands, **options), run(double(operands), **options)
     assert all(x.isfinite().all() for x in actual.values())
     assert_close(actual, expected, 1e-5)
+
+
+@pytest.mark.parametrize("phi", ELEMENTWISE_PHI)
+def test_derivatives_of_phi_far_from_zero(phi: str) -> None:
+    """fp32 at pre-activations from 1e-6 to 1e6, against autograd in fp64: no term cancels another."""
+    size = torch.logspace(-6, 6, 400)
+    z = torch.cat((size, -size)).requires_grad_()
+    alpha, grad = torch.full_like(z, 0.25).requires_grad_(), torch.linspace(1, 2, len(z))
+    f = {"silu": torch.nn.functional.silu, "tanh": torch.tanh, "identity": torch.clone}[phi]
+    wide = z.detach().double().requires_grad_(), alpha.detach().double().requires_grad_()
+    loss = ((f(wide[0]) - wide[1]) ** 2).sum() / 2
+    (u,) = torch.autograd.grad(loss, wide[0], create_graph=True)
+    dz, dalpha = torch.autograd.grad(u, wide, grad.double())
+    found = torch.empty_like(z), torch.empty_like(z)
+    with torch.no_grad():
+        inner_backward(z, alpha, grad, phi, out=found)
+        torch.testing.assert_close(inner_gradient(z, alpha, phi).double(), u, rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(found[0].double(), dz, rtol=3e-5, atol=2e-6)
+    torch.testing.assert_close(found[1].double(), dalpha, rtol=3e-5, atol=2e-6)
