@@ -62,6 +62,16 @@ def test_prefill_then_decode_equals_forward(model, tokens, pieces):
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=1e-10, rtol=1e-10)
 
 
+def test_the_last_logits_alone_are_the_last_of_all(model, tokens):
+    x, state = tokens(2, 11), model.init_state(2)
+    logits, after = model.prefill(x, state)
+    last, after_last = model.prefill(x, state, last_only=True)
+    torch.testing.assert_close(last, logits[:, -1], atol=1e-12, rtol=1e-12)
+    assert after_last.position == after.position == 11
+    follow = [model.decode_step(x[:, 0], each)[0] for each in (after, after_last)]
+    assert torch.equal(*follow)
+
+
 def test_one_prefix_continues_in_two_ways(model, tokens):
     x, other = tokens(1, 9), tokens(1, 9, seed=1)
     _, prefix = model.prefill(x, model.init_state(1))

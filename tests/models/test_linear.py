@@ -39,6 +39,14 @@ def test_joined_products_lie_side_by_side(rows):
     torch.testing.assert_close(got, wanted, atol=1e-3, rtol=1e-3)
 
 
+def test_autocast_multiplies_in_half_precision():
+    x, weight = random(64, 24), random(40, 24, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = linear(x, weight)
+    assert y.dtype == torch.bfloat16
+    assert torch.equal(y, F.linear(x.bfloat16(), weight.bfloat16()))
+
+
 @pytest.mark.parametrize("m, n", [(3, 50), (64, 50), (64, 90)])
 def test_any_strides(m, n):
     a, b = random(m, 40).detach(), random(n, 40, seed=1).detach()

@@ -16,12 +16,16 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.init import Normal, initialise, new_parameter
 from trellis_dist.models.linear import linear
-from trellis_dist.models.loss import linear_cross_entropy_sum
+from trellis_dist.models.loss import IGNORED_LABEL, linear_cross_entropy_sum
 from trellis_dist.models.norm import RMSNorm
 from trellis_dist.models.parallel_kind import ParallelKind
 from trellis_dist.models.registry import LayerState
 
 __all__ = ["LMState", "LanguageModel", "build_language_model"]
+
+
+# Boundaries of packed documents, or those boundaries prepared by ``LanguageModel.documents``.
+Documents = Tensor | SequenceContext | None
 
 
 @dataclass(frozen=True)
@@ -66,13 +70,14 @@ class LanguageModel(nn.Module):
         """[V, dim] of the output projection: the embedding itself when tied."""
         return self.embedding_weight if self.config.tie_embeddings else self.head_weight
 
-    def forward(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def forward(self, tokens: Tensor, *, cu_seqlens: Documents = None) -> Tensor:
         """Logits [B, T, V] of the token after each of ``tokens`` [B, T].
 
         Args:
             tokens: int32 or int64 in [0, V).
             cu_seqlens: int32 or int64 [n+1], document boundaries over the flattened [B*T] stream; a document
                 sees nothing of its neighbours, and a row start is always a document start. None: one per row.
+                Or what ``documents`` made of them: a graph of torch.compile cannot read boundaries itself.
 
         Raises:
             ValueError: wrong shape, dtype or token, or ``cu_seqlens`` that do not cover the stream.
@@ -80,7 +85,7 @@ class LanguageModel(nn.Module):
         return linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.output_weight)
 
     def loss_sum(
-        self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor | None = None, z_loss: float = 0.0
+        self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Documents = None, z_loss: float = 0.0
     ) -> Tensor:
         """Sum of the token losses: an fp32 scalar (fp64 for an fp64 model).
 
@@ -96,16 +101,36 @@ class LanguageModel(nn.Module):
         hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
         return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
 
-    def hidden(self, tokens: Tensor, *, cu_seqlens: Tensor | None = None) -> Tensor:
+    def hidden(self, tokens: Tensor, *, cu_seqlens: Documents = None) -> Tensor:
         """Final normalised activations [B, T, dim]; arguments as in ``forward``."""
         self._check_tokens(tokens, dimensions=2)
-        context = self._context(tokens, cu_seqlens)
+        if cu_seqlens is None:
+            context = SequenceContext()
+        elif isinstance(cu_seqlens, SequenceContext):
+            context = cu_seqlens
+        else:
+            context = self.documents(cu_seqlens, rows=tokens.shape[0], length=tokens.shape[1])
         x = F.embedding(tokens, self.embedding_weight)
         if context.packed:
             x = x.flatten(0, 1).unsqueeze(0)
         for block in self.blocks:
             x = block(x, context)
         return self.norm(x).view(*tokens.shape, -1)  # type: ignore[no-any-return]
+
+    def documents(self, cu_seqlens: Tensor, *, rows: int, length: int) -> SequenceContext:
+        """``cu_seqlens`` of [rows, length] tokens, checked and prepared for this model's layers.
+
+        Raises:
+            ValueError: as ``forward``.
+        """
+        options = self.config.trellis
+        return packed_context(
+            cu_seqlens,
+            rows=rows,
+            length=length,
+            chunk_size=options.chunk_size,
+            conv_kernel=options.conv_kernel,
+        )
 
     def init_state(self, batch: int) -> LMState:
         """The state before the first token of ``batch`` rows.
@@ -119,8 +144,12 @@ class LanguageModel(nn.Module):
         return LMState(layers=layers, position=0, batch=batch)
 
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
+    def prefill(self, tokens: Tensor, state: LMState, *, last_only: bool = False) -> tuple[Tensor, LMState]:
         """Logits [B, T, V] of ``tokens`` [B, T] after ``state``, and the state after them. No gradients.
+
+        Args:
+            last_only: logits [B, V] of the last token only, as ``decode_step`` gives them: the output
+                projection of the others, most of the time at a large vocabulary, is not computed.
 
         Raises:
             ValueError: as ``forward``, or the rows are not those of ``state``.
@@ -132,7 +161,7 @@ class LanguageModel(nn.Module):
             x, after = block.prefill(x, layer)  # type: ignore[operator]
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + tokens.shape[1], state.batch)
-        return linear(self.norm(x), self.output_weight), after_all
+        return linear(self.norm(x[:, -1] if last_only else x), self.output_weight), after_all
 
     @torch.no_grad()
     def decode_step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:
@@ -149,19 +178,6 @@ class LanguageModel(nn.Module):
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + 1, state.batch)
         return linear(self.norm(x), self.output_weight), after_all
-
-    def _context(self, tokens: Tensor, cu_seqlens: Tensor | None) -> SequenceContext:
-        if cu_seqlens is None:
-            return SequenceContext()
-        rows, length = tokens.shape
-        options = self.config.trellis
-        return packed_context(
-            cu_seqlens,
-            rows=rows,
-            length=length,
-            chunk_size=options.chunk_size,
-            conv_kernel=options.conv_kernel,
-        )
 
     def _check_tokens(self, tokens: Tensor, *, dimensions: int) -> None:
         shape = "[rows, tokens]" if dimensions == 2 else "[rows]"
@@ -180,11 +196,11 @@ class LanguageModel(nn.Module):
             raise ValueError(
                 f"labels are {labels.dtype} {list(labels.shape)}: pass int64 {list(tokens.shape)}"
             )
-        self._check_vocabulary(labels[labels != -100], "labels")
+        self._check_vocabulary(torch.where(labels == IGNORED_LABEL, 0, labels), "labels")
 
     def _check_vocabulary(self, values: Tensor, name: str) -> None:
-        """On a CPU only: on a GPU the check would wait for the device at every step."""
-        if values.device.type != "cpu" or values.numel() == 0:
+        """On a CPU only, and not in a compiled graph: on a GPU the check would wait at every step."""
+        if values.device.type != "cpu" or torch.compiler.is_compiling():
             return
         low, high = int(values.min()), int(values.max())
         if low < 0 or high >= self.config.vocab_size:

@@ -4,7 +4,8 @@ F.linear sends fp32 to MKL, which keeps to a slow path on processors that are no
 core of an AMD EPYC where oneDNN reaches 200-230 forward and backward at the sizes of a small model: a
 training step of 2M parameters takes 0.75 of the CPU time. PyTorch calls oneDNN for fp32 only from compiled
 graphs, through an operator that this module borrows; where the operator is missing, or anything but fp32 on a
-CPU is asked for, F.linear is used.
+CPU is asked for, F.linear is used. Inductor compiles that operator for constant weights only, so in graphs of
+torch.compile it goes by a name of ours, ``trellis::linear``, and gives the same bits.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def matmul_transposed(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _fast(x: Tensor, weight: Tensor) -> bool:
-    fp32 = x.dtype == weight.dtype == torch.float32
+    fp32 = x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
     return fp32 and x.device.type == "cpu" and _ONEDNN is not None and x.numel() >= _MIN_ROWS * x.shape[-1]
 
 
@@ -72,13 +73,28 @@ class _Linear(torch.autograd.Function):
         return dx, dweight
 
 
+def _borrowed(x: Tensor, weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+
+
+# Outside graphs the name would only cost time: tens of microseconds a call.
+_named = torch.library.custom_op("trellis::linear", _borrowed, mutates_args=())
+
+
+@_named.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
 def _find_operator() -> Callable[[Tensor, Tensor], Tensor] | None:
     """oneDNN's linear, or None where this PyTorch has none or it does not do what it did."""
     if not torch.backends.mkldnn.is_available():
         return None
 
     def onednn(x: Tensor, weight: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")  # type: ignore[no-any-return]
+        if torch.compiler.is_compiling():
+            return torch.ops.trellis.linear(x, weight)  # type: ignore[no-any-return]
+        return _borrowed(x, weight)
 
     x, weight = torch.arange(6.0).view(2, 3), torch.arange(12.0).view(3, 4).t()
     try:

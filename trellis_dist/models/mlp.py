@@ -51,6 +51,6 @@ class _GatedSiLU(torch.autograd.Function):
         gate, up = both.chunk(2, dim=-1)
         gradient = torch.empty_like(both)
         dgate, dup = gradient.chunk(2, dim=-1)
-        torch.mul(dy, F.silu(gate), out=dup)
+        dup.copy_(F.silu(gate)).mul_(dy)  # not mul(out=dup): torch.compile refuses strided outputs
         torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
         return gradient

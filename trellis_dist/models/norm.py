@@ -74,6 +74,7 @@ class _RMSNormalise(torch.autograd.Function):
             dweight = (dy * unit).sum_to_size(weight.shape).to(weight.dtype)
             dy = dy * weight
         # dx = inverse (dy - unit <dy, unit> / (n scale^2)), since |unit|^2 = n scale^2 up to eps
-        coefficient = torch.linalg.vecdot(dy, unit).unsqueeze(-1).mul_(-ctx.mean_factor)
+        with torch.autocast(dy.device.type, enabled=False):  # torch.compile runs backward under forward's
+            coefficient = torch.linalg.vecdot(dy, unit).unsqueeze(-1).mul_(-ctx.mean_factor)
         dx = torch.addcmul(dy, unit, coefficient).mul_(inverse)
         return dx.to(ctx.dtype), dweight, None, None

@@ -144,7 +144,7 @@ class TrellisMixer(nn.Module):
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; B = 1 when ``context`` holds several documents."""
         projected = self._project(x)
-        documents = len(context.lengths) if context.lengths is not None else x.shape[0]
+        documents = x.shape[0] if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
         learned = self.options.learned_initial_memory
         y, _ = self.operation(
             **self._inputs(projected, edges=context.edges),
