@@ -178,11 +178,11 @@ def _layer_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor) ->
 def _silu_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor, out: tuple[Tensor, Tensor]) -> None:
     sigma = torch.sigmoid(z)
     s = z * sigma
-    first = _aten.silu_backward(grad, z)  # phi' g
-    curvature = _aten.sigmoid_backward((s - alpha).mul_(grad), sigma)  # e g sigma (1 - sigma)
+    first = torch.addcmul(sigma + s, sigma, s, value=-1)  # phi' = sigma + s (1 - sigma)
+    curvature = _aten.sigmoid_backward(s - alpha, sigma)  # e sigma (1 - sigma)
     slope = torch.sub(z, s, alpha=2).add_(2)  # 2 + z (1 - 2 sigma)
-    _aten.silu_backward.grad_input(first, z, grad_input=out[0]).addcmul_(curvature, slope)
-    torch.neg(first, out=out[1])
+    torch.addcmul(curvature.mul_(slope), first, first, out=out[0]).mul_(grad)
+    torch.mul(first.neg_(), grad, out=out[1])
 
 
 def _softmax_inner_backward(z: Tensor, alpha: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Products per chunk and head, on the faster of the two matrix libraries in a CPU build of PyTorch.
 
-Shapes: a [P, H, i, k], b [P, H, k, j]; matrices may be transposed views, the leading dimensions are
-contiguous.
+Shapes: a [P, H, i, k], b [P, H, k, j], or both with P x H as one dimension; matrices may be transposed views,
+the leading dimensions are contiguous.
 
 PyTorch sends fp32 batches to MKL, which keeps to a slow path on processors that are not Intel: at the sizes
 of a chunk oneDNN takes half the time on an AMD EPYC. The only way to oneDNN is the permission to round
@@ -14,7 +14,6 @@ the whole batch, and a chunk's bits must not depend on how many chunks are multi
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,33 +30,45 @@ _switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a @ b [P, H, i, j], into ``out`` where it is given."""
-    shape = (*a.shape[:-1], b.shape[-1])
-    flat = None if out is None else out.flatten(0, 1)
-    return _run(lambda a, b: torch.bmm(a, b, out=flat), a.flatten(0, 1), b.flatten(0, 1)).view(shape)
+    if a.dim() == 4:
+        flat = product(a.flatten(0, 1), b.flatten(0, 1), out=None if out is None else out.flatten(0, 1))
+        return flat.view(*a.shape[:-1], b.shape[-1])
+    if not _on_onednn(a, b):
+        return torch.bmm(a, b, out=out)
+    with _permission:
+        return torch.bmm(a, b, out=out)
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total += a @ b, in place."""
-    _run(total.flatten(0, 1).baddbmm_, a.flatten(0, 1), b.flatten(0, 1))
+    flat = (total, a, b) if a.dim() == 3 else (total.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1))
+    if not _on_onednn(*flat[1:]):
+        flat[0].baddbmm_(*flat[1:])
+        return total
+    with _permission:
+        flat[0].baddbmm_(*flat[1:])
     return total
 
 
-def _run(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+class _Permission:
+    """Within it PyTorch asks oneDNN for fp32 products."""
+
+    def __enter__(self) -> None:
+        self._before = _switch.fp32_precision
+        _switch.fp32_precision = "bf16"
+
+    def __exit__(self, *exception: object) -> None:
+        _switch.fp32_precision = self._before
+
+
+_permission = _Permission()
+
+
+def _on_onednn(a: Tensor, b: Tensor) -> bool:
     (_, i, k), j = a.shape, b.shape[2]
-    if a.dtype != torch.float32 or a.device.type != "cpu" or i * j * k <= _SMALLEST:
-        return multiply(a, b)
-    if not _onednn_is_exact(i, j, k, a.stride(-1) == 1, b.stride(-1) == 1):
-        return multiply(a, b)
-    return _on_onednn(multiply, a, b)
-
-
-def _on_onednn(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    before = _switch.fp32_precision
-    _switch.fp32_precision = "bf16"
-    try:
-        return multiply(a, b)
-    finally:
-        _switch.fp32_precision = before
+    if a.dtype != torch.float32 or not a.is_cpu or i * j * k <= _SMALLEST:
+        return False
+    return _onednn_is_exact(i, j, k, a.stride(2) == 1, b.stride(2) == 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -71,5 +82,7 @@ def _onednn_is_exact(i: int, j: int, k: int, rows_a: bool, rows_b: bool) -> bool
     exact = a.double() @ b.double()
     a = a if rows_a else a.mT.contiguous().mT
     b = b if rows_b else b.mT.contiguous().mT
-    difference = (_on_onednn(torch.bmm, a, b) - exact).abs().amax() / exact.abs().amax()
+    with _permission:
+        found = torch.bmm(a, b)
+    difference = (found - exact).abs().amax() / exact.abs().amax()
     return bool(difference <= _LARGEST_ERROR)

@@ -318,25 +318,32 @@ def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> t
     reading = own.x * gates.mu if corrected else own.x
     start = initial.new_empty(own.x.shape[0], *initial.shape[1:])
     z, u, final = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha), torch.empty_like(initial)
-    running = [b - a for a, b in inputs.layout.steps] + [0]  # documents, each a prefix of those before
-    start[: running[0]] = initial
-    for i, (a, b) in enumerate(inputs.layout.steps):
-        now = start[a:b]
-        at = now if i > 0 or stale is None else stale
-        product(reading[a:b], at.mT, out=z[a:b])
-        inner_gradient(z[a:b], inputs.alpha[a:b], inputs.rule.phi, out=u[a:b])
+    every = (start, reading, inputs.alpha, gates.total, weighted, z, u)
+    steps = _by_step(inputs.layout, *every, own.inverse if corrected else own.x)
+    steps[0][0].copy_(initial.flatten(0, 1))
+    for i, (now, x, alpha, total, write, z_now, u_now, inverse) in enumerate(steps):
+        at = now if i > 0 or stale is None else stale.flatten(0, 1)
+        product(x, at.mT, out=z_now)
+        inner_gradient(z_now, alpha, inputs.rule.phi, out=u_now)
         if corrected:
             if at is not now:
-                add_product_(u[a:b], reading[a:b], (now - at).mT)
-            u[a:b] = product(own.inverse[a:b], u[a:b])
-        rest = running[i + 1]
-        after = start[b : b + rest] if rest == running[i] else torch.empty_like(now)
-        torch.mul(now, gates.total[a:b], out=after)
-        add_product_(after, u[a:b].mT, weighted[a:b])
-        if rest < running[i]:
-            start[b : b + rest], final[rest : running[i]] = after[:rest], after[rest:]
+                add_product_(u_now, x, (now - at).mT)
+            u_now.copy_(product(inverse, u_now))
+        rest = steps[i + 1][0] if i + 1 < len(steps) else now[:0]  # a prefix of the documents goes on
+        after = rest if len(rest) == len(now) else torch.empty_like(now)
+        torch.mul(now, total, out=after)
+        add_product_(after, u_now.mT, write)
+        if after is not rest:
+            rest.copy_(after[: len(rest)])
+            final.flatten(0, 1)[len(rest) : len(now)] = after[len(rest) :]
     taken = start if stale is None else stale_of_chunks(start, stale)
     return PassStates(start, taken, z, u, u * gates.step), final
+
+
+def _by_step(layout: PackedLayout, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
+    """Each scan step's part of tensors [P, H, ., .], as [documents x H, ., .]: views, all cut at once."""
+    sizes = [(b - a) * tensors[0].shape[1] for a, b in layout.steps]
+    return list(zip(*(x.flatten(0, 1).split(sizes) for x in tensors), strict=True))
 
 
 def readout_forward(inputs: Inputs, states: States) -> Tensor:
@@ -346,7 +353,7 @@ def readout_forward(inputs: Inputs, states: States) -> Tensor:
     y_hat = product(query * key.gates.mu, states.key.start.mT)
     add_product_(y_hat, scores, states.key.write)
     p = apply_readout(y_hat, inputs.rule.readout, inputs.weight, inputs.bias)
-    scores = product(p, states.value.write.mT).mul_(value.gates.minus_omega)
+    scores = product(p, states.value.write.mT, out=scores).mul_(value.gates.minus_omega)
     return add_product_(product(p * value.gates.mu, states.value.start), scores, value.x)
 
 
@@ -364,7 +371,7 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
     readout = pull_back(dp)
     dy_hat = readout.x
     dkey_write = product(scores.mT, dy_hat)
-    dscores = product(dy_hat, key_write.mT).mul_(minus_omega)
+    dscores = product(dy_hat, key_write.mT, out=scores).mul_(minus_omega)
     dquery = product(dy_hat, states.key.start).mul_(key.gates.mu)
     add_product_(dquery, dscores, key.x)
     first = PassReadout(
@@ -382,7 +389,7 @@ def _second_pass_backward(own: Pass, states: PassStates, p: Tensor, dy: Tensor) 
     mu, minus_omega = own.gates.mu, own.gates.minus_omega
     scores = product(p, states.write.mT).mul_(minus_omega)
     dx = product(scores.mT, dy)
-    dscores = product(dy, own.x.mT).mul_(minus_omega)
+    dscores = product(dy, own.x.mT, out=scores).mul_(minus_omega)
     dwrite = product(dscores.mT, p)
     dp = add_product_(product(dy, states.start.mT).mul_(mu), dscores, states.write)
     return PassReadout(dx, dwrite, product((p * mu).mT, dy), _row_dot(p, dp)), dp
@@ -425,34 +432,33 @@ def _reverse_scan(
 ) -> Adjoint:
     """One memory."""
     gates, corrected, pair = own.gates, inputs.rule.corrected, states.stale is not states.start
-    tail_x = own.x * -gates.tail
     reading = own.x * gates.mu if corrected else own.x
-    steps = inputs.layout.steps
-    stale, end, write = None, torch.empty_like(grads.start), grads.write.clone()
+    end, write = torch.empty_like(grads.start), grads.write.clone()
     db, dz, dalpha = (torch.empty_like(write) for _ in range(3))
-    initial = torch.empty_like(final)
-    for i, (a, b) in reversed(list(enumerate(steps))):
-        now = end[a:b]  # dS+ of the running documents: handed on by the next step, or ended here
-        handed = steps[i + 1][1] - b if i + 1 < len(steps) else 0
-        now[handed:] = final[handed : b - a]
-        add_product_(write[a:b], tail_x[a:b], now.mT)
-        torch.mul(write[a:b], gates.step[a:b], out=db[a:b])
+    initial, stale = torch.empty_like(final), torch.zeros_like(final) if pair else None
+    taken = (end, own.x * -gates.tail, reading, gates.step, gates.total, states.z, inputs.alpha)
+    given = (grads.start, write, db, dz, dalpha, own.inverse if corrected else own.x)
+    steps = _by_step(inputs.layout, *taken, *given, end if outside is None else outside)
+    handed = 0  # adjoints dS+ that the step behind has handed on; the other documents end here
+    for i, step in reversed(list(enumerate(steps))):
+        now, tail_x, x, gamma, total, z, alpha, start, write_now, db_now, dz_now, dalpha_now, *rest = step
+        now[handed:] = final.flatten(0, 1)[handed : len(now)]
+        handed = len(now)
+        add_product_(write_now, tail_x, now.mT)
+        torch.mul(write_now, gamma, out=db_now)
         if corrected:
-            db[a:b] = product(own.inverse[a:b].mT, db[a:b])
-        z, alpha = states.z[a:b], inputs.alpha[a:b]
-        inner_backward(z, alpha, db[a:b], inputs.rule.phi, out=(dz[a:b], dalpha[a:b]))
-        before = initial if i == 0 else end[steps[i - 1][0] :][: b - a]
-        torch.addcmul(grads.start[a:b], now, gates.total[a:b], out=before)
-        through = before
-        if i == 0 and pair:
-            through = stale = torch.zeros_like(before)
-            if corrected:
-                direct = product(db[a:b].mT, reading[a:b])
-                before.add_(direct)
-                stale.sub_(direct)
-        add_product_(through, dz[a:b].mT, reading[a:b])
+            db_now.copy_(product(rest[0].mT, db_now))
+        inner_backward(z, alpha, db_now, inputs.rule.phi, out=(dz_now, dalpha_now))
+        before = steps[i - 1][0][:handed] if i > 0 else initial.flatten(0, 1)
+        torch.addcmul(start, now, total, out=before)
+        through = before if i > 0 or stale is None else stale.flatten(0, 1)
+        if corrected and through is not before:
+            direct = product(db_now.mT, x)
+            before.add_(direct)
+            through.sub_(direct)
+        add_product_(through, dz_now.mT, x)
         if outside is not None:
-            through.add_(outside[a:b])
+            through.add_(rest[1])
     return Adjoint(initial, stale, end, write, db if corrected else None, dz, dalpha, outside)
 
 
