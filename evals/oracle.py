@@ -37,15 +37,15 @@ class OracleModel:
         """Nothing read."""
         return _History(torch.zeros(batch, 0, dtype=torch.long))
 
-    def prefill(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
-        """tokens [B, T] -> logits [B, T, V]."""
+    def prefill(self, tokens: Tensor, state: _History, *, last_only: bool = False) -> tuple[Tensor, _History]:
+        """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only."""
         before = state.tokens.shape[1]
         state = replace(state, tokens=torch.cat([state.tokens, tokens.cpu()], 1))
         logits = torch.zeros(*tokens.shape, self._vocab_size)
         for row, history in enumerate(state.tokens):
             for line, start in zip(self._lines, self._answer_start):
                 self._mark(logits[row], history, line, start=start, before=before)
-        return logits, state
+        return logits[:, -1] if last_only else logits, state
 
     @staticmethod
     def _mark(logits: Tensor, history: Tensor, line: Tensor, *, start: int, before: int) -> None:
@@ -60,5 +60,4 @@ class OracleModel:
 
     def decode_step(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
         """tokens [B] -> logits [B, V]."""
-        logits, state = self.prefill(tokens[:, None], state)
-        return logits[:, 0], state
+        return self.prefill(tokens[:, None], state, last_only=True)

@@ -35,8 +35,8 @@ class CausalLM(Protocol):
     def init_state(self, batch: int) -> Any:
         """State before the first token."""
 
-    def prefill(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """tokens [B, T] -> logits [B, T, V] and the state after them."""
+    def prefill(self, tokens: Tensor, state: Any, *, last_only: bool = False) -> tuple[Tensor, Any]:
+        """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only, and the state after them."""
 
     def decode_step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
         """tokens [B] -> logits [B, V] and the state after them."""
@@ -175,7 +175,7 @@ class Scorer:
             tokens = torch.tensor([prompts[i][:shared] for i in index], dtype=torch.long, device=self.device)
             step = max(min(self.prefill_chunk, self._budget // len(index)), 1)
             for start in range(0, shared, step):
-                _, state = self.model.prefill(tokens[:, start : start + step], state)
+                _, state = self.model.prefill(tokens[:, start : start + step], state, last_only=True)
             yield Prefix(state, [prompts[i][shared:] for i in index], index)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -46,7 +46,7 @@ def states_at(model: LanguageModel, positions: Sequence[int]) -> Iterator[LMStat
         while state.position < position:
             count = min(PREFILL_CHUNK, position - state.position)
             tokens = torch.randint(model.config.vocab_size, (1, count), generator=generator)
-            _, state = model.prefill(tokens.to(weights.device), state)
+            _, state = model.prefill(tokens.to(weights.device), state, last_only=True)
         yield state
 
 

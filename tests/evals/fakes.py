@@ -50,13 +50,13 @@ class RecurrentModel(nn.Module):
     def init_state(self, batch):
         return RecurrentState(torch.zeros(batch, self.inputs.shape[1], dtype=torch.float64))
 
-    def prefill(self, tokens, state):
+    def prefill(self, tokens, state, *, last_only=False):
         self.most_tokens = max(self.most_tokens, tokens.numel())
         rows = []
         for column in tokens.T:
             logits, state = self.decode_step(column, state)
             rows.append(logits)
-        return torch.stack(rows, 1), state
+        return rows[-1] if last_only else torch.stack(rows, 1), state
 
     def decode_step(self, tokens, state):
         hidden = torch.tanh(self.inputs[tokens] + state.hidden @ self.recurrent)
@@ -82,10 +82,9 @@ class RandomModel:
     def init_state(self, batch):
         return Position(0)
 
-    def prefill(self, tokens, state):
+    def prefill(self, tokens, state, *, last_only=False):
         logits = torch.randn(*tokens.shape, self.vocab_size, generator=self.generator)
-        return logits, Position(state.position + tokens.shape[1])
+        return logits[:, -1] if last_only else logits, Position(state.position + tokens.shape[1])
 
     def decode_step(self, tokens, state):
-        logits, state = self.prefill(tokens[:, None], state)
-        return logits[:, 0], state
+        return self.prefill(tokens[:, None], state, last_only=True)

@@ -107,8 +107,8 @@ def test_a_random_model_scores_about_chance(monkeypatch):
 
 def test_ties_go_by_chance():
     class Constant(RandomModel):
-        def prefill(self, tokens, state):
-            logits, state = super().prefill(tokens, state)
+        def prefill(self, tokens, state, **options):
+            logits, state = super().prefill(tokens, state, **options)
             return logits * 0, state
 
     needles = _needles(100)

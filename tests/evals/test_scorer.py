@@ -36,7 +36,10 @@ def test_the_context_is_read_once_for_all_choices():
     model = RecurrentModel()
     seen = []
     prefill = model.prefill
-    model.prefill = lambda tokens, state: (seen.append(tokens.numel()), prefill(tokens, state))[1]
+    model.prefill = lambda tokens, *rest, **options: (
+        seen.append(tokens.numel()),
+        prefill(tokens, *rest, **options),
+    )[1]
     context = "c" * 1000
     Scorer(model, TOKENIZER).log_likelihoods([(context, f" choice {i}") for i in range(8)])
     assert sum(seen) < 1000 + 8 * 12
