@@ -25,6 +25,14 @@ TINY = ModelConfig(
     mlp_hidden=48,
     trellis=TrellisConfig(slots=8, chunk_size=8, learned_initial_memory=True),
 )
+CORRECTED = {
+    "update": "corrected",
+    "phi": "tanh",
+    "readout": "silu_rms",
+    "value_gates": "own",
+    "step_bound": "token",
+    "step_size_max": 1.0,
+}
 ROWS, LENGTH = 4, 64
 PACKED = [0, 8, 24, 64, 112, 128, 160, 192, 200, 208]
 
@@ -137,8 +145,9 @@ def test_twenty_steps_are_those_of_one_process(sp: int, packed: bool):
     [
         {"conv_kernel": 0, "gates": ("off", "fixed")},
         {"phi": "tanh", "readout": "softmax", "alpha_norm": "none"},
+        CORRECTED,
     ],
-    ids=["no-convolution", "tanh"],
+    ids=["no-convolution", "tanh", "corrected"],
 )
 def test_other_layers_are_those_of_one_process(change: dict):
     config = replace(TINY, tie_embeddings=False, trellis=replace(TINY.trellis, **change))

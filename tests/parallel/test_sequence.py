@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,8 +17,10 @@ from tests.parallel.cases import (
     leaf,
     mesh_of,
     ranks,
+    relative,
     segment,
 )
+from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.sequence import StatePassing
 from trellis_dist.parallel.transfers import Arrival, Transfers
@@ -37,30 +39,51 @@ class Sizes:
     chunk: int = 8
     phi: str = "silu"
     readout: str = "ln_silu"
+    update: str = "stale"
+    own_gates: bool = False
+    affine: bool = False
     dtype: torch.dtype = torch.float32
 
 
-def make(sizes: Sizes, seed: int) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Operands, initial memories, and upstream gradients of (y, S, R)."""
+CORRECTED = Sizes(
+    update="corrected", phi="tanh", readout="silu_rms", own_gates=True, affine=True, chunk=16, slots=32
+)
+
+
+def make(sizes: Sizes, seed: int) -> tuple[dict[str, Tensor], list[Tensor], list[Tensor]]:
+    """Operands by name, initial memories, and upstream gradients of (y, S, R)."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=sizes.dtype)
 
     b, t, h = sizes.batch, sizes.length, sizes.heads
+    largest_step = 1 if sizes.update == "corrected" else 2 / sizes.chunk
     q, k = (torch.nn.functional.normalize(draw(b, t, h, sizes.width), dim=-1) for _ in range(2))
     v = torch.nn.functional.normalize(draw(b, t, h, sizes.value_width), dim=-1)
-    alpha = draw(b, t, h, sizes.slots)
-    log_decay = torch.nn.functional.logsigmoid(draw(b, t, h) + 3)
-    step = torch.sigmoid(draw(b, t, h)) * (2 / sizes.chunk)
+    operands = {"q": q, "k": k, "v": v, "alpha": draw(b, t, h, sizes.slots)}
+    for prefix in ("", "value_") if sizes.own_gates else ("",):
+        operands[f"{prefix}log_decay"] = torch.nn.functional.logsigmoid(draw(b, t, h) + 3)
+        operands[f"{prefix}step_size"] = torch.sigmoid(draw(b, t, h)) * largest_step
     memories = [draw(b, h, sizes.slots, width) for width in (sizes.width, sizes.value_width)]
-    upstream = [draw(b, t, h, sizes.value_width), *(torch.randn_like(m) for m in memories)]
-    upstream[1:] = [draw(*m.shape) for m in memories]
-    return [q, k, v, alpha, log_decay, step], memories, upstream
+    upstream = [draw(b, t, h, sizes.value_width), *(draw(*m.shape) for m in memories)]
+    if sizes.affine:
+        operands |= {f"readout_{name}": draw(h, sizes.slots) for name in ("weight", "bias")}
+    return operands, memories, upstream
+
+
+def local_part(operands: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """This rank's tokens; the affine has none and is whole everywhere."""
+    return {name: x if "readout" in name else segment(x, mesh) for name, x in operands.items()}
+
+
+def leaves(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: leaf(x) for name, x in operands.items()}
 
 
 def settings(sizes: Sizes) -> dict:
-    return {"chunk_size": sizes.chunk, "phi": sizes.phi, "readout": sizes.readout}
+    names = ("phi", "readout", "update")
+    return {"chunk_size": sizes.chunk, **{name: getattr(sizes, name) for name in names}}
 
 
 def parity(sp: int, sizes: Sizes) -> dict[str, bool]:
@@ -72,21 +95,24 @@ def parity(sp: int, sizes: Sizes) -> dict[str, bool]:
 
     transfers = RecordingTransfers(mesh)
     operation = StatePassing(transfers, Segments(mesh, chunk_size=sizes.chunk))
-    local, initial = [leaf(segment(x, mesh)) for x in operands], [leaf(m) for m in memories]
+    local, initial = leaves(local_part(operands, mesh)), [leaf(m) for m in memories]
     y, state = operation(
-        *local, **settings(sizes), initial_state=CompressState(*initial), output_final_state=True
+        **local, **settings(sizes), initial_state=CompressState(*initial), output_final_state=True
     )
     loss = (y * segment(upstream[0], mesh)).sum()
     if mesh.right is None:
         loss = loss + (state.key_memory * upstream[1]).sum() + (state.value_memory * upstream[2]).sum()
-    grads = gradients_of(loss, [*local, *initial])
+    *grads, initial_key, initial_value = gradients_of(loss, [*local.values(), *initial])
     dist.barrier()
 
     same = {"y": torch.equal(y, segment(expected["y"], mesh))}
-    names = ("dq", "dk", "dv", "dalpha", "dlog_decay", "dstep")
-    for name, grad in zip(names, grads[:6]):
-        same[name] = torch.equal(grad, segment(expected[name], mesh))
-    for name, grad in zip(("dS0", "dR0"), grads[6:]):
+    for name, grad in zip(local, grads, strict=True):
+        if "readout" in name:  # a sum over all tokens, so cutting the sequence rounds it differently
+            dist.all_reduce(grad, group=mesh.sp_group)
+            same[f"d{name}"] = relative(grad, expected[f"d{name}"]) < 1e-6
+        else:
+            same[f"d{name}"] = torch.equal(grad, segment(expected[f"d{name}"], mesh))
+    for name, grad in (("dS0", initial_key), ("dR0", initial_value)):
         same[name] = torch.equal(grad, expected[name] if mesh.left is None else torch.zeros_like(grad))
     if mesh.right is None:
         same["S"] = torch.equal(state.key_memory, expected["S"])
@@ -100,11 +126,11 @@ def parity(sp: int, sizes: Sizes) -> dict[str, bool]:
 
 
 def whole(
-    operands: list[Tensor], memories: list[Tensor], upstream: list[Tensor], sizes: Sizes
+    operands: dict[str, Tensor], memories: list[Tensor], upstream: list[Tensor], sizes: Sizes
 ) -> dict[str, Tensor]:
-    inputs, initial = [leaf(x) for x in operands], [leaf(m) for m in memories]
+    inputs, initial = leaves(operands), [leaf(m) for m in memories]
     y, state = compress_kv(
-        *inputs,
+        **inputs,
         **settings(sizes),
         initial_state=CompressState(*initial),
         output_final_state=True,
@@ -112,19 +138,20 @@ def whole(
     )
     outputs = (y, state.key_memory, state.value_memory)
     loss = sum((out * up).sum() for out, up in zip(outputs, upstream, strict=True))
-    names = ("dq", "dk", "dv", "dalpha", "dlog_decay", "dstep", "dS0", "dR0")
-    grads = dict(zip(names, gradients_of(loss, [*inputs, *initial]), strict=True))
+    names = [*(f"d{name}" for name in inputs), "dS0", "dR0"]
+    grads = dict(zip(names, gradients_of(loss, [*inputs.values(), *initial]), strict=True))
     return {"y": y, "S": state.key_memory, "R": state.value_memory, **grads}
 
 
 def boundary_adjoints(
-    operands: list[Tensor], memories: list[Tensor], upstream: list[Tensor], sizes: Sizes, pieces: int
+    operands: dict[str, Tensor], memories: list[Tensor], upstream: list[Tensor], sizes: Sizes, pieces: int
 ) -> list[list[Tensor]]:
     """Adjoints of the memories between ``pieces`` consecutive calls in one process."""
     state, outputs, between = CompressState(*(leaf(m) for m in memories)), [], []
-    for part in zip(*(x.chunk(pieces, dim=1) for x in operands), strict=True):
+    for piece in range(pieces):
+        part = {n: x if "readout" in n else x.chunk(pieces, dim=1)[piece] for n, x in operands.items()}
         y, state = compress_kv(
-            *part, **settings(sizes), initial_state=state, output_final_state=True, backend="chunkwise"
+            **part, **settings(sizes), initial_state=state, output_final_state=True, backend="chunkwise"
         )
         outputs.append(y)
         between.append((state.key_memory, state.value_memory))
@@ -144,58 +171,64 @@ def boundary_adjoints(
         Sizes(phi="ln_silu", readout="softmax", chunk=16, heads=3),
         Sizes(phi="tanh", readout="l2_silu", dtype=torch.float64, slots=32),
         Sizes(length=256, chunk=32, heads=4, width=32, value_width=32, slots=64),
+        Sizes(own_gates=True, affine=True),
+        CORRECTED,
+        Sizes(update="corrected", phi="ln_silu", dtype=torch.float64, heads=4),
     ],
-    ids=["default", "chunk1", "ln_silu", "fp64", "larger"],
+    ids=["default", "chunk1", "ln_silu", "fp64", "larger", "own-gates", "corrected", "corrected-ln_silu"],
 )
 def test_the_operation_is_bitwise_that_of_one_process(sp: int, sizes: Sizes):
     for rank, same in enumerate(ranks().run(parity, sp, sizes)):
         assert all(same.values()), f"rank {rank}: differs in {[name for name, ok in same.items() if not ok]}"
 
 
-def packed_parity(sp: int, starts: list[int]) -> dict[str, float]:
+def packed_parity(sp: int, starts: list[int], sizes: Sizes) -> dict[str, float]:
     """Documents that start at ``starts`` of the flattened stream; largest difference to one process."""
     mesh = mesh_of(sp)
-    sizes = Sizes(dtype=torch.float64)
     operands, memories, upstream = make(sizes, seed=3)
     total = sizes.batch * sizes.length
     bounds = torch.tensor([*starts, total])
     learned = [leaf(m[:1]) for m in memories]
     state = CompressState(*(m.expand(len(starts), -1, -1, -1) for m in learned))
-    stream = [leaf(x.flatten(0, 1).unsqueeze(0)) for x in operands]
+    stream = leaves(in_one_row(operands))
     y, _ = compress_kv(
-        *stream,
+        **stream,
         **settings(sizes),
         initial_state=state,
         layout=PackedLayout.from_cu_seqlens(bounds, sizes.chunk),
     )
-    expected = gradients_of((y.view_as(upstream[0]) * upstream[0]).sum(), [*stream, *learned])
+    loss = (y.view_as(upstream[0]) * upstream[0]).sum()
+    *expected, want_key, want_value = gradients_of(loss, [*stream.values(), *learned])
 
     segments = Segments(mesh, chunk_size=sizes.chunk)
     marks = torch.arange(total).view(sizes.batch, -1)
     _, _, local_bounds = segments.cut(marks, marks, bounds)
-    local = [segment(x, mesh).contiguous() for x in operands]
-    layout = None
+    local, layout = local_part(operands, mesh), None
     if local_bounds is not None:
         layout = PackedLayout.from_cu_seqlens(local_bounds, sizes.chunk)
-        local = [x.flatten(0, 1).unsqueeze(0) for x in local]
+        local = in_one_row(local)
     documents = sizes.batch if layout is None else layout.num_documents
-    local, own = [leaf(x) for x in local], [leaf(m[:1]) for m in memories]
+    local, own = leaves(local), [leaf(m[:1]) for m in memories]
     state = CompressState(*(m.expand(documents, -1, -1, -1) for m in own))
     operation = StatePassing(Transfers(mesh), segments)
-    y_local, _ = operation(*local, **settings(sizes), initial_state=state, layout=layout)
+    y_local, _ = operation(**local, **settings(sizes), initial_state=state, layout=layout)
     up = segment(upstream[0], mesh)
-    grads = gradients_of((y_local.reshape(up.shape) * up).sum(), [*local, *own])
-    for grad in grads[6:]:
-        dist.all_reduce(grad, group=mesh.sp_group)
-
+    *grads, key, value = gradients_of((y_local.reshape(up.shape) * up).sum(), [*local.values(), *own])
     worst = {"y": (y_local.reshape(up.shape) - segment(y.view_as(upstream[0]), mesh)).abs().max()}
-    for i, (grad, want) in enumerate(zip(grads[:6], expected)):
-        want = segment(want.view_as(operands[i]), mesh)
-        worst[f"operand {i}"] = (grad.reshape(want.shape) - want).abs().max()
-    for i, (grad, want) in enumerate(zip(grads[6:], expected[6:])):
-        worst[f"learned {i}"] = (grad - want).abs().max()
+    pairs = {name: [grad, want] for name, grad, want in zip(local, grads, expected, strict=True)}
+    pairs |= {"learned key": [key, want_key], "learned value": [value, want_value]}
+    for name, (grad, want) in pairs.items():
+        if name in operands and "readout" not in name:
+            want = segment(want.view_as(operands[name]), mesh)
+        else:
+            dist.all_reduce(grad, group=mesh.sp_group)
+        worst[name] = (grad.reshape(want.shape) - want).abs().max()
     dist.barrier()
     return {name: float(value) for name, value in worst.items()}
+
+
+def in_one_row(operands: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {n: x if "readout" in n else x.flatten(0, 1).unsqueeze(0) for n, x in operands.items()}
 
 
 @pytest.mark.parametrize("sp", [2, 4])
@@ -205,8 +238,9 @@ def packed_parity(sp: int, starts: list[int]) -> dict[str, float]:
     ids=["rows", "ragged", "at-boundaries", "short-documents"],
 )
 def test_documents_cross_ranks_when_they_start_at_multiples_of_the_chunk_size(sp: int, starts: list[int]):
-    for worst in ranks().run(packed_parity, sp, starts):
-        assert max(worst.values()) < 1e-12, worst
+    for sizes in (Sizes(), replace(CORRECTED, chunk=8)):
+        for worst in ranks().run(packed_parity, sp, starts, replace(sizes, dtype=torch.float64)):
+            assert max(worst.values()) < 1e-12, worst
 
 
 def bytes_sent(sp: int, sizes: Sizes) -> tuple[list[int], list[int]]:
@@ -214,11 +248,11 @@ def bytes_sent(sp: int, sizes: Sizes) -> tuple[list[int], list[int]]:
     mesh = mesh_of(sp)
     operands, _, upstream = make(sizes, seed=0)
     operation = StatePassing(Transfers(mesh), Segments(mesh, chunk_size=sizes.chunk))
-    local = [leaf(segment(x, mesh)) for x in operands]
+    local = leaves(local_part(operands, mesh))
     with counted_sends() as forward:
-        y, _ = operation(*local, **settings(sizes))
+        y, _ = operation(**local, **settings(sizes))
     with counted_sends() as backward:
-        gradients_of((y * segment(upstream[0], mesh)).sum(), local)
+        gradients_of((y * segment(upstream[0], mesh)).sum(), list(local.values()))
     dist.barrier()
     return forward, backward
 
@@ -239,14 +273,14 @@ def zero_gradients_and_no_gradients(sp: int) -> float:
     operation = StatePassing(Transfers(mesh), Segments(mesh, chunk_size=sizes.chunk))
     total = 0.0
     for factor in (0.0, 1.0):
-        local = [leaf(segment(x, mesh)) for x in operands]
+        local = leaves(local_part(operands, mesh))
         with torch.no_grad():
             for _ in range(12):
-                operation(*local, **settings(sizes))
-        y, _ = operation(*local, **settings(sizes))
+                operation(**local, **settings(sizes))
+        y, _ = operation(**local, **settings(sizes))
         # The last segment's loss ignores every token in the first pass.
         scale = factor if mesh.right is None else 1.0
-        grads = gradients_of((y * segment(upstream[0], mesh)).sum() * scale, local)
+        grads = gradients_of((y * segment(upstream[0], mesh)).sum() * scale, list(local.values()))
         total += float(grads[1].abs().sum())
     dist.barrier()
     return total
@@ -272,7 +306,7 @@ def order_of_events() -> list[str]:
     for name in ("expect_left", "send_right", "expect_right", "send_left"):
         setattr(transfers, name, noted(name, getattr(transfers, name)))
     operands, _, upstream = make(sizes, seed=0)
-    local = [leaf(segment(x, mesh)) for x in operands]
+    local = leaves(local_part(operands, mesh))
     with pytest.MonkeyPatch.context() as patch:
         for name in (
             "scan_forward",
@@ -283,8 +317,8 @@ def order_of_events() -> list[str]:
         ):
             patch.setattr(stages, name, noted(name, getattr(stages, name)))
         patch.setattr(Arrival, "wait", noted("wait", Arrival.wait))
-        y, _ = StatePassing(transfers, Segments(mesh, chunk_size=sizes.chunk))(*local, **settings(sizes))
-        gradients_of((y * segment(upstream[0], mesh)).sum(), local)
+        y, _ = StatePassing(transfers, Segments(mesh, chunk_size=sizes.chunk))(**local, **settings(sizes))
+        gradients_of((y * segment(upstream[0], mesh)).sum(), list(local.values()))
     dist.barrier()
     return events
 
@@ -302,14 +336,14 @@ def refused(sp: int) -> list[str]:
     operation = StatePassing(Transfers(mesh), Segments(mesh, chunk_size=8))
     inside = CompressState(*memories, *memories, offset=3)
     layout = PackedLayout.from_cu_seqlens(torch.tensor([0, 64]), 8)
-    flat = [x.flatten(0, 1).unsqueeze(0) for x in operands]
+    flat = in_one_row(operands)
     for inputs, options in (
         (operands, {"chunk_size": 5}),
         (operands, {"chunk_size": 8, "initial_state": inside}),
         (flat, {"chunk_size": 8, "layout": layout}),
     ):
         try:
-            operation(*inputs, **options)
+            operation(**inputs, **options)
         except ValueError as error:
             messages.append(str(error))
     return messages
