@@ -83,8 +83,8 @@ def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl
     """(Xk, T^T dB) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
     head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
-    dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
-    overlap = tl.zeros((Z.BT, Z.BM), dtype=tl.float32)
+    dX = tl.full((Z.BT, BF), 0.0, tl.float32)
+    overlap = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
     for other in range(tile, Z.TILES):
         n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
         dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z)
@@ -101,7 +101,7 @@ def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl
 def _as_reader(m, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
     """Xq [BT, BF] of ``corrected``: through what B reads of the chunk's earlier writes, and of S - S'."""
     r = tl.arange(0, Z.BT)
-    dX = tl.zeros((Z.BT, BF), dtype=tl.float32)
+    dX = tl.full((Z.BT, BF), 0.0, tl.float32)
     for other in range(0, tile + 1):
         X, U, logs_j, gamma = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
         decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)

@@ -104,11 +104,14 @@ def _decay(log_i, log_j, tile_i, tile_j, n, Z: tl.constexpr):
 
 
 @triton.jit
-def _affine(x, head, Z: tl.constexpr):
-    s = tl.arange(0, Z.BM)
-    if x is not None:
-        x = tl.load(x + head * Z.M + s, mask=s < Z.M, other=0.0).to(tl.float32)[None, :]
-    return x
+def _affine(x, head, NEUTRAL: tl.constexpr, Z: tl.constexpr):
+    """A head's row of x [H, M] as [1, BM]; without one, NEUTRAL, which the compiler folds away."""
+    s = tl.arange(0, Z.BM)[None, :]
+    if x is None:
+        row = tl.full((1, Z.BM), NEUTRAL, tl.float32)
+    else:
+        row = tl.load(x + head * Z.M + s, mask=s < Z.M, other=0.0).to(tl.float32)
+    return row
 
 
 @triton.jit
@@ -136,7 +139,8 @@ def readout_forward_kernel(query, key, value, alpha, weight, bias, y, t, documen
     logs, _ = load_gates(key.log_decay, key.step, row, n, Z.BT)
     y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
     keep = (tl.arange(0, Z.BM) < Z.M)[None, :]
-    P = apply_readout(y_hat, _affine(weight, head, Z), _affine(bias, head, Z), keep, Z.M * 1.0, Z.readout)
+    w, b = _affine(weight, head, 1.0, Z), _affine(bias, head, -0.0, Z)
+    P = apply_readout(y_hat, w, b, keep, Z.M * 1.0, Z.readout)
     logs, _ = load_gates(value.log_decay, value.step, row, n, Z.BT)
     Y = dot(P, load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z), Z.precision)
     Y = Y * tl.exp(logs)[:, None]
@@ -164,7 +168,7 @@ def query_backward_kernel(
     logs, _ = load_gates(key.log_decay, key.step, row, n, Z.BT)
     value_logs, _ = load_gates(value.log_decay, value.step, row, n, Z.BT)
     mu, value_mu = tl.exp(logs)[:, None], tl.exp(value_logs)[:, None]
-    w, b = _affine(weight, head, Z), _affine(bias, head, Z)
+    w, b = _affine(weight, head, 1.0, Z), _affine(bias, head, -0.0, Z)
 
     y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
     P = apply_readout(y_hat, w, b, keep, Z.M * 1.0, Z.readout)
@@ -222,8 +226,8 @@ def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.con
     n, row = tile_length(length, tile, Z.BT), chunk_head * Z.C + tile * Z.BT
     X = load_tokens(m.x, token + tile * Z.BT, n, head, heads, F, BF, Z.BT)
     logs, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
-    dU = tl.zeros((Z.BT, Z.BM), dtype=tl.float32)
-    dS = tl.zeros((Z.BM, BF), dtype=tl.float32)
+    dU = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
+    dS = tl.full((Z.BM, BF), 0.0, tl.float32)
     memory = tile == Z.TILES
     for other in range(tl.where(memory, 0, tile), Z.TILES):
         n_i, row_i = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT

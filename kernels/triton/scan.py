@@ -139,7 +139,7 @@ def _stale(m, S, i, rank, head, heads, slot, F: tl.constexpr, BF: tl.constexpr, 
 def _earlier_tiles(m, X, logs, tile, token, length, chunk_head, head, heads, slot, F, BF, Z: tl.constexpr):
     """(sum over tiles s < t of T_ts U'_s)^T [BM, BT]."""
     r = tl.arange(0, Z.BT)
-    total = tl.zeros((Z.BM, Z.BT), dtype=tl.float32)
+    total = tl.full((Z.BM, Z.BT), 0.0, tl.float32)
     for s in range(0, tile):
         n = tile_length(length, s, Z.BT)
         row = chunk_head * Z.C + s * Z.BT
@@ -228,7 +228,7 @@ def scan_forward_kernel(key, value, alpha, t, heads, documents, every, Z: tl.con
 def _later_tiles(m, X, logs, tile, token, length, chunk_head, head, heads, slot, F, BF, Z: tl.constexpr):
     """(sum over tiles s > t of T_st^T dB_s)^T [BM, BT]."""
     r = tl.arange(0, Z.BT)
-    total = tl.zeros((Z.BM, Z.BT), dtype=tl.float32)
+    total = tl.full((Z.BM, Z.BT), 0.0, tl.float32)
     for s in range(tile + 1, Z.TILES):
         n = tile_length(length, s, Z.BT)
         row = chunk_head * Z.C + s * Z.BT
@@ -258,7 +258,7 @@ def _backward_one(m, alpha, t, heads, documents, chunks, F: tl.constexpr, BF: tl
     keep, r = (slot + tl.arange(0, Z.BM) < Z.M)[:, None], tl.arange(0, Z.BT)
     document = _document(t, rank)
     count = tl.load(t.counts + rank).to(tl.int32)
-    dS = tl.zeros((Z.BM, BF), dtype=tl.float32)
+    dS = tl.full((Z.BM, BF), 0.0, tl.float32)
     if m.final is not None:
         dS = load_memory(m.final, rank * heads + head, slot, None, F, BF, Z)
     for back in range(0, count):
@@ -271,7 +271,7 @@ def _backward_one(m, alpha, t, heads, documents, chunks, F: tl.constexpr, BF: tl
         end = tl.load(m.log_decay + chunk_head * Z.C + Z.C - 1)
         store_memory(m.end, dS, chunk_head, slot, None, F, BF, Z)
         direct = dS * tl.exp(end) + read
-        through = tl.zeros((Z.BM, BF), dtype=tl.float32)  # dS'
+        through = tl.full((Z.BM, BF), 0.0, tl.float32)  # dS'
         if m.outside is not None:
             last = i == count - 1
             memory = rank * heads + head

@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from kernels.activations import ELEMENTWISE_PHI
@@ -133,12 +134,12 @@ class Inputs:
             BM=found.slots if self.rule.phi in ELEMENTWISE_PHI else launch.padded(m),
             BT=found.tokens,
             TILES=triton.cdiv(c, found.tokens),
-            phi=self.rule.phi,
-            readout=self.rule.readout,
+            phi=tl.constexpr(self.rule.phi),
+            readout=tl.constexpr(self.rule.readout),
             corrected=self.rule.corrected,
             stored=self.stored,
             even=self.layout.num_chunks == self.layout.num_documents * len(self.layout.steps),
-            precision=self.precision,
+            precision=tl.constexpr(self.precision),
         )
 
     def options(self, kernel: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 class Sizes(NamedTuple):
-    """What a kernel is compiled for.
+    """What a kernel is compiled for; strings are wrapped, or Triton 3.6 cannot hand them on.
 
     Attributes:
         D, V, M, C: widths of keys and values, slots, tokens of a chunk.
@@ -50,12 +50,12 @@ class Sizes(NamedTuple):
     BM: int
     BT: int
     TILES: int
-    phi: str
-    readout: str
+    phi: tl.constexpr
+    readout: tl.constexpr
     corrected: bool
     stored: bool
     even: bool
-    precision: str
+    precision: tl.constexpr
 
 
 class Pass(NamedTuple):
