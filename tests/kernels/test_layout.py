@@ -118,6 +118,9 @@ def test_tables_of_chunks_and_runs(documents: list[tuple[int, int]], chunk_size:
         assert int(counts[rank]) == chunks
         for step in range(0, chunks, run):
             runs.append((rank, step, min(run, chunks - step), int(base[step]) + rank))
+    if layout.valid is not None:
+        prefix = torch.arange(chunk_size) < count[:, None]
+        assert torch.equal(layout.valid, prefix), "tokens come before pads"
     found = layout.segments(run)
     assert (
         sorted(zip(*(x.tolist() for x in (found.rank, found.first_step, found.count, found.chunk)))) == runs
