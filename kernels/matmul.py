@@ -77,8 +77,8 @@ def _onednn_is_exact(i: int, j: int, k: int, rows_a: bool, rows_b: bool) -> bool
     if _switch is None or not torch.backends.mkldnn.is_available() or not hasattr(_switch, "fp32_precision"):
         return False
     # Fixed values without a short binary form, so that rounding shows and no random state moves.
-    a = torch.arange(2.0 * i * k).add_(1).sqrt_().remainder_(1).view(2, i, k)
-    b = torch.arange(2.0 * k * j).add_(2).sqrt_().remainder_(1).view(2, k, j)
+    a = torch.arange(2.0 * i * k, device="cpu").add_(1).sqrt_().remainder_(1).view(2, i, k)
+    b = torch.arange(2.0 * k * j, device="cpu").add_(2).sqrt_().remainder_(1).view(2, k, j)
     exact = a.double() @ b.double()
     a = a if rows_a else a.mT.contiguous().mT
     b = b if rows_b else b.mT.contiguous().mT
