@@ -108,10 +108,10 @@ def backward(
         x = inputs.value.x
         chunks = torch.zeros_like(x) if dy is None else piece.layout.to_chunks(dy).to(x.dtype)
         grads = stages.readout_backward(inputs, states, chunks)
-        now = Memories(adjoint.key[: piece.running], adjoint.value[: piece.running])
+        now = (adjoint.key[: piece.running], adjoint.value[: piece.running])
         scan = stages.scan_backward(inputs, states, grads, now, outside=_outside(inputs, starts))
-        now.key.copy_(scan.initial.key)
-        now.value.copy_(scan.initial.value)
+        now[0].copy_(scan.initial.key)
+        now[1].copy_(scan.initial.value)
         totals.add(piece.layout, stages.input_backward(inputs, states, grads, scan))
         dstale = scan.stale
     ranked = None if dstale is None else _unranked(layout, dstale)

@@ -15,10 +15,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from kernels import stages
 from kernels.activations import ELEMENTWISE_PHI
 from kernels.checks import check_choices, check_grid, check_operands, check_state
 from kernels.layout import PackedLayout
@@ -26,7 +28,7 @@ from kernels.operator import compress, find_layout
 from kernels.reference import reference
 from kernels.types import CompressState, Memories, Operands, Rule
 
-__all__ = ["choose_backend", "compress_kv", "compute_dtype", "stale_pair", "zero_state"]
+__all__ = ["choose_backend", "compress_kv", "compute_dtype", "stages_for", "stale_pair", "zero_state"]
 
 
 def compress_kv(
@@ -70,7 +72,7 @@ def compress_kv(
         initial_state: state to continue from, at any offset; None is zero memories.
         layout: chunk grid of packed documents (B = 1), built once and used by every layer.
         cu_seqlens: document bounds [N + 1] instead of ``layout``, where speed does not matter (on a GPU they
-            are waited for).
+            are waited for, and torch.compile cannot capture it).
         output_final_state: also return each document's state.
         backend: "reference" (slow, the definition), "chunkwise" (PyTorch), "triton" (CUDA; not fp64, and
             "corrected" for elementwise phi only), or "auto": triton where it can run, chunkwise elsewhere.
@@ -118,6 +120,18 @@ def compress_kv(
         return y, None
     offset = _end_offset(q.shape[1], chunk_size, state.offset, layout)
     return y, CompressState(final.key, final.value, start.key, start.value, offset)
+
+
+def stages_for(operands: Operands, rule: Rule) -> ModuleType:
+    """The stages that "auto" runs: the module ``kernels.stages`` or its Triton form, with the same functions.
+
+    For compositions across devices; raises nothing.
+    """
+    if choose_backend("auto", operands.q.device, compute_dtype(operands), rule) == "chunkwise":
+        return stages
+    import kernels.triton.stages
+
+    return kernels.triton.stages
 
 
 def compute_dtype(operands: Operands) -> torch.dtype:

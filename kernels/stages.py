@@ -1,6 +1,7 @@
-"""The five stages of the compress operation in chunkwise form: pure functions on tensors, no process groups.
+"""The stages of the compress operation in chunkwise form: pure functions on tensors, no process groups.
 
     scan_forward      states at every chunk's start, sequential over chunks; needs no queries
+    rescan            the same again in backward, from what scan_forward says to save
     readout_forward   outputs, parallel over chunks
     readout_backward  everything the output's gradient touches inside its own chunk, parallel
     scan_backward     adjoints of the states, sequential over chunks in reverse
@@ -60,8 +61,8 @@ from kernels.types import Memories, Operands, Rule
 
 __all__ = ["Adjoint", "Gates", "Inputs", "Pass", "PassReadout", "PassStates", "ReadoutGradients"]
 __all__ += ["ScanGradients", "States"]
-__all__ += ["arrange", "input_backward", "readout_backward", "readout_forward", "scan_backward"]
-__all__ += ["scan_forward"]
+__all__ += ["arrange", "from_tokens", "input_backward", "readout_backward", "readout_forward", "rescan"]
+__all__ += ["scan_backward", "scan_forward", "to_tokens"]
 
 LOG2_E = 1.4426950408889634  # on a CPU, exp2 is several times faster than exp
 
@@ -181,10 +182,16 @@ class PassStates:
 
 @dataclass(frozen=True)
 class States:
-    """A forward scan of both memories."""
+    """A forward scan of both memories.
+
+    Attributes:
+        key, value: the two passes.
+        saved: the memories to keep for ``rescan``: here those before each document's first token [N, ...].
+    """
 
     key: PassStates
     value: PassStates
+    saved: Memories
 
 
 @dataclass(frozen=True)
@@ -308,7 +315,22 @@ def scan_forward(
     """
     key, key_final = _scan(inputs.key, inputs, initial.key, None if stale is None else stale.key)
     value, value_final = _scan(inputs.value, inputs, initial.value, None if stale is None else stale.value)
-    return States(key, value), Memories(key_final, value_final)
+    return States(key, value, initial), Memories(key_final, value_final)
+
+
+def rescan(inputs: Inputs, saved: Memories, *, stale: Memories | None = None) -> States:
+    """The states of ``scan_forward`` from what they saved, bitwise; arguments as there."""
+    return scan_forward(inputs, saved, stale=stale)[0]
+
+
+def from_tokens(inputs: Inputs, x: Tensor) -> Tensor:
+    """Token order [B, T, H, F] to the stages' own order and type, here chunk order [P, H, C, F]."""
+    return inputs.layout.to_chunks(x).to(inputs.alpha.dtype)
+
+
+def to_tokens(inputs: Inputs, x: Tensor, like: Tensor) -> Tensor:
+    """The stages' own order to token order [B, T, H, F], in the shape and type of ``like``."""
+    return inputs.layout.from_chunks(x, like.shape[0]).to(like.dtype).view_as(like)
 
 
 def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> tuple[PassStates, Tensor]:
@@ -404,7 +426,7 @@ def scan_backward(
     inputs: Inputs,
     states: States,
     grads: ReadoutGradients,
-    final: Memories,
+    final: tuple[Tensor | None, Tensor | None],
     *,
     outside: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> ScanGradients:
@@ -412,13 +434,13 @@ def scan_backward(
 
     Args:
         inputs, states, grads: of the stages before.
-        final: adjoint of the final memories, by rank [N, ...].
+        final: adjoints of the final memories (key, value), by rank [N, ...]; None is zero.
         outside: adjoints of the stale memories (key, value) from outside (a returned chunk-start pair)
             [P, ...]; None is zero.
     """
     return ScanGradients(
-        _reverse_scan(inputs.key, inputs, states.key, grads.key, final.key, outside[0]),
-        _reverse_scan(inputs.value, inputs, states.value, grads.value, final.value, outside[1]),
+        _reverse_scan(inputs.key, inputs, states.key, grads.key, final[0], outside[0]),
+        _reverse_scan(inputs.value, inputs, states.value, grads.value, final[1], outside[1]),
     )
 
 
@@ -427,7 +449,7 @@ def _reverse_scan(
     inputs: Inputs,
     states: PassStates,
     grads: PassReadout,
-    final: Tensor,
+    final: Tensor | None,
     outside: Tensor | None,
 ) -> Adjoint:
     """One memory."""
@@ -435,6 +457,8 @@ def _reverse_scan(
     reading = own.x * gates.mu if corrected else own.x
     end, write = torch.empty_like(grads.start), grads.write.clone()
     db, dz, dalpha = (torch.empty_like(write) for _ in range(3))
+    if final is None:
+        final = grads.start.new_zeros(inputs.layout.steps[0][1], *grads.start.shape[1:])
     initial, stale = torch.empty_like(final), torch.zeros_like(final) if pair else None
     taken = (end, own.x * -gates.tail, reading, gates.step, gates.total, states.z, inputs.alpha)
     given = (grads.start, write, db, dz, dalpha, own.inverse if corrected else own.x)

@@ -298,7 +298,7 @@ def composed(
     grads = []
     for inputs, states, dy_part in reversed(kept):
         local = stages.readout_backward(inputs, states, inputs.layout.to_chunks(dy_part))
-        scan = stages.scan_backward(inputs, states, local, adjoint)
+        scan = stages.scan_backward(inputs, states, local, (adjoint.key, adjoint.value))
         rest = stages.input_backward(inputs, states, local, scan)
         adjoint = scan.initial
         grads.append([inputs.layout.from_chunks(x, batch) for x in rest if x is not None])

@@ -7,10 +7,11 @@ R rows (R = B; behind a packed row, where B = 1, the rows it holds).
     backward  readout gradients; (dS+, dR+) from the right; reverse scan; (dS, dR) to the left; the rest
 
 The state leaves right after the scan and the adjoint right after the reverse scan, so a neighbour waits for
-the short sequential part of a layer only. Both directions are one autograd.Function over ``kernels.stages``.
-The stages work chunk by chunk, so cut at a multiple of C no bit differs from one process (parallelism.md). On
-a CPU that holds where B L H is a multiple of 32 and D, V, M are multiples of 8: what is left over after whole
-vectors goes through other routines in torch and MKL, so at odd sizes some numbers differ in the last bit.
+the short sequential part of a layer only. Both directions are one autograd.Function over ``kernels.stages`` or,
+on a GPU, their Triton form. The stages work chunk by chunk, so cut at a multiple of C no bit differs from one
+process (parallelism.md). On a CPU that holds where B L H is a multiple of 32 and D, V, M are multiples of 8
+(see ``kernels.stages``): what is left over after whole vectors goes through other routines in torch and MKL,
+so at odd sizes some numbers differ in the last bit.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from kernels import CompressState, PackedLayout, stages
+from kernels import CompressState, PackedLayout
+from kernels.compress import stages_for
 from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.transfers import Arrival, Transfers
@@ -141,6 +143,7 @@ class _PassStates(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.call, layout, whole = call, call.layout, Operands(*operands)  # type: ignore[arg-type]
+        stages = stages_for(whole, call.rule)
         own = [_pick(memory, call.first) for memory in (key, value)]
         arrival = call.transfers.expect_left(*own)
         with _full_precision(key):
@@ -151,38 +154,34 @@ class _PassStates(torch.autograd.Function):
             final = [layout.unrank_documents(memory) for memory in (end.key, end.value)]
             call.transfers.send_right(*(_pick(memory, call.last) for memory in final))
             y = stages.readout_forward(inputs, states)
-        ctx.save_for_backward(first.key, first.value, *operands)  # backward scans again from here
-        return layout.from_chunks(y, whole.q.shape[0]).to(whole.v.dtype), *final
+            y = stages.to_tokens(inputs, y, whole.v)
+        ctx.save_for_backward(states.saved.key, states.saved.value, *operands)
+        return y, *final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, *dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         call, layout, (key, value, *saved) = ctx.call, ctx.call.layout, ctx.saved_tensors
         rows, operands = len(call.first), Operands(*saved)
+        stages = stages_for(operands, call.rule)
         # Any tensors of the shape of one memory per row will do to size the receive.
         arrival = call.transfers.expect_right(key[:rows], value[:rows])
-        first = Memories(key, value)
         with _full_precision(key):
             inputs = stages.arrange(operands, layout=layout, rule=call.rule)
-            x = inputs.value.x
-            chunks = torch.zeros_like(x) if dy is None else layout.to_chunks(dy).to(x.dtype)
-            states, _ = stages.scan_forward(inputs, first)
-            grads = stages.readout_backward(inputs, states, chunks)
-            scan = stages.scan_backward(inputs, states, grads, _final_adjoints(dfinal, first, arrival, call))
+            states = stages.rescan(inputs, Memories(key, value))
+            dy = torch.zeros_like(operands.v) if dy is None else dy
+            grads = stages.readout_backward(inputs, states, stages.from_tokens(inputs, dy))
+            final = _final_adjoints(dfinal, key, value, arrival, call)
+            scan = stages.scan_backward(inputs, states, grads, final)
             dinitial = [layout.unrank_documents(d) for d in (scan.initial.key, scan.initial.value)]
             _hand_left(dinitial, call)
             rest = stages.input_backward(inputs, states, grads, scan)
-        return None, *dinitial, *_in_token_order(rest, operands, layout)
-
-
-def _in_token_order(grads: Operands, operands: Operands, layout: PackedLayout) -> list[Tensor | None]:
-    """Gradients in the operands' order, shapes and dtypes; None for missing operands."""
-    batch = operands.q.shape[0]
-    tokens = [None if x is None else layout.from_chunks(x, batch) for x in grads[:8]]
-    return [
-        None if d is None or x is None else d.to(x.dtype).view_as(x)
-        for d, x in zip((*tokens, *grads[8:]), operands, strict=True)
-    ]
+            tokens = [
+                None if d is None or x is None else stages.to_tokens(inputs, d, x)
+                for d, x in zip(rest[:8], operands[:8], strict=True)
+            ]
+        affine = [None if d is None or x is None else d.to(x) for d, x in zip(rest[8:], operands[8:])]
+        return None, *dinitial, *tokens, *affine
 
 
 def _continue(
@@ -200,18 +199,22 @@ def _continue(
 
 
 def _final_adjoints(
-    dfinal: tuple[Tensor | None, ...], first: Memories, arrival: Arrival | None, call: _Call
-) -> Memories:
-    """Adjoints of the final memories, by rank [N, ...]: the caller's own plus the right neighbour's."""
+    dfinal: tuple[Tensor | None, ...], key: Tensor, value: Tensor, arrival: Arrival | None, call: _Call
+) -> tuple[Tensor, Tensor]:
+    """Adjoints of the final memories, by rank [N, ...]: the caller's own plus the right neighbour's.
+
+    ``key`` and ``value`` are memories [., H, M, .] like those that the adjoints belong to.
+    """
+    documents = call.layout.num_documents
     totals = [
-        torch.zeros_like(like) if own is None else own.clone()
-        for own, like in zip(dfinal, (first.key, first.value), strict=True)
+        like.new_zeros(documents, *like.shape[1:]) if own is None else own.clone()
+        for own, like in zip(dfinal, (key, value), strict=True)
     ]
     if arrival is not None:
-        index = torch.tensor(call.last, device=first.key.device)
+        index = torch.tensor(call.last, device=key.device)
         for total, received in zip(totals, arrival.wait(), strict=True):
             total.index_add_(0, index, received)
-    return Memories(*(call.layout.rank_documents(total) for total in totals))
+    return call.layout.rank_documents(totals[0]), call.layout.rank_documents(totals[1])
 
 
 def _hand_left(dinitial: list[Tensor], call: _Call) -> None:
