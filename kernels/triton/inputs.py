@@ -10,9 +10,12 @@ the memory after the chunk. The pre-activations and their gradients are recomput
     dX   = -((G U'^T) o Omega)^T L + End + Zr + Xq + Xk
     End  = -(tail U') dS+;   Zr = dZ S'
     corrected, with B = (dB U'^T) o Omega below the diagonal and T = (X X^T) o Omega below the diagonal:
-           Xq = -B X + mu dB (S - S');   Xk = -B^T X;   dW -= T^T dB;   otherwise Xq = Xk = 0
-    gates  dgamma = dW . U;   dl = Q.dQ (or P.dP) + (corrected) X.Xq + Z.dZ, completed in gate_gradients
+           Xq = -B X + mu dB (S - S');   Xk = -B^T X;   otherwise Xq = Xk = 0
+    gates  dgamma = U.dU'_readout - U.(tail X dS+^T) - (corrected) U.(T^T dB)
+           dl = Q.dQ (or P.dP) + (corrected) X.Xq + Z.dZ, completed in gate_gradients
            at the chunk's end: sum_j X_j.End_j + e^{l_C} <S, dS+>
+
+U.(T^T dB) and X.Xq are column and row sums of one matrix of pairs, for the reason in ``readout``.
 """
 
 from __future__ import annotations
@@ -47,7 +50,7 @@ class Side(NamedTuple):
         base: dB [P, H, C, M], corrected only.
         end: dS+ [P, H, M, F].
         dx: gradient of x, token order.
-        rows, dgamma: dl [P, H, C], to be completed in place, and dgamma [P, H, C].
+        rows, dgamma: the readout's dl and dgamma [P, H, C], to be completed in place.
         parts: each tile's part of the chunk's end [TILES, P, H].
     """
 
@@ -80,36 +83,39 @@ def _from_queries(m, s, dX, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z
 
 @triton.jit
 def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
-    """(Xk, T^T dB) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
+    """(Xk, -U.(T^T dB)) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
     head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
     dX = tl.full((Z.BT, BF), 0.0, tl.float32)
-    overlap = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
+    dgamma = tl.full((Z.BT,), 0.0, tl.float32)
     for other in range(tile, Z.TILES):
         n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
         dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z)
         X_i = load_tokens(m.x, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
         logs_i, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
         decay = omega(logs_i, logs, other * Z.BT + r, tile * Z.BT + r, r < n, True)
-        scores = dot(dB, U, Z.precision, TB=True) * (decay * gamma[None, :])
-        dX -= dot(scores, X_i, Z.precision, TA=True)
-        overlap += dot(dot(X_i, X, Z.precision, TB=True) * decay, dB, Z.precision, TA=True)
-    return dX, overlap
+        scores = dot(dB, U, Z.precision, TB=True) * decay
+        dX -= dot(scores * gamma[None, :], X_i, Z.precision, TA=True)
+        dgamma -= tl.sum(scores * dot(X_i, X, Z.precision, TB=True), 0)
+    return dX, dgamma
 
 
 @triton.jit
-def _as_reader(m, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
-    """Xq [BT, BF] of ``corrected``: through what B reads of the chunk's earlier writes, and of S - S'."""
+def _as_reader(m, X, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
+    """(Xq, X.Xq) of ``corrected``: through what B reads of the chunk's earlier writes, and of S - S'."""
     r = tl.arange(0, Z.BT)
     dX = tl.full((Z.BT, BF), 0.0, tl.float32)
-    for other in range(0, tile + 1):
-        X, U, logs_j, gamma = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
-        decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)
-        dX -= dot(dot(dB, U, Z.precision, TB=True) * (decay * gamma), X, Z.precision)
     if m.pair is not None:
         change = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32) - at
         dX += dot(dB * tl.exp(logs)[:, None], change, Z.precision)
-    return dX
+    rows = tl.sum(X.to(tl.float32) * dX, 1)
+    for other in range(0, tile + 1):
+        X_j, U, logs_j, gamma = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
+        decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)
+        scores = dot(dB, U, Z.precision, TB=True) * decay * gamma
+        dX -= dot(scores, X_j, Z.precision)
+        rows -= tl.sum(scores * dot(X, X_j, Z.precision, TB=True), 1)
+    return dX, rows
 
 
 @triton.jit
@@ -146,17 +152,17 @@ def _one(m, s, alpha, t, tile, chunk_head, documents, chunks, heads, F, BF, Z: t
         U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
     dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
     write = U * gamma[:, None]
+    dgamma = tl.load(s.dgamma + row + r, mask=r < n, other=0.0) - tl.sum(U * seen, 1)
     part -= tl.sum(tl.sum(write * seen, 1), 0)  # X_j . End_j
     if Z.corrected:
-        from_keys, overlap = _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
-        dW -= overlap
-    tl.store(s.dgamma + row + r, tl.sum(dW * U, 1), mask=r < n)
+        from_keys, dstep = _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
+        dgamma += dstep
+    tl.store(s.dgamma + row + r, dgamma, mask=r < n)
     dX = -dot(write * tail, after, Z.precision)
     tl.store(s.parts + tile * chunks * heads + chunk_head, part)
     if Z.corrected:
-        read = _as_reader(m, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
-        rows = tl.load(s.rows + row + r, mask=r < n, other=0.0)
-        rows += tl.sum(X.to(tl.float32) * read, 1) + tl.sum(pre * dZ, 1)  # Z.dZ is X.Zr
+        read, rows = _as_reader(m, X, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
+        rows += tl.load(s.rows + row + r, mask=r < n, other=0.0) + tl.sum(pre * dZ, 1)  # Z.dZ is X.Zr
         tl.store(s.rows + row + r, rows, mask=r < n)
         dZ = dZ * tl.exp(logs)[:, None]
         dX += from_keys + read

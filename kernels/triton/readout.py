@@ -8,9 +8,13 @@ pass's own: the keys' in the first line of each, the values' in the second:
     forward         Yhat = mu Q S^T - ((Q K^T) o Omega) U';  P = readout(Yhat)
                     Y = mu P R - ((P W'^T) o Omega) V
     by query tile   dP = mu dY R^T - ((dY V^T) o Omega) W';  dYhat = J^T dP
-                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ = Yhat.dYhat (key), P.dP (value)
+                    dQ = mu dYhat S - ((dYhat U'^T) o Omega) K;  dl = Q.dQ (key), P.dP (value)
     by key tile     dU' = -((Q K^T) o Omega)^T dYhat;  dS = (mu dYhat)^T Q
-                    dW' = -((dY V^T) o Omega)^T P;     dR = (mu P)^T dY
+                    dW' = -((dY V^T) o Omega)^T P;     dR = (mu P)^T dY;  dgamma = U.dU' (key), W.dW' (value)
+
+Summed over a chunk, dl and gamma dgamma cancel but for what crosses from token to token. So both are sums of
+one matrix of pairs, -(Q K^T) o Omega o (dYhat U^T), along its rows and its columns: U.dU' from a rounded dU'
+would leave errors of the size of what cancels.
 
 A query tile meets the key tiles up to its own, a key tile the query tiles from its own on; no atomics. Where
 a chunk is one tile, the query kernel has the scores of the last two lines at hand and writes these as well.
@@ -52,6 +56,7 @@ class Gradients(NamedTuple):
         key_write, value_write: dU' and dW' [P, H, C, M].
         key_start, value_start: dS and dR [P, H, M, .].
         key_rows, value_rows: Q.dQ and P.dP [P, H, C].
+        key_step, value_step: the readout's dgamma [P, H, C].
         weight, bias: each program's part of the affine's gradients [H, P, TILES, M]; None where it has none.
     """
 
@@ -64,6 +69,8 @@ class Gradients(NamedTuple):
     value_start: Any
     key_rows: Any
     value_rows: Any
+    key_step: Any
+    value_step: Any
     weight: Any
     bias: Any
 
@@ -175,6 +182,7 @@ def query_backward_kernel(
     store_slots(out.p, P, row * Z.M, n, 0, Z.M, Z)
     R = load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z)
     dP = dot(dY, R, Z.precision, TB=True) * value_mu
+    rows = tl.sum(P * dP, 1)
     for other in range(0, tile + 1):
         X, W, logs_j, gamma = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
         dscores = dot(dY, X, Z.precision, TB=True) * _decay(value_logs, logs_j, tile, other, n, Z)
@@ -184,24 +192,33 @@ def query_backward_kernel(
             store_slots(out.value_write, dW, row * Z.M, n, 0, Z.M, Z)
             dR = dot(P * value_mu, dY, Z.precision, TA=True)
             store_memory(out.value_start, dR, chunk_head, 0, None, Z.V, Z.BV, Z)
-    tl.store(out.value_rows + row + r, tl.sum(tl.where(keep, P * dP, 0.0), 1), mask=r < n)
+        pairs = dscores * dot(P, W, Z.precision, TB=True)
+        rows -= tl.sum(pairs * gamma, 1)
+        if Z.TILES == 1:
+            tl.store(out.value_step + row + r, -tl.sum(pairs, 0), mask=r < n)
+    tl.store(out.value_rows + row + r, rows, mask=r < n)
     dY_hat, affine, normal = readout_backward(y_hat, w, b, dP, keep & (r < n)[:, None], Z.M * 1.0, Z.readout)
     _store_affine(out, affine, normal, chunk, head, heads, tile, Z)
-    tl.store(out.key_rows + row + r, tl.sum(dY_hat * y_hat, 1), mask=r < n)  # Q.dQ: Yhat is linear in Q
     store_slots(out.y_hat, dY_hat, row * Z.M, n, 0, Z.M, Z)
 
     S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
     dQ = dot(dY_hat, S, Z.precision) * mu
+    rows = tl.sum(Q.to(tl.float32) * dQ, 1)
     for other in range(0, tile + 1):
         K, U, logs_j, gamma = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
-        decay = _decay(logs, logs_j, tile, other, n, Z)
-        dQ -= dot(dot(dY_hat, U, Z.precision, TB=True) * (decay * gamma), K, Z.precision)
+        dscores = dot(dY_hat, U, Z.precision, TB=True) * _decay(logs, logs_j, tile, other, n, Z)
+        dQ -= dot(dscores * gamma, K, Z.precision)
+        scores = dot(Q, K, Z.precision, TB=True)
+        pairs = dscores * scores
+        rows -= tl.sum(pairs * gamma, 1)
         if Z.TILES == 1:
-            scores = dot(Q, K, Z.precision, TB=True) * decay
+            tl.store(out.key_step + row + r, -tl.sum(pairs, 0), mask=r < n)
+            scores = scores * _decay(logs, logs_j, tile, other, n, Z)
             dU = -dot(scores, dY_hat, Z.precision, TA=True)
             store_slots(out.key_write, dU, row * Z.M, n, 0, Z.M, Z)
             dS = dot(dY_hat * mu, Q, Z.precision, TA=True)
             store_memory(out.key_start, dS, chunk_head, 0, None, Z.D, Z.BD, Z)
+    tl.store(out.key_rows + row + r, rows, mask=r < n)
     store_tokens(out.query, dQ, token, n, head, heads, Z.D, Z.BD, Z.BT)
 
 
@@ -218,8 +235,8 @@ def _store_affine(out, affine, normal, chunk, head, heads, tile, Z: tl.constexpr
 
 
 @triton.jit
-def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.constexpr, Z: tl.constexpr):
-    """dU' = -((L X^T) o Omega)^T G of a key tile, and dS = (mu G)^T L in the last program of a chunk."""
+def _key_one(m, left, right, write, step, start, t, heads, F, BF, Z: tl.constexpr):
+    """dU' = -((L X^T) o Omega)^T G and U.dU' of a key tile; in a chunk's last program dS = (mu G)^T L."""
     chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, chunk = chunk_head % heads, chunk_head // heads
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
@@ -228,6 +245,8 @@ def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.con
     logs, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
     dU = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
     dS = tl.full((Z.BM, BF), 0.0, tl.float32)
+    U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z)
+    dgamma = tl.full((Z.BT,), 0.0, tl.float32)
     memory = tile == Z.TILES
     for other in range(tl.where(memory, 0, tile), Z.TILES):
         n_i, row_i = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
@@ -239,14 +258,17 @@ def _key_one(m, left, right, write, start, t, heads, F: tl.constexpr, BF: tl.con
         else:
             scores = dot(L, X, Z.precision, TB=True) * _decay(logs_i, logs, other, tile, n_i, Z)
             dU -= dot(scores, G, Z.precision, TA=True)
+            dgamma -= tl.sum(scores * dot(G, U, Z.precision, TB=True), 0)
     store_memory(start, dS, chunk_head, 0, memory, F, BF, Z)
     store_slots(write, dU, row * Z.M, n, 0, Z.M, Z)
+    r = tl.arange(0, Z.BT)
+    tl.store(step + row + r, dgamma, mask=r < n)
 
 
 @triton.jit
 def key_backward_kernel(query, key, value, dy, out, t, heads, Z: tl.constexpr):
     """Grid (P * H, TILES + 1, 2), for chunks of several tiles: the key tiles' part of ``out``."""
     if tl.program_id(2) == 0:
-        _key_one(key, query, out.y_hat, out.key_write, out.key_start, t, heads, Z.D, Z.BD, Z)
+        _key_one(key, query, out.y_hat, out.key_write, out.key_step, out.key_start, t, heads, Z.D, Z.BD, Z)
     else:
-        _key_one(value, dy, out.p, out.value_write, out.value_start, t, heads, Z.V, Z.BV, Z)
+        _key_one(value, dy, out.p, out.value_write, out.value_step, out.value_start, t, heads, Z.V, Z.BV, Z)

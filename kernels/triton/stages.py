@@ -209,7 +209,7 @@ class ReadoutGradients:
         reader: dYhat and P [2, P, H, C, M], with which each pass's writes were read.
         write: of the writes [2, P, H, C, M].
         start: of the memories at each chunk's start [P, ...].
-        rows: Q.dQ and P.dP [2, P, H, C].
+        rows, steps: Q.dQ and P.dP, and dgamma [2, P, H, C].
         weight, bias: of the affine [H, M], fp32; None where there is none.
         dy: the upstream gradient.
     """
@@ -219,6 +219,7 @@ class ReadoutGradients:
     write: Tensor
     start: Memories
     rows: Tensor
+    steps: Tensor
     weight: Tensor | None
     bias: Tensor | None
     dy: Tensor
@@ -349,7 +350,7 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
     options = inputs.options("query_backward")
     tiles = options["Z"].TILES
     start = inputs.memories(inputs.layout.num_chunks, factor=True)
-    reader, write, rows = inputs.scratch(), inputs.scratch(), inputs.scratch(2)
+    reader, write, rows, steps = inputs.scratch(), inputs.scratch(), inputs.scratch(2), inputs.scratch(2)
     query = torch.empty_like(operands.q)
     weight, bias = (
         None if x is None else rows.new_empty(inputs.heads, inputs.layout.num_chunks * tiles, inputs.slots)
@@ -365,6 +366,8 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
         value_start=start.value,
         key_rows=rows[0],
         value_rows=rows[1],
+        key_step=steps[0],
+        value_step=steps[1],
         weight=weight,
         bias=bias,
     )
@@ -388,7 +391,7 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
             operands.q, *passes, dy, out, tables, inputs.heads, **options
         )
     weight, bias = (None if x is None else x.sum(1) for x in (weight, bias))
-    return ReadoutGradients(query, reader, write, start, rows, weight, bias, dy)
+    return ReadoutGradients(query, reader, write, start, rows, steps, weight, bias, dy)
 
 
 def scan_backward(
@@ -449,7 +452,7 @@ def input_backward(
     """Gradients of all operands in token order and their dtypes; None for missing operands."""
     operands, layout, options = inputs.operands, inputs.layout, inputs.options("inputs")
     dx = (torch.empty_like(operands.k), torch.empty_like(operands.v))
-    dalpha, dgamma = torch.empty_like(operands.alpha), torch.empty_like(grads.rows)
+    dalpha = torch.empty_like(operands.alpha)
     sides = [
         inputs_room.Side(
             left=(operands.q, grads.dy)[memory],
@@ -459,7 +462,7 @@ def input_backward(
             end=_side(adjoints.end, memory),
             dx=dx[memory],
             rows=grads.rows[memory],
-            dgamma=dgamma[memory],
+            dgamma=grads.steps[memory],
             parts=adjoints.parts[memory],
         )
         for memory in (0, 1)
@@ -478,7 +481,9 @@ def input_backward(
         inputs.heads,
         **options,
     )
-    gates = gate_gradients(grads.rows, dgamma, adjoints.parts, inputs.gates, operands=operands, layout=layout)
+    gates = gate_gradients(
+        grads.rows, grads.steps, adjoints.parts, inputs.gates, operands=operands, layout=layout
+    )
     weight, bias = (
         None if grad is None or x is None else grad.to(x.dtype)
         for grad, x in ((grads.weight, operands.readout_weight), (grads.bias, operands.readout_bias))

@@ -154,12 +154,13 @@ def test_segments_of_several_chunks() -> None:
     compare(operands, make_memories(operands), chunk_size=64)
 
 
+@pytest.mark.parametrize("chunk_size", [64, 128])
 @pytest.mark.parametrize("update", UPDATE)
-def test_bf16(update: str) -> None:
+def test_bf16(update: str, chunk_size: int) -> None:
     """Against fp64 on the same rounded inputs; memories, sums and the rounding points are the GPU's."""
-    operands = make_all_operands(1, 128, 1, d=64, v=64, m=64)
+    operands = make_all_operands(1, 192, 1, d=64, v=64, m=64)
     options = {"dtype": torch.bfloat16, "tolerance": BF16_OUTPUT, "gradients": BF16_GRADIENT}
-    compare(operands, make_memories(operands), chunk_size=64, update=update, **options)
+    compare(operands, make_memories(operands), chunk_size=chunk_size, update=update, **options)
 
 
 @pytest.mark.parametrize("update", UPDATE)
