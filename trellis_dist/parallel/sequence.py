@@ -7,7 +7,7 @@ R rows (R = B; behind a packed row, where B = 1, the rows it holds).
     backward  readout gradients; (dS+, dR+) from the right; reverse scan; (dS, dR) to the left; the rest
 
 The state leaves right after the scan and the adjoint right after the reverse scan, so a neighbour waits for
-the short sequential part of a layer only. Both directions are one autograd.Function over ``kernels.stages`` or,
+the short sequential part of a layer. Both directions are one autograd.Function over ``kernels.stages`` or,
 on a GPU, their Triton form. The stages work chunk by chunk, so cut at a multiple of C no bit differs from one
 process (parallelism.md). On a CPU that holds where B L H is a multiple of 32 and D, V, M are multiples of 8
 (see ``kernels.stages``): what is left over after whole vectors goes through other routines in torch and MKL,
