@@ -1,7 +1,7 @@
 """Products per chunk and head, on the faster of the two matrix libraries in a CPU build of PyTorch.
 
-Shapes: a [P, H, i, k], b [P, H, k, j], or both with P x H as one dimension; matrices may be transposed views,
-the leading dimensions are contiguous.
+Shapes: a [P, H, i, k], b [P, H, k, j]; matrices may be transposed views, the leading dimensions are
+contiguous.
 
 PyTorch sends fp32 batches to MKL, which keeps to a slow path on processors that are not Intel: at the sizes
 of a chunk oneDNN takes half the time on an AMD EPYC. The only way to oneDNN is the permission to round
@@ -14,12 +14,13 @@ the whole batch, and a chunk's bits must not depend on how many chunks are multi
 from __future__ import annotations
 
 import functools
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product_", "product"]
+__all__ = ["add_product_", "faster", "product"]
 
 # Multiplications in one matrix from which PyTorch asks oneDNN, whatever the batch.
 _SMALLEST = 16**3
@@ -30,29 +31,30 @@ _switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
 
 def product(a: Tensor, b: Tensor, *, out: Tensor | None = None) -> Tensor:
     """a @ b [P, H, i, j], into ``out`` where it is given."""
-    if a.dim() == 4:
-        flat = product(a.flatten(0, 1), b.flatten(0, 1), out=None if out is None else out.flatten(0, 1))
-        return flat.view(*a.shape[:-1], b.shape[-1])
-    if not _on_onednn(a, b):
-        return torch.bmm(a, b, out=out)
-    with _permission:
-        return torch.bmm(a, b, out=out)
+    flat = None if out is None else out.flatten(0, 1)
+    a3, b3 = a.flatten(0, 1), b.flatten(0, 1)
+    with faster((a3, b3)):
+        return torch.bmm(a3, b3, out=flat).view(*a.shape[:-1], b.shape[-1])
 
 
 def add_product_(total: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """total += a @ b, in place."""
-    flat = (total, a, b) if a.dim() == 3 else (total.flatten(0, 1), a.flatten(0, 1), b.flatten(0, 1))
-    if not _on_onednn(*flat[1:]):
-        flat[0].baddbmm_(*flat[1:])
-        return total
-    with _permission:
-        flat[0].baddbmm_(*flat[1:])
+    a3, b3 = a.flatten(0, 1), b.flatten(0, 1)
+    with faster((a3, b3)):
+        total.flatten(0, 1).baddbmm_(a3, b3)
     return total
 
 
-class _Permission:
-    """Within it PyTorch asks oneDNN for fp32 products."""
+def faster(*pairs: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
+    """Within it PyTorch asks oneDNN for products [., i, k] @ [., k, j] of the sizes and strides of all pairs.
 
+    Where any of them would not be exact, or is small, all stay with MKL. Asking once for a loop of small
+    steps saves a fifth of their time.
+    """
+    return _PERMISSION if all(_on_onednn(a, b) for a, b in pairs) else _NOTHING
+
+
+class _Permission(AbstractContextManager[None]):
     def __enter__(self) -> None:
         self._before = _switch.fp32_precision
         _switch.fp32_precision = "bf16"
@@ -61,7 +63,7 @@ class _Permission:
         _switch.fp32_precision = self._before
 
 
-_permission = _Permission()
+_PERMISSION, _NOTHING = _Permission(), nullcontext()
 
 
 def _on_onednn(a: Tensor, b: Tensor) -> bool:
@@ -82,7 +84,7 @@ def _onednn_is_exact(i: int, j: int, k: int, rows_a: bool, rows_b: bool) -> bool
     exact = a.double() @ b.double()
     a = a if rows_a else a.mT.contiguous().mT
     b = b if rows_b else b.mT.contiguous().mT
-    with _permission:
+    with _PERMISSION:
         found = torch.bmm(a, b)
     difference = (found - exact).abs().amax() / exact.abs().amax()
     return bool(difference <= _LARGEST_ERROR)

@@ -56,7 +56,7 @@ from torch import Tensor
 from kernels.activations import ReadoutPullBack, apply_readout, inner_backward, inner_gradient, readout_vjp
 from kernels.carry import stale_of_chunks
 from kernels.layout import PackedLayout
-from kernels.matmul import add_product_, product
+from kernels.matmul import add_product_, faster, product
 from kernels.types import Memories, Operands, Rule
 
 __all__ = ["Adjoint", "Gates", "Inputs", "Pass", "PassReadout", "PassStates", "ReadoutGradients"]
@@ -343,21 +343,22 @@ def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> t
     every = (start, reading, inputs.alpha, gates.total, weighted, z, u)
     steps = _by_step(inputs.layout, *every, own.inverse if corrected else own.x)
     steps[0][0].copy_(initial.flatten(0, 1))
-    for i, (now, x, alpha, total, write, z_now, u_now, inverse) in enumerate(steps):
-        at = now if i > 0 or stale is None else stale.flatten(0, 1)
-        product(x, at.mT, out=z_now)
-        inner_gradient(z_now, alpha, inputs.rule.phi, out=u_now)
-        if corrected:
-            if at is not now:
-                add_product_(u_now, x, (now - at).mT)
-            u_now.copy_(product(inverse, u_now))
-        rest = steps[i + 1][0] if i + 1 < len(steps) else now[:0]  # a prefix of the documents goes on
-        after = rest if len(rest) == len(now) else torch.empty_like(now)
-        torch.mul(now, total, out=after)
-        add_product_(after, u_now.mT, write)
-        if after is not rest:
-            rest.copy_(after[: len(rest)])
-            final.flatten(0, 1)[len(rest) : len(now)] = after[len(rest) :]
+    now, x, _, _, write, _, u_now, inverse = steps[0]
+    with faster((x, now.mT), (u_now.mT, write), *([(inverse, u_now)] if corrected else [])):
+        for i, (now, x, alpha, total, write, z_now, u_now, inverse) in enumerate(steps):
+            at = now if i > 0 or stale is None else stale.flatten(0, 1)
+            torch.bmm(x, at.mT, out=z_now)
+            inner_gradient(z_now, alpha, inputs.rule.phi, out=u_now)
+            if corrected:
+                if at is not now:
+                    u_now.baddbmm_(x, (now - at).mT)
+                u_now.copy_(torch.bmm(inverse, u_now))
+            rest = steps[i + 1][0] if i + 1 < len(steps) else now[:0]  # a prefix of the documents goes on
+            after = rest if len(rest) == len(now) else torch.empty_like(now)
+            torch.mul(now, total, out=after).baddbmm_(u_now.mT, write)
+            if after is not rest:
+                rest.copy_(after[: len(rest)])
+                final.flatten(0, 1)[len(rest) : len(now)] = after[len(rest) :]
     taken = start if stale is None else stale_of_chunks(start, stale)
     return PassStates(start, taken, z, u, u * gates.step), final
 
@@ -464,25 +465,26 @@ def _reverse_scan(
     given = (grads.start, write, db, dz, dalpha, own.inverse if corrected else own.x)
     steps = _by_step(inputs.layout, *taken, *given, end if outside is None else outside)
     handed = 0  # adjoints dS+ that the step behind has handed on; the other documents end here
-    for i, step in reversed(list(enumerate(steps))):
-        now, tail_x, x, gamma, total, z, alpha, start, write_now, db_now, dz_now, dalpha_now, *rest = step
-        now[handed:] = final.flatten(0, 1)[handed : len(now)]
-        handed = len(now)
-        add_product_(write_now, tail_x, now.mT)
-        torch.mul(write_now, gamma, out=db_now)
-        if corrected:
-            db_now.copy_(product(rest[0].mT, db_now))
-        inner_backward(z, alpha, db_now, inputs.rule.phi, out=(dz_now, dalpha_now))
-        before = steps[i - 1][0][:handed] if i > 0 else initial.flatten(0, 1)
-        torch.addcmul(start, now, total, out=before)
-        through = before if i > 0 or stale is None else stale.flatten(0, 1)
-        if corrected and through is not before:
-            direct = product(db_now.mT, x)
-            before.add_(direct)
-            through.sub_(direct)
-        add_product_(through, dz_now.mT, x)
-        if outside is not None:
-            through.add_(rest[1])
+    now, tail_x, x, *_, db_now, dz_now, _, inverse, _ = steps[0]
+    with faster((tail_x, now.mT), (dz_now.mT, x), *([(inverse.mT, db_now)] if corrected else [])):
+        for i, step in reversed(list(enumerate(steps))):
+            now, tail_x, x, gamma, total, z, alpha, start, write_now, db_now, dz_now, dalpha_now = step[:12]
+            now[handed:] = final.flatten(0, 1)[handed : len(now)]
+            handed = len(now)
+            torch.mul(write_now.baddbmm_(tail_x, now.mT), gamma, out=db_now)
+            if corrected:
+                db_now.copy_(torch.bmm(step[12].mT, db_now))
+            inner_backward(z, alpha, db_now, inputs.rule.phi, out=(dz_now, dalpha_now))
+            before = steps[i - 1][0][:handed] if i > 0 else initial.flatten(0, 1)
+            torch.addcmul(start, now, total, out=before)
+            through = before if i > 0 or stale is None else stale.flatten(0, 1)
+            if corrected and through is not before:
+                direct = torch.bmm(db_now.mT, x)
+                before.add_(direct)
+                through.sub_(direct)
+            through.baddbmm_(dz_now.mT, x)
+            if outside is not None:
+                through.add_(step[13])
     return Adjoint(initial, stale, end, write, db if corrected else None, dz, dalpha, outside)
 
 
