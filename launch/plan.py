@@ -16,6 +16,7 @@ __all__ = ["defaults", "make_plan", "render_plan"]
 # Elements of width dim that one token leaves for the backward pass in one Trellis block: residual, two norms,
 # q k v before and after convolution and normalisation, gate twice, output, post-norm, gated output.
 _BLOCK_ACTIVATIONS = 17
+_SEGMENT_TOKENS = 256  # from one memory that the compress operation keeps for backward to the next
 # Elements of the largest block of logits (models/loss.py): on a CPU, where fp32 runs, and on a GPU.
 _LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
 
@@ -81,14 +82,19 @@ def _memory(recipe: Recipe, *, parameters: int, replicas: int) -> dict[str, int]
 
 
 def _activations(recipe: Recipe) -> int:
-    """What one micro-batch keeps for its backward pass: blocks, chunk-start memories and the loss."""
+    """What one micro-batch keeps for its backward pass, and what the layer in work adds to it.
+
+    Blocks and the loss; of every Trellis layer the memories at segment starts, of the one in work those at
+    all chunk starts and their adjoints (docs/kernels.md).
+    """
     model, width = recipe.model, 2 if recipe.training.precision == "bf16" else 4
     tokens = recipe.training.micro_batch * recipe.data.sequence_length // recipe.mesh.sp
     blocks = tokens * model.num_layers * width * _block_elements(model)
-    chunks = -(-tokens // model.trellis.chunk_size)
+    chunk, pair = model.trellis.chunk_size, 2 * model.trellis.slots * model.dim * 4
     trellis_layers = sum(model.layer_kind(layer) == "trellis" for layer in range(model.num_layers))
-    memories = chunks * trellis_layers * 2 * model.trellis.slots * model.dim * 4
-    return blocks + memories + _head(recipe, tokens)
+    kept = trellis_layers * pair * -(-tokens // max(chunk, _SEGMENT_TOKENS))
+    in_work = min(trellis_layers, 1) * 2 * pair * -(-tokens // chunk)
+    return blocks + kept + in_work + _head(recipe, tokens)
 
 
 def _head(recipe: Recipe, tokens: int) -> int:

@@ -258,4 +258,18 @@ def test_decay_applies_to_matrices_only():
 
     groups = parameter_groups(TinyModel().named_parameters(), 0.1)
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1), (2, 0.0)]
+
+
+def test_decay_spares_norm_weights_of_two_dimensions():
+    from trellis_dist.models.config import ModelConfig
+    from trellis_dist.models.language_model import LanguageModel
+    from trellis_dist.training.optimizer import parameter_groups
+
+    named = dict(
+        LanguageModel(ModelConfig(vocab_size=16, num_layers=1, dim=8, num_heads=2)).named_parameters()
+    )
+    decayed = {id(p) for p in parameter_groups(named.items(), 0.1)[0]["params"]}
+    spared = {name for name, p in named.items() if p.ndim >= 2 and id(p) not in decayed}
+    assert spared == {name for name in named if "mixer.norm_weight" in name}
+    assert spared
     assert not dist.is_initialized()

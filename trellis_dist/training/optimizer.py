@@ -8,22 +8,28 @@ from typing import Any
 import torch
 from torch import nn
 
+from trellis_dist.models.init import Constant
 from trellis_dist.training.config import OptimizerConfig
 
 __all__ = ["build_optimizer", "parameter_groups", "set_learning_rate", "set_step_count"]
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
-    """Split trainable parameters into decayed (two or more dimensions) and undecayed groups.
+    """Split trainable parameters into decayed and undecayed groups.
 
-    Norm weights, biases and other vectors are not decayed; a group without members is left out. The order
-    inside a group is the order of ``named``, the same on every rank.
+    Vectors are not decayed, nor is what starts as a constant: norm weights and biases, whatever their shape.
+    A group without members is left out. The order inside a group is the order of ``named``, the same on every
+    rank.
     """
     trainable = [parameter for _, parameter in named if parameter.requires_grad]
-    matrices = [p for p in trainable if p.ndim >= 2]
-    vectors = [p for p in trainable if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    decayed = [p for p in trainable if _decays(p)]
+    rest = [p for p in trainable if not _decays(p)]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+def _decays(parameter: nn.Parameter) -> bool:
+    return parameter.ndim >= 2 and not isinstance(getattr(parameter, "initial", None), Constant)
 
 
 def build_optimizer(groups: list[dict[str, Any]], config: OptimizerConfig) -> torch.optim.Optimizer:
