@@ -150,17 +150,17 @@ class PackedLayout:
     def rank_chunks(self) -> tuple[Tensor, Tensor]:
         """First chunk of each scan step, and number of chunks of each document by rank, int64."""
         base, ends = torch.tensor(self.steps, device="cpu").T
-        counts = (ends - base)[:, None] > torch.arange(self.num_documents, device="cpu")
         device = self.last_chunk.device
-        return base.contiguous().to(device), counts.sum(0).to(device)
+        return base.contiguous().to(device), _larger(ends - base, self.num_documents).to(device)
 
     def segments(self, chunks: int) -> Segments:
         """Every document cut into runs of ``chunks`` chunks, the last one shorter; cached."""
         if chunks not in self._segments:
             base, counts = (x.cpu() for x in self.rank_chunks)
-            steps = torch.arange(0, len(base), chunks, device="cpu")
-            step, rank = ((steps[:, None] < counts).nonzero()).T
-            step = step * chunks
+            running = torch.tensor([end - begin for begin, end in self.steps[::chunks]], device="cpu")
+            step = torch.arange(0, len(base), chunks, device="cpu").repeat_interleave(running)
+            first = (running.cumsum(0) - running).repeat_interleave(running)
+            rank = torch.arange(len(step), device="cpu") - first
             tables = (rank, step, (counts[rank] - step).clamp(max=chunks), base[step] + rank)
             device = self.last_chunk.device
             self._segments[chunks] = Segments(*(x.contiguous().to(device) for x in tables))
@@ -341,7 +341,7 @@ def _grid(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -
     chunks = (offset + length + chunk_size - 1) // chunk_size  # of each document
     order = torch.argsort(chunks, descending=True, stable=True)
     rank = torch.argsort(order)
-    active = (chunks[None, :] > torch.arange(int(chunks.max()))[:, None]).sum(1)  # documents in each step
+    active = _larger(chunks, int(chunks.max()))  # documents in each step
     ends = active.cumsum(0)
     base = ends - active  # first chunk of each step
     ranked_end = (offset + length)[order] % chunk_size
@@ -368,6 +368,11 @@ def _grid(lengths: tuple[int, ...], chunk_size: int, offsets: tuple[int, ...]) -
         ending_rank=inside.nonzero().flatten() if some else None,
         ending_chunk=last_chunk[inside] if some else None,
     )
+
+
+def _larger(values: Tensor, count: int) -> Tensor:
+    """How many of ``values`` [n] are larger than i, for i < ``count``, int64; in time and memory n + count."""
+    return len(values) - values.bincount(minlength=count).cumsum(0)[:count]
 
 
 def _tables(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from kernels import CompressState, PackedLayout, compress_kv, stages
 from kernels.activations import PHI, UPDATE
@@ -325,3 +326,17 @@ def test_who_builds_a_shared_layout_first_does_not_matter() -> None:
     assert layout is early
     y, _ = compress_kv(**operands, chunk_size=5, layout=layout)
     assert torch.autograd.grad(y.sum(), operands["q"])[0].isfinite().all()
+
+
+def test_one_long_document_beside_many_short_ones_takes_memory_for_its_tokens_only() -> None:
+    """Tables by scan step and document would have 10^8 entries, 800 MB."""
+    lengths = (20_000, *(1,) * 5_000)
+    limit = 100 * sum(lengths)  # bytes; the tables need 34 a token
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        layout = PackedLayout.of(lengths, 2)
+        base, counts = layout.rank_chunks
+        segments = layout.segments(3)
+    largest = max(event.cpu_memory_usage for event in profiler.events())
+    assert largest < limit, f"{largest} bytes at once"
+    assert (len(base), counts[:2].tolist()) == (10_000, [10_000, 1])
+    assert len(segments.rank) == 5_000 + -(-10_000 // 3)
