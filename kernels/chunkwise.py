@@ -25,6 +25,8 @@ __all__ = ["backward", "forward", "saved_count"]
 MATRICES = 64
 TOKENS = 128
 
+_Ending = tuple[Tensor, Tensor] | None
+
 
 def forward(
     operands: Operands,
@@ -53,15 +55,12 @@ def forward(
     saved: list[Memories] = []
     endings: list[tuple[_Ending, _Ending]] = []
     for piece in _pieces(layout, heads):
-        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
         now = Memories(memory.key[: piece.running], memory.value[: piece.running])
         saved.append(Memories(now.key.clone(), now.value.clone()))
         enters = pair if piece.layout.first_step == 0 else None
-        states, final = stages.scan_forward(inputs, saved[-1], stale=enters)
-        piece.layout.write_tokens(y, stages.readout_forward(inputs, states))
-        endings.append(_endings(inputs, states))
-        now.key.copy_(final.key)
-        now.value.copy_(final.value)
+        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
+        endings.append(_forward_piece(inputs, saved[-1], enters, now, y))
+        del inputs  # before the next piece's, so that they take the same memory
     last = Memories(
         carry.last_starts(memory.key, [key for key, _ in endings]),
         carry.last_starts(memory.value, [value for _, value in endings]),
@@ -100,22 +99,46 @@ def backward(
     totals = _Totals(operands)
     dstale, end = None, saved.key.shape[0]
     for piece in reversed(list(_pieces(layout, operands.q.shape[2]))):
-        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
-        first = slice(end - piece.running, end)
-        end = first.start
+        first = Memories(saved.key[end - piece.running : end], saved.value[end - piece.running : end])
+        end -= piece.running
         enters = pair if piece.layout.first_step == 0 else None
-        states, _ = stages.scan_forward(inputs, Memories(saved.key[first], saved.value[first]), stale=enters)
-        x = inputs.value.x
-        chunks = torch.zeros_like(x) if dy is None else piece.layout.to_chunks(dy).to(x.dtype)
-        grads = stages.readout_backward(inputs, states, chunks)
-        now = (adjoint.key[: piece.running], adjoint.value[: piece.running])
-        scan = stages.scan_backward(inputs, states, grads, now, outside=_outside(inputs, starts))
-        now[0].copy_(scan.initial.key)
-        now[1].copy_(scan.initial.value)
-        totals.add(piece.layout, stages.input_backward(inputs, states, grads, scan))
-        dstale = scan.stale
+        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
+        now = Memories(adjoint.key[: piece.running], adjoint.value[: piece.running])
+        grads, dstale = _backward_piece(inputs, first, enters, dy, now, _outside(inputs, starts))
+        totals.add(piece.layout, grads)
+        del inputs, grads  # before the next piece's, so that they take the same memory
     ranked = None if dstale is None else _unranked(layout, dstale)
     return totals.grads(), _unranked(layout, adjoint), ranked
+
+
+def _forward_piece(
+    inputs: stages.Inputs, first: Memories, stale: Memories | None, last: Memories, y: Tensor
+) -> tuple[_Ending, _Ending]:
+    """Outputs into ``y`` and memories after the piece into ``last``; what its documents leave behind."""
+    states, final = stages.scan_forward(inputs, first, stale=stale)
+    inputs.layout.write_tokens(y, stages.readout_forward(inputs, states))
+    last.key.copy_(final.key)
+    last.value.copy_(final.value)
+    return _endings(inputs, states)
+
+
+def _backward_piece(
+    inputs: stages.Inputs,
+    first: Memories,
+    stale: Memories | None,
+    dy: Tensor | None,
+    adjoint: Memories,
+    outside: tuple[Tensor | None, Tensor | None],
+) -> tuple[Operands, Memories | None]:
+    """Gradients of the piece's operands and of the stale pair; ``adjoint`` goes from its end to its start."""
+    states = stages.rescan(inputs, first, stale=stale)
+    x = inputs.value.x
+    chunks = torch.zeros_like(x) if dy is None else stages.from_tokens(inputs, dy)
+    grads = stages.readout_backward(inputs, states, chunks)
+    scan = stages.scan_backward(inputs, states, grads, (adjoint.key, adjoint.value), outside=outside)
+    adjoint.key.copy_(scan.initial.key)
+    adjoint.value.copy_(scan.initial.value)
+    return stages.input_backward(inputs, states, grads, scan), scan.stale
 
 
 def saved_count(shape: Sequence[int], chunk_size: int, *, offset: int, device: torch.device) -> int:
@@ -171,9 +194,6 @@ class _Totals:
             for grad, x in zip(self._affine, self._operands[8:], strict=True)
         )
         return Operands(*self._tokens, *affine)  # type: ignore[arg-type]
-
-
-_Ending = tuple[Tensor, Tensor] | None
 
 
 def _endings(inputs: stages.Inputs, states: stages.States) -> tuple[_Ending, _Ending]:
