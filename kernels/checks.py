@@ -25,6 +25,9 @@ def check_operands(operands: Operands, *, dims: str, check_values: bool | None =
     ``dims`` names the leading dimensions: "B, T, H" for sequences, "B, H" for single tokens.
     """
     q, rank = operands.q, dims.count(",") + 1
+    for name, x in zip(Operands._fields, operands, strict=True):
+        if not isinstance(x, Tensor) and (x is not None or name not in Operands._field_defaults):
+            raise ValueError(f"{name} is {_said(x)}: it should be a tensor")
     if q.dim() != rank + 1 or 0 in q.shape:
         raise ValueError(f"q has shape {tuple(q.shape)}: it should be [{dims}, D], none of them 0")
     for name, x in zip(Operands._fields, operands, strict=True):
@@ -39,6 +42,10 @@ def check_operands(operands: Operands, *, dims: str, check_values: bool | None =
         return
     if check_values or (check_values is None and q.device.type == "cpu"):
         _check_gates(operands)
+
+
+def _said(x: object) -> str:
+    return "None" if x is None else f"of type {type(x).__name__}"
 
 
 def _check_shape(name: str, x: Tensor, operands: Operands, rank: int) -> None:
@@ -89,18 +96,22 @@ def check_choices(rule: Rule, backend: str = "auto", backends: Sequence[str] = B
 def check_grid(
     operands: Operands, chunk_size: int, offset: int | tuple[int, ...], layout: PackedLayout | None
 ) -> list[int]:
-    """Offsets of the documents, or one for all; the chunk grid is checked against the operands."""
+    """Offsets of the documents, or one for all; the chunk grid is checked against the operands.
+
+    In compiled graphs, which would be bound to the documents' number and lengths, those are left to the
+    operator.
+    """
     batch, length = operands.q.shape[:2]
     offsets = [offset] if isinstance(offset, int) else list(offset)
+    if layout is not None and layout.chunk_size != chunk_size:
+        raise ValueError(
+            f"layout has chunk_size {layout.chunk_size}, the call {chunk_size}: build it with the call's"
+        )
     if torch.compiler.is_compiling():
         return offsets
     if layout is None:
         check_rows(batch, length, chunk_size, offset)
         return offsets
-    if layout.chunk_size != chunk_size:
-        raise ValueError(
-            f"layout has chunk_size {layout.chunk_size}, the call {chunk_size}: build it with the call's"
-        )
     wanted = (offset,) * layout.num_documents if isinstance(offset, int) else offset
     if layout.offsets != wanted:
         raise ValueError(
@@ -110,11 +121,22 @@ def check_grid(
         raise ValueError(
             f"layout counts {layout.num_tokens} tokens, the operands {batch * length}: they should agree"
         )
+    if batch > 1 and layout.lengths != (length,) * batch:
+        raise ValueError(
+            f"layout holds {layout.num_documents} documents, the operands B = {batch} rows of {length}: "
+            "packed documents lie end to end in one row, B = 1"
+        )
     return offsets
 
 
 def check_state(state: CompressState, q: Tensor, v: Tensor, alpha: Tensor, documents: int) -> None:
     """Refuse a state that does not fit operands q, v, alpha [..., H, .] (ValueError)."""
+    if not isinstance(state, CompressState):
+        raise ValueError(f"the state is {_said(state)}: it should be a CompressState")
+    if not isinstance(state.offset, int | tuple):
+        raise ValueError(
+            f"initial_state.offset is {_said(state.offset)}: it should be an int or a tuple of one each"
+        )
     heads, slots = alpha.shape[-2:]
     wanted = {
         "key_memory": (documents, heads, slots, q.shape[-1]),
@@ -123,6 +145,8 @@ def check_state(state: CompressState, q: Tensor, v: Tensor, alpha: Tensor, docum
     wanted |= {f"{name.split('_')[0]}_chunk_start": shape for name, shape in wanted.items()}
     for name, shape in wanted.items():
         x = getattr(state, name)
+        if x is None and name.endswith("memory"):
+            raise ValueError(f"initial_state.{name} is None: it should be a tensor of shape {shape}")
         if x is None:
             if state.inside_chunk:
                 raise ValueError(

@@ -23,7 +23,7 @@ from torch import Tensor
 from kernels import stages
 from kernels.activations import ELEMENTWISE_PHI
 from kernels.checks import check_choices, check_grid, check_operands, check_state
-from kernels.layout import PackedLayout
+from kernels.layout import PackedLayout, check_chunk_size
 from kernels.operator import compress, find_layout
 from kernels.reference import reference
 from kernels.types import CompressState, Memories, Operands, Rule
@@ -91,8 +91,11 @@ def compress_kv(
     rule = Rule(phi, readout, update)
     check_operands(operands, dims="B, T, H", check_values=check_values)
     check_choices(rule, backend)
+    check_chunk_size(chunk_size)
     dtype = compute_dtype(operands)
     backend = choose_backend(backend, q.device, dtype, rule)
+    if layout is not None and not isinstance(layout, PackedLayout):
+        raise ValueError(f"layout is of type {type(layout).__name__}: it should be a PackedLayout")
     if cu_seqlens is not None:
         layout = _from_cu_seqlens(operands, layout, cu_seqlens, chunk_size, initial_state)
     documents = q.shape[0] if layout is None else layout.bounds.shape[0] - 1
@@ -200,6 +203,8 @@ def _from_cu_seqlens(
     batch, length = operands.q.shape[:2]
     if batch != 1:
         raise ValueError(f"cu_seqlens with B = {batch}: packed documents lie end to end in one row, B = 1")
+    if not isinstance(cu_seqlens, Tensor):
+        raise ValueError(f"cu_seqlens is of type {type(cu_seqlens).__name__}: it should be an integer tensor")
     offsets = 0 if state is None else state.offset
     layout = PackedLayout.from_cu_seqlens(cu_seqlens.cpu(), chunk_size, offsets=offsets)
     if layout.num_tokens != length:

@@ -23,7 +23,7 @@ from torch.autograd.function import once_differentiable
 from kernels.activations import apply_readout, inner_backward, inner_gradient
 from kernels.checks import check_choices, check_operands, check_state
 from kernels.compress import choose_backend, compress_kv, compute_dtype, stale_pair
-from kernels.layout import PackedLayout
+from kernels.layout import PackedLayout, check_chunk_size
 from kernels.types import CompressState, Memories, Operands, Rule
 
 __all__ = ["decode_step", "prefill"]
@@ -133,6 +133,7 @@ def decode_step(
     rule = Rule(phi, readout, update)
     check_operands(operands, dims="B, H", check_values=check_values)
     check_choices(rule, backend, _STEP_BACKENDS)
+    check_chunk_size(chunk_size)
     check_state(state, q, v, alpha, q.shape[0])
     _check_offset(state, chunk_size, q.shape[0])
     dtype = compute_dtype(operands)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kernels import chunkwise
-from kernels.layout import PackedLayout
+from kernels.layout import KEPT, PackedLayout
 from kernels.types import Memories, Operands, Rule
 
 __all__ = ["compress", "find_layout"]
@@ -57,17 +57,25 @@ def compress(
 def find_layout(
     operands: Operands, bounds: Tensor | None, offsets: Sequence[int], chunk_size: int
 ) -> PackedLayout:
-    """The chunk grid of a call, on the operands' device; the same object for every layer of a model."""
+    """The chunk grid of a call, on the operands' device; the same object for every layer of a model.
+
+    Raises:
+        ValueError: bounds of another number of tokens (compiled graphs see it here only).
+    """
     batch, length = operands.q.shape[:2]
     if bounds is None:
         lengths = (length,) * batch
     else:
         ends: list[int] = bounds.tolist()
+        if ends[-1] != batch * length:
+            raise ValueError(
+                f"layout counts {ends[-1]} tokens, the operands {batch * length}: they should agree"
+            )
         lengths = tuple(end - begin for begin, end in itertools.pairwise(ends))
     return _cached_layout(lengths, tuple(offsets), chunk_size, operands.q.device)
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=KEPT)
 def _cached_layout(
     lengths: tuple[int, ...], offsets: tuple[int, ...], chunk_size: int, device: torch.device
 ) -> PackedLayout:

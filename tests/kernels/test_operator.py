@@ -177,6 +177,20 @@ def test_with_dynamic_shapes_no_packing_is_compiled_again() -> None:
 
 
 @pytest.mark.usefixtures("_fresh_dynamo")
+def test_a_graph_refuses_a_layout_that_is_not_its_operands() -> None:
+    """Tokens that no document holds would come out as whatever lay in memory."""
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    operands = make_operands(1, 20, extra=EVERYTHING)
+    for bounds in ([0, 7, 16], [0, 7, 24]):
+        layout = PackedLayout.from_cu_seqlens(torch.tensor(bounds), 4)
+        with pytest.raises(ValueError, match=f"layout counts {bounds[-1]} tokens, the operands 20"):
+            compiled(operands, layout)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="layout has chunk_size 5, the call 4"):
+        compiled(operands, PackedLayout.from_cu_seqlens(torch.tensor([0, 7, 20]), 5))
+
+
+@pytest.mark.usefixtures("_fresh_dynamo")
 @pytest.mark.parametrize("update", UPDATE)
 def test_autocast_changes_neither_memories_nor_gates(update: str) -> None:
     """Eager and compiled: operands are taken as they come, everything inside is fp32."""

@@ -123,6 +123,10 @@ def test_values_on_other_devices_are_read_only_when_asked_for() -> None:
     [
         ({"chunk_size": 0}, "chunk_size = 0: use 1 or more"),
         ({"chunk_size": -3}, "chunk_size = -3: use 1 or more"),
+        ({"chunk_size": 4.0}, r"chunk_size = 4\.0: use 1 or more tokens, an int"),
+        ({"layout": torch.tensor([0, 20])}, "layout is of type Tensor: it should be a PackedLayout"),
+        ({"layout": PackedLayout.of((7, 13), 4)}, "layout holds 2 documents, the operands B = 2 rows of 10"),
+        ({"initial_state": (1, 2)}, "the state is of type tuple: it should be a CompressState"),
         ({"phi": "relu"}, "phi = 'relu': use one of silu, tanh, identity, ln_silu, softmax"),
         ({"readout": "relu"}, "readout = 'relu': use one of ln_silu, l2_silu, softmax, silu_rms"),
         ({"update": "fresh"}, "update = 'fresh': use one of stale, corrected"),
@@ -145,6 +149,8 @@ def test_choices_and_grids(changes: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     "initial, message",
     [
+        ({"key_memory": None}, r"key_memory is None: it should be a tensor of shape \(2, 2, 6, 5\)"),
+        ({"offset": torch.tensor(3)}, "offset is of type Tensor: it should be an int or a tuple"),
         ({"key_memory": torch.zeros(2, 2, 6, 4)}, r"key_memory has shape .*should be \(2, 2, 6, 5\)"),
         ({"key_memory": torch.zeros(1, 2, 6, 5)}, r"key_memory has shape .*should be \(2, 2, 6, 5\)"),
         ({"value_memory": torch.zeros(2, 2, 5, 7)}, r"value_memory has shape .*should be \(2, 2, 6, 7\)"),
@@ -222,6 +228,23 @@ def test_lengths_and_offsets_of_layouts() -> None:
         PackedLayout.uniform(0, 3, 4)
 
 
+@pytest.mark.parametrize("value, said", [(None, "None"), (-0.1, "of type float"), ([1.0], "of type list")])
+@pytest.mark.parametrize("name", INPUTS)
+def test_operands_that_are_no_tensors(name: str, value: Any, said: str) -> None:
+    if value is None and name in (*OWN_GATES, *AFFINE):
+        return  # they may be missing
+    with pytest.raises(ValueError, match=f"^{name} is {said}: it should be a tensor"):
+        call(**{name: value})
+
+
+def test_document_bounds_that_are_no_tensor() -> None:
+    one = {name: x if name in AFFINE else x[:1] for name, x in operands().items()}
+    with pytest.raises(ValueError, match=r"^cu_seqlens is of type list: it should be an integer tensor"):
+        call(**one, cu_seqlens=[0, 10])
+    with pytest.raises(ValueError, match=r"^cu_seqlens has .*dtype torch\.complex64"):
+        call(**one, cu_seqlens=torch.tensor([0, 10]).to(torch.complex64))
+
+
 def decode(**changes: Any) -> Any:
     token = {name: x if name in AFFINE else x[:, 0] for name, x in operands().items()}
     return decode_step(**(token | {"state": state(), "chunk_size": 4} | changes))
@@ -238,6 +261,9 @@ def decode(**changes: Any) -> Any:
         ({"k": torch.zeros(2, 2, 5, device="meta")}, "k is on meta and q on cpu"),
         ({"phi": "relu"}, "phi = 'relu'"),
         ({"update": "fresh"}, "update = 'fresh'"),
+        ({"chunk_size": 0}, "chunk_size = 0: use 1 or more"),
+        ({"chunk_size": 2.0}, r"chunk_size = 2\.0: use 1 or more tokens, an int"),
+        ({"log_decay": -0.1}, "log_decay is of type float: it should be a tensor"),
         ({"backend": "reference"}, "backend = 'reference': use one of auto, chunkwise, triton"),
         ({"state": state(9)}, r"state\.offset = 9.*in \[0, 4\)"),
         ({"state": state((1, 2, 3))}, r"state\.offset has 3 entries for 2 sequences"),
