@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.triton.activations import apply_readout, inner_gradient
-from kernels.triton.launch import architecture, padded, parameters
+from kernels.triton.launch import Size, architecture, padded, parameters
 from kernels.types import Operands, Rule
 
 __all__ = ["State", "triton_decode"]
@@ -64,14 +64,16 @@ def triton_decode(
     assert next_offset is None or next_offset is not offset or by_head, "offsets in place: one for each head"
     batch, heads, d = q.shape
     widths = {"d": d, "v": v.shape[2], "m": operands.alpha.shape[2]}
-    launch = parameters(
-        "decode",
+    size = Size(
         arch=architecture(q.device),
+        d=d,
+        v=widths["v"],
+        m=widths["m"],
         c=chunk_size,
         corrected=rule.corrected,
         itemsize=q.element_size(),
-        **widths,
     )
+    launch = parameters("decode", size)
     with torch.cuda.device_of(q):
         _decode[(batch * heads,)](
             *given,
@@ -246,6 +248,7 @@ def _decode(
         entry = head_of if BY_HEAD else sequence
         o = tl.load(offset + entry)
         if next_offset is not None:
+            tl.debug_barrier()  # it may be ``offset``, which every warp has to have read
             tl.store(next_offset + entry, tl.where(o + 1 == C, 0, o + 1))
     first, last = o == 0, o + 1 == C
     S, start = _load(key_memory, key_pair, first, head_of, M, D, BM, BD)

@@ -146,7 +146,7 @@ def _one(m, s, alpha, t, tile, chunk_head, documents, chunks, heads, F, BF, Z: t
         dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
         dB = dW * gamma[:, None]
-    if Z.stored:
+    if Z.corrected:
         U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
         U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)

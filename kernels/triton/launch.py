@@ -87,6 +87,7 @@ class Size(NamedTuple):
         d, v, m, c: widths of keys and values, memory slots, chunk size.
         corrected: whether the update is the corrected one.
         itemsize: bytes of one number of the operands.
+        mixing: whether phi mixes slots, so that a scan's program holds all of them.
     """
 
     arch: str
@@ -96,6 +97,7 @@ class Size(NamedTuple):
     c: int
     corrected: bool
     itemsize: int
+    mixing: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,11 @@ class Row:
                 f"tokens {sorted(tokens)} of {INVERSE}: both read the same inverses, so give one"
             )
         for kernel, launch in self.launches.items():
-            if not kernel.startswith("scan") and launch.slots < padded(self.size.m):
+            splits = kernel.startswith("scan") and not self.size.mixing
+            if not splits and launch.slots < padded(self.size.m):
                 raise ValueError(
-                    f"slots = {launch.slots} of {kernel}: only a scan splits the {self.size.m} slots"
+                    f"slots = {launch.slots} of {kernel}: only a scan of an elementwise phi splits the "
+                    f"{self.size.m} slots"
                 )
 
     def as_json(self) -> dict[str, Any]:
@@ -159,11 +163,9 @@ def load_table(path: Path = TABLE) -> dict[Size, Row]:
     return table
 
 
-def parameters(
-    kernel: str, *, arch: str, d: int, v: int, m: int, c: int, corrected: bool, itemsize: int
-) -> Launch:
+def parameters(kernel: str, size: Size) -> Launch:
     """Launch parameters of ``kernel`` (one of KERNELS): an override, else the table's row, else the rule."""
-    return _overrides.get(kernel) or _lookup(kernel, Size(arch, d, v, m, c, corrected, itemsize))
+    return _overrides.get(kernel) or _lookup(kernel, size)
 
 
 _overrides: dict[str, Launch] = {}
@@ -207,7 +209,7 @@ def rule(kernel: str, size: Size) -> Launch:
     """Parameters from the sizes alone, for architectures and sizes without a row (the module's legend)."""
     assert kernel in KERNELS, f"no kernel {kernel!r}"
     widths = padded(size.d), padded(size.v), padded(size.m)
-    slots = min(32, widths[2]) if kernel.startswith("scan") else widths[2]
+    slots = min(32, widths[2]) if kernel.startswith("scan") and not size.mixing else widths[2]
     tokens = min(_most_tokens(kernel, size, max(widths)), padded(size.c))
     room = SHARED_KIB.get(size.arch, SMALLEST_KIB) << 10
     if size.arch == INTERPRETER:

@@ -93,7 +93,7 @@ def load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.co
     row = chunk_head * Z.C + tile * Z.BT
     X = load_tokens(m.x, token, n, head, heads, F, BF, Z.BT)
     logs, gamma = load_gates(m.log_decay, m.step, row, n, Z.BT)
-    if Z.stored:
+    if m.gradient is not None:
         U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
         A = load_slots(alpha, (token * heads + head) * Z.M, n, 0, heads * Z.M, Z).to(tl.float32)
@@ -235,17 +235,29 @@ def _store_affine(out, affine, normal, chunk, head, heads, tile, Z: tl.constexpr
 
 
 @triton.jit
-def _key_one(m, left, right, write, step, start, t, heads, F, BF, Z: tl.constexpr):
+def _key_one(
+    m,
+    left,
+    right,
+    write,
+    step,
+    start,
+    alpha,
+    t,
+    documents,
+    heads,
+    F: tl.constexpr,
+    BF: tl.constexpr,
+    Z: tl.constexpr,
+):
     """dU' = -((L X^T) o Omega)^T G and U.dU' of a key tile; in a chunk's last program dS = (mu G)^T L."""
     chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, chunk = chunk_head % heads, chunk_head // heads
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
     n, row = tile_length(length, tile, Z.BT), chunk_head * Z.C + tile * Z.BT
-    X = load_tokens(m.x, token + tile * Z.BT, n, head, heads, F, BF, Z.BT)
-    logs, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+    X, U, logs, _ = load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
     dU = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
     dS = tl.full((Z.BM, BF), 0.0, tl.float32)
-    U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z)
     dgamma = tl.full((Z.BT,), 0.0, tl.float32)
     memory = tile == Z.TILES
     for other in range(tl.where(memory, 0, tile), Z.TILES):
@@ -266,9 +278,38 @@ def _key_one(m, left, right, write, step, start, t, heads, F, BF, Z: tl.constexp
 
 
 @triton.jit
-def key_backward_kernel(query, key, value, dy, out, t, heads, Z: tl.constexpr):
+def key_backward_kernel(query, key, value, dy, alpha, out, t, documents, heads, Z: tl.constexpr):
     """Grid (P * H, TILES + 1, 2), for chunks of several tiles: the key tiles' part of ``out``."""
+    o = out
     if tl.program_id(2) == 0:
-        _key_one(key, query, out.y_hat, out.key_write, out.key_step, out.key_start, t, heads, Z.D, Z.BD, Z)
+        _key_one(
+            key,
+            query,
+            o.y_hat,
+            o.key_write,
+            o.key_step,
+            o.key_start,
+            alpha,
+            t,
+            documents,
+            heads,
+            Z.D,
+            Z.BD,
+            Z,
+        )
     else:
-        _key_one(value, dy, out.p, out.value_write, out.value_step, out.value_start, t, heads, Z.V, Z.BV, Z)
+        _key_one(
+            value,
+            dy,
+            o.p,
+            o.value_write,
+            o.value_step,
+            o.value_start,
+            alpha,
+            t,
+            documents,
+            heads,
+            Z.V,
+            Z.BV,
+            Z,
+        )

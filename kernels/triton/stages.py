@@ -9,7 +9,9 @@
     input_backward     gradients of every operand
 
 A composition across devices puts the transfer of the initial memories before scan_forward and that of their
-adjoints before scan_backward. Cut at a multiple of C, no bit of the memories differs.
+adjoints before scan_backward; names, arguments and results are those of ``kernels.stages``, and what passes
+between stages is its own affair. Cut at a multiple of C, no bit of memories, outputs or gradients differs.
+Kernels run on the current device, which has to be the operands'.
 
 Shapes: q, k [B, T, H, D]; v [B, T, H, V]; alpha [B, T, H, M]; P chunks, N documents by rank, G segments of
 SEGMENT tokens or one chunk; memories [., H, M, .]. Scratch for both passes is stacked, [2, P, H, C, M]. It is
@@ -38,12 +40,18 @@ from kernels.triton.tiles import Pass, Sizes, Tables
 from kernels.triton.triangular import diagonal_inverses
 from kernels.types import Memories, Operands, Rule
 
-__all__ = ["SEGMENT", "Inputs", "ReadoutGradients", "ScanGradients", "States", "arrange", "input_backward"]
-__all__ += ["readout_backward", "readout_forward", "rescan", "scan_backward", "scan_forward"]
-__all__ += ["segment_chunks"]
+__all__ = ["SEGMENT", "Inputs", "ReadoutGradients", "ScanGradients", "States", "arrange", "from_tokens"]
+__all__ += [
+    "input_backward",
+    "readout_backward",
+    "readout_forward",
+    "rescan",
+    "scan_backward",
+    "scan_forward",
+]
+__all__ += ["segment_chunks", "to_tokens"]
 
 SEGMENT = 256  # tokens from one memory that backward keeps to the next
-_READERS = ("readout_forward", "query_backward", "inputs")  # of the inner gradients
 
 _Pair = tuple[Tensor | None, Tensor | None]
 
@@ -93,10 +101,19 @@ class Inputs:
         return "tf32" if types <= {torch.bfloat16, torch.float16} else "ieee"
 
     @functools.cached_property
-    def stored(self) -> bool:
-        """Whether the scans keep the inner gradients, which the kernels after them else recompute."""
-        c = self.layout.chunk_size
-        return self.rule.corrected or any(self.launch(kernel).tokens < c for kernel in _READERS)
+    def size(self) -> launch.Size:
+        """What launch parameters are found by."""
+        q, v, rule = self.operands.q, self.operands.v, self.rule
+        return launch.Size(
+            arch=launch.architecture(q.device),
+            d=q.shape[3],
+            v=v.shape[3],
+            m=self.slots,
+            c=self.layout.chunk_size,
+            corrected=rule.corrected,
+            itemsize=q.element_size(),
+            mixing=rule.phi not in ELEMENTWISE_PHI,
+        )
 
     @functools.cached_property
     def inverse(self) -> Tensor:
@@ -108,44 +125,12 @@ class Inputs:
 
     def launch(self, kernel: str) -> launch.Launch:
         """Launch parameters of a kernel."""
-        q, v = self.operands.q, self.operands.v
-        return launch.parameters(
-            kernel,
-            arch=launch.architecture(q.device),
-            d=q.shape[3],
-            v=v.shape[3],
-            m=self.slots,
-            c=self.layout.chunk_size,
-            corrected=self.rule.corrected,
-            itemsize=q.element_size(),
-        )
-
-    def sizes(self, kernel: str) -> Sizes:
-        """What a kernel is compiled for."""
-        d, v, m, c = self.operands.q.shape[3], self.operands.v.shape[3], self.slots, self.layout.chunk_size
-        found = self.launch(kernel)
-        return Sizes(
-            D=d,
-            V=v,
-            M=m,
-            C=c,
-            BD=launch.padded(d),
-            BV=launch.padded(v),
-            BM=found.slots if self.rule.phi in ELEMENTWISE_PHI else launch.padded(m),
-            BT=found.tokens,
-            TILES=triton.cdiv(c, found.tokens),
-            phi=tl.constexpr(self.rule.phi),
-            readout=tl.constexpr(self.rule.readout),
-            corrected=self.rule.corrected,
-            stored=self.stored,
-            even=self.layout.num_chunks == self.layout.num_documents * len(self.layout.steps),
-            precision=tl.constexpr(self.precision),
-        )
+        return launch.parameters(kernel, self.size)
 
     def options(self, kernel: str) -> dict[str, Any]:
-        """Keyword arguments of a launch."""
-        found = self.launch(kernel)
-        return {"Z": self.sizes(kernel), "num_warps": found.warps, "num_stages": found.stages}
+        """Keyword arguments of a launch, not to be changed."""
+        even = self.layout.num_chunks == self.layout.num_documents * len(self.layout.steps)
+        return _options(self.launch(kernel), self.size, self.rule, even, self.precision)
 
     def tables(self, chunks: int) -> Tables:
         """The layout as the kernels read it, with scans over runs of ``chunks`` chunks."""
@@ -155,6 +140,7 @@ class Inputs:
             runs.rank, runs.first_step, runs.count, base, counts, *layout.chunk_tokens, layout.ends_inside
         )
 
+    @functools.cached_property
     def whole(self) -> Tables:
         """``tables`` with every document one run."""
         return self.tables(len(self.layout.steps))
@@ -175,6 +161,29 @@ class Inputs:
     @property
     def _factor(self) -> torch.dtype:
         return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+@functools.lru_cache(maxsize=1024)
+def _options(
+    found: launch.Launch, size: launch.Size, rule: Rule, even: bool, precision: str
+) -> dict[str, Any]:
+    sizes = Sizes(
+        D=size.d,
+        V=size.v,
+        M=size.m,
+        C=size.c,
+        BD=launch.padded(size.d),
+        BV=launch.padded(size.v),
+        BM=found.slots,
+        BT=found.tokens,
+        TILES=triton.cdiv(size.c, found.tokens),
+        phi=tl.constexpr(rule.phi),
+        readout=tl.constexpr(rule.readout),
+        corrected=rule.corrected,
+        even=even,
+        precision=tl.constexpr(precision),
+    )
+    return {"Z": sizes, "num_warps": found.warps, "num_stages": found.stages}
 
 
 @dataclass(frozen=True)
@@ -277,14 +286,15 @@ def scan_forward(
     documents = layout.num_documents
     saved = inputs.memories(layout.segments(every).rank.shape[0])
     final, last = inputs.memories(documents), inputs.memories(documents)
-    states = _scan(inputs, inputs.whole(), initial, stale, every, saved=saved, final=final, last=last)
-    return states, final
+    out = {"saved": saved, "final": final, "last": last}
+    return _scan(inputs, inputs.whole, initial, stale, reader="readout_forward", **out), final
 
 
 def rescan(inputs: Inputs, saved: Memories, *, stale: Memories | None = None) -> States:
     """The states of ``scan_forward`` from its segment starts, all segments side by side."""
     every = segment_chunks(inputs.layout.chunk_size)
-    return _scan(inputs, inputs.tables(every), saved, stale, every, saved=None, final=None, last=None)
+    out = {"saved": None, "final": None, "last": None}
+    return _scan(inputs, inputs.tables(every), saved, stale, reader="query_backward", **out)
 
 
 def _scan(
@@ -292,23 +302,25 @@ def _scan(
     tables: Tables,
     initial: Memories,
     stale: Memories | None,
-    every: int,
     *,
+    reader: str,
     saved: Memories | None,
     final: Memories | None,
     last: Memories | None,
 ) -> States:
+    """``reader``, the kernel that goes on, finds the inner gradients stored where its tiles are no chunks."""
+    c, corrected = inputs.layout.chunk_size, inputs.rule.corrected
     start = inputs.memories(inputs.layout.num_chunks, factor=True)
-    gradient = inputs.scratch() if inputs.stored else None
-    inverse = inputs.inverse if inputs.rule.corrected else None
+    gradient = inputs.scratch() if corrected or inputs.launch(reader).tokens < c else None
+    inverse = inputs.inverse if corrected else None
     sides = [
         scan.Forward(
             x=inputs.written[memory],
             log_decay=inputs.gates.of(memory)[0],
             step=inputs.gates.of(memory)[1],
             inverse=_part(inverse, memory),
-            initial=_side(initial, memory),
-            pair=_side(stale, memory),
+            initial=_contiguous(_side(initial, memory)),
+            pair=_contiguous(_side(stale, memory)),
             saved=_side(saved, memory),
             start=_side(start, memory),
             final=_side(final, memory),
@@ -320,7 +332,13 @@ def _scan(
     options = inputs.options("scan_forward")
     runs, blocks = tables.rank.shape[0], triton.cdiv(inputs.slots, options["Z"].BM)
     scan.scan_forward_kernel[(runs * inputs.heads, 2, blocks)](
-        *sides, inputs.operands.alpha, tables, inputs.heads, inputs.layout.num_documents, every, **options
+        *sides,
+        inputs.operands.alpha,
+        tables,
+        inputs.heads,
+        inputs.layout.num_documents,
+        segment_chunks(c),
+        **options,
     )
     return States(start, stale, gradient, saved, last)
 
@@ -336,7 +354,7 @@ def readout_forward(inputs: Inputs, states: States) -> Tensor:
         operands.readout_weight,
         operands.readout_bias,
         y,
-        inputs.whole(),
+        inputs.whole,
         inputs.layout.num_documents,
         inputs.heads,
         **options,
@@ -371,7 +389,7 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
         weight=weight,
         bias=bias,
     )
-    tables, passes = inputs.whole(), states.passes(inputs)
+    tables, passes = inputs.whole, states.passes(inputs)
     affine = (operands.readout_weight, operands.readout_bias)
     readout.query_backward_kernel[_grid(inputs, options)](
         operands.q,
@@ -388,7 +406,15 @@ def readout_backward(inputs: Inputs, states: States, dy: Tensor) -> ReadoutGradi
     if tiles > 1:
         options = inputs.options("key_backward")
         readout.key_backward_kernel[(_grid(inputs, options)[0], options["Z"].TILES + 1, 2)](
-            operands.q, *passes, dy, out, tables, inputs.heads, **options
+            operands.q,
+            *passes,
+            dy,
+            operands.alpha,
+            out,
+            tables,
+            inputs.layout.num_documents,
+            inputs.heads,
+            **options,
         )
     weight, bias = (None if x is None else x.sum(1) for x in (weight, bias))
     return ReadoutGradients(query, reader, write, start, rows, steps, weight, bias, dy)
@@ -415,10 +441,11 @@ def scan_backward(
     initial, end = inputs.memories(documents), inputs.memories(chunks, factor=True)
     stale = None if states.pair is None else inputs.memories(documents)
     base = inputs.scratch() if inputs.rule.corrected else None
-    blocks, tiles = triton.cdiv(inputs.slots, options["Z"].BM), inputs.sizes("inputs").TILES
+    blocks, tiles = triton.cdiv(inputs.slots, options["Z"].BM), inputs.options("inputs")["Z"].TILES
     extra = blocks if inputs.rule.corrected and outside != (None, None) else 0
     parts = grads.rows.new_empty(2, tiles + extra, chunks, inputs.heads)
-    parts[:, tiles:].zero_()
+    if extra:
+        parts[:, tiles:].zero_()
     inverse = inputs.inverse if inputs.rule.corrected else None
     sides = [
         scan.Backward(
@@ -427,11 +454,11 @@ def scan_backward(
             step=inputs.gates.of(memory)[1],
             inverse=_part(inverse, memory),
             start=_side(states.start, memory),
-            pair=_side(states.pair, memory),
+            pair=_contiguous(_side(states.pair, memory)),
             write=grads.write[memory],
             readout=_side(grads.start, memory),
-            final=final[memory],
-            outside=outside[memory],
+            final=_contiguous(final[memory]),
+            outside=_contiguous(outside[memory]),
             initial=_side(initial, memory),
             initial_pair=_side(stale, memory),
             end=_side(end, memory),
@@ -441,7 +468,7 @@ def scan_backward(
         for memory in (0, 1)
     ]
     scan.scan_backward_kernel[(documents * inputs.heads, 2, blocks)](
-        *sides, inputs.operands.alpha, inputs.whole(), inputs.heads, documents, chunks, **options
+        *sides, inputs.operands.alpha, inputs.whole, inputs.heads, documents, chunks, **options
     )
     return ScanGradients(initial, stale, end, base, parts)
 
@@ -475,7 +502,7 @@ def input_backward(
         sides[1],
         operands.alpha,
         dalpha,
-        inputs.whole(),
+        inputs.whole,
         layout.num_documents,
         layout.num_chunks,
         inputs.heads,
@@ -502,15 +529,29 @@ def input_backward(
     )
 
 
+def from_tokens(inputs: Inputs, x: Tensor) -> Tensor:
+    """Token order [B, T, H, F] to the stages' own order, here the same."""
+    return x
+
+
+def to_tokens(inputs: Inputs, x: Tensor, like: Tensor) -> Tensor:
+    """The stages' own order to token order, in the shape and type of ``like``."""
+    return x.to(like.dtype).view_as(like)
+
+
 def _pass(inputs: Inputs, states: States, memory: int) -> Pass:
     return Pass(
         x=inputs.written[memory],
         log_decay=inputs.gates.of(memory)[0],
         step=inputs.gates.of(memory)[1],
         start=_side(states.start, memory),
-        pair=_side(states.pair, memory),
+        pair=_contiguous(_side(states.pair, memory)),
         gradient=_part(states.gradient, memory),
     )
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
 
 
 def _side(memories: Memories | None, memory: int) -> Tensor | None:

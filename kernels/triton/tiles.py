@@ -36,7 +36,6 @@ class Sizes(NamedTuple):
         TILES: ceil(C / BT).
         phi, readout: activations.
         corrected: the update.
-        stored: whether the inner gradients U are read from scratch instead of recomputed.
         even: whether all documents have the same number of chunks.
         precision: of products.
     """
@@ -53,7 +52,6 @@ class Sizes(NamedTuple):
     phi: tl.constexpr
     readout: tl.constexpr
     corrected: bool
-    stored: bool
     even: bool
     precision: tl.constexpr
 

@@ -126,20 +126,20 @@ def _inverse(
 ):
     chunk_head = tl.program_id(0).to(tl.int64)
     chunk, head = chunk_head // heads, chunk_head % heads
-    token, length = tl.load(first_token + chunk), tl.load(lengths + chunk)
-    log_decay += chunk_head * C
-    step += chunk_head * C
+    begin = tl.program_id(1).to(tl.int64) * BT
+    token, length = tl.load(first_token + chunk) + begin, tl.load(lengths + chunk) - begin
+    log_decay += chunk_head * C + begin
+    step += chunk_head * C + begin
     x += (token * heads + head) * F
     stride = heads * F
-    begin = tl.program_id(1) * BT
     inverse = _eliminate(
-        _block(x, stride, log_decay, step, begin, length, True, 16, BT // 16, F, BF, PRECISION), BT // 16
+        _block(x, stride, log_decay, step, length, True, 16, BT // 16, F, BF, PRECISION), BT // 16
     )
     if BT > 16:
-        corner = _block(x, stride, log_decay, step, begin, length, False, 16, BT // 32, F, BF, PRECISION)
+        corner = _block(x, stride, log_decay, step, length, False, 16, BT // 32, F, BF, PRECISION)
         inverse = _merge(inverse, corner, 16, BT // 32)
     if BT > 32:
-        corner = _block(x, stride, log_decay, step, begin, length, False, 32, BT // 64, F, BF, PRECISION)
+        corner = _block(x, stride, log_decay, step, length, False, 32, BT // 64, F, BF, PRECISION)
         inverse = _merge(inverse, corner, 32, BT // 64)
     index = (memory * tl.num_programs(0).to(tl.int64) + chunk_head) * tl.num_programs(1) + tl.program_id(1)
     rows = tl.arange(0, BT)
@@ -153,7 +153,6 @@ def _block(
     stride,
     log_decay,
     step,
-    begin,
     length,
     DIAGONAL: tl.constexpr,
     SIZE: tl.constexpr,
@@ -168,10 +167,10 @@ def _block(
     """
     r = tl.arange(0, SIZE)
     if DIAGONAL:
-        j = begin + (tl.arange(0, COUNT) * SIZE)[:, None] + r[None, :]
+        j = (tl.arange(0, COUNT) * SIZE)[:, None] + r[None, :]
         i = j
     else:
-        j = begin + (tl.arange(0, COUNT) * (2 * SIZE))[:, None] + r[None, :]
+        j = (tl.arange(0, COUNT) * (2 * SIZE))[:, None] + r[None, :]
         i = j + SIZE
     f = tl.arange(0, BF)[None, None, :]
     left = tl.load(x + i[:, :, None] * stride + f, mask=(i < length)[:, :, None] & (f < F), other=0.0)

@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels import PackedLayout, compress_kv
 from kernels.activations import ELEMENTWISE_PHI, PHI, READOUT, UPDATE
 from kernels.triton import stages
-from kernels.types import Operands, Rule
+from kernels.types import Memories, Operands, Rule
 from tests.kernels.helpers import assert_equal, make_memories, make_operands, run
 
 DEVICE = os.environ.get("KERNEL_TEST_DEVICE", "cpu")
@@ -221,6 +221,43 @@ def test_segments_at_chunk_multiples_leave_the_same_bits(update: str, dtype: tor
     assert torch.equal(torch.cat((head, tail), 1), whole)
     assert torch.equal(last.key_memory, end.key_memory)
     assert torch.equal(last.value_memory, end.value_memory)
+
+
+@pytest.mark.parametrize("phi, update", [("silu", "stale"), ("tanh", "corrected"), ("softmax", "stale")])
+def test_segments_composed_from_the_stages_change_no_bit(phi: str, update: str) -> None:
+    """State passing puts transfers between these stages."""
+    operands, rule = make_operands(1, 24, 1, d=16, v=24, m=20), Rule(phi, "ln_silu", update)
+    assert_equal(composed(operands, [8, 16], rule), composed(operands, [24], rule))
+
+
+def composed(operands: Mapping[str, Tensor], lengths: list[int], rule: Rule) -> dict[str, Tensor]:
+    """Run segments one after the other, the adjoints in reverse; memories and adjoints are strided."""
+    memories = {n: x.to(DEVICE).float().mT.contiguous().mT for n, x in make_memories(operands).items()}
+    state = Memories(memories["key_memory"].detach(), memories["value_memory"].detach())
+    adjoint = Memories(memories["key_chunk_start"].detach(), memories["value_chunk_start"].detach())
+    kept, y, begin = [], [], 0
+    for length in lengths:
+        layout = PackedLayout.uniform(1, length, 8).to(DEVICE)
+        cut = Operands(*(x.detach().to(DEVICE).float()[:, begin : begin + length] for x in operands.values()))
+        begin += length
+        inputs = stages.arrange(cut, layout=layout, rule=rule)
+        states, state = stages.scan_forward(inputs, state)
+        assert states.saved is not None
+        y.append(stages.to_tokens(inputs, stages.readout_forward(inputs, states), cut.v))
+        kept.append((cut, layout, states.saved))
+    grads = []
+    for cut, layout, saved in reversed(kept):
+        inputs = stages.arrange(cut, layout=layout, rule=rule)
+        states = stages.rescan(inputs, saved)
+        local = stages.readout_backward(inputs, states, stages.from_tokens(inputs, cut.v.cos()))
+        scan = stages.scan_backward(inputs, states, local, (adjoint.key, adjoint.value))
+        adjoint = scan.initial
+        rest = stages.input_backward(inputs, states, local, scan)
+        found = zip(rest, cut, strict=True)
+        grads.append([stages.to_tokens(inputs, d, x) for d, x in found if d is not None and x is not None])
+    gradients = [torch.cat(x, 1) for x in zip(*reversed(grads), strict=True)]
+    results = {"y": torch.cat(y, 1), "S": state.key, "R": state.value, "dS": adjoint.key, "dR": adjoint.value}
+    return results | {f"d{name}": x for name, x in zip(operands, gradients, strict=True)}
 
 
 def test_runs_repeat_bitwise() -> None:

@@ -308,7 +308,7 @@ def test_the_tuner_writes_what_its_clock_prefers(tmp_path: Path) -> None:
     liked = ("inputs", "decode")
 
     def timer(work: Callable[[int], object], repetitions: int) -> list[float]:
-        found = {kernel: launch.parameters(kernel, **size._asdict()) for kernel in liked}
+        found = {kernel: launch.parameters(kernel, size) for kernel in liked}
         return [3.0 - sum(found[kernel] == other[kernel] for kernel in liked)] * repetitions
 
     def two(kernel: str, size: launch.Size) -> list[launch.Launch]:

@@ -31,7 +31,7 @@ def test_parts_equal_fp64_in_the_interpreter() -> None:
 def test_the_committed_table_is_valid_and_obeyed() -> None:
     for size, row in launch.load_table().items():
         for kernel in KERNELS:
-            assert launch.parameters(kernel, **size._asdict()) == row.launches[kernel]
+            assert launch.parameters(kernel, size) == row.launches[kernel]
 
 
 def test_a_size_without_a_row_follows_the_rule_and_fits() -> None:
@@ -39,7 +39,7 @@ def test_a_size_without_a_row_follows_the_rule_and_fits() -> None:
         SHARED_KIB, (16, 48, 128), (16, 128), (1, 64, 500), (False, True)
     ):
         size = Size(arch, d, d, m, c, corrected, 2)
-        found = {kernel: launch.parameters(kernel, **size._asdict()) for kernel in KERNELS}
+        found = {kernel: launch.parameters(kernel, size) for kernel in KERNELS}
         assert found["scan_forward"].tokens == found["scan_backward"].tokens
         for kernel, one in found.items():
             need = launch.shared_memory(kernel, size, tokens=one.tokens, slots=one.slots)
@@ -47,14 +47,14 @@ def test_a_size_without_a_row_follows_the_rule_and_fits() -> None:
 
 
 def test_an_override_holds_inside_its_context() -> None:
-    size, one, two = ROW.size._asdict(), Launch(16, 64, 2, 3), Launch(32, 64, 8, 1)
-    before = launch.parameters("inputs", **size)
+    size, one, two = ROW.size, Launch(16, 64, 2, 3), Launch(32, 64, 8, 1)
+    before = launch.parameters("inputs", size)
     with launch.override("inputs", one):
         with launch.override("inputs", two):
-            assert launch.parameters("inputs", **size) == two
-        assert launch.parameters("inputs", **size) == one
-        assert launch.parameters("decode", **size) not in (one, two)
-    assert launch.parameters("inputs", **size) == before
+            assert launch.parameters("inputs", size) == two
+        assert launch.parameters("inputs", size) == one
+        assert launch.parameters("decode", size) not in (one, two)
+    assert launch.parameters("inputs", size) == before
 
 
 def broken(**changes: Any) -> dict[str, Any]:
