@@ -14,6 +14,7 @@ the whole batch, and a chunk's bits must not depend on how many chunks are multi
 from __future__ import annotations
 
 import functools
+import threading
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -55,12 +56,23 @@ def faster(*pairs: tuple[Tensor, Tensor]) -> AbstractContextManager[None]:
 
 
 class _Permission(AbstractContextManager[None]):
+    """The switch belongs to the process: the first of several holders turns it, the last turns it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._holders, self._before = threading.Lock(), 0, ""
+
     def __enter__(self) -> None:
-        self._before = _switch.fp32_precision
-        _switch.fp32_precision = "bf16"
+        with self._lock:
+            if self._holders == 0:
+                self._before = _switch.fp32_precision
+                _switch.fp32_precision = "bf16"
+            self._holders += 1
 
     def __exit__(self, *exception: object) -> None:
-        _switch.fp32_precision = self._before
+        with self._lock:
+            self._holders -= 1
+            if self._holders == 0:
+                _switch.fp32_precision = self._before
 
 
 _PERMISSION, _NOTHING = _Permission(), nullcontext()
@@ -79,8 +91,8 @@ def _onednn_is_exact(i: int, j: int, k: int, rows_a: bool, rows_b: bool) -> bool
     if _switch is None or not torch.backends.mkldnn.is_available() or not hasattr(_switch, "fp32_precision"):
         return False
     # Fixed values without a short binary form, so that rounding shows and no random state moves.
-    a = torch.arange(2.0 * i * k, device="cpu").add_(1).sqrt_().remainder_(1).view(2, i, k)
-    b = torch.arange(2.0 * k * j, device="cpu").add_(2).sqrt_().remainder_(1).view(2, k, j)
+    a = torch.arange(2 * i * k, dtype=torch.float32, device="cpu").add_(1).sqrt_().remainder_(1).view(2, i, k)
+    b = torch.arange(2 * k * j, dtype=torch.float32, device="cpu").add_(2).sqrt_().remainder_(1).view(2, k, j)
     exact = a.double() @ b.double()
     a = a if rows_a else a.mT.contiguous().mT
     b = b if rows_b else b.mT.contiguous().mT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -78,3 +79,37 @@ def test_without_the_switch_products_stay_with_pytorch(monkeypatch: pytest.Monke
     monkeypatch.setattr(matmul, "_switch", None)
     a, b = operands(64, 32, 32, "nn")
     assert torch.equal(product(a, b), torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(12, 2, 64, 32))
+
+
+def test_threads_and_nesting_leave_the_permission_as_it_was() -> None:
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    a, b = operands(64, 32, 32, "nn")
+    a3, b3 = a.flatten(0, 1), b.flatten(0, 1)
+
+    def work(_: int) -> None:
+        for _ in range(200):
+            with matmul.faster((a3, b3)):
+                product(a, b)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(work, range(4)))
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+
+
+def test_the_trial_is_in_fp32_whatever_the_default_type() -> None:
+    seen: list[torch.dtype] = []
+    exact = torch.bmm
+
+    def noted(a: torch.Tensor, b: torch.Tensor, **options: object) -> torch.Tensor:
+        seen.append(a.dtype)
+        return exact(a, b, **options)
+
+    a, b = operands(64, 32, 32, "nn")
+    torch.set_default_dtype(torch.float64)
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch, "bmm", noted)
+            product(a, b)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert set(seen) == {torch.float32}
