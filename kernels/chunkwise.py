@@ -21,7 +21,8 @@ from kernels.types import Memories, Operands, Rule
 __all__ = ["backward", "forward", "saved_count"]
 
 # On a CPU a piece is just large enough to keep the matrix products busy (chunks x heads) and for the memory
-# at its start to be small beside its tokens, so that what the stages hand to each other stays in cache.
+# at its start to be small beside its tokens, so that what the stages hand to each other stays in cache. No
+# scan step is larger than that either: many documents run in bands, one after the other.
 MATRICES = 64
 TOKENS = 128
 
@@ -55,9 +56,9 @@ def forward(
     saved: list[Memories] = []
     endings: list[tuple[_Ending, _Ending]] = []
     for piece in _pieces(layout, heads):
-        now = Memories(memory.key[: piece.running], memory.value[: piece.running])
+        now = Memories(memory.key[piece.documents], memory.value[piece.documents])
         saved.append(Memories(now.key.clone(), now.value.clone()))
-        enters = pair if piece.layout.first_step == 0 else None
+        enters = piece.entering(pair)
         inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
         endings.append(_forward_piece(inputs, saved[-1], enters, now, y))
         del inputs  # before the next piece's, so that they take the same memory
@@ -97,17 +98,20 @@ def backward(
         carry.adjoint_of_last(layout, finals[1], starts[1], saved.value),
     )
     totals = _Totals(operands)
-    dstale, end = None, saved.key.shape[0]
+    dpair = None if pair is None else Memories(torch.empty_like(pair.key), torch.empty_like(pair.value))
+    end = saved.key.shape[0]
     for piece in reversed(list(_pieces(layout, operands.q.shape[2]))):
-        first = Memories(saved.key[end - piece.running : end], saved.value[end - piece.running : end])
-        end -= piece.running
-        enters = pair if piece.layout.first_step == 0 else None
+        begin = end - piece.running
+        first, end = Memories(saved.key[begin:end], saved.value[begin:end]), begin
         inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
-        now = Memories(adjoint.key[: piece.running], adjoint.value[: piece.running])
-        grads, dstale = _backward_piece(inputs, first, enters, dy, now, _outside(inputs, starts))
+        now = Memories(adjoint.key[piece.documents], adjoint.value[piece.documents])
+        outside = _outside(inputs, starts)
+        grads, dstale = _backward_piece(inputs, first, piece.entering(pair), dy, now, outside)
         totals.add(piece.layout, grads)
-        del inputs, grads  # before the next piece's, so that they take the same memory
-    ranked = None if dstale is None else _unranked(layout, dstale)
+        if dpair is not None and dstale is not None:
+            dpair.key[piece.documents], dpair.value[piece.documents] = dstale.key, dstale.value
+        del inputs, grads, dstale  # before the next piece's, so that they take the same memory
+    ranked = None if dpair is None else _unranked(layout, dpair)
     return totals.grads(), _unranked(layout, adjoint), ranked
 
 
@@ -144,31 +148,64 @@ def _backward_piece(
 def saved_count(shape: Sequence[int], chunk_size: int, *, offset: int, device: torch.device) -> int:
     """G for rows of equal length: number of memories that forward saves, from B, T, H (symbolic or not)."""
     batch, length, heads = shape
-    chunks, steps = _piece_size(heads, chunk_size, device)
-    steps = torch.sym_max(steps, (chunks + batch - 1) // batch)
-    all_steps = (offset + length + chunk_size - 1) // chunk_size
-    count: int = (all_steps + steps - 1) // steps * batch
-    return count
+    size = _PieceSize.of(heads, chunk_size, device)
+    steps = (offset + length + chunk_size - 1) // chunk_size
+    if batch <= size.documents:
+        return size.saved(batch, steps)
+    rest = batch % size.documents
+    count = batch // size.documents * size.saved(size.documents, steps)
+    return count + size.saved(rest, steps) if rest > 0 else count
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """A span of the layout, and how many documents run in its first step."""
+    """A span of a band of the layout."""
 
     layout: PackedLayout
-    running: int
+
+    @property
+    def running(self) -> int:
+        """How many documents run in its first step."""
+        return self.layout.steps[0][1]
+
+    @property
+    def documents(self) -> slice:
+        """Those documents, by rank."""
+        return slice(self.layout.first_rank, self.layout.first_rank + self.running)
+
+    def entering(self, pair: Memories | None) -> Memories | None:
+        """Their part of a stale pair by rank, where the piece is the first of its band."""
+        if pair is None or self.layout.first_step > 0:
+            return None
+        return Memories(pair.key[self.documents], pair.value[self.documents])
 
 
 def _pieces(layout: PackedLayout, heads: int) -> Iterator[_Piece]:
-    chunks, steps = _piece_size(heads, layout.chunk_size, layout.last_chunk.device)
-    for span in layout.spans(chunks, steps=steps):
-        yield _Piece(span, span.steps[0][1])
+    size = _PieceSize.of(heads, layout.chunk_size, layout.last_chunk.device)
+    for band in layout.bands(size.documents):
+        for span in band.spans(size.chunks, steps=size.steps):
+            yield _Piece(span)
 
 
-def _piece_size(heads: int, chunk_size: int, device: torch.device) -> tuple[int, int]:
-    """Least number of chunks and of scan steps in a piece."""
-    matrices, tokens = (MATRICES, TOKENS) if device.type == "cpu" else (4096, 1024)
-    return -(-matrices // heads), -(-tokens // chunk_size)
+@dataclass(frozen=True)
+class _PieceSize:
+    """Least number of chunks and of scan steps in a piece, most documents in it."""
+
+    chunks: int
+    steps: int
+    documents: int
+
+    @staticmethod
+    def of(heads: int, chunk_size: int, device: torch.device) -> _PieceSize:
+        matrices, tokens = (MATRICES, TOKENS) if device.type == "cpu" else (4096, 1024)
+        chunks = -(-matrices // heads)
+        return _PieceSize(chunks, -(-tokens // chunk_size), chunks)
+
+    def saved(self, documents: int, steps: int) -> int:
+        """Memories that a band of ``documents`` of equal length saves."""
+        span = torch.sym_max(self.steps, (self.chunks + documents - 1) // documents)
+        count: int = (steps + span - 1) // span * documents
+        return count
 
 
 class _Totals:

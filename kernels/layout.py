@@ -58,7 +58,7 @@ class PackedLayout:
         last_chunk: last chunk of each document, by rank [N].
         ends_inside: whether each document, by rank, ends inside a chunk, bool [N]; None when none does.
         ending_rank, ending_chunk: the documents that end inside a chunk, and that chunk [E]; None when none.
-        first_step: of a span, its first step in the whole layout.
+        first_step, first_rank: of a span, its first step in the whole layout; of a band, its first document.
         rows: documents and steps of the whole layout, where the grid is a plain transposition.
     """
 
@@ -77,9 +77,11 @@ class PackedLayout:
     ending_rank: Tensor | None
     ending_chunk: Tensor | None
     first_step: int = 0
+    first_rank: int = 0
     rows: tuple[int, int] = (0, 0)
     _spans: dict[tuple[int, int], tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
     _segments: dict[int, Segments] = field(default_factory=dict, repr=False)
+    _bands: dict[int, tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
 
     @staticmethod
     def from_cu_seqlens(
@@ -173,7 +175,7 @@ class PackedLayout:
             return self
         tables = {name: getattr(self, name) for name in _TABLES}
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tables.items()}
-        return replace(self, _spans={}, _segments={}, **moved)
+        return replace(self, _spans={}, _segments={}, _bands={}, **moved)
 
     def spans(self, chunks: int, *, steps: int = 1) -> tuple[PackedLayout, ...]:
         """The layout cut between scan steps into pieces of at least ``chunks`` chunks and ``steps`` steps
@@ -215,6 +217,41 @@ class PackedLayout:
             _segments={},
         )
 
+    def bands(self, documents: int) -> tuple[PackedLayout, ...]:
+        """The layout cut between documents, by rank, into bands of at most ``documents`` of them.
+
+        Like a span, a band reads and writes the tokens of the whole call and keeps the whole's ranks in
+        ``ending_rank``; bands can be cut into spans. Cached.
+        """
+        if documents not in self._bands:
+            firsts = range(0, self.num_documents, documents)
+            self._bands[documents] = tuple(self._band(i, i + documents) for i in firsts)
+        return self._bands[documents]
+
+    def _band(self, first: int, last: int) -> PackedLayout:
+        if first == 0 and last >= self.num_documents:
+            return self
+        ranges = [(a + first, min(b, a + last)) for a, b in self.steps if b > a + first]
+        ends = list(itertools.accumulate(b - a for a, b in ranges))
+        steps = tuple(zip([0, *ends[:-1]], ends, strict=True))
+        band = replace(self, first_rank=first, steps=steps, _spans={}, _segments={}, _bands={})
+        if self.token_of_slot is None:
+            return band
+        chunks = torch.cat([torch.arange(a, b, device=self.token_of_slot.device) for a, b in ranges])
+        valid = None if self.valid is None else self.valid[chunks]
+        ending_rank, ending_chunk = self.ending_rank, self.ending_chunk
+        if ending_rank is not None and ending_chunk is not None:
+            here = (ending_rank >= first) & (ending_rank < last)
+            ending_rank, ending_chunk = ending_rank[here], torch.searchsorted(chunks, ending_chunk[here])
+        none = ending_rank is not None and len(ending_rank) == 0
+        return replace(
+            band,
+            token_of_slot=self.token_of_slot.view(-1, self.chunk_size)[chunks].flatten(),
+            valid=None if valid is None or bool(valid.all()) else valid,
+            ending_rank=None if none else ending_rank,
+            ending_chunk=None if none else ending_chunk,
+        )
+
     def to_chunks(self, x: Tensor) -> Tensor:
         """Token order [B, T, H, F] to contiguous chunk order [P, H, C, F].
 
@@ -222,9 +259,7 @@ class PackedLayout:
         """
         heads, width, c = x.shape[2], x.shape[3], self.chunk_size
         if self.token_of_slot is None:
-            grid = x.reshape(*self.rows, c, heads, width)[
-                :, self.first_step : self.first_step + len(self.steps)
-            ]
+            grid = self._of_whole(x.reshape(*self.rows, c, heads, width))
             return grid.permute(1, 0, 3, 2, 4).contiguous().view(-1, heads, c, width)
         head = torch.arange(heads, device=x.device)
         rows = self.token_of_slot.view(-1, 1, c) * heads + head[:, None]  # [P, H, C]
@@ -245,15 +280,19 @@ class PackedLayout:
         """Write a span's x [P, H, C, F] to its tokens of ``out`` [B, T, H, F]; what pads hold is dropped."""
         heads, width, c = x.shape[1], x.shape[3], self.chunk_size
         if self.token_of_slot is None:
-            grid = out.view(*self.rows, c, heads, width)
-            part = grid[:, self.first_step : self.first_step + len(self.steps)].permute(1, 0, 3, 2, 4)
-            part.copy_(x.view(len(self.steps), self.rows[0], heads, c, width))
+            part = self._of_whole(out.view(*self.rows, c, heads, width)).permute(1, 0, 3, 2, 4)
+            part.copy_(x.view(part.shape))
             return
         slots, tokens = self._filled
         head = torch.arange(heads, device=x.device)
         rows = (slots // c * (heads * c) + slots % c)[:, None] + head * c
         target = tokens[:, None] * heads + head
         out.view(-1, width)[target.view(-1)] = x.reshape(-1, width)[rows.view(-1)].to(out.dtype)
+
+    def _of_whole(self, grid: Tensor) -> Tensor:
+        """This band's and span's part of the whole even grid [documents, steps, ...]."""
+        step, rank = self.first_step, self.first_rank
+        return grid[rank : rank + self.steps[0][1] - self.steps[0][0], step : step + len(self.steps)]
 
     @functools.cached_property
     def _filled(self) -> tuple[Tensor, Tensor]:
