@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import CompressState, PackedLayout
-from kernels.compress import stages_for
+from kernels.checks import check_operands
+from kernels.compress import compute_dtype, stages_for, zero_state
 from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.transfers import Arrival, Transfers
@@ -86,9 +87,10 @@ class StatePassing:
             last=last,
             continues=self._segments.continues(rows),
         )
-        initial = _initial_memories(initial_state, layout.num_documents, q, v, alpha)
         gates = (log_decay, step_size, value_log_decay, value_step_size)
-        operands = (q, k, v, alpha, *gates, readout_weight, readout_bias)
+        operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
+        check_operands(operands, dims="B, T, H", check_values=False)
+        initial = _initial_memories(initial_state, layout.num_documents, operands)
         y, key, value = _PassStates.apply(call, *initial, *operands)  # type: ignore[no-untyped-call]
         return y, CompressState(key_memory=key, value_memory=value) if output_final_state else None
 
@@ -123,15 +125,13 @@ def _check_chunks(layout: PackedLayout, chunk_size: int, state: CompressState | 
 
 
 def _initial_memories(
-    state: CompressState | None, documents: int, q: Tensor, v: Tensor, alpha: Tensor
+    state: CompressState | None, documents: int, operands: Operands
 ) -> tuple[Tensor, Tensor]:
     """Both memories [N, H, M, .] before each document, in the compute type."""
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in (q, v, alpha)) else torch.float32
-    if state is not None:
-        return state.key_memory.to(dtype), state.value_memory.to(dtype)
-    heads, slots = alpha.shape[-2:]
-    key = torch.zeros(documents, heads, slots, q.shape[-1], dtype=dtype, device=q.device)
-    return key, key.new_zeros(documents, heads, slots, v.shape[-1])
+    dtype = compute_dtype(operands)
+    if state is None:
+        state = zero_state(operands.q, operands.v, operands.alpha, documents, dtype)
+    return state.key_memory.to(dtype), state.value_memory.to(dtype)
 
 
 class _PassStates(torch.autograd.Function):
