@@ -59,6 +59,21 @@ def test_every_rule_with_shared_and_own_gates(phi: str, readout: str, update: st
 
 
 @pytest.mark.parametrize("update", UPDATE)
+@pytest.mark.parametrize("phi", PHI)
+def test_every_rule_at_lengths_around_a_chunk(phi: str, update: str) -> None:
+    """Each readout at another (T, C); over phi and update all pairs are met."""
+    grid = tuple(itertools.product((1, 63, 64, 65), (16, 64, 128)))
+    shift = 5 * PHI.index(phi) + UPDATE.index(update)
+    for i, readout in enumerate(READOUT):
+        length, chunk_size = grid[(shift + 3 * i) % len(grid)]
+        seed = case_seed(phi, readout, update, length)
+        operands = make_operands(1, length, 2, seed=seed, extra=EVERYTHING)
+        memories = make_memories(operands, seed=seed + 1)
+        rule = {"phi": phi, "readout": readout, "update": update}
+        assert_matches_reference(operands, memories, seed=seed + 2, chunk_size=chunk_size, **rule)
+
+
+@pytest.mark.parametrize("update", UPDATE)
 @pytest.mark.parametrize("key_width", range(5))
 def test_every_pair_of_widths(key_width: int, update: str) -> None:
     """Each pair of (D, V), (D, M) and (V, M) once; as many different functions as sizes."""
