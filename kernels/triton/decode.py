@@ -71,7 +71,7 @@ def triton_decode(
         m=widths["m"],
         c=chunk_size,
         corrected=rule.corrected,
-        itemsize=q.element_size(),
+        itemsize=2 if q.dtype == torch.bfloat16 else 4,
     )
     launch = parameters("decode", size)
     with torch.cuda.device_of(q):

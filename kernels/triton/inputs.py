@@ -82,11 +82,10 @@ def _from_queries(m, s, dX, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z
 
 
 @triton.jit
-def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
-    """(Xk, -U.(T^T dB)) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
+def _from_keys(m, s, dX, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl.constexpr):
+    """(dX + Xk, -U.(T^T dB)) of ``corrected``: what the chunk's later tokens read of the tile's writes."""
     head, chunk, r = chunk_head % heads, chunk_head // heads, tl.arange(0, Z.BT)
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
-    dX = tl.full((Z.BT, BF), 0.0, tl.float32)
     dgamma = tl.full((Z.BT,), 0.0, tl.float32)
     for other in range(tile, Z.TILES):
         n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
@@ -101,14 +100,11 @@ def _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z: tl
 
 
 @triton.jit
-def _as_reader(m, X, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr):
-    """(Xq, X.Xq) of ``corrected``: through what B reads of the chunk's earlier writes, and of S - S'."""
+def _as_reader(
+    m, dX, rows, X, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z: tl.constexpr
+):
+    """dX + Xq and rows + X.Xq of ``corrected``, through what B reads of the chunk's earlier writes."""
     r = tl.arange(0, Z.BT)
-    dX = tl.full((Z.BT, BF), 0.0, tl.float32)
-    if m.pair is not None:
-        change = load_memory(m.start, chunk_head, 0, None, F, BF, Z).to(tl.float32) - at
-        dX += dot(dB * tl.exp(logs)[:, None], change, Z.precision)
-    rows = tl.sum(X.to(tl.float32) * dX, 1)
     for other in range(0, tile + 1):
         X_j, U, logs_j, gamma = load_writes(m, alpha, t, other, chunk_head, documents, heads, F, BF, Z)
         decay = omega(logs, logs_j, tile * Z.BT + r, other * Z.BT + r, r < n, True)
@@ -136,37 +132,36 @@ def _one(m, s, alpha, t, tile, chunk_head, documents, chunks, heads, F, BF, Z: t
     part = tl.exp(end) * tl.sum(tl.sum(start * after.to(tl.float32), 1), 0)
     part = tl.where(tile == 0, part, 0.0)
 
-    dW = load_slots(s.write, row * Z.M, n, 0, Z.M, Z)
     pre = dot(X, at, Z.precision, TB=True)
     seen = dot(X, after, Z.precision, TB=True) * tail
     if Z.corrected:
         pre = pre * tl.exp(logs)[:, None]
-    dW = dW.to(tl.float32) - seen
-    if Z.corrected:
         dB = load_slots(s.base, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
-    else:
-        dB = dW * gamma[:, None]
-    if Z.corrected:
         U = load_slots(m.gradient, row * Z.M, n, 0, Z.M, Z).to(tl.float32)
     else:
+        dB = (load_slots(s.write, row * Z.M, n, 0, Z.M, Z).to(tl.float32) - seen) * gamma[:, None]
         U = inner_gradient(pre, A, real, Z.M * 1.0, Z.phi, 1)
-    dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
-    write = U * gamma[:, None]
     dgamma = tl.load(s.dgamma + row + r, mask=r < n, other=0.0) - tl.sum(U * seen, 1)
-    part -= tl.sum(tl.sum(write * seen, 1), 0)  # X_j . End_j
-    if Z.corrected:
-        from_keys, dstep = _from_keys(m, s, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
-        dgamma += dstep
-    tl.store(s.dgamma + row + r, dgamma, mask=r < n)
-    dX = -dot(write * tail, after, Z.precision)
+    part -= tl.sum(tl.sum(U * gamma[:, None] * seen, 1), 0)  # X_j . End_j
     tl.store(s.parts + tile * chunks * heads + chunk_head, part)
+    dZ, dA = inner_backward(pre, A, dB, real, Z.M * 1.0, Z.phi, 1)
     if Z.corrected:
-        read, rows = _as_reader(m, X, dB, at, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
-        rows += tl.load(s.rows + row + r, mask=r < n, other=0.0) + tl.sum(pre * dZ, 1)  # Z.dZ is X.Zr
-        tl.store(s.rows + row + r, rows, mask=r < n)
+        rows = tl.load(s.rows + row + r, mask=r < n, other=0.0) + tl.sum(pre * dZ, 1)  # Z.dZ is X.Zr
         dZ = dZ * tl.exp(logs)[:, None]
-        dX += from_keys + read
-    dX += dot(dZ, at, Z.precision)
+    dX = dot(dZ, at, Z.precision)
+    dX -= dot(U * (gamma[:, None] * tail), after, Z.precision)
+    if Z.corrected:
+        if m.pair is not None:
+            carried = dot(dB * tl.exp(logs)[:, None], start - at, Z.precision)
+            rows += tl.sum(X.to(tl.float32) * carried, 1)
+            dX += carried
+        dX, dstep = _from_keys(m, s, dX, X, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
+        dgamma += dstep
+        dX, rows = _as_reader(
+            m, dX, rows, X, dB, logs, n, alpha, t, tile, chunk_head, documents, heads, F, BF, Z
+        )
+        tl.store(s.rows + row + r, rows, mask=r < n)
+    tl.store(s.dgamma + row + r, dgamma, mask=r < n)
     dX = _from_queries(m, s, dX, U, logs, gamma, t, tile, chunk_head, heads, F, BF, Z)
     store_tokens(s.dx, dX, token, n, head, heads, F, BF, Z.BT)
     return dA

@@ -13,20 +13,22 @@ Kernels of one call may differ in ``tokens``: what one writes another reads thro
 one exception is the inverse of the corrected update, which is stored in tiles of ``tokens`` rows
 (``kernels.triton.triangular``): the kernels in INVERSE share theirs.
 
-The rule. A tile has at most 64 tokens, and no more than the chunk; 32 where registers cannot hold 64 without
-spilling a kilobyte a thread: inputs, and the readout's backward with heads or memories wider than 64; 16 for
-fp32 operands, whose products have no tensor cores and are unrolled. It is halved until everything that feeds
-a product fits the shared memory of one program at 4 bytes an entry (an upper bound: buffers are re-used, and
-bf16 takes half):
+The rule, from what spills few registers when compiled for sm_90. A tile has at most 64 tokens, and no more
+than the chunk; 32 in inputs, in a scan whose phi mixes slots, and in query_backward with heads or memories
+wider than 64; 16 in the corrected update's inputs as wide, and for factors of 4 bytes: products of fp32
+operands have no tensor cores and are unrolled. It is halved until everything that feeds a product fits the
+shared memory of one program at 4 bytes an entry (an upper bound: buffers are re-used, and bf16 takes half):
 
     scans            X [t, w]; S, dS [s, w]; U, dZ [t, s]; corrected: T and L^{-1} [t, t] each
     readouts         Q, K, V, dY [t, w]; S or R [M, w]; U', P [t, M]; scores [t, t]
     inputs           as the scans, with all slots
 
 where t = tokens, w = the wider head, s = slots, all padded to powers of two. A scan is sequential over
-chunks, so it takes 32 slots a program and leaves parallelism to the grid. Four warps hold tiles up to 64
-wide, eight the wider ones, fp32, query_backward's 64 tokens and the corrected update's inputs. The step of
-one token holds a head's memories in registers, 16 numbers of each a thread.
+chunks, so it takes 32 slots a program and leaves parallelism to the grid, and loads ahead (two stages) where
+a second copy in bf16 fits and no tile has to be solved from others. Four warps: on 64 rows a product has no
+work for more. Eight where the tiles of fewer rows do not fit four warps' registers: factors of 4 bytes, a
+scan whose phi mixes slots, query_backward and inputs as wide as above, the corrected update's inputs, and its
+scans with wide heads. The step of one token holds a head's memories in registers, 16 numbers of each a thread.
 """
 
 from __future__ import annotations
@@ -86,7 +88,7 @@ class Size(NamedTuple):
         arch: "sm_90", ...; "interpreter" on a CPU.
         d, v, m, c: widths of keys and values, memory slots, chunk size.
         corrected: whether the update is the corrected one.
-        itemsize: bytes of one number of the operands.
+        itemsize: bytes of one factor of a product: 2 for bf16 operands, 4 for fp16 (tf32) and fp32.
         mixing: whether phi mixes slots, so that a scan's program holds all of them.
     """
 
@@ -217,24 +219,34 @@ def rule(kernel: str, size: Size) -> Launch:
     sized_by = INVERSE[1] if kernel in INVERSE else kernel  # the larger one: both share their tokens
     while tokens > 16 and shared_memory(sized_by, size, tokens=tokens, slots=slots) > room:
         tokens //= 2
-    return Launch(tokens, slots, _warps(kernel, size, tokens), 1)
+    alone = not size.corrected or tokens >= size.c  # no loop over other tiles in the loop over chunks
+    ahead = kernel in INVERSE and alone and not size.mixing and size.itemsize < 4
+    ahead = ahead and 3 * shared_memory(sized_by, size, tokens=tokens, slots=slots) <= 2 * room
+    return Launch(tokens, slots, _warps(kernel, size, max(widths)), 2 if ahead else 1)
 
 
 def _most_tokens(kernel: str, size: Size, widest: int) -> int:
     if size.itemsize == 4 and size.arch != INTERPRETER:  # which has no registers, and prefers large tiles
         return 16
-    if kernel == "inputs" or (widest > 64 and kernel in ("query_backward", "key_backward")):
+    if kernel == "inputs":
+        return 16 if size.corrected and widest > 64 else 32
+    if (kernel == "query_backward" and widest > 64) or (kernel in INVERSE and size.mixing):
         return 32
     return 64
 
 
-def _warps(kernel: str, size: Size, tokens: int) -> int:
-    wide, slots = padded(max(size.d, size.v)), padded(size.m)
+def _warps(kernel: str, size: Size, widest: int) -> int:
     if kernel == "decode":
-        return min(16, max(1, wide * slots >> 9))
-    if (kernel, tokens) == ("query_backward", 64) or (kernel, tokens, size.corrected) == ("inputs", 32, True):
+        return min(16, max(1, padded(max(size.d, size.v)) * padded(size.m) >> 9))
+    if size.itemsize == 4:
         return 8
-    return 8 if max(wide, slots) > 64 or size.itemsize == 4 else 4
+    crowded = {
+        "scan_forward": size.mixing or (size.corrected and widest > 64),
+        "scan_backward": size.mixing or (size.corrected and widest > 64),
+        "query_backward": widest > 64,
+        "inputs": size.corrected or widest > 64,
+    }
+    return 8 if crowded.get(kernel) else 4
 
 
 def shared_memory(kernel: str, size: Size, *, tokens: int, slots: int) -> int:

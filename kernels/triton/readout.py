@@ -19,7 +19,8 @@ would leave errors of the size of what cancels.
 A query tile meets the key tiles up to its own, a key tile the query tiles from its own on; no atomics. Where
 a chunk is one tile, the query kernel has the scores of the last two lines at hand and writes these as well.
 The writes are recomputed from the chunk-start memory there, and come from the scan where a chunk has several
-tiles or its writes depend on each other ("corrected").
+tiles or its writes depend on each other ("corrected"). Recomputing them takes the most registers, so the
+term of the state comes last in every sum.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from kernels.triton.tiles import (
     load_slots,
     load_tokens,
     omega,
+    rounded,
     store_memory,
     store_slots,
     store_tokens,
@@ -124,13 +126,13 @@ def _affine(x, head, NEUTRAL: tl.constexpr, Z: tl.constexpr):
 @triton.jit
 def _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z: tl.constexpr):
     """Yhat [BT, BM] of a query tile."""
-    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
-    y_hat = dot(Q, S, Z.precision, TB=True) * tl.exp(logs)[:, None]
+    y_hat = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
     for other in range(0, tile + 1):
         K, U, logs_j, gamma = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
         scores = dot(Q, K, Z.precision, TB=True) * _decay(logs, logs_j, tile, other, n, Z)
         y_hat -= dot(scores * gamma, U, Z.precision)
-    return y_hat
+    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
+    return y_hat + dot(Q, S, Z.precision, TB=True) * tl.exp(logs)[:, None]
 
 
 @triton.jit
@@ -180,9 +182,11 @@ def query_backward_kernel(
     y_hat = _first_pass(Q, logs, n, key, alpha, t, tile, chunk_head, documents, heads, Z)
     P = apply_readout(y_hat, w, b, keep, Z.M * 1.0, Z.readout)
     store_slots(out.p, P, row * Z.M, n, 0, Z.M, Z)
-    R = load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z)
-    dP = dot(dY, R, Z.precision, TB=True) * value_mu
-    rows = tl.sum(P * dP, 1)
+    if Z.TILES == 1:
+        dR = dot(P * value_mu, dY, Z.precision, TA=True)
+        store_memory(out.value_start, dR, chunk_head, 0, None, Z.V, Z.BV, Z)
+    dP = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
+    rows = tl.full((Z.BT,), 0.0, tl.float32)
     for other in range(0, tile + 1):
         X, W, logs_j, gamma = load_writes(value, alpha, t, other, chunk_head, documents, heads, Z.V, Z.BV, Z)
         dscores = dot(dY, X, Z.precision, TB=True) * _decay(value_logs, logs_j, tile, other, n, Z)
@@ -190,20 +194,29 @@ def query_backward_kernel(
         if Z.TILES == 1:
             dW = -dot(dscores, P, Z.precision, TA=True)
             store_slots(out.value_write, dW, row * Z.M, n, 0, Z.M, Z)
-            dR = dot(P * value_mu, dY, Z.precision, TA=True)
-            store_memory(out.value_start, dR, chunk_head, 0, None, Z.V, Z.BV, Z)
         pairs = dscores * dot(P, W, Z.precision, TB=True)
         rows -= tl.sum(pairs * gamma, 1)
         if Z.TILES == 1:
             tl.store(out.value_step + row + r, -tl.sum(pairs, 0), mask=r < n)
+    R = load_memory(value.start, chunk_head, 0, None, Z.V, Z.BV, Z)
+    state = dot(dY, R, Z.precision, TB=True) * value_mu
+    rows += tl.sum(rounded(P, Z.precision) * state, 1)
+    dP += state
     tl.store(out.value_rows + row + r, rows, mask=r < n)
     dY_hat, affine, normal = readout_backward(y_hat, w, b, dP, keep & (r < n)[:, None], Z.M * 1.0, Z.readout)
     _store_affine(out, affine, normal, chunk, head, heads, tile, Z)
     store_slots(out.y_hat, dY_hat, row * Z.M, n, 0, Z.M, Z)
 
-    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
-    dQ = dot(dY_hat, S, Z.precision) * mu
-    rows = tl.sum(Q.to(tl.float32) * dQ, 1)
+    tl.debug_barrier()  # what was stored comes back, and so does Q: registers are short
+    dY_hat = load_slots(out.y_hat, row * Z.M, n, 0, Z.M, Z)
+    Q = load_tokens(query, token, n, head, heads, Z.D, Z.BD, Z.BT)
+    logs, _ = load_gates(key.log_decay, key.step, row, n, Z.BT)
+    mu = tl.exp(logs)[:, None]
+    if Z.TILES == 1:
+        dS = dot(dY_hat * mu, Q, Z.precision, TA=True)
+        store_memory(out.key_start, dS, chunk_head, 0, None, Z.D, Z.BD, Z)
+    dQ = tl.full((Z.BT, Z.BD), 0.0, tl.float32)
+    rows = tl.full((Z.BT,), 0.0, tl.float32)
     for other in range(0, tile + 1):
         K, U, logs_j, gamma = load_writes(key, alpha, t, other, chunk_head, documents, heads, Z.D, Z.BD, Z)
         dscores = dot(dY_hat, U, Z.precision, TB=True) * _decay(logs, logs_j, tile, other, n, Z)
@@ -216,8 +229,10 @@ def query_backward_kernel(
             scores = scores * _decay(logs, logs_j, tile, other, n, Z)
             dU = -dot(scores, dY_hat, Z.precision, TA=True)
             store_slots(out.key_write, dU, row * Z.M, n, 0, Z.M, Z)
-            dS = dot(dY_hat * mu, Q, Z.precision, TA=True)
-            store_memory(out.key_start, dS, chunk_head, 0, None, Z.D, Z.BD, Z)
+    S = load_memory(key.start, chunk_head, 0, None, Z.D, Z.BD, Z)
+    state = dot(dY_hat, S, Z.precision) * mu
+    rows += tl.sum(Q.to(tl.float32) * state, 1)
+    dQ += state
     tl.store(out.key_rows + row + r, rows, mask=r < n)
     store_tokens(out.query, dQ, token, n, head, heads, Z.D, Z.BD, Z.BT)
 
@@ -235,13 +250,28 @@ def _store_affine(out, affine, normal, chunk, head, heads, tile, Z: tl.constexpr
 
 
 @triton.jit
-def _key_one(
+def _key_start(m, left, right, start, t, heads, F: tl.constexpr, BF: tl.constexpr, Z: tl.constexpr):
+    """dS = (mu G)^T L of a chunk."""
+    chunk_head = tl.program_id(0).to(tl.int64)
+    head, chunk = chunk_head % heads, chunk_head // heads
+    token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
+    dS = tl.full((Z.BM, BF), 0.0, tl.float32)
+    for other in range(0, Z.TILES):
+        n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
+        L = load_tokens(left, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
+        G = load_slots(right, row * Z.M, n, 0, Z.M, Z)
+        logs, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+        dS += dot(G * tl.exp(logs)[:, None], L, Z.precision, TA=True)
+    store_memory(start, dS, chunk_head, 0, None, F, BF, Z)
+
+
+@triton.jit
+def _key_tile(
     m,
     left,
     right,
     write,
     step,
-    start,
     alpha,
     t,
     documents,
@@ -250,28 +280,22 @@ def _key_one(
     BF: tl.constexpr,
     Z: tl.constexpr,
 ):
-    """dU' = -((L X^T) o Omega)^T G and U.dU' of a key tile; in a chunk's last program dS = (mu G)^T L."""
+    """dU' = -((L X^T) o Omega)^T G and U.dU' of a key tile."""
     chunk_head, tile = tl.program_id(0).to(tl.int64), tl.program_id(1)
     head, chunk = chunk_head % heads, chunk_head // heads
     token, length = tl.load(t.token + chunk), tl.load(t.length + chunk)
-    n, row = tile_length(length, tile, Z.BT), chunk_head * Z.C + tile * Z.BT
-    X, U, logs, _ = load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
+    X, U, logs, _gamma = load_writes(m, alpha, t, tile, chunk_head, documents, heads, F, BF, Z)
     dU = tl.full((Z.BT, Z.BM), 0.0, tl.float32)
-    dS = tl.full((Z.BM, BF), 0.0, tl.float32)
     dgamma = tl.full((Z.BT,), 0.0, tl.float32)
-    memory = tile == Z.TILES
-    for other in range(tl.where(memory, 0, tile), Z.TILES):
-        n_i, row_i = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
-        L = load_tokens(left, token + other * Z.BT, n_i, head, heads, F, BF, Z.BT)
-        G = load_slots(right, row_i * Z.M, n_i, 0, Z.M, Z)
-        logs_i, _ = load_gates(m.log_decay, m.step, row_i, n_i, Z.BT)
-        if memory:
-            dS += dot(G * tl.exp(logs_i)[:, None], L, Z.precision, TA=True)
-        else:
-            scores = dot(L, X, Z.precision, TB=True) * _decay(logs_i, logs, other, tile, n_i, Z)
-            dU -= dot(scores, G, Z.precision, TA=True)
-            dgamma -= tl.sum(scores * dot(G, U, Z.precision, TB=True), 0)
-    store_memory(start, dS, chunk_head, 0, memory, F, BF, Z)
+    for other in range(tile, Z.TILES):
+        n, row = tile_length(length, other, Z.BT), chunk_head * Z.C + other * Z.BT
+        L = load_tokens(left, token + other * Z.BT, n, head, heads, F, BF, Z.BT)
+        G = load_slots(right, row * Z.M, n, 0, Z.M, Z)
+        logs_i, _ = load_gates(m.log_decay, m.step, row, n, Z.BT)
+        scores = dot(L, X, Z.precision, TB=True) * _decay(logs_i, logs, other, tile, n, Z)
+        dgamma -= tl.sum(scores * dot(G, U, Z.precision, TB=True), 0)
+        dU -= dot(scores, G, Z.precision, TA=True)
+    n, row = tile_length(length, tile, Z.BT), chunk_head * Z.C + tile * Z.BT
     store_slots(write, dU, row * Z.M, n, 0, Z.M, Z)
     r = tl.arange(0, Z.BT)
     tl.store(step + row + r, dgamma, mask=r < n)
@@ -279,37 +303,18 @@ def _key_one(
 
 @triton.jit
 def key_backward_kernel(query, key, value, dy, alpha, out, t, documents, heads, Z: tl.constexpr):
-    """Grid (P * H, TILES + 1, 2), for chunks of several tiles: the key tiles' part of ``out``."""
-    o = out
+    """Grid (P * H, TILES + 1, 2), for chunks of several tiles: the key tiles' part of ``out``.
+
+    The memories' gradients are the chunk's last program's.
+    """
+    o, memory = out, tl.program_id(1) == Z.TILES
     if tl.program_id(2) == 0:
-        _key_one(
-            key,
-            query,
-            o.y_hat,
-            o.key_write,
-            o.key_step,
-            o.key_start,
-            alpha,
-            t,
-            documents,
-            heads,
-            Z.D,
-            Z.BD,
-            Z,
-        )
+        if memory:
+            _key_start(key, query, o.y_hat, o.key_start, t, heads, Z.D, Z.BD, Z)
+        else:
+            _key_tile(key, query, o.y_hat, o.key_write, o.key_step, alpha, t, documents, heads, Z.D, Z.BD, Z)
     else:
-        _key_one(
-            value,
-            dy,
-            o.p,
-            o.value_write,
-            o.value_step,
-            o.value_start,
-            alpha,
-            t,
-            documents,
-            heads,
-            Z.V,
-            Z.BV,
-            Z,
-        )
+        if memory:
+            _key_start(value, dy, o.p, o.value_start, t, heads, Z.V, Z.BV, Z)
+        else:
+            _key_tile(value, dy, o.p, o.value_write, o.value_step, alpha, t, documents, heads, Z.V, Z.BV, Z)

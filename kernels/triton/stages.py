@@ -111,7 +111,7 @@ class Inputs:
             m=self.slots,
             c=self.layout.chunk_size,
             corrected=rule.corrected,
-            itemsize=q.element_size(),
+            itemsize=self._factor.itemsize,
             mixing=rule.phi not in ELEMENTWISE_PHI,
         )
 

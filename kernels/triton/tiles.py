@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 
 __all__ = ["Pass", "Sizes", "Tables", "chunk_of", "dot", "load_gates", "load_memory", "load_slots"]
-__all__ += ["load_tokens", "omega", "store_memory", "store_slots", "store_tokens", "tile_length"]
+__all__ += ["load_tokens", "omega", "rounded", "store_memory", "store_slots", "store_tokens", "tile_length"]
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -121,6 +121,12 @@ def _factor(x, PRECISION: tl.constexpr):
     else:
         x = x.to(tl.bfloat16)
     return x
+
+
+@triton.jit
+def rounded(x, PRECISION: tl.constexpr):
+    """x in fp32, with the values that a product takes it at."""
+    return _factor(x, PRECISION).to(tl.float32)
 
 
 @triton.jit

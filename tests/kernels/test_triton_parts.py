@@ -44,6 +44,8 @@ def test_a_size_without_a_row_follows_the_rule_and_fits() -> None:
         for kernel, one in found.items():
             need = launch.shared_memory(kernel, size, tokens=one.tokens, slots=one.slots)
             assert one.tokens == 16 or need <= SHARED_KIB[arch] << 10
+        mixed = launch.parameters("scan_backward", size._replace(mixing=True, corrected=False))
+        assert mixed.slots == m  # such a phi needs all of a token's slots in one program
 
 
 def test_an_override_holds_inside_its_context() -> None:
