@@ -28,7 +28,8 @@ chunks, so it takes 32 slots a program and leaves parallelism to the grid, and l
 a second copy in bf16 fits and no tile has to be solved from others. Four warps: on 64 rows a product has no
 work for more. Eight where the tiles of fewer rows do not fit four warps' registers: factors of 4 bytes, a
 scan whose phi mixes slots, query_backward and inputs as wide as above, the corrected update's inputs, and its
-scans with wide heads. The step of one token holds a head's memories in registers, 16 numbers of each a thread.
+scans with wide heads. The step of one token holds a head's memories in registers, 16 numbers of each a
+thread.
 """
 
 from __future__ import annotations
