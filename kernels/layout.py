@@ -151,14 +151,20 @@ class PackedLayout:
     @functools.cached_property
     def rank_chunks(self) -> tuple[Tensor, Tensor]:
         """First chunk of each scan step, and number of chunks of each document by rank, int64."""
-        base, ends = torch.tensor(self.steps, device="cpu").T
+        base, counts = self._rank_chunks
         device = self.last_chunk.device
-        return base.contiguous().to(device), _larger(ends - base, self.num_documents).to(device)
+        return base.to(device), counts.to(device)
+
+    @property
+    def _rank_chunks(self) -> tuple[Tensor, Tensor]:
+        """``rank_chunks`` on the CPU, from which nothing has to wait for a device."""
+        base, ends = torch.tensor(self.steps, device="cpu").T
+        return base.contiguous(), _larger(ends - base, self.num_documents)
 
     def segments(self, chunks: int) -> Segments:
         """Every document cut into runs of ``chunks`` chunks, the last one shorter; cached."""
         if chunks not in self._segments:
-            base, counts = (x.cpu() for x in self.rank_chunks)
+            base, counts = self._rank_chunks
             running = torch.tensor([end - begin for begin, end in self.steps[::chunks]], device="cpu")
             step = torch.arange(0, len(base), chunks, device="cpu").repeat_interleave(running)
             first = (running.cumsum(0) - running).repeat_interleave(running)
