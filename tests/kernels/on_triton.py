@@ -275,3 +275,25 @@ def test_extremes() -> None:
         operands["k"][:] = operands["k"][:, :1]
     for update in UPDATE:
         compare(operands, make_memories(operands), chunk_size=8, update=update)
+
+
+@pytest.mark.parametrize("update", UPDATE)
+def test_registered_as_the_other_backend_is(update: str) -> None:
+    """opcheck of forward and backward: the fake kernels know the shapes of what Triton saves."""
+    operands = on_device(make_operands(1, 9, 1, d=16, v=16, m=16), torch.float32)
+    memories = [x.detach().to(DEVICE) for x in make_memories(operands).values()][:2]
+    choices = ([0], 4, "tanh", "ln_silu", update, "triton")
+    arguments = (*operands.values(), None, None, None, None, *memories, None, None, None, *choices)
+    found = torch.library.opcheck(torch.ops.trellis.compress.default, arguments)
+    assert set(found.values()) == {"SUCCESS"}
+    with torch.no_grad():
+        y, *states = torch.ops.trellis.compress(*arguments)
+    slots = [*operands.values(), *(None,) * 6, *states[4:], None, torch.ones_like(y), *(None,) * 4]
+    given = [x.detach() for x in slots if x is not None]
+    present = [x is not None for x in slots]
+    found = torch.library.opcheck(
+        torch.ops.trellis.compress_backward.default,
+        (given, present, *choices),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    assert set(found.values()) == {"SUCCESS"}
