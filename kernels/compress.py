@@ -24,11 +24,11 @@ from kernels import stages
 from kernels.activations import ELEMENTWISE_PHI
 from kernels.checks import check_choices, check_grid, check_operands, check_state
 from kernels.layout import PackedLayout, check_chunk_size
-from kernels.operator import compress, find_layout
+from kernels.operator import compress, find_layout, full_precision
 from kernels.reference import reference
 from kernels.types import CompressState, Memories, Operands, Rule
 
-__all__ = ["choose_backend", "compress_kv", "compute_dtype", "stages_for", "stale_pair", "zero_state"]
+__all__ = ["choose_backend", "compress_kv", "stages_for", "stale_pair", "zero_state"]
 
 
 def compress_kv(
@@ -92,37 +92,62 @@ def compress_kv(
     check_operands(operands, dims="B, T, H", check_values=check_values)
     check_choices(rule, backend)
     check_chunk_size(chunk_size)
-    dtype = compute_dtype(operands)
-    backend = choose_backend(backend, q.device, dtype, rule)
-    if layout is not None and not isinstance(layout, PackedLayout):
-        raise ValueError(f"layout is of type {type(layout).__name__}: it should be a PackedLayout")
+    backend = choose_backend(backend, q.device, operands.compute_dtype, rule)
     if cu_seqlens is not None:
         layout = _from_cu_seqlens(operands, layout, cu_seqlens, chunk_size, initial_state)
-    documents = q.shape[0] if layout is None else layout.bounds.shape[0] - 1
-    state = zero_state(q, v, alpha, documents, dtype) if initial_state is None else initial_state
-    check_state(state, q, v, alpha, documents)
+    state = _entering_state(operands, layout, initial_state)
     offsets = check_grid(operands, chunk_size, state.offset, layout)
-    initial = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
-    stale, bounds = stale_pair(state, initial), None if layout is None else layout.bounds
-    if backend == "reference":
-        with torch.autocast(device_type=q.device.type, enabled=False):
-            grid = find_layout(operands, bounds, offsets, chunk_size)
-            y, final, start = reference(operands, initial, stale, layout=grid, rule=rule)
-    else:
-        y, final, start = compress(
-            operands,
-            initial,
-            stale,
-            bounds=bounds,
-            offsets=offsets,
-            chunk_size=chunk_size,
-            rule=rule,
-            backend=backend,
-        )
+    bounds = None if layout is None else layout.bounds
+    y, final, start = _run(
+        operands, state, bounds=bounds, offsets=offsets, chunk_size=chunk_size, rule=rule, backend=backend
+    )
     if not output_final_state:
         return y, None
     offset = _end_offset(q.shape[1], chunk_size, state.offset, layout)
     return y, CompressState(final.key, final.value, start.key, start.value, offset)
+
+
+def _entering_state(
+    operands: Operands, layout: PackedLayout | None, state: CompressState | None
+) -> CompressState:
+    """The given state, checked against the operands, or zero memories."""
+    if layout is not None and not isinstance(layout, PackedLayout):
+        raise ValueError(f"layout is of type {type(layout).__name__}: it should be a PackedLayout")
+    q, v, alpha = operands.q, operands.v, operands.alpha
+    documents = q.shape[0] if layout is None else layout.bounds.shape[0] - 1
+    state = zero_state(q, v, alpha, documents, operands.compute_dtype) if state is None else state
+    check_state(state, q, v, alpha, documents)
+    return state
+
+
+def _run(
+    operands: Operands,
+    state: CompressState,
+    *,
+    bounds: Tensor | None,
+    offsets: list[int],
+    chunk_size: int,
+    rule: Rule,
+    backend: str,
+) -> tuple[Tensor, Memories, Memories]:
+    """Output, final memories and final chunk-start pair on a backend that can run."""
+    dtype = operands.compute_dtype
+    initial = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
+    stale = stale_pair(state, initial)
+    if backend == "reference":
+        grid = find_layout(operands, bounds, offsets, chunk_size)
+        with full_precision(operands.q):
+            return reference(operands, initial, stale, layout=grid, rule=rule)
+    return compress(
+        operands,
+        initial,
+        stale,
+        bounds=bounds,
+        offsets=offsets,
+        chunk_size=chunk_size,
+        rule=rule,
+        backend=backend,
+    )
 
 
 def stages_for(operands: Operands, rule: Rule) -> ModuleType:
@@ -130,16 +155,11 @@ def stages_for(operands: Operands, rule: Rule) -> ModuleType:
 
     For compositions across devices; raises nothing.
     """
-    if choose_backend("auto", operands.q.device, compute_dtype(operands), rule) == "chunkwise":
+    if choose_backend("auto", operands.q.device, operands.compute_dtype, rule) == "chunkwise":
         return stages
     import kernels.triton.stages
 
     return kernels.triton.stages
-
-
-def compute_dtype(operands: Operands) -> torch.dtype:
-    """fp64 where q, k, v or alpha is, else fp32."""
-    return torch.float64 if any(x.dtype == torch.float64 for x in operands[:4]) else torch.float32
 
 
 def zero_state(q: Tensor, v: Tensor, alpha: Tensor, documents: int, dtype: torch.dtype) -> CompressState:

@@ -14,7 +14,7 @@ Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; gates [B, H]; readout a
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Required, TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -22,13 +22,30 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import apply_readout, inner_backward, inner_gradient
 from kernels.checks import check_choices, check_operands, check_state
-from kernels.compress import choose_backend, compress_kv, compute_dtype, stale_pair
+from kernels.compress import choose_backend, compress_kv, stale_pair
 from kernels.layout import PackedLayout, check_chunk_size
+from kernels.operator import full_precision
 from kernels.types import CompressState, Memories, Operands, Rule
 
 __all__ = ["decode_step", "prefill"]
 
 _STEP_BACKENDS = ("auto", "chunkwise", "triton")
+
+
+class PrefillOptions(TypedDict, total=False):
+    """Keyword arguments of ``prefill``: those of ``compress_kv`` that are not about states."""
+
+    chunk_size: Required[int]
+    phi: str
+    readout: str
+    update: str
+    value_log_decay: Tensor | None
+    value_step_size: Tensor | None
+    readout_weight: Tensor | None
+    readout_bias: Tensor | None
+    layout: PackedLayout | None
+    backend: str
+    check_values: bool | None
 
 
 def prefill(
@@ -39,26 +56,14 @@ def prefill(
     log_decay: Tensor,
     step_size: Tensor,
     state: CompressState | None = None,
-    *,
-    chunk_size: int,
-    phi: str = "silu",
-    readout: str = "ln_silu",
-    update: str = "stale",
-    value_log_decay: Tensor | None = None,
-    value_step_size: Tensor | None = None,
-    readout_weight: Tensor | None = None,
-    readout_bias: Tensor | None = None,
-    layout: PackedLayout | None = None,
-    backend: str = "auto",
-    check_values: bool | None = None,
+    **options: Unpack[PrefillOptions],
 ) -> tuple[Tensor, CompressState]:
     """Consume a prompt of any length in the parallel form, without keeping anything for a backward pass.
 
     Args:
         q, k, v, alpha, log_decay, step_size: operands [B, T, H, .] as in ``compress_kv``.
         state: of the tokens before, at any offset; None starts with zero memories.
-        chunk_size, phi, readout, update, value_log_decay, value_step_size, readout_weight, readout_bias,
-        layout, backend, check_values: as in ``compress_kv``.
+        options: chunk_size and the others of ``compress_kv`` but for its states (``PrefillOptions``).
 
     Returns:
         y [B, T, H, V] in v's dtype, and the state that ``decode_step`` or another prefill continues.
@@ -66,28 +71,9 @@ def prefill(
     Raises:
         ValueError: as in ``compress_kv``.
     """
+    operands = (q, k, v, alpha, log_decay, step_size)
     with torch.no_grad():
-        y, after = compress_kv(
-            q,
-            k,
-            v,
-            alpha,
-            log_decay,
-            step_size,
-            chunk_size=chunk_size,
-            phi=phi,
-            readout=readout,
-            update=update,
-            value_log_decay=value_log_decay,
-            value_step_size=value_step_size,
-            readout_weight=readout_weight,
-            readout_bias=readout_bias,
-            initial_state=state,
-            layout=layout,
-            output_final_state=True,
-            backend=backend,
-            check_values=check_values,
-        )
+        y, after = compress_kv(*operands, **options, initial_state=state, output_final_state=True)
     assert after is not None, "asked for above"
     return y, after
 
@@ -136,7 +122,7 @@ def decode_step(
     check_chunk_size(chunk_size)
     check_state(state, q, v, alpha, q.shape[0])
     _check_offset(state, chunk_size, q.shape[0])
-    dtype = compute_dtype(operands)
+    dtype = operands.compute_dtype
     memories = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
     start = stale_pair(state, memories) or memories
     if _on_triton(operands, memories, start, backend, rule):
@@ -148,7 +134,7 @@ def decode_step(
         )
         memories, start = Memories(*after[:2]), Memories(*after[2:])
     else:
-        with torch.autocast(device_type=q.device.type, enabled=False):
+        with full_precision(q):
             y, memories, start = _step(operands, memories, start, rule)
     return y, _advance(state, memories, start, chunk_size)
 

@@ -22,7 +22,7 @@ from kernels import chunkwise
 from kernels.layout import KEPT, PackedLayout
 from kernels.types import Memories, Operands, Rule
 
-__all__ = ["compress", "find_layout"]
+__all__ = ["compress", "find_layout", "full_precision"]
 
 
 def compress(
@@ -118,7 +118,7 @@ def _compress(
     """y; final key and value memory; final chunk-start pair; saved key and value memories [G, H, M, .]."""
     gates = (log_decay, step_size, value_log_decay, value_step_size)
     operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
-    with _full_precision(q):
+    with full_precision(q):
         y, final, last, saved = _module(backend).forward(
             operands,
             Memories(key_memory, value_memory),
@@ -162,7 +162,7 @@ def _compress_backward(
     slots = _unpack(tensors, present)
     operands = Operands(*slots[:10])  # type: ignore[arg-type]
     saved = Memories(*slots[12:14])  # type: ignore[arg-type]
-    with _full_precision(operands.q):
+    with full_precision(operands.q):
         grads, initial, stale = _module(backend).backward(
             operands,
             saved,
@@ -218,6 +218,6 @@ def _pair(key: Tensor | None, value: Tensor | None) -> Memories | None:
     return None if key is None or value is None else Memories(key, value)
 
 
-def _full_precision(x: Tensor) -> torch.autocast:
+def full_precision(x: Tensor) -> torch.autocast:
     """Autocast off: memories and gates stay fp32 whatever surrounds the call."""
     return torch.autocast(device_type=x.device.type, enabled=False)

@@ -268,11 +268,8 @@ class ScanGradients:
 
 
 def arrange(operands: Operands, *, layout: PackedLayout, rule: Rule) -> Inputs:
-    """Bring operands in token order to chunk order, in the compute type, and derive the decay factors.
-
-    The compute type is fp64 where q, k, v or alpha is, else fp32.
-    """
-    dtype = torch.float64 if any(x.dtype == torch.float64 for x in operands[:4]) else torch.float32
+    """Bring operands in token order to chunk order, in the compute type, and derive the decay factors."""
+    dtype = operands.compute_dtype
     query, key, value, alpha = (layout.to_chunks(x).to(dtype) for x in operands[:4])
     decay, step, own_decay, own_step = (
         None if x is None else layout.to_chunks(x[..., None]).to(dtype) for x in operands[4:8]

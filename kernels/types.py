@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 __all__ = ["CompressState", "Memories", "Operands", "Rule"]
@@ -32,6 +33,11 @@ class Operands(NamedTuple):
     value_step_size: Tensor | None = None
     readout_weight: Tensor | None = None
     readout_bias: Tensor | None = None
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """fp64 where q, k, v or alpha is, else fp32: what memories, gates and sums are."""
+        return torch.float64 if any(x.dtype == torch.float64 for x in self[:4]) else torch.float32
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from torch.autograd.function import once_differentiable
 
 from kernels import CompressState, PackedLayout
 from kernels.checks import check_operands
-from kernels.compress import compute_dtype, stages_for, zero_state
+from kernels.compress import stages_for, zero_state
+from kernels.operator import full_precision
 from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.transfers import Arrival, Transfers
@@ -128,7 +129,7 @@ def _initial_memories(
     state: CompressState | None, documents: int, operands: Operands
 ) -> tuple[Tensor, Tensor]:
     """Both memories [N, H, M, .] before each document, in the compute type."""
-    dtype = compute_dtype(operands)
+    dtype = operands.compute_dtype
     if state is None:
         state = zero_state(operands.q, operands.v, operands.alpha, documents, dtype)
     return state.key_memory.to(dtype), state.value_memory.to(dtype)
@@ -146,7 +147,7 @@ class _PassStates(torch.autograd.Function):
         stages = stages_for(whole, call.rule)
         own = [_pick(memory, call.first) for memory in (key, value)]
         arrival = call.transfers.expect_left(*own)
-        with _full_precision(key):
+        with full_precision(key):
             inputs = stages.arrange(whole, layout=layout, rule=call.rule)
             initial = [key, value] if arrival is None else _continue((key, value), own, arrival, call)
             first = Memories(*map(layout.rank_documents, initial))
@@ -166,7 +167,7 @@ class _PassStates(torch.autograd.Function):
         stages = stages_for(operands, call.rule)
         # Any tensors of the shape of one memory per row will do to size the receive.
         arrival = call.transfers.expect_right(key[:rows], value[:rows])
-        with _full_precision(key):
+        with full_precision(key):
             inputs = stages.arrange(operands, layout=layout, rule=call.rule)
             states = stages.rescan(inputs, Memories(key, value))
             dy = torch.zeros_like(operands.v) if dy is None else dy
@@ -237,8 +238,3 @@ def _pick(memories: Tensor, documents: tuple[int, ...]) -> Tensor:
 def _row_mask(call: _Call, like: Tensor) -> Tensor:
     """Whether each row continues, bool [R, 1, 1, 1]."""
     return torch.tensor(call.continues, device=like.device).view(-1, 1, 1, 1)
-
-
-def _full_precision(x: Tensor) -> torch.autocast:
-    """Autocast off: memories and gates stay fp32 whatever surrounds the call."""
-    return torch.autocast(device_type=x.device.type, enabled=False)
