@@ -10,13 +10,19 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.mlp import SwiGLU
 from trellis_dist.models.norm import RMSNorm
+from trellis_dist.models.region import Region, call
 from trellis_dist.models.registry import build_mixer
 
 __all__ = ["Block"]
 
 
 class Block(nn.Module):
-    """A token mixer and a SwiGLU on one residual stream."""
+    """A token mixer and a SwiGLU on one residual stream.
+
+    Attributes:
+        whole, region: call the whole block and its SwiGLU half; parallel/ replaces them to recompute those in
+            the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -24,10 +30,16 @@ class Block(nn.Module):
         self.mixer = build_mixer(config.layer_kind(layer), config, layer)
         self.mlp_norm = RMSNorm(config.dim, eps=config.norm_eps)
         self.mlp = SwiGLU(config)
+        self.whole: Region = call
+        self.region: Region = call
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]."""
-        return self._finish(x + self.mixer(self.mixer_norm(x), context))
+        return self.whole(self._layer, x, context)  # type: ignore[no-any-return]
+
+    def _layer(self, x: Tensor, context: SequenceContext) -> Tensor:
+        x = x + self.mixer(self.mixer_norm(x), context)
+        return self.region(self._finish, x)  # type: ignore[no-any-return]
 
     def init_state(self, batch: int) -> Any:
         """The mixer's state before the first token of ``batch`` rows."""

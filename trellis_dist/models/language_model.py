@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from trellis_dist.models.block import Block
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.init import Normal, initialise, new_parameter
-from trellis_dist.models.linear import linear
+from trellis_dist.models.linear import RowFunction, linear
 from trellis_dist.models.loss import IGNORED_LABEL, linear_cross_entropy_sum
 from trellis_dist.models.norm import RMSNorm
 from trellis_dist.models.parallel_kind import ParallelKind
@@ -52,12 +53,15 @@ class LanguageModel(nn.Module):
 
     Attributes:
         token_loss: like ``loss.linear_cross_entropy_sum``; parallel/ replaces it to split the vocabulary.
+        embed, project: like ``F.embedding`` and ``linear.linear`` (to logits); parallel/ replaces them too.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.token_loss = linear_cross_entropy_sum
+        self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
+        self.project: RowFunction = linear
         shape, initial = (config.vocab_size, config.dim), Normal(config.init_std)
         self.embedding_weight = new_parameter(*shape, initial=initial, kind=ParallelKind.SHARDED, dim=0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -82,7 +86,9 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: wrong shape, dtype or token, or ``cu_seqlens`` that do not cover the stream.
         """
-        return linear(self.hidden(tokens, cu_seqlens=cu_seqlens), self.output_weight)
+        hidden = self._hidden(tokens, cu_seqlens)
+        # Not a view of the hidden activations first: a split model has only a part of their tokens.
+        return self.project(hidden, self.output_weight).view(*tokens.shape, -1)
 
     def loss_sum(
         self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Documents = None, z_loss: float = 0.0
@@ -98,11 +104,15 @@ class LanguageModel(nn.Module):
             ValueError: as ``forward``; labels of another shape or outside the vocabulary.
         """
         self._check_labels(tokens, labels)
-        hidden = self.hidden(tokens, cu_seqlens=cu_seqlens)
+        hidden = self._hidden(tokens, cu_seqlens)
         return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Documents = None) -> Tensor:
         """Final normalised activations [B, T, dim]; arguments as in ``forward``."""
+        return self._hidden(tokens, cu_seqlens).view(*tokens.shape, -1)
+
+    def _hidden(self, tokens: Tensor, cu_seqlens: Documents) -> Tensor:
+        """The same as the layers leave it: [B, T, dim], [1, B*T, dim], or what a split model holds of it."""
         self._check_tokens(tokens, dimensions=2)
         if cu_seqlens is None:
             context = SequenceContext()
@@ -110,12 +120,12 @@ class LanguageModel(nn.Module):
             context = cu_seqlens
         else:
             context = self.documents(cu_seqlens, rows=tokens.shape[0], length=tokens.shape[1])
-        x = F.embedding(tokens, self.embedding_weight)
         if context.packed:
-            x = x.flatten(0, 1).unsqueeze(0)
+            tokens = tokens.reshape(1, -1)
+        x = self.embed(tokens, self.embedding_weight)
         for block in self.blocks:
             x = block(x, context)
-        return self.norm(x).view(*tokens.shape, -1)  # type: ignore[no-any-return]
+        return self.norm(x)  # type: ignore[no-any-return]
 
     def documents(self, cu_seqlens: Tensor, *, rows: int, length: int) -> SequenceContext:
         """``cu_seqlens`` of [rows, length] tokens, checked and prepared for this model's layers.

@@ -18,7 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["linear", "linear_joined", "matmul_transposed"]
+__all__ = ["ColumnFunction", "RowFunction", "linear", "linear_joined", "matmul_transposed"]
+
+# What a layer calls to enter and to leave its split dimension; parallel/ replaces both. ``column`` takes the
+# weights that it multiplies side by side, ``row`` sums over the split input features.
+ColumnFunction = Callable[[Tensor, Sequence[Tensor]], Tensor]
+RowFunction = Callable[[Tensor, Tensor], Tensor]
 
 # Below this many rows (decoding) set-up and copies cost more than they save.
 _MIN_ROWS = 32

@@ -11,17 +11,23 @@ from torch.autograd.function import once_differentiable
 
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.init import Normal, new_parameter
-from trellis_dist.models.linear import linear, linear_joined
+from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.parallel_kind import ParallelKind
 
 __all__ = ["SwiGLU"]
 
 
 class SwiGLU(nn.Module):
-    """The position-wise half of a block; its hidden columns are what tensor parallelism splits."""
+    """The position-wise half of a block; its hidden columns are what tensor parallelism splits.
+
+    Attributes:
+        column, row: like ``linear.linear_joined`` and ``linear.linear``; parallel/ replaces them.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.column: ColumnFunction = linear_joined
+        self.row: RowFunction = linear
         dim, hidden, std = config.dim, config.mlp_width, config.init_std
         sharded = ParallelKind.SHARDED
         self.gate_weight = new_parameter(hidden, dim, initial=Normal(std), kind=sharded, dim=0)
@@ -31,8 +37,8 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""
-        both = linear_joined(x, [self.gate_weight, self.up_weight])
-        return linear(_GatedSiLU.apply(both), self.down_weight)  # type: ignore[no-untyped-call]
+        both = self.column(x, [self.gate_weight, self.up_weight])
+        return self.row(_GatedSiLU.apply(both), self.down_weight)  # type: ignore[no-untyped-call]
 
 
 class _GatedSiLU(torch.autograd.Function):

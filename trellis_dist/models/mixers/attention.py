@@ -5,6 +5,7 @@ Shapes: B rows, T tokens, H heads, D head width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,18 +16,31 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.init import Normal, new_parameter
 from trellis_dist.models.kv_cache import KVCache
-from trellis_dist.models.linear import linear, linear_joined
+from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.parallel_kind import ParallelKind
+from trellis_dist.models.region import Region, call
 
-__all__ = ["AttentionMixer", "rotate"]
+__all__ = ["AttentionMixer", "causal_attention", "rotate"]
 
 
 class AttentionMixer(nn.Module):
-    """Multi-head attention over the document's earlier tokens, or over the last ``window`` of them."""
+    """Multi-head attention over the document's earlier tokens, or over the last ``window`` of them.
+
+    Attributes:
+        operation: called like ``causal_attention``; parallel/ replaces it to see the whole sequence.
+        column, row: like ``linear.linear_joined`` and ``linear.linear``; parallel/ replaces them to split
+            the heads. ``column`` may return more tokens than it was given.
+        region: calls what comes before and after the operation; parallel/ replaces it to recompute that
+            in the backward pass.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.window = config, config.attention.window
+        self.operation: Callable[..., Tensor] = causal_attention
+        self.column: ColumnFunction = linear_joined
+        self.row: RowFunction = linear
+        self.region: Region = call
         width, weight = config.dim, Normal(config.init_std)
         sharded: dict[str, Any] = {"kind": ParallelKind.SHARDED, "dim": 0}
         self.q_weight = new_parameter(width, width, initial=weight, **sharded)
@@ -37,15 +51,17 @@ class AttentionMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; attends inside each document of ``context``."""
-        positions = context.positions
-        if positions is None:
-            positions = torch.arange(x.shape[1], device=x.device)
-        q, k, v = self._project(x, positions)
-        if context.lengths is None:
-            return self._output(self._attend(q, k, v))
-        # One call per document: exact, and no T x T mask however long the row is.
-        documents = zip(*(part.split(context.lengths, dim=2) for part in (q, k, v)), strict=True)
-        return self._output(torch.cat([self._attend(*document) for document in documents], dim=2))
+        q, k, v = self.region(self._project, x)
+        y = self.operation(
+            q,
+            k,
+            v,
+            theta=self.config.attention.rope_theta,
+            window=self.window,
+            positions=context.positions,
+            lengths=context.lengths,
+        )
+        return self.region(self._output, y)  # type: ignore[no-any-return]
 
     def init_state(self, batch: int) -> KVCache:
         """An empty cache for ``batch`` rows."""
@@ -57,41 +73,82 @@ class AttentionMixer(nn.Module):
     def prefill(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
         positions = torch.arange(state.position, state.position + x.shape[1], device=x.device)
-        q, k, v = self._project(x, positions)
+        q, k, v = self._rotated(x, positions)
         past_k, past_v = state.keys_values()
-        y = self._attend(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2))
-        return self._output(y), state.append(k, v)
+        y = _attend(q, torch.cat([past_k, k], dim=2), torch.cat([past_v, v], dim=2), window=self.window)
+        return self._output(y.transpose(1, 2)), state.append(k, v)
 
     def decode_step(self, x: Tensor, state: KVCache) -> tuple[Tensor, KVCache]:
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
         position = torch.full((1,), state.position, device=x.device)
-        q, k, v = self._project(x.unsqueeze(1), position)
+        q, k, v = self._rotated(x.unsqueeze(1), position)
         state = state.append(k, v)
         y = F.scaled_dot_product_attention(q, *state.keys_values())
-        return self._output(y).squeeze(1), state
+        return self._output(y.transpose(1, 2)).squeeze(1), state
 
-    def _project(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v, each [B, T, H, D], not rotated yet."""
+        fused = self.column(x, [self.q_weight, self.k_weight, self.v_weight])
+        q, k, v = fused.unflatten(-1, (3, -1, self.config.head_dim)).unbind(2)
+        return q, k, v
+
+    def _rotated(self, x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated q, k and plain v, each [B, H, T, D]."""
-        fused = linear_joined(x, [self.q_weight, self.k_weight, self.v_weight])
-        heads = fused.unflatten(-1, (3, -1, self.config.head_dim))  # [B, T, 3, H, D]
-        q_k = rotate(heads[:, :, :2], positions, theta=self.config.attention.rope_theta)
-        q, k = (part.transpose(1, 2) for part in q_k.unbind(2))
-        return q, k, heads[:, :, 2].transpose(1, 2)
-
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal attention of the last q.shape[2] positions of k: [B, H, Tq, D] x [B, H, Tk, D] twice."""
-        queries, keys = q.shape[2], k.shape[2]
-        if queries == keys and (self.window is None or self.window >= keys):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        distance = torch.arange(keys - queries, keys, device=q.device)[:, None]
-        distance = distance - torch.arange(keys, device=q.device)
-        mask = distance >= 0
-        if self.window is not None:
-            mask &= distance < self.window
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return _rotate_heads(*self._project(x), positions, theta=self.config.attention.rope_theta)
 
     def _output(self, y: Tensor) -> Tensor:
-        return linear(y.transpose(1, 2).flatten(-2), self.out_weight)
+        """[B, T, H, D] -> [B, T, dim]."""
+        return self.row(y.flatten(-2), self.out_weight)
+
+
+def causal_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    theta: float,
+    window: int | None = None,
+    positions: Tensor | None = None,
+    lengths: tuple[int, ...] | None = None,
+) -> Tensor:
+    """Softmax attention inside each document, q and k rotated first: [B, T, H, D] three times -> the same.
+
+    Args:
+        theta: base of the rotary frequencies.
+        window: attend to the last ``window`` tokens only.
+        positions: int64 [T], position of each token inside its document; None counts from 0.
+        lengths: tokens of each document of a packed row (B = 1); None: every row is one document.
+    """
+    if positions is None:
+        positions = torch.arange(q.shape[1], device=q.device)
+    q, k, v = _rotate_heads(q, k, v, positions, theta=theta)
+    if lengths is None:
+        return _attend(q, k, v, window=window).transpose(1, 2)
+    # One call per document: exact, and no T x T mask however long the row is.
+    documents = zip(*(part.split(lengths, dim=2) for part in (q, k, v)), strict=True)
+    y = torch.cat([_attend(*document, window=window) for document in documents], dim=2)
+    return y.transpose(1, 2)
+
+
+def _rotate_heads(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor, *, theta: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """[B, T, H, D] three times -> rotated q, k and plain v, each [B, H, T, D]."""
+    q, k = (rotate(x, positions, theta=theta) for x in (q, k))
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
+    """Causal attention of the last q.shape[2] positions of k: [B, H, Tq, D] x [B, H, Tk, D] twice."""
+    queries, keys = q.shape[2], k.shape[2]
+    if queries == keys and (window is None or window >= keys):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    distance = torch.arange(keys - queries, keys, device=q.device)[:, None]
+    distance = distance - torch.arange(keys, device=q.device)
+    mask = distance >= 0
+    if window is not None:
+        mask &= distance < window
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
 def rotate(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:

@@ -30,9 +30,10 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv
 from trellis_dist.models.init import Constant, Normal, new_parameter
-from trellis_dist.models.linear import linear, linear_joined
+from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.parallel_kind import ParallelKind
+from trellis_dist.models.region import Region, call
 
 __all__ = ["TrellisMixer", "TrellisState"]
 
@@ -75,6 +76,10 @@ class TrellisMixer(nn.Module):
     Attributes:
         operation: called like ``kernels.compress_kv``; parallel/ replaces it to pass states between ranks.
         convolution: called like ``conv.causal_conv``; parallel/ replaces it to fetch the halo.
+        column, row: like ``linear.linear_joined`` and ``linear.linear``; parallel/ replaces them to split
+            the heads. ``column`` may return more tokens than it was given.
+        region: calls what comes before and after the operation; parallel/ replaces it to recompute that
+            in the backward pass.
     """
 
     step_weight: nn.Parameter
@@ -88,6 +93,9 @@ class TrellisMixer(nn.Module):
         self.config, self.options, self.gate = config, config.trellis, config.gate(layer)
         self.operation: Callable[..., tuple[Tensor, CompressState | None]] = compress_kv
         self.convolution: ConvFunction = causal_conv
+        self.column: ColumnFunction = linear_joined
+        self.row: RowFunction = linear
+        self.region: Region = call
         heads, slots, width = config.num_heads, self.options.slots, config.dim
         weight = Normal(config.init_std)
         sharded: dict[str, Any] = {"kind": ParallelKind.SHARDED, "dim": 0}
@@ -143,20 +151,25 @@ class TrellisMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; B = 1 when ``context`` holds several documents."""
-        projected = self._project(x)
-        documents = x.shape[0] if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
+        inputs, output_gate = self.region(self._before, x, context)
+        documents = len(output_gate) if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
         learned = self.options.learned_initial_memory
         y, _ = self.operation(
-            **self._inputs(projected, edges=context.edges),
+            **inputs,
             **self._settings(),
             initial_state=self._first_memory(documents) if learned else None,
             layout=context.layout,
         )
-        return self._output(y, projected.output_gate)
+        return self.region(self._output, y, output_gate)  # type: ignore[no-any-return]
+
+    def _before(self, x: Tensor, context: SequenceContext) -> tuple[dict[str, Any], Tensor]:
+        """What the operation takes per token, and the output gate [B, T, F]."""
+        projected = self._project(x)
+        return self._inputs(projected, edges=context.edges), projected.output_gate
 
     def init_state(self, batch: int) -> TrellisState:
         """The state before the first token of ``batch`` rows."""
-        taps, width = self.options.conv_kernel, self.config.dim
+        taps, width = self.options.conv_kernel, len(self.q_weight)
         tail = self.q_weight.new_zeros(batch, taps - 1, 2 * width) if taps > 0 else None
         return TrellisState(memory=self._first_memory(batch), tail=tail)
 
@@ -186,7 +199,7 @@ class TrellisMixer(nn.Module):
         weights += [self.output_gate_weight, self.alpha_weight]
         sizes = [2 * len(self.q_weight), *(len(weight) for weight in weights[2:])]
         gates = [getattr(self, f"{name}_weight") for name in self._learned_gates]
-        parts = linear_joined(x, weights + gates).split(sizes + [len(gate) for gate in gates], dim=-1)
+        parts = self.column(x, weights + gates).split(sizes + [len(gate) for gate in gates], dim=-1)
         return _Projected(*parts[:4], **dict(zip(self._learned_gates, parts[4:], strict=True)))
 
     def _inputs(
@@ -245,7 +258,7 @@ class TrellisMixer(nn.Module):
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
         normed = rms_normalise(y, eps=self.config.norm_eps, weight=self.norm_weight)
-        return linear(normed.flatten(-2) * F.gelu(gate), self.out_weight)
+        return self.row(normed.flatten(-2) * F.gelu(gate), self.out_weight)
 
     def _first_memory(self, documents: int) -> CompressState:
         """Both memories [documents, H, M, .] before the first token."""
