@@ -7,6 +7,7 @@ tp_rank. ``sp`` is megatron-core's context-parallel group.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,21 +18,28 @@ import torch
 import torch.distributed as dist
 
 from trellis_dist.parallel import cuda_absent, env
-from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, SequenceMode, TensorConfig
 from trellis_dist.validation import require
 
 __all__ = ["Mesh", "build_mesh", "check_mesh"]
 
+_TENSOR, _SEQUENCE = TensorConfig(), SequenceConfig()
+
 
 @dataclass(frozen=True, kw_only=True)
 class Mesh:
-    """This rank's place, and the process groups it takes part in (all None on a single rank).
+    """This rank's place, and the process groups it takes part in (None along an axis of one rank).
 
     Attributes:
         dp, sp, tp: sizes of the axes.
         rank, dp_rank, sp_rank, tp_rank: this rank, globally and along each axis.
-        sp_group: the ranks that hold the other segments of the same rows; collectives over it happen once
-            per step.
+        sequence_parallel: norms and residuals hold 1/tp of the tokens (Megatron's sequence parallelism).
+        sequence_mode: how layers see the other segments.
+        dp_group: the ranks that hold other rows of the same segment and the same tensor shard.
+        sp_group: the ranks that hold the other segments of the same rows; in state passing, collectives over
+            it happen once per step.
+        tp_group: the ranks that hold the other shards of the same layers.
+        replica_group: dp x sp, the ranks that hold the same tensor shard and so the same weights.
         rightward, leftward: the sp ranks once more, one communicator for each direction of the transfers
             inside a step, so that a state travelling right never queues behind an adjoint travelling left.
     """
@@ -44,7 +52,12 @@ class Mesh:
     sp_rank: int = 0
     tp_rank: int = 0
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sequence_parallel: bool = False
+    sequence_mode: SequenceMode = "state_passing"
+    dp_group: dist.ProcessGroup | None = None
     sp_group: dist.ProcessGroup | None = None
+    tp_group: dist.ProcessGroup | None = None
+    replica_group: dist.ProcessGroup | None = None
     rightward: dist.ProcessGroup | None = None
     leftward: dist.ProcessGroup | None = None
 
@@ -76,6 +89,9 @@ def check_mesh(
     micro_batch: int,
     conv_kernel: int = 0,
     pattern: Sequence[str] = ("trellis",),
+    mlp_hidden: int = 0,
+    tensor: TensorConfig = _TENSOR,
+    sequence: SequenceConfig = _SEQUENCE,
 ) -> MeshConfig:
     """Refuse a mesh that cannot work, before any process group is made; return it with ``dp`` filled in.
 
@@ -88,33 +104,65 @@ def check_mesh(
         micro_batch: rows per forward pass and data-parallel rank.
         conv_kernel: taps of the short convolution; its halo must fit in one segment.
         pattern: layer kinds of the model.
+        mlp_hidden: SwiGLU columns that ``tp`` would shard.
 
     Raises:
         ValueError: one line with the arithmetic and the remedy.
     """
-    _check_tensor(mesh.tp, num_heads, vocab_size)
+    _check_tensor(mesh.tp, num_heads, mlp_hidden, vocab_size)
     filled = _fill_dp(mesh, world_size)
     _check_segment(filled.sp, sequence_length, chunk_size, conv_kernel)
-    require(
-        mesh.sp == 1 or all(kind == "trellis" for kind in pattern),
-        f"mesh.sp = {mesh.sp} splits the sequence, but model.pattern = {list(pattern)} has attention, "
-        "which would have to see the other segments: set mesh.sp = 1 or use trellis layers only",
-    )
+    _check_all_to_all(mesh, num_heads, pattern, sequence)
+    _check_tokens(mesh, sequence_length * micro_batch // mesh.sp, tensor)
     _check_batch(filled, global_rows, micro_batch)
     return filled
 
 
-def _check_tensor(tp: int, num_heads: int, vocab_size: int) -> None:
-    if tp == 1:
-        return
-    misfit = [
-        f"{name} = {value} does not divide by it"
-        for name, value in (("model.num_heads", num_heads), ("model.vocab_size", vocab_size))
-        if value % tp
-    ]
-    detail = f" ({' and '.join(misfit)})" if misfit else ""
-    raise ValueError(
-        f"mesh.tp = {tp}{detail}: tensor parallelism is not supported in this version: set mesh.tp = 1"
+def _check_tensor(tp: int, num_heads: int, mlp_hidden: int, vocab_size: int) -> None:
+    require(
+        num_heads % tp == 0,
+        f"model.num_heads = {num_heads} / mesh.tp = {tp} = {num_heads / tp:g} heads per rank: use a tp that "
+        "divides the heads",
+    )
+    require(
+        mlp_hidden % tp == 0,
+        f"SwiGLU width {mlp_hidden} / mesh.tp = {tp} = {mlp_hidden / tp:g} columns per rank: set "
+        f"model.mlp_hidden = {-(-mlp_hidden // tp) * tp} or another mesh.tp",
+    )
+    padded = -(-vocab_size // tp) * tp
+    require(
+        vocab_size == padded,
+        f"model.vocab_size = {vocab_size} / mesh.tp = {tp} = {vocab_size / tp:g} rows per rank: pad it to "
+        f"model.vocab_size = {padded} (the tokenizer may be smaller) or use another mesh.tp",
+    )
+
+
+def _check_all_to_all(
+    mesh: MeshConfig, num_heads: int, pattern: Sequence[str], sequence: SequenceConfig
+) -> None:
+    """All-to-all trades segments for heads, so each rank of sp needs whole ones."""
+    needed = sequence.mode == "all_to_all" or "attention" in pattern
+    heads = num_heads // mesh.tp
+    reason = 'sequence.mode = "all_to_all"' if sequence.mode == "all_to_all" else "softmax attention"
+    require(
+        mesh.sp == 1 or not needed or heads % mesh.sp == 0,
+        f"{reason} with mesh.sp = {mesh.sp} shares out the {num_heads} / tp {mesh.tp} = {heads} heads of a "
+        f"rank over sp: {heads} / {mesh.sp} = {heads / mesh.sp:g} is no whole number; use an sp that divides "
+        'it, or trellis layers with sequence.mode = "state_passing"',
+    )
+
+
+def _check_tokens(mesh: MeshConfig, tokens: int, tensor: TensorConfig) -> None:
+    require(
+        not tensor.sequence_parallel or mesh.tp > 1,
+        "tensor.sequence_parallel = true splits tokens over tp, and mesh.tp = 1: set it to false or use more "
+        "tp ranks",
+    )
+    require(
+        not tensor.sequence_parallel or tokens % mesh.tp == 0,
+        f"tensor.sequence_parallel splits the {tokens} tokens of a micro-batch's segment over mesh.tp = "
+        f"{mesh.tp}: {tokens} / {mesh.tp} = {tokens / mesh.tp:g} is no whole number; use another "
+        "training.micro_batch or tp",
     )
 
 
@@ -164,37 +212,50 @@ def _check_batch(mesh: MeshConfig, global_rows: int, micro_batch: int) -> None:
     )
 
 
-def build_mesh(config: MeshConfig, *, device: torch.device | str = "cpu") -> Mesh:
+def build_mesh(
+    config: MeshConfig,
+    *,
+    tensor: TensorConfig = _TENSOR,
+    sequence: SequenceConfig = _SEQUENCE,
+    device: torch.device | str = "cpu",
+) -> Mesh:
     """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
 
-    Every rank must call it, with the same ``config``. A single rank, under torchrun or not, needs neither
+    Every rank must call it, with the same arguments. A single rank, under torchrun or not, needs neither
     groups nor megatron.
 
     Raises:
-        ValueError: the mesh does not fit the world size, or tp > 1.
+        ValueError: the mesh does not fit the world size.
     """
-    _check_tensor(config.tp, num_heads=0, vocab_size=0)
     filled = _fill_dp(config, env.world_size())
     assert filled.dp is not None, "dp is filled from the world size"
     device = torch.device(device)
     if env.world_size() == 1:
         return Mesh(device=device)
-    state = _parallel_state(filled.sp)
-    rightward, leftward = _direction_groups(filled.dp, filled.sp)
+    state = _parallel_state(filled.sp, filled.tp)
+    dp, sp, tp = filled.dp, filled.sp, filled.tp
+    rightward, leftward = _direction_groups(dp, sp, tp)
     return Mesh(
-        dp=filled.dp,
-        sp=filled.sp,
+        dp=dp,
+        sp=sp,
+        tp=tp,
         rank=dist.get_rank(),
         dp_rank=state.get_data_parallel_rank(),
         sp_rank=state.get_context_parallel_rank(),
+        tp_rank=state.get_tensor_model_parallel_rank(),
         device=device,
-        sp_group=state.get_context_parallel_group(),
+        sequence_parallel=tensor.sequence_parallel,
+        sequence_mode=sequence.mode,
+        dp_group=state.get_data_parallel_group() if dp > 1 else None,
+        sp_group=state.get_context_parallel_group() if sp > 1 else None,
+        tp_group=state.get_tensor_model_parallel_group() if tp > 1 else None,
+        replica_group=state.get_data_parallel_group(with_context_parallel=True) if dp * sp > 1 else None,
         rightward=rightward,
         leftward=leftward,
     )
 
 
-def _parallel_state(sp: int) -> Any:
+def _parallel_state(sp: int, tp: int) -> Any:
     cuda_absent.install()
     with warnings.catch_warnings():
         # It says four times that it falls back to torch for optimizers that nothing here uses.
@@ -204,6 +265,7 @@ def _parallel_state(sp: int) -> Any:
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
         context_parallel_size=sp,
         create_gloo_process_groups=False,
         distributed_timeout_minutes=env.timeout_s() / 60,
@@ -211,13 +273,13 @@ def _parallel_state(sp: int) -> Any:
     return parallel_state
 
 
-def _direction_groups(dp: int, sp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+def _direction_groups(dp: int, sp: int, tp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """One group per direction over this rank's sp ranks (new_group is collective: all ranks make all)."""
     mine: list[dist.ProcessGroup | None] = [None, None]
     if sp == 1:
         return None, None
-    for row in range(dp):
-        ranks = list(range(row * sp, (row + 1) * sp))
+    for replica, shard in itertools.product(range(dp), range(tp)):
+        ranks = [(replica * sp + segment) * tp + shard for segment in range(sp)]
         for direction in range(2):
             group = dist.new_group(ranks, timeout=timedelta(seconds=env.timeout_s()))
             if dist.get_rank() in ranks:
