@@ -1,7 +1,8 @@
 """Logical tensors: what an engine hands over to be saved, whatever mesh it runs on.
 
-A logical tensor has a name and a global shape; a rank holds a box of it (offset and shape). Whole tensors,
-tensor-parallel slices and ZeRO's flat fragments are all boxes, so one format serves every engine and mesh.
+A logical tensor has a name and a global shape; a rank holds boxes of it (offset and shape). Whole tensors and
+tensor-parallel slices are boxes, ZeRO's flat fragments a few of them (`range_boxes`), so one format serves
+every engine and mesh.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-__all__ = ["Box", "LogicalTensor", "check_cover", "check_name"]
+__all__ = ["Box", "LogicalTensor", "check_cover", "check_name", "range_boxes"]
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-/]{0,499}")
 
@@ -81,13 +82,43 @@ def check_cover(name: str, shape: tuple[int, ...], boxes: Iterable[Box]) -> None
         raise ValueError(f"tensor {name}: its slices hold {held} of {whole} elements")
 
 
+def range_boxes(shape: Sequence[int], start: int, stop: int) -> list[Box]:
+    """Elements [start, stop) of a tensor of `shape`, flattened row by row, as boxes in the same order.
+
+    A flat range cuts the first and the last row it touches, and so in every dimension but the last: at most
+    2 * ndim - 1 boxes. A box is contiguous in the flattened tensor, so a view of the range's values holds it.
+    """
+    assert 0 <= start <= stop <= math.prod(shape), (
+        f"[{start}, {stop}) lies outside a tensor of {tuple(shape)}"
+    )
+    if start == stop:
+        return []
+    if len(shape) <= 1:
+        return [Box((start,) * len(shape), (stop - start,) * len(shape))]
+    row = math.prod(shape[1:])
+    first, last = -(-start // row), stop // row  # the whole rows are [first, last)
+    if first > last:
+        return _in_row(shape, last, start, stop)
+    boxes = _in_row(shape, first - 1, start, first * row) if start % row else []
+    if first < last:
+        boxes.append(Box((first,) + (0,) * (len(shape) - 1), (last - first, *shape[1:])))
+    return boxes + (_in_row(shape, last, last * row, stop) if stop % row else [])
+
+
+def _in_row(shape: Sequence[int], index: int, start: int, stop: int) -> list[Box]:
+    """The boxes of a flat range that lies inside row `index`."""
+    begin = index * math.prod(shape[1:])
+    inner = range_boxes(shape[1:], start - begin, stop - begin)
+    return [Box((index, *box.offset), (1, *box.shape)) for box in inner]
+
+
 @dataclass(frozen=True)
 class LogicalTensor:
     """The box of a logical tensor that this rank owns and will write.
 
     Attributes:
-        name: "model/<parameter>" in the parameter's shape, or a flat "optimizer/...", "master/...".
-        global_shape: shape of the whole tensor.
+        name: "model/<parameter>", "master/<parameter>" or "optimizer/<key>/<parameter>".
+        global_shape: shape of the whole tensor, the parameter's for everything that belongs to a parameter.
         offset: coordinates of the first element of `local`, one per dimension.
         local: the values, any device; its shape is the box's.
     """
