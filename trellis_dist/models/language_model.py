@@ -17,7 +17,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.init import Normal, initialise, new_parameter
 from trellis_dist.models.linear import RowFunction, linear
-from trellis_dist.models.loss import IGNORED_LABEL, linear_cross_entropy_sum
+from trellis_dist.models.loss import IGNORED_LABEL, TokenLoss, linear_cross_entropy_sum
 from trellis_dist.models.norm import RMSNorm
 from trellis_dist.models.parallel_kind import ParallelKind
 from trellis_dist.models.registry import LayerState
@@ -59,7 +59,7 @@ class LanguageModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.token_loss = linear_cross_entropy_sum
+        self.token_loss: TokenLoss = linear_cross_entropy_sum
         self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
         self.project: RowFunction = linear
         shape, initial = (config.vocab_size, config.dim), Normal(config.init_std)
@@ -87,7 +87,6 @@ class LanguageModel(nn.Module):
             ValueError: wrong shape, dtype or token, or ``cu_seqlens`` that do not cover the stream.
         """
         hidden = self._hidden(tokens, cu_seqlens)
-        # Not a view of the hidden activations first: a split model has only a part of their tokens.
         return self.project(hidden, self.output_weight).view(*tokens.shape, -1)
 
     def loss_sum(

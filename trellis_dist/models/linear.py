@@ -11,19 +11,28 @@ torch.compile it goes by a name of ours, ``trellis::linear``, and gives the same
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ColumnFunction", "RowFunction", "linear", "linear_joined", "matmul_transposed"]
+__all__ = ["ColumnFunction", "RowFunction", "SplitLayer", "linear", "linear_joined", "matmul_transposed"]
 
 # What a layer calls to enter and to leave its split dimension; parallel/ replaces both. ``column`` takes the
 # weights that it multiplies side by side, ``row`` sums over the split input features.
 ColumnFunction = Callable[[Tensor, Sequence[Tensor]], Tensor]
 RowFunction = Callable[[Tensor, Tensor], Tensor]
+
+
+@runtime_checkable
+class SplitLayer(Protocol):
+    """A layer whose inner features can be split: mixers and MLPs."""
+
+    column: ColumnFunction
+    row: RowFunction
+
 
 # Below this many rows (decoding) set-up and copies cost more than they save.
 _MIN_ROWS = 32

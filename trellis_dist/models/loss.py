@@ -6,7 +6,8 @@ the next block, so memory is bounded by the block and nothing is recomputed in t
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from trellis_dist.models.linear import matmul_transposed
 
-__all__ = ["IGNORED_LABEL", "linear_cross_entropy_sum"]
+__all__ = ["IGNORED_LABEL", "Scores", "TokenLoss", "linear_cross_entropy_sum", "whole_vocabulary"]
 
 IGNORED_LABEL = -100
 
@@ -22,8 +23,52 @@ IGNORED_LABEL = -100
 _BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 28}
 
 
+class Scores(NamedTuple):
+    """What a block of logits [n, v] says of its labels; the v columns may be a part of the vocabulary.
+
+    Attributes:
+        log_p: [n, v], log softmax over the whole vocabulary.
+        nll, log_partition: [n, 1], -log p of the label and log sum exp of all logits.
+        column: int64 [n, 1], where the label is (any column where it is not among these).
+        owned: bool [n, 1], whether the row has a label and its column is among these.
+        valid: bool [n, 1], whether the row has a label.
+    """
+
+    log_p: Tensor
+    nll: Tensor
+    log_partition: Tensor
+    column: Tensor
+    owned: Tensor
+    valid: Tensor
+
+
+ScoreFunction = Callable[[Tensor, Tensor], Scores]
+
+
+def whole_vocabulary(logits: Tensor, labels: Tensor) -> Scores:
+    """Scores of logits [n, V] with all columns here; labels int64 [n]."""
+    valid = (labels != IGNORED_LABEL).unsqueeze(-1)
+    index = labels.unsqueeze(-1).where(valid, 0)
+    log_p = torch.log_softmax(logits, dim=-1)
+    nll = -log_p.gather(-1, index)
+    return Scores(log_p, nll, logits.gather(-1, index) + nll, index, valid, valid)
+
+
+class TokenLoss(Protocol):
+    """What a language model calls; parallel/ replaces it to split the vocabulary."""
+
+    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Tensor:
+        """See ``linear_cross_entropy_sum``."""
+        ...
+
+
 def linear_cross_entropy_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    z_loss: float = 0.0,
+    score: ScoreFunction = whole_vocabulary,
 ) -> Tensor:
     """Sum over the rows with a label of  -log softmax(weight h)[label] + z_loss * logsumexp(weight h)^2.
 
@@ -32,16 +77,20 @@ def linear_cross_entropy_sum(
         weight: [vocab, dim].
         labels: int64 [N]; rows labelled -100 count nothing.
         z_loss: weight of the squared log-partition (PaLM, section 5).
+        score: for a weight that holds a part of the vocabulary; the gradient of ``hidden`` is then that
+            part's, and the ranks that hold the others are to be summed over.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, z_loss)  # type: ignore[no-any-return, no-untyped-call]
+    return _LinearCrossEntropy.apply(hidden, weight, labels, z_loss, score)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, score: ScoreFunction
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
         differentiate = any(ctx.needs_input_grad[:2])
@@ -50,7 +99,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         total = torch.zeros((), dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), rows):
             span = slice(start, start + rows)
-            loss, dlogits = _block(hidden[span], weight, labels[span], z_loss, differentiate)
+            logits = matmul_transposed(hidden[span], weight).to(wide)
+            loss, dlogits = _block(score(logits, labels[span]), z_loss, differentiate, hidden.dtype)
             total += loss
             if dhidden is not None and dweight is not None:
                 dhidden[span] = matmul_transposed(dlogits, weight.t())
@@ -61,25 +111,17 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None
+        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None, None
 
 
-def _block(
-    hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, differentiate: bool
-) -> tuple[Tensor, Tensor]:
+def _block(scores: Scores, z_loss: float, differentiate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Loss of one block of rows and the gradient of its logits (unused memory when not differentiating)."""
-    logits = matmul_transposed(hidden, weight).to(torch.promote_types(hidden.dtype, torch.float32))
-    valid = labels != IGNORED_LABEL
-    index = labels.where(valid, 0).unsqueeze(-1)
-    log_p = torch.log_softmax(logits, dim=-1)
-    nll = -log_p.gather(-1, index)
-    log_partition = logits.gather(-1, index) + nll
-    valid_column = valid.unsqueeze(-1).to(nll.dtype)
-    loss = ((nll + z_loss * log_partition.square()) * valid_column).sum()
+    log_p, valid = scores.log_p, scores.valid.to(scores.nll.dtype)
+    loss = ((scores.nll + z_loss * scores.log_partition.square()) * valid).sum()
     if differentiate:
         # d loss / d logits = p (1 + 2 z lse) - onehot(label), zero for ignored rows
-        log_p.exp_().mul_((1 + 2 * z_loss * log_partition) * valid_column)
-        log_p.scatter_add_(-1, index, -valid_column)
-    return loss, log_p.to(hidden.dtype)
+        log_p.exp_().mul_((1 + 2 * z_loss * scores.log_partition) * valid)
+        log_p.scatter_add_(-1, scores.column, -scores.owned.to(log_p.dtype))
+    return loss, log_p.to(dtype)

@@ -11,6 +11,7 @@ from trellis_dist.parallel.halo import HaloConvolution
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.sequence import StatePassing
+from trellis_dist.parallel.tensor import split_tensors
 from trellis_dist.parallel.transfers import Transfers
 
 __all__ = ["apply_parallelism"]
@@ -31,6 +32,8 @@ def apply_parallelism(model: nn.Module, mesh: Mesh) -> Segments:
     chunk_sizes = {mixer.options.chunk_size for mixer in mixers} or {1}
     assert len(chunk_sizes) == 1, "all layers of a model share one chunk size"
     segments = Segments(mesh, chunk_size=chunk_sizes.pop())
+    if mesh.tp > 1:
+        split_tensors(model, mesh)
     if mesh.sp > 1:
         _check_layers(model, mesh)
         _split_sequence(mixers, Transfers(mesh), segments)
