@@ -84,8 +84,16 @@ class TrainingConfig:
         global_batch_tokens: tokens per step over the whole mesh; must be a multiple of the sequence length.
         micro_batch: rows per forward pass and data-parallel rank; accumulation follows from
             global rows = micro_batch * accumulation * dp.
-        engine: "local" (plain torch, one device) or "deepspeed".
-        zero_stage: DeepSpeed ZeRO stage, 0 or 1; bf16 needs stage 1, which keeps fp32 master weights.
+        engine: "local" (plain torch, whole optimizer state on every rank), "deepspeed" (ZeRO) or "fsdp2"
+            (torch's fully_shard: weights, gradients and optimizer state divided over dp).
+        zero_stage: what ZeRO divides over dp x sp: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
+            too; bf16 needs stage 1 or more, which keep fp32 master weights.
+        activation_checkpointing: what the backward pass computes again instead of keeping it: "none",
+            "selective" (everything but matrix products and the memory's scan) or "full" (whole blocks).
+        compile: backend of torch.compile, applied block by block: "none", "inductor" or "aot_eager".
+        offload_optimizer: keep optimizer state and fp32 master weights in host memory and update them there.
+        forwards_first: micro-batches whose forward passes run before their backward passes; with mesh.sp > 1
+            more of them wait less for each other's segments, and keep more activations.
         precision: "fp32" or "bf16" (bf16 weights and compute; memories, gates, master weights and optimizer
             state stay fp32). On a CPU "bf16" runs as fp32, and the start-up lines say so.
         z_loss: weight of the mean squared log-partition added to the loss; 0 switches it off.
@@ -105,8 +113,12 @@ class TrainingConfig:
     steps: int
     global_batch_tokens: int
     micro_batch: int = 1
-    engine: Literal["local", "deepspeed"] = "deepspeed"
-    zero_stage: Literal[0, 1] = 1
+    engine: Literal["local", "deepspeed", "fsdp2"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    compile: Literal["none", "inductor", "aot_eager"] = "none"
+    offload_optimizer: bool = False
+    forwards_first: int = 1
     precision: Literal["fp32", "bf16"] = "bf16"
     z_loss: float = 0.0
     seed: int = 0
@@ -120,6 +132,10 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         require(self.steps >= 1, f"training.steps = {self.steps}: use 1 or more steps")
         require(self.micro_batch >= 1, f"training.micro_batch = {self.micro_batch}: use 1 or more rows")
+        require(
+            self.forwards_first >= 1,
+            f"training.forwards_first = {self.forwards_first}: use 1 or more micro-batches",
+        )
         require(
             self.global_batch_tokens >= 1,
             f"training.global_batch_tokens = {self.global_batch_tokens}: must be positive",
