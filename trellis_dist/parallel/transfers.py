@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.parallel.tape import Tape
 
 __all__ = ["Arrival", "Transfers"]
 
@@ -24,16 +26,20 @@ _MAX_PENDING = 8
 
 
 class Arrival:
-    """A receive that was posted; ``wait`` returns its tensors."""
+    """A receive that was posted; ``wait`` returns its tensors, also when asked again."""
 
     def __init__(self, work: dist.Work, buffer: Tensor, shapes: Sequence[torch.Size]) -> None:
-        self._work = work
+        self._work: dist.Work | None = work
         self._buffer = buffer
         self._shapes = shapes
 
     def wait(self) -> list[Tensor]:
         """The tensors that were sent, in order (views of one buffer)."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()  # with CUDA it is the current stream that waits
+            if self._buffer.is_cuda:  # made on the direction's stream, read on this one
+                self._buffer.record_stream(torch.cuda.current_stream(self._buffer.device))
+            self._work = None
         parts = self._buffer.split([shape.numel() for shape in self._shapes])
         return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
@@ -43,52 +49,99 @@ class Transfers:
 
     Every sp rank must call the same methods in the same order; on the ends of the line the missing neighbour
     makes them no-ops. Rightward and leftward messages never share a communicator.
+
+    Attributes:
+        tape: set around a forward pass whose activations will be computed again. While it is replayed,
+            ``expect_left`` gives what arrived the first time, and nothing is sent.
     """
 
     def __init__(self, mesh: Mesh) -> None:
         assert mesh.rightward is not None, "transfers need a mesh with sp > 1"
         assert mesh.leftward is not None, "transfers need a mesh with sp > 1"
         self.mesh = mesh
-        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self.tape: Tape | None = None
+        self._rightward = _Direction(mesh.left, mesh.right, mesh.rightward, mesh.device)
+        self._leftward = _Direction(mesh.right, mesh.left, mesh.leftward, mesh.device)
+        for direction in (self._rightward, self._leftward):
+            direction.warm_up()
 
     def send_right(self, *tensors: Tensor) -> None:
         """Start sending to the next segment; returns at once."""
-        self._send(tensors, self.mesh.right, self.mesh.rightward)
+        if self.tape is None or not self.tape.replaying:
+            self._rightward.send(tensors)
 
     def send_left(self, *tensors: Tensor) -> None:
         """Start sending to the previous segment; returns at once."""
-        self._send(tensors, self.mesh.left, self.mesh.leftward)
+        self._check_no_replay()
+        self._leftward.send(tensors)
 
     def expect_left(self, *like: Tensor) -> Arrival | None:
         """Post the receive of what the previous segment sends right, shaped ``like``; None on the first."""
-        return self._receive(like, self.mesh.left, self.mesh.rightward)
+        if self.tape is None:
+            return self._rightward.receive(like)
+        return self.tape.received(lambda: self._rightward.receive(like))
 
     def expect_right(self, *like: Tensor) -> Arrival | None:
         """Post the receive of what the next segment sends left, shaped ``like``; None on the last."""
-        return self._receive(like, self.mesh.right, self.mesh.leftward)
+        self._check_no_replay()
+        return self._leftward.receive(like)
 
-    def _send(self, tensors: Sequence[Tensor], to: int | None, group: dist.ProcessGroup | None) -> None:
-        if to is None:
+    def _check_no_replay(self) -> None:
+        assert self.tape is None, "the backward pass's transfers run outside the parts that are recomputed"
+
+
+class _Direction:
+    """Messages one way along the line: where they come from and go to, and what carries them.
+
+    An NCCL send holds its communicator's stream until the neighbour receives. With a communicator and a
+    stream for each direction nothing else waits behind it: neither the compute stream, nor what travels the
+    other way. A receive is posted on that stream too, so it can be under way while this rank still computes.
+    """
+
+    def __init__(
+        self, source: int | None, target: int | None, group: dist.ProcessGroup, device: torch.device
+    ) -> None:
+        self._source, self._target, self._group, self._device = source, target, group, device
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+
+    def warm_up(self) -> None:
+        """One element along the line: communicators are made here, in the same order on every rank.
+
+        NCCL makes those of two neighbours at their first message, and both wait for it; in the middle of a
+        step each rank would get there by its own way.
+        """
+        token = torch.zeros(1, device=self._device)
+        arrival = self.receive([token])
+        if arrival is not None:
+            arrival.wait()
+        self.send([token])
+
+    def send(self, tensors: Sequence[Tensor]) -> None:
+        if self._target is None:
             return
         # Always a fresh buffer: nobody else writes to it, and the queue keeps it alive until it has arrived.
         buffer = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        work = dist.isend(buffer, dst=to, group=group)
-        assert work is not None, "this rank is outside the group it sends in"
-        self._pending.append((work, buffer))
-        self._wait_for_all_but(_MAX_PENDING)
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            buffer.record_stream(self._stream)
+        with self._on_stream():
+            work = dist.isend(buffer, dst=self._target, group=self._group)
+            assert work is not None, "this rank is outside the group it sends in"
+            self._pending.append((work, buffer))
+            while len(self._pending) > _MAX_PENDING:
+                self._pending[0][0].wait()
+                self._pending.popleft()
 
-    def _receive(
-        self, like: Sequence[Tensor], source: int | None, group: dist.ProcessGroup | None
-    ) -> Arrival | None:
-        if source is None:
+    def receive(self, like: Sequence[Tensor]) -> Arrival | None:
+        if self._source is None:
             return None
-        buffer = like[0].new_empty(sum(tensor.numel() for tensor in like))
-        work = dist.irecv(buffer, src=source, group=group)
+        with self._on_stream():  # the buffer is this stream's own, so it need not wait for the compute stream
+            buffer = like[0].new_empty(sum(tensor.numel() for tensor in like))
+            work = dist.irecv(buffer, src=self._source, group=self._group)
         assert work is not None, "this rank is outside the group it receives in"
         return Arrival(work, buffer, [tensor.shape for tensor in like])
 
-    def _wait_for_all_but(self, kept: int) -> None:
-        while len(self._pending) > kept:
-            work, _ = self._pending[0]
-            work.wait()
-            self._pending.popleft()
+    def _on_stream(self) -> AbstractContextManager[object]:
+        # None here would mean the default stream to torch; on a CPU there are none.
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
