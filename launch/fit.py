@@ -23,6 +23,8 @@ def fit_mesh(recipe: Recipe, *, world_size: int) -> MeshConfig:
 
     return check_combination(
         mesh=recipe.mesh,
+        tensor=recipe.tensor,
+        sequence=recipe.sequence,
         model=recipe.model,
         data=recipe.data,
         training=recipe.training,
@@ -42,7 +44,7 @@ def fit_to_devices(recipe: Recipe, devices: int) -> Recipe:
         return recipe
     rows = recipe.global_rows
     replicas = devices // (recipe.mesh.sp * recipe.mesh.tp) if devices else recipe.mesh.cpu_dp
-    dp = _largest_divisor(rows, 1 if recipe.training.engine == "local" else replicas)
+    dp = _largest_divisor(rows, replicas)
     micro_batch = _largest_divisor(rows // dp, recipe.training.micro_batch)
     return dataclasses.replace(
         recipe,

@@ -22,7 +22,7 @@ from launch.fit import fit_mesh, fit_to_devices
 from launch.layers import merge, override, read_layers
 from trellis_dist.files import digest
 from trellis_dist.models.config import ModelConfig
-from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from trellis_dist.validation import STRICT
 
@@ -45,7 +45,8 @@ class Recipe:
         name: names the default run folder, ``runs/<name>``.
         description: one sentence for people.
         choices: dotted key -> reason, for every value that the paper does not give and that is our choice.
-        model, mesh, data, optimizer, schedule, training, checkpoint, evals, logging: the rooms' sections.
+        model, mesh, tensor, sequence, data, optimizer, schedule, training, checkpoint, evals, logging: the
+            rooms' sections.
     """
 
     __pydantic_config__ = STRICT
@@ -56,6 +57,8 @@ class Recipe:
     data: DataConfig
     training: TrainingConfig
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    tensor: TensorConfig = field(default_factory=TensorConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

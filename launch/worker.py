@@ -68,6 +68,8 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: i
     job = Job(
         model=recipe.model,
         mesh=recipe.mesh,
+        tensor=recipe.tensor,
+        sequence=recipe.sequence,
         data=recipe.data,
         optimizer=recipe.optimizer,
         schedule=recipe.schedule,

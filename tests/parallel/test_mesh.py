@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from tests.parallel.cases import mesh_of, ranks
 from trellis_dist.parallel import cuda_absent, env
-from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.parallel.mesh import build_mesh, check_mesh
 
 FITS = {
@@ -43,12 +43,24 @@ def test_dp_takes_what_the_world_size_leaves(sp: int, dp: int):
         ({"sp": 4}, {"sequence_length": 8, "chunk_size": 1}, "2 tokens per segment, fewer than the 3"),
         ({}, {"global_rows": 12}, "12 rows = micro_batch 2 x accumulation 1.5 x dp 4.*multiple of 8 rows"),
         ({}, {"global_rows": 4}, "accumulation 0.5"),
-        ({"tp": 2}, {}, "mesh.tp = 2: tensor parallelism is not supported in this version: set mesh.tp = 1"),
-        ({"tp": 3}, {}, "model.num_heads = 4 does not divide by it.*set mesh.tp = 1"),
+        ({"tp": 3}, {}, r"model.num_heads = 4 / mesh.tp = 3 = 1.33333 heads per rank"),
+        ({"tp": 2}, {"vocab_size": 99}, r"vocab_size = 99 / mesh.tp = 2 = 49.5 .*model.vocab_size = 100"),
+        ({"tp": 2}, {"mlp_hidden": 33}, r"width 33 / mesh.tp = 2 = 16.5 .*model.mlp_hidden = 34"),
         (
-            {"sp": 2},
-            {"pattern": ("trellis", "attention")},
-            "mesh.sp = 2 splits the sequence, but model.pattern",
+            {"sp": 2, "tp": 2},
+            {"pattern": ("trellis", "attention"), "num_heads": 2},
+            r"softmax attention with mesh.sp = 2 .* 2 / tp 2 = 1 heads .* 1 / 2 = 0.5 is no whole number",
+        ),
+        (
+            {"sp": 4},
+            {"sequence": SequenceConfig(mode="all_to_all"), "num_heads": 2},
+            r'sequence.mode = "all_to_all" with mesh.sp = 4 .* 2 / 4 = 0.5 is no whole number',
+        ),
+        ({}, {"tensor": TensorConfig(sequence_parallel=True)}, r"splits tokens over tp, and mesh.tp = 1"),
+        (
+            {"tp": 4},
+            {"tensor": TensorConfig(sequence_parallel=True), "sequence_length": 126},
+            r"the 126 tokens of a row or segment over mesh.tp = 4: 126 / 4 = 31.5 is no whole number",
         ),
     ],
 )
@@ -127,6 +139,31 @@ def test_ranks_are_placed_dp_outside_sp():
         row = [0, 1] if rank < 2 else [2, 3]
         assert place["groups"] == [row, row, row]
         assert place["apart"]
+
+
+def tensor_place() -> dict:
+    tensor, sequence = TensorConfig(sequence_parallel=True), SequenceConfig(mode="all_to_all")
+    mesh = build_mesh(MeshConfig(sp=2, tp=2), tensor=tensor, sequence=sequence)
+    groups = (mesh.tp_group, mesh.sp_group, mesh.replica_group, mesh.rightward, mesh.leftward)
+    return {
+        "place": (mesh.dp_rank, mesh.sp_rank, mesh.tp_rank, mesh.left, mesh.right, mesh.dp_group),
+        "groups": [dist.get_process_group_ranks(group) for group in groups],
+        "settings": (mesh.sequence_parallel, mesh.sequence_mode),
+    }
+
+
+def test_tensor_ranks_are_neighbours_inside_sp():
+    found = ranks().run(tensor_place)
+    assert [place["place"] for place in found] == [
+        (0, 0, 0, None, 2, None),
+        (0, 0, 1, None, 3, None),
+        (0, 1, 0, 0, None, None),
+        (0, 1, 1, 1, None, None),
+    ]
+    for rank, place in enumerate(found):
+        shards, segments = ([0, 1], [2, 3])[rank // 2], ([0, 2], [1, 3])[rank % 2]
+        assert place["groups"] == [shards, segments, segments, segments, segments]
+        assert place["settings"] == (True, "all_to_all")
 
 
 def test_megatron_does_not_talk_to_the_user():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import nn
 
 from trellis_dist.models.mixers.attention import AttentionMixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.models.parallel_kind import undeclared
+from trellis_dist.parallel.all_to_all import AllToAllAttention, AllToAllCompress
 from trellis_dist.parallel.halo import HaloConvolution
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
@@ -17,8 +20,18 @@ from trellis_dist.parallel.transfers import Transfers
 __all__ = ["apply_parallelism"]
 
 
-def apply_parallelism(model: nn.Module, mesh: Mesh) -> Segments:
+def apply_parallelism(
+    model: nn.Module,
+    mesh: Mesh,
+    *,
+    recompute: Literal["none", "selective", "full"] = "none",
+    compile_backend: str = "none",
+) -> Segments:
     """Split ``model`` (a ``LanguageModel`` or a part of one) over ``mesh``, in place.
+
+    Args:
+        recompute: which activations the backward pass computes again instead of keeping them.
+        compile_backend: of torch.compile for each block, or "none".
 
     Returns:
         What cuts each batch for this rank: ``tokens, labels, cu_seqlens = segments.cut(tokens, labels,
@@ -35,8 +48,7 @@ def apply_parallelism(model: nn.Module, mesh: Mesh) -> Segments:
     if mesh.tp > 1:
         split_tensors(model, mesh)
     if mesh.sp > 1:
-        _check_layers(model, mesh)
-        _split_sequence(mixers, Transfers(mesh), segments)
+        _split_sequence(model, mesh, segments)
     return segments
 
 
@@ -49,17 +61,15 @@ def _check_declared(model: nn.Module) -> None:
         )
 
 
-def _check_layers(model: nn.Module, mesh: Mesh) -> None:
-    for name, module in model.named_modules():
-        if isinstance(module, AttentionMixer):
-            raise ValueError(
-                f"layer {name} is softmax attention, which would have to see the other segments: with "
-                f"mesh.sp = {mesh.sp} use trellis layers only, or set mesh.sp = 1"
-            )
-
-
-def _split_sequence(mixers: list[TrellisMixer], transfers: Transfers, segments: Segments) -> None:
+def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> None:
     """One set of transfers for all layers: their order is the order in which the layers run."""
-    for mixer in mixers:
-        mixer.operation = StatePassing(transfers, segments)
-        mixer.convolution = HaloConvolution(mixer.convolution, transfers, segments)
+    transfers = Transfers(mesh)
+    for module in model.modules():
+        if isinstance(module, TrellisMixer):
+            module.convolution = HaloConvolution(module.convolution, transfers, segments)
+            passing = mesh.sequence_mode == "state_passing"
+            module.operation = (
+                StatePassing(transfers, segments) if passing else AllToAllCompress(mesh, segments)
+            )
+        elif isinstance(module, AttentionMixer):
+            module.operation = AllToAllAttention(mesh, segments)

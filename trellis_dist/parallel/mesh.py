@@ -113,7 +113,7 @@ def check_mesh(
     filled = _fill_dp(mesh, world_size)
     _check_segment(filled.sp, sequence_length, chunk_size, conv_kernel)
     _check_all_to_all(mesh, num_heads, pattern, sequence)
-    _check_tokens(mesh, sequence_length * micro_batch // mesh.sp, tensor)
+    _check_tokens(mesh, sequence_length // mesh.sp, tensor)
     _check_batch(filled, global_rows, micro_batch)
     return filled
 
@@ -160,9 +160,8 @@ def _check_tokens(mesh: MeshConfig, tokens: int, tensor: TensorConfig) -> None:
     )
     require(
         not tensor.sequence_parallel or tokens % mesh.tp == 0,
-        f"tensor.sequence_parallel splits the {tokens} tokens of a micro-batch's segment over mesh.tp = "
-        f"{mesh.tp}: {tokens} / {mesh.tp} = {tokens / mesh.tp:g} is no whole number; use another "
-        "training.micro_batch or tp",
+        f"tensor.sequence_parallel splits the {tokens} tokens of a row or segment over mesh.tp = {mesh.tp}: "
+        f"{tokens} / {mesh.tp} = {tokens / mesh.tp:g} is no whole number; use another sequence length or tp",
     )
 
 

@@ -7,11 +7,12 @@ every row. A document that began in an earlier segment continues here; a row sta
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.conv import document_edges
 from trellis_dist.parallel.mesh import Mesh
 
@@ -26,11 +27,15 @@ class _Documents:
         before: per row, tokens that the document at this segment's first token has in the segments before.
         inner: row and column of each document that starts inside this segment, past its first token.
         length: L.
+        bounds: of every document of the whole rows in the flattened stream, row starts included [n+1].
+        whole: the context of the whole rows on each device that asked for it.
     """
 
     before: tuple[int, ...]
     inner: tuple[tuple[int, int], ...]
     length: int
+    bounds: tuple[int, ...]
+    whole: dict[torch.device, SequenceContext] = field(default_factory=dict, repr=False, compare=False)
 
 
 class Segments:
@@ -72,6 +77,16 @@ class Segments:
             self._documents = self._find_documents(cu_seqlens, tokens.shape[0], tokens.shape[1], length)
         return tokens[:, here], labels[:, here], self._local_bounds(cu_seqlens)
 
+    @property
+    def documents(self) -> object:
+        """Of the batch that was cut last; setting them goes back to another batch, to compute it again."""
+        return self._documents
+
+    @documents.setter
+    def documents(self, documents: object) -> None:
+        assert documents is None or isinstance(documents, _Documents), "documents come from another moment"
+        self._documents = documents
+
     def rows(self, batch: int, *, packed: bool) -> int:
         """R, the rows behind activations of ``batch`` rows (1 when ``packed``).
 
@@ -109,6 +124,32 @@ class Segments:
         total = len(self._documents.before) * stride
         return document_edges(torch.tensor(starts, device=device), total=total, kernel=kernel)
 
+    def whole_rows(self, rows: int, device: torch.device) -> SequenceContext:
+        """The documents of the whole rows, for a layer that is given them all; tables on ``device``.
+
+        Where the cut named documents the whole rows are packed, [1, R*T, .], on every rank alike: also on
+        one whose own segment holds no document start and is not packed. Built when first asked for, so that
+        layers share it and state passing does not pay for it.
+        """
+        if self._documents is None:
+            return SequenceContext()
+        assert len(self._documents.before) == rows, "the batch in the model is not the one that was cut last"
+        if device not in self._documents.whole:
+            self._documents.whole[device] = self._whole_context(self._documents, device)
+        return self._documents.whole[device]
+
+    def _whole_context(self, documents: _Documents, device: torch.device) -> SequenceContext:
+        context = packed_context(
+            torch.tensor(documents.bounds, device="cpu"),
+            rows=len(documents.before),
+            length=documents.length * self.mesh.sp,
+            chunk_size=self._chunk_size,
+            conv_kernel=0,  # the convolution never sees the whole rows: it fetches its halo
+        )
+        assert context.layout is not None, "a packed context has a layout"
+        assert context.positions is not None, "a packed context has positions"
+        return replace(context, layout=context.layout.to(device), positions=context.positions.to(device))
+
     def _segment_length(self, total: int) -> int:
         whole = self.mesh.sp * self._chunk_size
         if total % whole:
@@ -119,7 +160,9 @@ class Segments:
         return total // self.mesh.sp
 
     def _find_documents(self, cu_seqlens: Tensor, rows: int, total: int, length: int) -> _Documents:
-        starts = sorted({divmod(start, total) for start in cu_seqlens[:-1].tolist()})
+        # Empty documents may follow the last token, as in boundaries that are padded to a fixed number.
+        found = {divmod(start, total) for start in cu_seqlens[:-1].tolist() if start < rows * total}
+        starts = sorted(found | {(row, 0) for row in range(rows)})
         for row, column in starts:
             if column % self._chunk_size:
                 raise ValueError(
@@ -135,6 +178,7 @@ class Segments:
             before=tuple(begin - column for column in current),
             inner=tuple((row, col - begin) for row, col in starts if begin < col < begin + length),
             length=length,
+            bounds=(*(row * total + column for row, column in starts), rows * total),
         )
 
     def _local_bounds(self, cu_seqlens: Tensor | None) -> Tensor | None:

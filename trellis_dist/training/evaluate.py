@@ -37,7 +37,7 @@ class Validator:
     def run(self, engine: Engine) -> dict[str, float]:
         """Return ``loss/validation`` (nats per token); for a whole split ``validation/bits_per_byte`` too."""
         nats, seen = sum_scalars(engine.evaluate(self._batches()))
-        tokens = seen / self._mesh.sp
+        nats, tokens = nats / self._mesh.tp, seen / (self._mesh.sp * self._mesh.tp)
         metrics = {"loss/validation": nats / max(1.0, tokens)}
         if self._whole:
             metrics["validation/bits_per_byte"] = nats / (math.log(2) * self._bytes)

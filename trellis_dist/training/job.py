@@ -9,7 +9,7 @@ from typing import Any, Literal
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from trellis_dist.models.config import ModelConfig
-from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 
 __all__ = ["EXIT_TERMINATED", "Job", "Outcome", "Resume", "TrainResult"]
@@ -26,7 +26,8 @@ class Job:
     """The sections of a recipe that training reads.
 
     Attributes:
-        model, mesh, data, optimizer, schedule, training, checkpoint, logging: the rooms' sections.
+        model, mesh, tensor, sequence, data, optimizer, schedule, training, checkpoint, logging: the rooms'
+            sections.
         recipe: the whole resolved recipe, written to ``recipe.json`` for the record.
     """
 
@@ -39,6 +40,8 @@ class Job:
     checkpoint: CheckpointConfig
     logging: LoggingConfig
     recipe: Mapping[str, Any]
+    tensor: TensorConfig = field(default_factory=TensorConfig)
+    sequence: SequenceConfig = field(default_factory=SequenceConfig)
 
     @property
     def global_rows(self) -> int:

@@ -52,6 +52,8 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
         raise ValueError(f"stop_at_step = {stop_at_step}: use 1 or more steps")
     mesh = check_combination(
         mesh=job.mesh,
+        tensor=job.tensor,
+        sequence=job.sequence,
         model=job.model,
         data=job.data,
         training=job.training,
@@ -124,10 +126,9 @@ class _Loop:
             return True
         step = session.progress.step + 1
         rate = self._rate(step)
-        # Every sequence rank counts the whole rows, so each token was counted sp times.
-        result = session.engine.train_step(
-            batches, lr=rate, valid_tokens=max(1, int(valid) // session.mesh.sp)
-        )
+        # Every sequence and tensor rank counts the whole rows, so each token was counted sp * tp times.
+        copies = session.mesh.sp * session.mesh.tp
+        result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(valid) // copies))
         self._advance(step, result, time.monotonic() - begin)
         self._afterwards(step, rate, result)
         return False

@@ -101,7 +101,7 @@ def open_session(
     progress = Progress.from_state(found[1]) if found else Progress()
     if progress.step >= job.training.steps:
         return None
-    mesh = build_mesh(job.mesh, device=device)
+    mesh = build_mesh(job.mesh, tensor=job.tensor, sequence=job.sequence, device=device)
     engine = together(lambda: _engine(job, mesh, found), what="building or restoring the model")
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
@@ -142,7 +142,9 @@ def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
 def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> Engine:
     """Build the model, split it over the mesh, wrap it, and restore ``found``."""
     model = build_language_model(job.model, seed=job.training.seed, device=mesh.device)
-    segments = apply_parallelism(model, mesh)
+    segments = apply_parallelism(
+        model, mesh, recompute=job.training.activation_checkpointing, compile_backend=job.training.compile
+    )
     engine = build_engine(model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments)
     if found is not None:
         path, state = found
