@@ -12,6 +12,7 @@ from trellis_dist.models.parallel_kind import undeclared
 from trellis_dist.parallel.all_to_all import AllToAllAttention, AllToAllCompress
 from trellis_dist.parallel.halo import HaloConvolution
 from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.parallel.recompute import RecomputeMode, apply_recompute
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.sequence import StatePassing
 from trellis_dist.parallel.tensor import split_tensors
@@ -24,7 +25,7 @@ def apply_parallelism(
     model: nn.Module,
     mesh: Mesh,
     *,
-    recompute: Literal["none", "selective", "full"] = "none",
+    recompute: Literal["none"] | RecomputeMode = "none",
     compile_backend: str = "none",
 ) -> Segments:
     """Split ``model`` (a ``LanguageModel`` or a part of one) over ``mesh``, in place.
@@ -47,8 +48,9 @@ def apply_parallelism(
     segments = Segments(mesh, chunk_size=chunk_sizes.pop())
     if mesh.tp > 1:
         split_tensors(model, mesh)
-    if mesh.sp > 1:
-        _split_sequence(model, mesh, segments)
+    transfers = _split_sequence(model, mesh, segments) if mesh.sp > 1 else None
+    if recompute != "none":
+        apply_recompute(model, mode=recompute, transfers=transfers, segments=segments)
     return segments
 
 
@@ -61,7 +63,7 @@ def _check_declared(model: nn.Module) -> None:
         )
 
 
-def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> None:
+def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> Transfers:
     """One set of transfers for all layers: their order is the order in which the layers run."""
     transfers = Transfers(mesh)
     for module in model.modules():
@@ -73,3 +75,4 @@ def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> None:
             )
         elif isinstance(module, AttentionMixer):
             module.operation = AllToAllAttention(mesh, segments)
+    return transfers
