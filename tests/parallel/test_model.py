@@ -186,24 +186,3 @@ def test_a_layer_sends_two_memories_and_a_halo_whatever_the_length():
         assert found[1] == found[2] == (memories + halo, memories + halo)
         assert found[0] == (memories + halo, 0)
         assert found[3] == (0, memories + halo)
-
-
-def test_an_undeclared_parameter_is_refused():
-    model = build_language_model(TINY, seed=0)
-    model.extra = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match=r"parameter extra .* declares no parallel kind"):
-        apply_parallelism(model, Mesh())
-
-
-def test_attention_is_refused_where_the_sequence_is_split():
-    model = build_language_model(replace(TINY, pattern=("trellis", "attention")), seed=0)
-    apply_parallelism(model, Mesh())
-    with pytest.raises(ValueError, match=r"blocks.1.mixer is softmax attention.*mesh.sp = 2"):
-        apply_parallelism(model, Mesh(sp=2))
-
-
-def test_one_process_keeps_its_own_operation():
-    model = build_language_model(TINY, seed=0)
-    before = model.blocks[0].mixer.operation
-    apply_parallelism(model, Mesh())
-    assert model.blocks[0].mixer.operation is before
