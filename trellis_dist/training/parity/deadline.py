@@ -1,0 +1,74 @@
+"""A case that hangs ends the process with its name and the stacks; it does not wait in silence."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+
+from trellis_dist.parallel import env
+
+__all__ = ["Deadline"]
+
+# Python can hold its lock inside a library for ever: after this many seconds more C code prints and exits.
+_GRACE_S = 20.0
+_STDERR = 2
+
+OnExpiry = Callable[[str, str], None]
+
+
+class Deadline:
+    """Ends this process when what runs ``within`` it outlives its time.
+
+    Args:
+        seconds: for each thing that runs.
+        on_expiry: called with one line and the stacks before the process exits with status 1.
+    """
+
+    def __init__(self, seconds: float, on_expiry: OnExpiry | None = None) -> None:
+        self._seconds, self._on_expiry = seconds, on_expiry
+        self._said = ""
+
+    @contextlib.contextmanager
+    def within(self, what: str) -> Iterator[None]:
+        """Start the clock for ``what`` and stop it at the end."""
+        self._said = ""
+        timer = threading.Timer(self._seconds, self._expire, args=[what])
+        timer.daemon = True
+        timer.start()
+        faulthandler.dump_traceback_later(self._seconds + _GRACE_S, exit=True, file=_STDERR)
+        try:
+            yield
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+            timer.cancel()
+
+    def note(self, error: BaseException) -> None:
+        """Remember why this rank, for its part, may wait for the others in vain."""
+        text = str(error).strip() or repr(error)
+        self._said = f"{type(error).__name__}: {text.splitlines()[0]}"
+
+    def _expire(self, what: str) -> None:
+        where = f"rank {env.rank()} on {socket.gethostname()}"
+        if self._said:
+            line = f"{what}: {where} raised {self._said}; other ranks did not get as far and hang"
+        else:
+            line = f"{what}: {where} did not finish in {self._seconds:g} s"
+        stacks = _stacks()
+        os.write(
+            _STDERR, f"{line}\n{stacks}\n".encode()
+        )  # not through a stream whose lock a hung thread holds
+        if self._on_expiry is not None:
+            self._on_expiry(line, stacks)
+        os._exit(1)
+
+
+def _stacks() -> str:
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()

@@ -1,0 +1,87 @@
+"""What every case is compared with: one process, the whole model, the whole batch, plain torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trellis_dist.models.language_model import LanguageModel, build_language_model
+from trellis_dist.parallel import env
+from trellis_dist.training.config import OptimizerConfig
+from trellis_dist.training.optimizer import build_optimizer, parameter_groups
+from trellis_dist.training.parity.batches import global_batch
+from trellis_dist.training.parity.cases import Case
+
+__all__ = ["SEED", "Reference", "References"]
+
+SEED = 5
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of one process: mean loss, norm before clipping, gradient of every parameter (host memory)."""
+
+    loss: float
+    norm: float
+    gradients: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The steps of one process and the weights after the last."""
+
+    steps: tuple[Step, ...]
+    weights: Mapping[str, Tensor]
+
+
+class References:
+    """Computed by rank 0 when a case first asks; cases of one model, optimizer and packing share one."""
+
+    def __init__(self, *, rows: int, steps: int, device: torch.device) -> None:
+        self._rows, self._steps, self._device = rows, steps, device
+        self._known: dict[tuple[str, str, bool], Reference] = {}
+
+    def of(self, case: Case) -> Reference:
+        """The reference of ``case``; called by all ranks in the same order."""
+        key = (case.model, case.optimizer, case.packed)
+        if key not in self._known:
+            made = self._compute(case) if env.is_main() else None
+            received = env.broadcast_object(made)
+            assert received is not None, "rank 0 computes the reference"
+            self._known[key] = received
+        return self._known[key]
+
+    def _compute(self, case: Case) -> Reference:
+        model = build_language_model(case.model_config, seed=SEED, device=self._device)
+        config = case.optimizer_config
+        optimizer = build_optimizer(parameter_groups(model.named_parameters(), config.weight_decay), config)
+        steps = [self._step(model, optimizer, case, index) for index in range(self._steps)]
+        return Reference(tuple(steps), {name: _kept(p) for name, p in model.named_parameters()})
+
+    def _step(self, model: LanguageModel, optimizer: torch.optim.Optimizer, case: Case, index: int) -> Step:
+        batch = global_batch(
+            index, rows=self._rows, vocab_size=case.model_config.vocab_size, packed=case.packed
+        )
+        tokens, labels, bounds = (x.to(self._device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
+        optimizer.zero_grad()
+        loss = model.loss_sum(tokens, labels, cu_seqlens=bounds) / batch.valid_tokens
+        loss.backward()
+        named = dict(model.named_parameters())
+        gradients = {name: _kept(p.grad) for name, p in named.items() if p.grad is not None}
+        assert len(gradients) == len(named), "every parameter of the reference takes part"
+        norm = _clip(list(named.values()), case.optimizer_config)
+        optimizer.step()
+        return Step(float(loss), norm, gradients)
+
+
+def _clip(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> float:
+    """Torch's own clipping, where the case clips; the norm before it."""
+    limit = config.clip_norm or float("inf")
+    return float(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def _kept(x: Tensor) -> Tensor:
+    return x.detach().cpu().clone()

@@ -1,0 +1,138 @@
+"""Running the matrix on the ranks of this job: one result per case, the same on every rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from trellis_dist.models.language_model import build_language_model
+from trellis_dist.parallel import env
+from trellis_dist.parallel.apply import apply_parallelism
+from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.mesh import Mesh, build_mesh
+from trellis_dist.training.engines.factory import build_engine
+from trellis_dist.training.parity.batches import global_batch, micro_batches
+from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
+from trellis_dist.training.parity.compare import CaseResult, Comparison, Failure, Findings, Trace, merge
+from trellis_dist.training.parity.deadline import Deadline
+from trellis_dist.training.parity.operation import compare_operation
+from trellis_dist.training.parity.reference import SEED, References
+
+__all__ = ["Matrix"]
+
+CASE_SECONDS = 300.0
+
+
+class Matrix:
+    """Runs cases on all ranks together; meshes and references are made once and kept.
+
+    Args:
+        steps: optimizer steps of a case.
+        device: of this rank.
+        deadline: ends the process when a case hangs; None waits.
+    """
+
+    def __init__(self, *, steps: int = STEPS, device: torch.device, deadline: Deadline | None = None) -> None:
+        self.world_size = env.world_size()
+        self._steps, self._device = steps, device
+        self._deadline = deadline or Deadline(CASE_SECONDS)
+        # Host memory, and apart from the groups under test.
+        self._talk = dist.new_group(backend="gloo", timeout=_timeout()) if dist.is_initialized() else None
+        self._meshes: dict[tuple[int, int], Mesh] = {}
+        self._rows = global_rows(self.world_size)
+        self._references = References(rows=self._rows, steps=steps, device=device)
+        self._traces: dict[str, Trace] = {}
+
+    def run(self, case: Case | OperationCase) -> CaseResult:
+        """Run ``case`` on every rank; the world must be one it fits."""
+        with self._deadline.within(f"case {case.name}"):
+            started, complete = time.monotonic(), list[str]()
+            try:
+                if isinstance(case, OperationCase):
+                    findings = compare_operation(case.name, self.mesh(sp=case.sp))
+                else:
+                    findings = self._train(case)
+                    names = self._references.of(case).weights
+                    complete = [f"{kind}/{name}" for name in names for kind in ("gradient", "model")]
+            except Exception as error:
+                self._deadline.note(error)
+                findings = _raised(case.name, error)
+            findings.seconds = time.monotonic() - started
+            return merge(case.name, self._gather(findings), complete=complete)
+
+    def _gather(self, mine: Findings) -> list[Findings]:
+        """Every rank's findings, by rank."""
+        if self._talk is None:
+            return [mine]
+        found: list[Findings] = [mine] * self.world_size
+        dist.all_gather_object(found, mine, group=self._talk)
+        return found
+
+    def mesh(self, *, sp: int = 1, tp: int = 1) -> Mesh:
+        """The mesh of this shape, whose groups are made once."""
+        if (sp, tp) not in self._meshes:
+            self._meshes[sp, tp] = build_mesh(MeshConfig(sp=sp, tp=tp), device=self._device)
+        return self._meshes[sp, tp]
+
+    def _train(self, case: Case) -> Findings:
+        other = None if case.same_bits_as is None else self._trace_of(case.same_bits_as)
+        comparison = self._compare(case)
+        if other is not None:
+            comparison.same_bits(other)
+        self._traces[case.name] = comparison.trace
+        return comparison.findings
+
+    def _trace_of(self, name: str) -> Trace:
+        if name not in self._traces:
+            case = find_case(name)
+            assert isinstance(case, Case), f"{name} trains no model"
+            self._traces[name] = self._compare(case).trace
+        return self._traces[name]
+
+    def _compare(self, case: Case) -> Comparison:
+        mesh = dataclasses.replace(
+            self.mesh(sp=case.sp, tp=case.tp),
+            sequence_parallel=case.sequence_parallel,
+            sequence_mode=case.mode,
+        )
+        comparison = Comparison(case.name, self._references.of(case), case.tolerance)
+        if case.compile != "none":
+            torch.compiler.reset()
+        model = build_language_model(case.model_config, seed=SEED, device=self._device)
+        training = case.training_config(self.world_size)
+        segments = apply_parallelism(
+            model, mesh, recompute=training.activation_checkpointing, compile_backend=training.compile
+        )
+        optimizer = case.optimizer_config
+        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
+        engine.inspector = comparison.gradients
+        for step in range(self._steps):
+            batch = global_batch(
+                step, rows=self._rows, vocab_size=case.model_config.vocab_size, packed=case.packed
+            )
+            mine = micro_batches(
+                batch,
+                dp=mesh.dp,
+                dp_rank=mesh.dp_rank,
+                accumulation=case.accumulation,
+                packed=case.packed,
+            )
+            comparison.result(engine.train_step(mine, lr=optimizer.lr, valid_tokens=batch.valid_tokens))
+        comparison.weights(engine.logical_tensors())
+        return comparison
+
+
+def _timeout() -> timedelta:
+    return timedelta(seconds=env.timeout_s())
+
+
+def _raised(case: str, error: Exception) -> Findings:
+    text = str(error).strip() or repr(error)
+    failure = Failure(
+        case=case, quantity="error", expected="none", found=f"{type(error).__name__}: {text.splitlines()[0]}"
+    )
+    return Findings(failures=[failure])
