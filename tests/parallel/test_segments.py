@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from trellis_dist.models.context import packed_context
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
 
@@ -91,3 +92,48 @@ def test_packed_activations_that_were_not_cut_are_refused():
     assert segments.rows(3, packed=False) == 3
     with pytest.raises(ValueError, match=r"pass the whole rows and their cu_seqlens through Segments\.cut"):
         segments.rows(1, packed=True)
+
+
+def test_the_whole_rows_are_the_same_on_every_rank():
+    tokens = batch(2, 32)
+    # Ranks 1 and 2 of row 0 hold starts of their own, rank 3 none: its activations are not packed.
+    bounds = torch.tensor([0, 12, 16, 20, 32, 64])
+    expected = packed_context(bounds, rows=2, length=32, chunk_size=CHUNK, conv_kernel=0)
+    packed = []
+    for rank in range(4):
+        segments = segments_of(4, rank)
+        packed.append(segments.cut(tokens, tokens, bounds)[2] is not None)
+        whole = segments.whole_rows(2, torch.device("cpu"))
+        assert whole.lengths == expected.lengths == (12, 4, 4, 12, 32)
+        assert torch.equal(whole.positions, expected.positions)
+        assert torch.equal(whole.layout.bounds, expected.layout.bounds)
+        assert whole.layout.chunk_size == CHUNK
+        assert segments.whole_rows(2, torch.device("cpu")) is whole
+    assert packed == [False, True, True, False]
+
+
+def test_row_starts_are_documents_of_the_whole_rows_whether_named_or_not():
+    segments, tokens = segments_of(2, 1), batch(2, 16)
+    segments.cut(tokens, tokens, torch.tensor([0, 20, 32]))
+    assert segments.whole_rows(2, torch.device("cpu")).lengths == (16, 4, 12)
+    segments.cut(tokens, tokens, None)
+    assert not segments.whole_rows(2, torch.device("cpu")).packed
+
+
+def test_empty_documents_at_the_end_are_none():
+    segments, tokens = segments_of(2, 1), batch(2, 16)
+    _, _, local = segments.cut(tokens, tokens, torch.tensor([0, 12, 16, 16, 32, 32, 32]))
+    assert local.tolist() == [0, 4, 8, 16]
+    assert segments.before(2, at_most=99) == (8, 8)
+    assert segments.whole_rows(2, torch.device("cpu")).lengths == (12, 4, 16)
+
+
+def test_an_earlier_batch_can_be_taken_up_again():
+    segments, tokens = segments_of(2, 1), batch(1, 16)
+    segments.cut(tokens, tokens, torch.tensor([0, 4, 16]))
+    first = segments.documents
+    segments.cut(tokens, tokens, torch.tensor([0, 8, 16]))
+    assert segments.continues(1) == (False,)
+    segments.documents = first
+    assert segments.before(1, at_most=99) == (4,)
+    assert segments.whole_rows(1, torch.device("cpu")).lengths == (4, 12)

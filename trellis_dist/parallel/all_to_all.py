@@ -13,8 +13,8 @@ attention has no small state to pass, so it always works this way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,20 +29,13 @@ from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.mixers.attention import causal_attention
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
+from trellis_dist.parallel.tape import Tape
 
-__all__ = ["AllToAllAttention", "AllToAllCompress", "Tape", "exchange"]
+__all__ = ["AllToAllAttention", "AllToAllCompress", "exchange"]
 
 # Every operand starts at a multiple of this many bytes in the buffer, so that a part of it can be read as any
 # dtype.
 _ALIGNMENT = 16
-
-
-class Tape(Protocol):
-    """What recomputation reads instead of communicating again."""
-
-    def received(self, communicate: Callable[[], Tensor]) -> Tensor:
-        """``communicate()`` while a forward pass is recorded; while it is replayed, what that gave then."""
-        ...
 
 
 def exchange(xs: Sequence[Tensor], mesh: Mesh, *, to_heads: bool, tape: Tape | None = None) -> list[Tensor]:
@@ -130,8 +123,8 @@ class _AllToAll:
     """What both operations share: the mesh, the documents of the batch, and the exchange.
 
     Attributes:
-        tape: set by activation recomputation that runs the whole operation again; it keeps what arrived, as
-            many bytes as this rank's operands and outputs of the layer.
+        tape: set around a forward pass whose activations will be computed again. It keeps what arrived, as
+            many bytes as this rank's operands and output have; a replay exchanges nothing.
     """
 
     def __init__(self, mesh: Mesh, segments: Segments) -> None:
@@ -279,7 +272,7 @@ class AllToAllAttention(_AllToAll):
 def _check_call(layout: PackedLayout | None, chunk_size: int, *, output_final_state: bool) -> None:
     if layout is not None and layout.chunk_size != chunk_size:
         raise ValueError(
-            f"the batch was cut for chunk size {layout.chunk_size}, the call has {chunk_size}: use one chunk size"
+            f"the batch was cut for chunk size {layout.chunk_size}, the call has {chunk_size}: use the same"
         )
     if output_final_state:
         raise ValueError(
