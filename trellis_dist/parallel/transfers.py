@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,10 @@ __all__ = ["Arrival", "Transfers"]
 # Sends that may be under way before the oldest is waited for. A send completes when the neighbour, about one
 # scan behind, posts its receive; a few layers of slack keep that from ever being a wait.
 _MAX_PENDING = 8
+
+# Sends under way, by communicator: a message must outlive also the Transfers that sent it, whose model may be
+# dropped right after a step that the neighbour has not finished.
+_pending: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[dist.Work, Tensor]]] = WeakKeyDictionary()
 
 
 class Arrival:
@@ -103,7 +108,7 @@ class _Direction:
     ) -> None:
         self._source, self._target, self._group, self._device = source, target, group, device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._pending: deque[tuple[dist.Work, Tensor]] = deque()
+        self._pending = _pending.setdefault(group, deque())
 
     def warm_up(self) -> None:
         """One element along the line: communicators are made here, in the same order on every rank.
@@ -116,6 +121,8 @@ class _Direction:
         if arrival is not None:
             arrival.wait()
         self.send([token])
+        while self._pending:  # dropped with these transfers it would never arrive
+            self._pending.popleft()[0].wait()
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         if self._target is None:
