@@ -20,10 +20,13 @@ class TinyModel(nn.Module):
         draw = lambda *shape: nn.Parameter(0.5 * torch.randn(*shape, generator=generator))  # noqa: E731
         self.embedding, self.hidden, self.output = draw(VOCAB, WIDTH), draw(WIDTH, WIDTH), draw(VOCAB, WIDTH)
         self.gain, self.bias = nn.Parameter(torch.ones(WIDTH)), draw(VOCAB)
-        self.poison = 0.0
+        self.poison, self.factor = 0.0, 1.0  # added to the loss; multiplied into the hidden layer's gradient
 
     def forward(self, tokens: Tensor) -> Tensor:
-        x = torch.tanh(self.embedding[tokens] @ self.hidden.T) * self.gain
+        x = torch.tanh(self.embedding[tokens] @ self.hidden.T)
+        if self.factor != 1.0:
+            x.register_hook(lambda gradient: gradient * self.factor)
+        x = x * self.gain
         return x @ self.output.T + self.bias
 
     def loss_sum(self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Tensor, z_loss: float = 0.0) -> Tensor:

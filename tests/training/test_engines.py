@@ -9,126 +9,33 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from checkpoints.state import CheckpointReader, save_checkpoint
+from checkpoints.state import CheckpointReader
 from tests.distributed import gloo_pool
-from tests.training.stand_in import TinyModel, global_rows, split
-from trellis_dist.parallel import env
+from tests.training.engine_cases import (
+    ADAM,
+    SGD,
+    STEPS,
+    Curve,
+    assemble,
+    assert_close,
+    build,
+    curve_case,
+    gradients_case,
+    load_case,
+    resume_case,
+    save,
+    skip_case,
+    state,
+    train,
+)
+from tests.training.stand_in import TinyModel
+from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
-from trellis_dist.training.engines.base import Engine
+from trellis_dist.training.engines.base import EngineOptions
 from trellis_dist.training.engines.factory import check_engine
 from trellis_dist.training.engines.local import LocalEngine
 
-CPU = torch.device("cpu")
-SGD = OptimizerConfig(kind="sgd", lr=0.2, clip_norm=0.0, weight_decay=0.0)
-ADAM = OptimizerConfig(kind="adamw", lr=0.02, clip_norm=0.3, weight_decay=0.1)
-STEPS = 10
-Curve = list[tuple[float, float]]
-
-
-def build(engine: str, optimizer: OptimizerConfig, *, seed: int = 0) -> Engine:
-    name, _, precision = engine.partition(" ")
-    bf16 = precision == "bf16"
-    if name == "local":
-        return LocalEngine(TinyModel(seed), optimizer=optimizer, device=CPU, bf16=bf16)
-    from trellis_dist.training.engines.deepspeed import DeepSpeedEngine
-
-    stage = int(name.removeprefix("zero"))
-    return DeepSpeedEngine(TinyModel(seed), optimizer=optimizer, device=CPU, zero_stage=stage, bf16=bf16)
-
-
-def train(
-    engine: Engine, steps: range, *, micro_batch: int, lr: float = 0.02, replica_mean: bool = False
-) -> Curve:
-    """Loss and gradient norm per step; ``replica_mean`` is the mistake the parity test must catch."""
-    rank, ranks = (env.rank(), env.world_size()) if not isinstance(engine, LocalEngine) else (0, 1)
-    curve = []
-    for step in steps:
-        tokens, labels = global_rows(step)
-        batches = split(tokens, labels, micro_batch=micro_batch, rank=rank, ranks=ranks)
-        valid = int((labels >= 0).sum())
-        if replica_mean:
-            valid = ranks * sum(batch.valid_tokens for batch in batches)
-        result = engine.train_step(batches, lr=lr, valid_tokens=valid)
-        assert result.applied
-        curve.append((result.loss, result.grad_norm))
-    return curve
-
-
-def weights(engine: Engine) -> dict[str, torch.Tensor]:
-    return {name: p.detach().clone() for name, p in engine.model.named_parameters()}
-
-
-def save(engine: Engine, root: Path, step: int) -> Path:
-    rank, ranks = (env.rank(), env.world_size()) if not isinstance(engine, LocalEngine) else (0, 1)
-    state = {"optimizer_steps": engine.optimizer_steps}
-    return save_checkpoint(
-        root,
-        step=step,
-        tensors=engine.logical_tensors(),
-        run_state=state,
-        rank=rank,
-        world_size=ranks,
-        agree=env.agree,
-    )
-
-
-# Cases that run on the ranks of the pool.
-
-
-def curve_case(
-    engine: str, optimizer: OptimizerConfig, micro_batch: int, lr: float, replica_mean: bool
-) -> Curve:
-    built = build(engine, optimizer)
-    return train(built, range(STEPS), micro_batch=micro_batch, lr=lr, replica_mean=replica_mean)
-
-
-def resume_case(engine: str, root: Path) -> bool:
-    """5 + 5 steps through a checkpoint equal 10, bit for bit; the checkpoint stays for the other engine."""
-    whole = build(engine, ADAM)
-    train(whole, range(5), micro_batch=1)
-    path = save(whole, root, 5)
-    expected = train(whole, range(5, STEPS), micro_batch=1)
-    resumed = build(engine, ADAM, seed=7)
-    resumed.load(CheckpointReader(path), optimizer_steps=5)
-    assert train(resumed, range(5, STEPS), micro_batch=1) == expected
-    before, after = weights(whole), weights(resumed)
-    return all(torch.equal(before[name], after[name]) for name in before)
-
-
-def load_case(engine: str, path: Path) -> Curve:
-    built = build(engine, ADAM, seed=7)
-    built.load(CheckpointReader(path), optimizer_steps=5)
-    return train(built, range(5, STEPS), micro_batch=1)
-
-
-def skip_case(engine: str, poison: float, where: str) -> tuple[bool, bool, bool]:
-    """A step with a non-finite loss or gradient on the last rank: skipped everywhere, the next one works."""
-    built = build(engine, ADAM)
-    train(built, range(2), micro_batch=1)
-    before = weights(built)
-    model = built.model
-    if env.rank() == env.world_size() - 1:
-        if where == "loss":
-            model.poison = poison
-        else:
-            handle = model.hidden.register_hook(lambda gradient: gradient * poison)
-    tokens, labels = global_rows(2)
-    batches = split(tokens, labels, micro_batch=1, rank=env.rank(), ranks=env.world_size())
-    result = built.train_step(batches, lr=0.02, valid_tokens=10)
-    unchanged = all(torch.equal(before[name], p) for name, p in weights(built).items())
-    model.poison = 0.0
-    if where != "loss" and env.rank() == env.world_size() - 1:
-        handle.remove()
-    healthy = build(engine, ADAM)
-    train(healthy, range(2), micro_batch=1)
-    same = train(built, range(3, 5), micro_batch=1) == train(healthy, range(3, 5), micro_batch=1)
-    return result.applied, unchanged, same
-
-
-def assert_close(actual: Curve, expected: Curve, *, loss: float = 1e-5, norm: float = 1e-4) -> None:
-    losses, norms = torch.tensor(actual).double().T, torch.tensor(expected).double().T
-    torch.testing.assert_close(losses[0], norms[0], rtol=loss, atol=0)
-    torch.testing.assert_close(losses[1], norms[1], rtol=norm, atol=0)
+ENGINES = ["local", "zero0", "zero1", "zero2", "zero3"]
 
 
 @pytest.fixture(scope="module")
@@ -141,18 +48,30 @@ def test_accumulation_does_not_change_the_step(single: Curve):
     assert_close(train(build("local", SGD), range(STEPS), micro_batch=1, lr=0.2), single)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("micro_batch", [1, 2])
 def test_two_replicas_match_one_process(engine: str, micro_batch: int, single: Curve):
-    for curve in gloo_pool(2).run(curve_case, engine, SGD, micro_batch, 0.2, False):
+    for curve in gloo_pool(2).run(curve_case, engine, SGD, micro_batch, 0.2):
         assert_close(curve, single)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_adam_and_clipping_match_one_process(engine: str):
     expected = train(build("local", ADAM), range(STEPS), micro_batch=2)
-    for curve in gloo_pool(2).run(curve_case, engine, ADAM, 2, 0.02, False):
+    for curve in gloo_pool(2).run(curve_case, engine, ADAM, 2, 0.02):
         assert_close(curve, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_the_inspector_sees_the_gradient_of_the_mean(engine: str):
+    """Two micro-batches on each of two ranks; the slices of all ranks make up one process's gradient."""
+    expected = assemble([gradients_case("local")])
+    found = assemble(gloo_pool(2).run(gradients_case, engine))
+    assert (
+        found.keys() == expected.keys() == {f"gradient/{name}" for name, _ in TinyModel().named_parameters()}
+    )
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -160,11 +79,12 @@ def test_adam_and_clipping_match_one_process(engine: str):
 def test_bf16_replicas_match_one_process(optimizer: OptimizerConfig, lr: float, micro_batch: int):
     """The default on GPUs. Both round a micro-batch's gradient to bf16, ZeRO also what it reduces."""
     expected = train(build("local bf16", optimizer), range(STEPS), micro_batch=micro_batch, lr=lr)
-    for curve in gloo_pool(2).run(curve_case, "zero1 bf16", optimizer, micro_batch, lr, False):
-        assert_close(curve, expected, loss=2**-9, norm=2**-8)
+    for engine in ("local bf16", "zero1 bf16", "zero2 bf16", "zero3 bf16"):
+        for curve in gloo_pool(2).run(curve_case, engine, optimizer, micro_batch, lr):
+            assert_close(curve, expected, loss=2**-9, norm=2**-8)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1", "zero1 bf16"])
+@pytest.mark.parametrize("engine", [*ENGINES, "zero1 bf16"])
 def test_a_mean_per_replica_fails_the_parity_check(engine: str, single: Curve):
     curve = gloo_pool(2).run(curve_case, engine, SGD, 1, 0.2, True)[0]
     with pytest.raises(AssertionError):
@@ -175,15 +95,15 @@ def test_a_local_run_resumes_bit_for_bit(tmp_path: Path):
     assert resume_case("local", tmp_path)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
-def test_deepspeed_resumes_bit_for_bit_and_opens_in_the_local_engine(engine: str, tmp_path: Path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_replicas_resume_bit_for_bit_and_opens_in_the_local_engine(engine: str, tmp_path: Path):
     assert gloo_pool(2).run(resume_case, engine, tmp_path) == [True, True]
     expected = train(build("local", ADAM), range(STEPS), micro_batch=1)[5:]
     assert_close(load_case("local", tmp_path / "step-00000005"), expected)
 
 
-@pytest.mark.parametrize("engine", ["zero0", "zero1"])
-def test_a_local_checkpoint_opens_in_deepspeed(engine: str, tmp_path: Path):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_checkpoint_of_one_process_opens_on_replicas(engine: str, tmp_path: Path):
     local = build("local", ADAM)
     train(local, range(5), micro_batch=1)
     path = save(local, tmp_path, 5)
@@ -195,8 +115,8 @@ def test_a_local_checkpoint_opens_in_deepspeed(engine: str, tmp_path: Path):
 @pytest.mark.parametrize("poison, where", [(float("inf"), "loss"), (float("nan"), "gradient")])
 def test_a_non_finite_step_is_skipped_on_every_rank(poison: float, where: str):
     assert skip_case("local", poison, where) == (False, True, True)
-    for engine in ("zero0", "zero1", "zero1 bf16"):
-        assert gloo_pool(2).run(skip_case, engine, poison, where) == [(False, True, True)] * 2
+    for engine in (*ENGINES, "local bf16", "zero1 bf16", "zero2 bf16", "zero3 bf16"):
+        assert gloo_pool(2).run(skip_case, engine, poison, where) == [(False, True, True)] * 2, engine
 
 
 def test_bf16_without_masters_is_refused_before_anything_starts():
@@ -211,34 +131,34 @@ def test_bf16_without_masters_is_refused_before_anything_starts():
 def test_bf16_replicas_resume_bit_for_bit_and_open_in_the_local_engine(tmp_path: Path):
     assert gloo_pool(2).run(resume_case, "zero1 bf16", tmp_path) == [True, True]
     reader = CheckpointReader(tmp_path / "step-00000005")
-    assert reader.shape("master/hidden") == (64,)
+    assert reader.shape("master/hidden") == reader.shape("optimizer/exp_avg/hidden") == (8, 8)
     expected = train(build("local bf16", ADAM), range(STEPS), micro_batch=1)[5:]
     assert_close(load_case("local bf16", tmp_path / "step-00000005"), expected, loss=2**-9, norm=2**-8)
 
 
 def test_bf16_keeps_fp32_masters_and_gradients():
-    engine = LocalEngine(TinyModel(), optimizer=ADAM, device=CPU, bf16=True)
+    engine = build("local bf16", ADAM)
     curve = train(engine, range(STEPS), micro_batch=1)
     expected = train(build("local", ADAM), range(STEPS), micro_batch=1)
     torch.testing.assert_close(torch.tensor(curve), torch.tensor(expected), rtol=0.03, atol=0.03)
     parts = {part.name: part.local for part in engine.logical_tensors()}
     assert parts["model/hidden"].dtype == torch.bfloat16
     assert parts["master/hidden"].dtype == torch.float32
-    assert torch.equal(parts["model/hidden"], parts["master/hidden"].view(8, 8).bfloat16())
+    assert torch.equal(parts["model/hidden"], parts["master/hidden"].bfloat16())
 
 
 def test_a_bf16_checkpoint_resumes_exactly_and_opens_in_fp32(tmp_path: Path):
-    engine = LocalEngine(TinyModel(), optimizer=ADAM, device=CPU, bf16=True)
+    engine = build("local bf16", ADAM)
     train(engine, range(5), micro_batch=1)
     path = save(engine, tmp_path, 5)
     masters = {part.name: part.local.clone() for part in engine.logical_tensors()}
     expected = train(engine, range(5, STEPS), micro_batch=1)
-    resumed = LocalEngine(TinyModel(7), optimizer=ADAM, device=CPU, bf16=True)
+    resumed = build("local bf16", ADAM, seed=7)
     resumed.load(CheckpointReader(path), optimizer_steps=5)
     assert train(resumed, range(5, STEPS), micro_batch=1) == expected
     full = build("local", ADAM, seed=7)
     full.load(CheckpointReader(path), optimizer_steps=5)
-    assert torch.equal(weights(full)["hidden"].view(-1), masters["master/hidden"])
+    assert torch.equal(state(full)["hidden"], masters["master/hidden"])
 
 
 def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path):
@@ -250,7 +170,7 @@ def test_a_checkpoint_of_another_model_or_optimizer_is_refused(tmp_path: Path):
     other = TinyModel()
     other.hidden = torch.nn.Parameter(torch.zeros(8, 9))
     with pytest.raises(ValueError, match=r"hidden has shape \(8, 8\), the model's has \(8, 9\)"):
-        LocalEngine(other, optimizer=SGD, device=CPU).load(reader, optimizer_steps=1)
+        LocalEngine(other, EngineOptions(optimizer=SGD, mesh=Mesh())).load(reader, optimizer_steps=1)
 
 
 def test_decay_applies_to_matrices_only():

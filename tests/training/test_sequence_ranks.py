@@ -13,9 +13,9 @@ from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.training.collectives import sum_scalars
 from trellis_dist.training.config import OptimizerConfig
+from trellis_dist.training.engines.base import EngineOptions
 from trellis_dist.training.engines.local import LocalEngine
 
-CPU = torch.device("cpu")
 ROWS, ROW, VOCAB = 4, 32, 19
 MODEL = ModelConfig(
     vocab_size=VOCAB,
@@ -45,7 +45,7 @@ def curve(mesh: Mesh, optimizer: OptimizerConfig) -> list[tuple[float, float]]:
     torch.manual_seed(0)
     model = build_language_model(MODEL, seed=1)
     segments = apply_parallelism(model, mesh)
-    engine = LocalEngine(model, optimizer=optimizer, device=CPU, mesh=mesh, segments=segments)
+    engine = LocalEngine(model, EngineOptions(optimizer=optimizer, mesh=mesh, segments=segments))
     results = []
     for step in range(6):
         micro = batches(step)

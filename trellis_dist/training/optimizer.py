@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from trellis_dist.models.init import Constant
 from trellis_dist.training.config import OptimizerConfig
 
-__all__ = ["build_optimizer", "parameter_groups", "set_learning_rate", "set_step_count"]
+__all__ = ["build_optimizer", "keep_tags", "parameter_groups", "set_learning_rate", "set_step_count"]
+
+
+def keep_tags(new: nn.Parameter, old: nn.Parameter) -> nn.Parameter:
+    """Declare about ``new``, which stands for ``old`` (as its master or shard), the same; returns it."""
+    new.__dict__.update({key: value for key, value in vars(old).items() if key not in vars(new)})
+    return new
 
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
@@ -45,16 +51,15 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def set_step_count(optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """Give every parameter's state zero moments and ``steps`` applied updates (what bias correction reads).
+def set_step_count(optimizer: torch.optim.Optimizer, parameters: Sequence[Tensor], steps: int) -> None:
+    """Give the state of all ``parameters`` zero moments and ``steps`` applied updates (for bias correction).
 
     Creates AdamW's lazily made state, so that moments can be copied in before the first step.
     """
     if not isinstance(optimizer, torch.optim.AdamW) or steps == 0:
         return
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            state["step"] = torch.tensor(float(steps), dtype=torch.float32)
-            state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        state["step"] = torch.tensor(float(steps), dtype=torch.float32)
+        state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
+        state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.training.config import OptimizerConfig
 
 if TYPE_CHECKING:
     from checkpoints.logical import LogicalTensor
@@ -16,7 +19,32 @@ if TYPE_CHECKING:
     from data_pipeline.loader import Batch
     from trellis_dist.parallel.segments import Segments
 
-__all__ = ["Engine", "LossModule", "StepResult"]
+__all__ = ["Engine", "EngineOptions", "Inspector", "LossModule", "StepResult"]
+
+Inspector = Callable[[list["LogicalTensor"]], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """What every engine is built from, beside the model.
+
+    Attributes:
+        optimizer: the recipe's section.
+        mesh: this rank's place; the model has been split over its tp and sp by ``apply_parallelism``.
+        segments: what ``apply_parallelism`` returned; needed with sp > 1.
+        bf16: bf16 weights and compute, with fp32 master weights.
+        z_loss: weight of the mean squared log-partition.
+        offload: optimizer state and master weights in host memory, updated there.
+        forwards_first: micro-batches whose forward passes run before their backward passes.
+    """
+
+    optimizer: OptimizerConfig
+    mesh: Mesh
+    segments: Segments | None = None
+    bf16: bool = False
+    z_loss: float = 0.0
+    offload: bool = False
+    forwards_first: int = 1
 
 
 @dataclass(frozen=True)
@@ -42,13 +70,21 @@ class StepResult:
 class Engine(Protocol):
     """A model, its optimizer and the collectives between their ranks.
 
-    The contract (docs: parallelism, "gradient contract"): the local loss is the token *sum* times dp / N with
-    N = ``valid_tokens`` of the whole global batch, so however the batch is split over micro-batches, replicas
-    and sequence segments, the gradient is that of the mean over all its valid tokens.
+    The contract (docs: parallelism, "gradient contract"): the local loss is the token *sum* over
+    N = ``valid_tokens`` of the whole global batch (times dp where a library averages over dp), so however the
+    batch is split over micro-batches, replicas, sequence segments and tensor shards, the gradient is that of
+    the mean over all its valid tokens.
+
+    Attributes:
+        model: the module that trains; its parameters may be replaced by the engine's.
+        optimizer_steps: updates applied, those of earlier starts included.
+        inspector: when set, called once per step with this rank's slices "gradient/<parameter>": reduced over
+            all ranks, not clipped yet, of the mean over the tokens. For tests and debugging.
     """
 
     model: nn.Module
     optimizer_steps: int
+    inspector: Inspector | None
 
     def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
         """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""
@@ -57,46 +93,37 @@ class Engine(Protocol):
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (nats summed over this rank's tokens, valid tokens of its whole rows), without gradients.
 
-        Summed over all ranks the first is the total; the second counts each row once per sequence rank.
+        Over the ranks of one tensor shard the first sums to the total; the second counts each row once per
+        sequence rank. Where weights are divided over dp, all ranks must bring equally many batches.
         """
         ...
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
-        """Yield what this rank writes to a checkpoint: weights, and flat masters and moments it owns."""
+        """Yield what this rank writes to a checkpoint: the slices of weights, masters and moments it owns."""
         ...
 
     def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
-        """Restore weights, masters and moments that any engine wrote; ``ValueError`` when one is missing."""
+        """Restore weights, masters and moments that any engine wrote on any mesh.
+
+        Raises ``ValueError`` when one is missing or has another shape.
+        """
         ...
 
 
 class LossModule(nn.Module):
-    """The forward pass as one call, because wrappers such as DeepSpeed hook ``forward`` and nothing else."""
+    """The forward pass as one call, because wrappers hook ``forward`` and nothing else."""
 
-    def __init__(self, model: Any, *, z_loss: float, segments: Segments | None) -> None:
+    def __init__(self, model: Any, *, segments: Segments | None) -> None:
         """Hold ``model``; ``segments`` cuts each batch when the sequence is split over ranks."""
         super().__init__()
         self.model: Any = model
-        self._z_loss = z_loss
         self._segments = segments
 
-    def forward(self, batch: Batch, device: torch.device) -> Tensor:
+    def forward(self, batch: Batch, device: torch.device, z_loss: float) -> Tensor:
         """Return the sum of the token losses of this rank's part of ``batch`` (fp32 scalar)."""
-        return self._loss(batch, device, self._z_loss)
-
-    def _loss(self, batch: Batch, device: torch.device, z_loss: float) -> Tensor:
         parts = (batch.tokens, batch.labels, batch.cu_seqlens)
         # Right before the forward pass: the split layers ask about the batch that was cut last.
         cut = parts if self._segments is None else self._segments.cut(*parts)
         tokens, labels, cu_seqlens = (x if x is None else x.to(device, non_blocking=True) for x in cut)
         loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss)
         return loss
-
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch], device: torch.device) -> tuple[float, int]:
-        """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""
-        total, tokens = torch.zeros((), dtype=torch.float64, device=device), 0
-        for batch in batches:
-            total += self._loss(batch, device, 0.0).double()
-            tokens += batch.valid_tokens
-        return float(total), tokens

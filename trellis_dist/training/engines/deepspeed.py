@@ -1,4 +1,4 @@
-"""Data-parallel training through DeepSpeed: ZeRO stage 0 (replicated state) and 1 (partitioned state)."""
+"""Training through DeepSpeed: ZeRO stage 0 (replicated state) to 3 (state, gradients and weights divided)."""
 
 from __future__ import annotations
 
@@ -13,172 +13,179 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from trellis_dist.training import collectives
-from trellis_dist.training.config import OptimizerConfig
-from trellis_dist.training.engines.base import LossModule, StepResult
-from trellis_dist.training.engines.fragments import (
-    Fragment,
-    fragment_tensors,
-    load_moments,
-    load_weights,
-    weight_tensors,
-    whole_fragments,
-)
+from trellis_dist.training.engines.base import EngineOptions, StepResult
+from trellis_dist.training.engines.common import CommonEngine
+from trellis_dist.training.engines.fragments import Fragment, whole_fragments
 from trellis_dist.training.engines.gradients import clip_gradients, complete_gradients
-from trellis_dist.training.optimizer import (
-    build_optimizer,
-    parameter_groups,
-    set_learning_rate,
-    set_step_count,
+from trellis_dist.training.engines.hooks import GradientOrder, TensorSums
+from trellis_dist.training.engines.mpu import ModelParallelUnit
+from trellis_dist.training.engines.zero_state import (
+    flat_state,
+    poison_gradients,
+    refresh_gathered,
+    zero_fragments,
 )
+from trellis_dist.training.optimizer import build_optimizer, parameter_groups, set_learning_rate
 
 if TYPE_CHECKING:
-    from checkpoints.logical import LogicalTensor
-    from checkpoints.state import CheckpointReader
     from data_pipeline.loader import Batch
 
 __all__ = ["DeepSpeedEngine"]
 
+# Parameters of fewer elements stay whole on every rank at stage 3 (DeepSpeed's default).
+_PERSISTENT_ELEMENTS = 100_000
 
-class DeepSpeedEngine:
-    """DeepSpeed over the default process group.
 
-    DeepSpeed averages gradients over dp, so the local loss is multiplied by dp; it would also divide by the
-    accumulation count, which ``scale_wrt_gas=False`` switches off. Learning rate and clipping of stage 0 are
-    ours; stage 1 clips inside ZeRO, where the partitions are.
+class DeepSpeedEngine(CommonEngine):
+    """ZeRO over dp x sp.
+
+    DeepSpeed averages gradients over dp and sums them over its sequence-parallel group (our sp), so the local
+    loss is multiplied by dp; it would also divide by the accumulation count, which ``scale_wrt_gas=False``
+    switches off. Learning rate and clipping of stage 0 are ours; the others clip inside ZeRO, where the
+    partitions are.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: OptimizerConfig,
-        device: torch.device,
-        zero_stage: int,
-        bf16: bool = False,
-        z_loss: float = 0.0,
-    ) -> None:
+    def __init__(self, model: nn.Module, options: EngineOptions, *, zero_stage: int) -> None:
         """Wrap ``model`` as ``check_engine`` allows."""
-        assert not bf16 or zero_stage == 1, "stage 0 keeps no fp32 masters of bf16 weights"
-        self.model = model.to(device)
-        self.optimizer_steps = 0
-        self._device, self._stage, self._bf16 = device, zero_stage, bf16
-        self._clip_norm = optimizer.clip_norm
-        self._named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        initial = {name: p.detach().float().clone() for name, p in self._named} if bf16 else {}
-        self._base = build_optimizer(parameter_groups(self._named, optimizer.weight_decay), optimizer)
-        config = _deepspeed_config(stage=zero_stage, bf16=bf16, clip_norm=optimizer.clip_norm)
-        self._loss = LossModule(self.model, z_loss=z_loss, segments=None)
-        self._engine = _initialize(self._loss, self._base, config)
+        assert not options.bf16 or zero_stage > 0, "stage 0 keeps no fp32 masters of bf16 weights"
+        super().__init__(model, options)
+        self._stage = zero_stage
+        self._whole_weights = zero_stage < 3
+        initial = {h.name: h.parameter.detach().float().clone() for h in self._held} if options.bf16 else {}
+        named = [(item.name, item.parameter) for item in self._held]
+        self._base = build_optimizer(
+            parameter_groups(named, options.optimizer.weight_decay), options.optimizer
+        )
+        self._engine = _initialize(self._loss, self._base, options, zero_stage)
+        self._module = self._engine
+        if zero_stage == 3:
+            self._register_direct_parameters()
+        self._tensor_sums = TensorSums(self._held, self._mesh)
+        self._order: GradientOrder | None = None
+        self._first_step, self._micro_batches = True, 0
         self._keep_initial_digits(initial)
+
+    def _register_direct_parameters(self) -> None:
+        """Have ZeRO 3 gather what ``loss_sum`` uses of the model itself, whose own hooks it goes around."""
+        from deepspeed.runtime.zero import register_external_parameter
+
+        for parameter in self.model.parameters(recurse=False):
+            register_external_parameter(self._loss, parameter)
 
     @torch.no_grad()
     def _keep_initial_digits(self, initial: dict[str, Tensor]) -> None:
         """Put the fp32 initial weights into the masters, which DeepSpeed fills from the bf16 copies."""
-        for fragment in self._fragments() if initial else ():
-            end = fragment.start + fragment.master.numel()
-            fragment.master.copy_(initial[fragment.name].view(-1)[fragment.start : end])
+        for part in self._fragments() if initial else ():
+            part.master.copy_(initial[part.held.name].view(-1)[part.start : part.stop])
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
-        """Accumulate over ``batches`` and apply one update; a non-finite loss or gradient is skipped."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        scale = dist.get_world_size() / valid_tokens
-        for index, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
-            loss = self._engine(batch, self._device)
-            self._engine.backward(loss * scale, scale_wrt_gas=False)
-            total += loss.detach()
-        mean = collectives.sum_scalars([float(total)])[0] / valid_tokens
+    def _averaged_over(self) -> int:
+        return self._mesh.dp
+
+    def _begin(self, micro_batches: int) -> None:
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._micro_batches = micro_batches
+        if self._first_step and self._stage >= 2:
+            self._order = GradientOrder(self._held, self._mesh)
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(last)
+        if self._stage > 0:
+            # A forward pass tells ZeRO that the backward pass before it is over; where several forward passes
+            # came first that was too early, and stage 3 would overwrite the gradient it should add to.
+            self._engine.optimizer.clear_backward_seen_flag()
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    def _reduce(self) -> None:
+        if self._first_step:
+            self._tensor_sums.check(self._micro_batches)
+            if self._order is not None:
+                self._order.check()
+            self._first_step = False
+        if self._stage == 0:
+            complete_gradients(item.parameter for item in self._held)
+
+    def _update(self, loss: float, lr: float) -> StepResult:
         set_learning_rate(self._base, lr)
-        result = self._step_replicated(mean) if self._stage == 0 else self._step_partitioned(mean)
-        self.optimizer_steps += result.applied
-        return result
+        return self._update_replicated(loss) if self._stage == 0 else self._update_partitioned(loss)
 
-    def _step_replicated(self, loss: float) -> StepResult:
-        """Stage 0: gradients are whole and averaged on every rank, the optimizer is plain torch."""
-        gradients = complete_gradients([p for _, p in self._named])
-        result = StepResult.judge(loss=loss, grad_norm=clip_gradients(gradients, self._clip_norm))
+    def _update_replicated(self, loss: float) -> StepResult:
+        """Stage 0: gradients are whole on every rank, the optimizer is plain torch."""
+        gradients = [(h.parameter, h.parameter.grad) for h in self._held if h.parameter.grad is not None]
+        norm = clip_gradients(gradients, clip_norm=self._options.optimizer.clip_norm, mesh=self._mesh)
+        result = StepResult.judge(loss=loss, grad_norm=norm)
         if result.applied:
             self._engine.step()
         else:
             self._engine.zero_grad()
         return result
 
-    def _step_partitioned(self, loss: float) -> StepResult:
-        """Stage 1: ZeRO measures the norm and skips a non-finite gradient, on all ranks together."""
+    def _update_partitioned(self, loss: float) -> StepResult:
+        """Stages 1 to 3: ZeRO measures the norm and skips a non-finite gradient, on all ranks together."""
         if not StepResult.judge(loss=loss, grad_norm=0.0).applied:
-            self._poison_gradients()
+            poison_gradients(self._engine.optimizer, self._fragments(gradients=True))
         self._engine.step()
         return StepResult.judge(loss=loss, grad_norm=float(self._engine.get_global_grad_norm()))
 
-    def _poison_gradients(self) -> None:
-        """Make ZeRO skip an update whose loss is not finite though its gradient is (an infinite logit)."""
-        optimizer = self._engine.optimizer
-        if self._bf16:
-            optimizer.fp32_groups_gradients_flat[0].fill_(float("nan"))
-            return
-        for gradients in optimizer.averaged_gradients.values():
-            for gradient in gradients or ():
-                gradient.fill_(float("nan"))
-
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Return (nats, valid tokens) of this rank's batches, without gradients."""
-        return self._loss.evaluate(batches, self._device)
+        """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""
+        self._engine.eval()
+        try:
+            return super().evaluate(batches)
+        finally:
+            self._engine.train()
 
-    def _fragments(self) -> Iterator[Fragment]:
-        """Yield the optimizer state this rank holds: everything at stage 0, its partition at stage 1."""
+    def _fragments(self, *, gradients: bool = False) -> Iterator[Fragment]:
+        if self._stage > 0:
+            return zero_fragments(self._engine.optimizer, self._base, self._held, gradients=gradients)
+        parameters = {item.name: item.parameter for item in self._held}
+        whole = {name: p.grad for name, p in parameters.items() if p.grad is not None}
+        return whole_fragments(self._held, parameters, self._base, whole if gradients else None)
+
+    def _optimized(self) -> tuple[torch.optim.Optimizer, Sequence[Tensor]]:
         if self._stage == 0:
-            yield from whole_fragments(self._named, dict(self._named), self._base)
-            return
-        for name, parameter in self._named:
-            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
-            if mapping is not None:
-                start = mapping.lp_fragment_address.start
-                yield Fragment(name, parameter.numel(), start, mapping.hp_fragment, self._moments(mapping))
+            return self._base, [item.parameter for item in self._held]
+        return self._base, flat_state(self._engine.optimizer, self._base)
 
-    def _moments(self, mapping: Any) -> dict[str, Tensor]:
-        """Views of one fragment's moments in the flat partition's state.
+    def _writes_fragments(self) -> bool:
+        return self._stage > 0 or super()._writes_fragments()
 
-        Not ``mapping.optim_fragment``: DeepSpeed 0.19 links it after the first parameter group's first step,
-        when later groups have no state yet, and never again.
-        """
-        (flat,) = self._base.param_groups[mapping.param_group_index]["params"]
-        state, address = self._base.state.get(flat, {}), mapping.hp_fragment_address
-        held = (key for key in ("exp_avg", "exp_avg_sq") if key in state)
-        return {key: state[key].narrow(0, address.start, address.numel) for key in held}
-
-    def logical_tensors(self) -> Iterator[LogicalTensor]:
-        """Yield the weights (rank 0) and the optimizer state this rank owns."""
-        first = dist.get_rank() == 0
-        if first:
-            yield from weight_tensors(self._named)
-        if first or self._stage > 0:
-            yield from fragment_tensors(self._fragments(), masters=self._bf16)
-
-    def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
-        """Restore the state any engine saved; each rank reads the moments of its own partition."""
-        load_weights(reader, self._named, self._fragments())
-        set_step_count(self._base, optimizer_steps)
-        load_moments(reader, self._fragments())
-        self.optimizer_steps = optimizer_steps
+    def _loaded(self) -> None:
+        if self._stage == 3:
+            refresh_gathered(self._engine.optimizer)
 
 
-def _deepspeed_config(*, stage: int, bf16: bool, clip_norm: float) -> dict[str, Any]:
+def _deepspeed_config(options: EngineOptions, stage: int) -> dict[str, Any]:
     """Return DeepSpeed's settings. Batch sizes are formal: the boundary is set by hand at each backward."""
+    zero: dict[str, Any] = {
+        "stage": stage,
+        # Stage 1 reduces at the accumulation boundary only; overlapped reduction would tie sequence ranks
+        # together.
+        "overlap_comm": False,
+        "contiguous_gradients": stage == 3,
+        "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
+        # Its path over dp x sp divides by both (parallelism.md): stage 3 averages rightly without it.
+        "reduce_scatter": options.mesh.sp == 1,
+    }
+    if options.offload:
+        pinned = options.mesh.device.type == "cuda"
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": pinned}
     return {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "steps_per_print": 2**31 - 1,
-        "gradient_clipping": clip_norm if stage > 0 else 0.0,
+        "gradient_clipping": options.optimizer.clip_norm if stage > 0 else 0.0,
         "zero_allow_untested_optimizer": True,
-        "bf16": {"enabled": bf16},
+        # DeepSpeed's own CPU Adam is compiled on the machine; torch's needs nothing.
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": options.bf16, "check_grad_overflow": True},
         "data_types": {"grad_accum_dtype": "fp32"},
-        # Reduction at the accumulation boundary only; overlapped reduction would tie sequence ranks together.
-        "zero_optimization": {"stage": stage, "overlap_comm": False, "contiguous_gradients": False},
+        "zero_optimization": zero,
     }
 
 
-def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+def _initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, options: EngineOptions, stage: int
+) -> Any:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed
@@ -199,6 +206,10 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     # inside one of initialize's imports, Python 3.11's import lock raises KeyError (python/cpython#106176).
     gc.collect()
     engine, *_ = deepspeed.initialize(
-        model=module, optimizer=optimizer, config=config, dist_init_required=False
+        model=module,
+        optimizer=optimizer,
+        config=_deepspeed_config(options, stage),
+        mpu=ModelParallelUnit(options.mesh, shard_over_replicas=stage == 3),
+        dist_init_required=False,
     )
     return engine

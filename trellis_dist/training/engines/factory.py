@@ -7,30 +7,27 @@ from torch import nn
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
-from trellis_dist.training.engines.base import Engine
+from trellis_dist.training.engines.base import Engine, EngineOptions
 
 __all__ = ["build_engine", "check_engine", "uses_bf16"]
 
 
-def check_engine(training: TrainingConfig, *, dp: int, sp: int) -> None:
+def check_engine(training: TrainingConfig, *, dp: int, sp: int, tp: int = 1) -> None:
     """Refuse an engine that cannot run a mesh, before anything is started. Raises ``ValueError``.
 
     The same on every machine: bf16 at ZeRO 0 is refused on a CPU too, where bf16 would run as fp32.
     """
-    if training.engine == "local" and dp > 1:
-        raise ValueError(
-            f'training.engine = "local" trains one replica, but mesh.dp = {dp}: use engine = "deepspeed", or '
-            "start fewer ranks"
-        )
-    if training.engine == "deepspeed" and sp > 1:
-        raise ValueError(
-            f'training.engine = "deepspeed" with mesh.sp = {sp}: no parity test covers ZeRO over sequence '
-            'segments yet: use engine = "local" (mesh.dp = 1), or mesh.sp = 1'
-        )
-    if training.engine == "deepspeed" and training.precision == "bf16" and training.zero_stage == 0:
+    if training.engine != "deepspeed" or training.zero_stage > 0:
+        return
+    if training.precision == "bf16":
         raise ValueError(
             'training.zero_stage = 0 with training.precision = "bf16" would train without fp32 master '
             'weights: use training.zero_stage = 1, or training.precision = "fp32"'
+        )
+    if training.offload_optimizer:
+        raise ValueError(
+            "training.zero_stage = 0 with training.offload_optimizer = true: DeepSpeed offloads what ZeRO "
+            "divides: use training.zero_stage = 1, 2 or 3"
         )
 
 
@@ -46,27 +43,24 @@ def build_engine(
 
     Raises ``ValueError`` as ``check_engine`` does.
     """
-    check_engine(training, dp=mesh.dp, sp=mesh.sp)
-    bf16 = uses_bf16(training, mesh)
+    check_engine(training, dp=mesh.dp, sp=mesh.sp, tp=mesh.tp)
+    options = EngineOptions(
+        optimizer=optimizer,
+        mesh=mesh,
+        segments=segments,
+        bf16=uses_bf16(training, mesh),
+        z_loss=training.z_loss,
+        offload=training.offload_optimizer,
+        forwards_first=training.forwards_first,
+    )
     if training.engine == "local":
         from trellis_dist.training.engines.local import LocalEngine
 
-        return LocalEngine(
-            model,
-            optimizer=optimizer,
-            device=mesh.device,
-            bf16=bf16,
-            z_loss=training.z_loss,
-            mesh=mesh,
-            segments=segments,
-        )
+        return LocalEngine(model, options)
+    if training.engine == "fsdp2":
+        from trellis_dist.training.engines.fsdp2 import Fsdp2Engine
+
+        return Fsdp2Engine(model, options)
     from trellis_dist.training.engines.deepspeed import DeepSpeedEngine
 
-    return DeepSpeedEngine(
-        model,
-        optimizer=optimizer,
-        device=mesh.device,
-        zero_stage=training.zero_stage,
-        bf16=bf16,
-        z_loss=training.z_loss,
-    )
+    return DeepSpeedEngine(model, options, zero_stage=training.zero_stage)

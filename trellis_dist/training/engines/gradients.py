@@ -1,11 +1,15 @@
-"""Whole gradients on one rank: completed, measured, clipped."""
+"""Gradients that one rank holds as whole tensors or shards: completed, measured, clipped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+
+from trellis_dist.parallel.gradients import gradient_norm
+from trellis_dist.parallel.mesh import Mesh
 
 __all__ = ["clip_gradients", "complete_gradients"]
 
@@ -20,13 +24,19 @@ def complete_gradients(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
     return gradients
 
 
-def clip_gradients(gradients: Sequence[Tensor], clip_norm: float) -> float:
-    """Scale ``gradients`` in place to a global L2 norm of at most ``clip_norm`` (0: never).
+def clip_gradients(
+    gradients: Sequence[tuple[Tensor, Tensor]],
+    *,
+    clip_norm: float,
+    mesh: Mesh,
+    shards: dist.ProcessGroup | None = None,
+) -> float:
+    """Scale gradients of (parameter, gradient) pairs in place to a global L2 norm of ``clip_norm`` or less.
 
-    Returns the norm before clipping; a non-finite norm leaves the decision to skip to the caller.
+    Returns the norm before clipping, the same on every rank (``shards`` as in ``gradient_norm``). With
+    ``clip_norm`` = 0 nothing is scaled, and a non-finite norm leaves the decision to skip to the caller.
     """
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if clip_norm > 0:
-        scale = torch.clamp(clip_norm / (norm + 1e-6), max=1.0)
-        torch._foreach_mul_(list(gradients), scale)
-    return float(norm)
+    norm = gradient_norm(gradients, mesh, shards=shards)
+    if clip_norm > 0 and clip_norm < norm + 1e-6:
+        torch._foreach_mul_([gradient for _, gradient in gradients], clip_norm / (norm + 1e-6))
+    return norm

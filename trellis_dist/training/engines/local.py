@@ -1,133 +1,106 @@
-"""Training in plain torch on one device; needs neither DeepSpeed nor a process group."""
+"""Training in plain torch: whole weights and optimizer state on every rank of a tensor shard."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from trellis_dist.parallel.gradients import sum_sequence_gradients
-from trellis_dist.parallel.mesh import Mesh
-from trellis_dist.training import collectives
-from trellis_dist.training.config import OptimizerConfig
-from trellis_dist.training.engines.base import LossModule, StepResult
-from trellis_dist.training.engines.fragments import (
-    fragment_tensors,
-    load_moments,
-    load_weights,
-    weight_tensors,
-    whole_fragments,
-)
-from trellis_dist.training.engines.gradients import clip_gradients, complete_gradients
-from trellis_dist.training.optimizer import (
-    build_optimizer,
-    parameter_groups,
-    set_learning_rate,
-    set_step_count,
-)
-
-if TYPE_CHECKING:
-    from checkpoints.logical import LogicalTensor
-    from checkpoints.state import CheckpointReader
-    from data_pipeline.loader import Batch
-    from trellis_dist.parallel.segments import Segments
+from trellis_dist.parallel.gradients import sum_replica_gradients, sum_tensor_gradients
+from trellis_dist.training.engines.base import EngineOptions, StepResult
+from trellis_dist.training.engines.common import CommonEngine
+from trellis_dist.training.engines.fragments import Fragment, whole_fragments
+from trellis_dist.training.engines.gradients import clip_gradients
+from trellis_dist.training.optimizer import build_optimizer, keep_tags, parameter_groups, set_learning_rate
 
 __all__ = ["LocalEngine"]
 
 
-class LocalEngine:
-    """Whole weights and optimizer state on one device; sequence ranks sum their gradients once per step.
+class LocalEngine(CommonEngine):
+    """Sums its gradients over dp x sp once per step; needs neither DeepSpeed nor, alone, a process group.
 
-    In bf16 the module's parameters are bf16 copies of fp32 masters; gradients are accumulated in fp32.
+    In bf16 the module's parameters are bf16 copies of fp32 masters, and gradients are accumulated in fp32.
+    With offload the masters are in host memory: gradients go there when they are reduced and clipped, updated
+    weights come back. (On a CPU the masters are separate too, so that it is the same path.)
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        *,
-        optimizer: OptimizerConfig,
-        device: torch.device,
-        bf16: bool = False,
-        z_loss: float = 0.0,
-        mesh: Mesh | None = None,
-        segments: Segments | None = None,
-    ) -> None:
-        """Wrap ``model``, on one rank or (with ``segments`` from apply_parallelism) on sequence ranks."""
-        self.model = model.to(device)
-        self.optimizer_steps = 0
-        self._device = device
-        self._bf16 = bf16
-        self._clip_norm = optimizer.clip_norm
-        self._mesh = mesh or Mesh(device=device)
-        self._named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+    def __init__(self, model: nn.Module, options: EngineOptions) -> None:
+        """Wrap ``model``, on one rank or on the ranks of ``options.mesh``."""
+        super().__init__(model, options)
         self._masters = self._make_masters()
-        self._loss = LossModule(self.model, z_loss=z_loss, segments=segments)
-        groups = parameter_groups(self._masters.items(), optimizer.weight_decay)
-        self._optimizer = build_optimizer(groups, optimizer)
+        # This step's gradients, on the device; in bf16 hooks add to them, in fp32 they are the parameters'.
+        self._sums: dict[str, Tensor] = {}
+        groups = parameter_groups(self._masters.items(), options.optimizer.weight_decay)
+        self._optimizer = build_optimizer(groups, options.optimizer)
 
     def _make_masters(self) -> dict[str, nn.Parameter]:
-        """Return what the optimizer updates: the parameters themselves, or fp32 masters of bf16 ones."""
-        if not self._bf16:
-            return dict(self._named)
-        masters = {name: nn.Parameter(p.detach().float().clone()) for name, p in self._named}
-        self.model.to(torch.bfloat16)
-        for name, parameter in self._named:
-            parameter.register_post_accumulate_grad_hook(_accumulate_into(masters[name]))
+        """Return what the optimizer updates: the parameters themselves, or fp32 masters of them."""
+        if not (self._options.bf16 or self._options.offload):
+            return {item.name: item.parameter for item in self._held}
+        where = torch.device("cpu") if self._options.offload else self._mesh.device
+        masters = {}
+        for item in self._held:
+            data = item.parameter.detach().to(device=where, dtype=torch.float32, copy=True)
+            masters[item.name] = keep_tags(nn.Parameter(data), item.parameter)
+        if self._options.bf16:
+            self.model.to(torch.bfloat16)
+            for item in self._held:
+                item.parameter.register_post_accumulate_grad_hook(self._accumulate_into(item.name))
         return masters
 
-    def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
-        """Accumulate over ``batches`` and apply one update; a non-finite loss or gradient is skipped."""
-        total = torch.zeros((), dtype=torch.float64, device=self._device)
-        for batch in batches:
-            loss = self._loss(batch, self._device)
-            (loss / valid_tokens).backward()
-            total += loss.detach()
-        gradients = complete_gradients(self._masters.values())
-        sum_sequence_gradients(gradients, self._mesh)
-        grad_norm = clip_gradients(gradients, self._clip_norm)
-        mean = collectives.sum_scalars([float(total)])[0] / valid_tokens
-        result = StepResult.judge(loss=mean, grad_norm=grad_norm)
+    def _accumulate_into(self, name: str):  # type: ignore[no-untyped-def]
+        """Make the hook that adds a bf16 gradient to its fp32 sum and frees it."""
+
+        def hook(parameter: Tensor) -> None:
+            assert parameter.grad is not None, "a post-accumulate hook runs after the gradient is there"
+            gradient = parameter.grad.float()
+            self._sums[name] = self._sums[name].add_(gradient) if name in self._sums else gradient
+            parameter.grad = None
+
+        return hook
+
+    def _backward(self, loss: Tensor, *, last: bool) -> None:
+        loss.backward()
+
+    def _reduce(self) -> None:
+        for item in self._held:
+            if item.name not in self._sums:
+                gradient = item.parameter.grad
+                unused = torch.zeros_like(item.parameter, dtype=torch.float32)
+                self._sums[item.name] = unused if gradient is None else gradient
+        # In the model's order, which hooks need not follow: all ranks must pass the same list.
+        self._sums = {item.name: self._sums[item.name] for item in self._held}
+        sum_replica_gradients(self._sums.values(), self._mesh)
+        sum_tensor_gradients(self._pairs(), self._mesh)
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        return [(item.parameter, self._sums[item.name]) for item in self._held]
+
+    def _update(self, loss: float, lr: float) -> StepResult:
+        norm = clip_gradients(self._pairs(), clip_norm=self._options.optimizer.clip_norm, mesh=self._mesh)
+        result = StepResult.judge(loss=loss, grad_norm=norm)
         if result.applied:
-            self._update(lr)
+            for name, master in self._masters.items():
+                master.grad = self._sums[name].to(master.device)
+            set_learning_rate(self._optimizer, lr)
+            self._optimizer.step()
+            self._copy_back()
+        self._sums = {}
         self._optimizer.zero_grad(set_to_none=True)
+        for item in self._held:
+            item.parameter.grad = None
         return result
 
-    def _update(self, lr: float) -> None:
-        set_learning_rate(self._optimizer, lr)
-        self._optimizer.step()
-        self.optimizer_steps += 1
-        if self._bf16:
-            with torch.no_grad():
-                torch._foreach_copy_([p for _, p in self._named], list(self._masters.values()))
+    @torch.no_grad()
+    def _copy_back(self) -> None:
+        """Weights that are not the masters take their values."""
+        if self._options.bf16 or self._options.offload:
+            weights: list[Tensor] = [item.parameter for item in self._held]
+            torch._foreach_copy_(weights, list(self._masters.values()))
 
-    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
-        """Return (nats, valid tokens) of this rank's batches, without gradients."""
-        return self._loss.evaluate(batches, self._device)
+    def _fragments(self, *, gradients: bool = False) -> Iterator[Fragment]:
+        return whole_fragments(self._held, self._masters, self._optimizer, self._sums if gradients else None)
 
-    def logical_tensors(self) -> Iterator[LogicalTensor]:
-        """Yield weights, fp32 masters (bf16 only) and Adam moments."""
-        if self._mesh.rank == 0:
-            yield from weight_tensors(self._named)
-            fragments = whole_fragments(self._named, self._masters, self._optimizer)
-            yield from fragment_tensors(fragments, masters=self._bf16)
-
-    def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
-        """Restore the state any engine saved."""
-        load_weights(reader, self._named, whole_fragments(self._named, self._masters, self._optimizer))
-        set_step_count(self._optimizer, optimizer_steps)
-        load_moments(reader, whole_fragments(self._named, self._masters, self._optimizer))
-        self.optimizer_steps = optimizer_steps
-
-
-def _accumulate_into(master: nn.Parameter):  # type: ignore[no-untyped-def]
-    """Make the hook that moves a bf16 gradient into its fp32 master's and frees it."""
-
-    def hook(parameter: Tensor) -> None:
-        assert parameter.grad is not None, "a post-accumulate hook runs after the gradient is there"
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-        parameter.grad = None
-
-    return hook
+    def _optimized(self) -> tuple[torch.optim.Optimizer, Sequence[Tensor]]:
+        return self._optimizer, list(self._masters.values())
