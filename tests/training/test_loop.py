@@ -333,8 +333,9 @@ def test_a_refusal_found_by_one_rank_reaches_both(tmp_path: Path):
     assert "validation-00000.bin is damaged" in first[0]
     assert "on another rank" in second[0]
     assert (first[1], second[1]) == (False, True)
-    local = make_job(data, training={"micro_batch": 1})
-    assert 'use engine = "deepspeed"' in gloo_pool(2).run(refused_case, local, tmp_path / "run")[1][0]
+    whole = {"micro_batch": 1, "engine": "deepspeed", "zero_stage": 0, "offload_optimizer": True}
+    refused = make_job(data, training=whole)
+    assert "use training.zero_stage = 1" in gloo_pool(2).run(refused_case, refused, tmp_path / "run")[1][0]
 
 
 def test_a_full_disk_on_one_rank_reaches_both(data: Path, tmp_path: Path):
