@@ -227,10 +227,32 @@ def export(
 
 @app.command()
 def doctor(
-    path: Annotated[Path, typer.Argument(help="a checkpoint, a run, a data set or an export")],
+    path: Annotated[Path | None, typer.Argument(help="a checkpoint, a run, a data set or an export")] = None,
+    cluster: Annotated[
+        bool, typer.Option("--cluster", help="test this machine, or under torchrun this job's nodes, instead")
+    ] = False,
+    ranks: Annotated[
+        int | None, typer.Option(help="of --cluster: one per CUDA device, or 2 to 4 on a CPU, unless given")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="of --cluster: optimizer steps of each case")] = 20,
     as_json: AsJson = False,
 ) -> None:
-    """Verify a checkpoint, a run, a data set or an export by its hashes; exit status 1 on damage."""
+    """Verify a checkpoint, a run, a data set or an export by its hashes; exit status 1 on damage.
+
+    With --cluster: train a tiny model on every mesh and engine that fits the ranks, over the job's own nodes
+    and backend, and compare each step with one process; then stress the order of point-to-point transfers.
+    """
+    if cluster == (path is not None):
+        raise ValueError("doctor needs a PATH to examine, or --cluster to test machines: give one of the two")
+    if path is None:
+        healthy = _examine_cluster(ranks=ranks, steps=steps, as_json=as_json)
+    else:
+        healthy = _examine_path(path, as_json=as_json)
+    if not healthy:
+        raise typer.Exit(1)
+
+
+def _examine_path(path: Path, *, as_json: bool) -> bool:
     from launch.doctor import examine
 
     report = examine(path)
@@ -241,8 +263,16 @@ def doctor(
             print(f"damaged: {problem}")
         verdict = "whole" if not report["problems"] else f"{len(report['problems'])} problem(s)"
         print(f"{report['kind']} {path}: {verdict} ({len(report['examined'])} examined)")
-    if report["problems"]:
-        raise typer.Exit(1)
+    return not report["problems"]
+
+
+def _examine_cluster(*, ranks: int | None, steps: int, as_json: bool) -> bool:
+    from launch.cluster import check_cluster
+
+    report = check_cluster(ranks=ranks, steps=steps, quiet=as_json)
+    if as_json and os.environ.get("RANK", "0") == "0":
+        print(json.dumps(report, indent=1))
+    return bool(report["passed"])
 
 
 def main(arguments: list[str] | None = None) -> int:

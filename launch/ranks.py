@@ -52,8 +52,8 @@ def log_folder(run_dir: Path) -> Path:
     return run_dir / "logs"
 
 
-def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
-    """Run ``python -m launch.worker ARGUMENTS`` as ``count`` ranks and wait; rank 0 keeps this terminal.
+def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str], module: str = "launch.worker") -> None:
+    """Run ``python -m MODULE ARGUMENTS`` as ``count`` ranks and wait; rank 0 keeps this terminal.
 
     Raises:
         RankError: a rank failed; the message is that rank's own error line.
@@ -71,7 +71,7 @@ def run_ranks(count: int, *, run_dir: Path, arguments: Sequence[str]) -> None:
     try:
         # The loopback address by its number: the machine's own host name need not resolve.
         here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
-        torchrun([*here, "-m", "launch.worker", *arguments])
+        torchrun([*here, "-m", module, *arguments])
     except ChildFailedError as error:
         if {failure.exitcode for failure in error.failures.values()} == {EXIT_TERMINATED}:
             raise TerminatedError(f"ended by SIGTERM; start {run_dir} again to resume it") from None

@@ -20,7 +20,7 @@ from trellis_dist.files import read_json
 from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, Resume, TrainResult
 
-__all__ = ["end_with_launcher", "error_line", "main", "train_rank"]
+__all__ = ["end_with_launcher", "error_line", "main", "redirect_output", "train_rank"]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
@@ -112,7 +112,7 @@ def main(arguments: list[str] | None = None) -> int:
     show_warnings_plainly()
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
-        _redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")
+        redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")
     try:
         recipe = parse_recipe(read_json(options.recipe), source=str(options.recipe))
         resume = cast(Resume, options.resume)
@@ -139,7 +139,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _redirect_output(path: Path) -> None:
+def redirect_output(path: Path) -> None:
     """Send what this process prints, C libraries included, to a file: the terminal belongs to rank 0."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as stream:

@@ -61,12 +61,22 @@ class CaseResult:
 
 @dataclass
 class Findings:
-    """What one rank has seen of a case."""
+    """What one rank has seen of a case.
+
+    Attributes:
+        worst: largest relative error of each kind.
+        failures: what was beyond its tolerance.
+        numbers: (loss, gradient norm) of each step.
+        shown: shape and boxes of the tensors that its engine showed.
+        complete: names of tensors of which every element must be shown by some rank.
+        seconds, host: how long it took here, and where that is.
+    """
 
     worst: dict[str, float] = field(default_factory=dict)
     failures: list[Failure] = field(default_factory=list)
     numbers: list[tuple[float, float]] = field(default_factory=list)
     shown: dict[str, tuple[tuple[int, ...], set[Box]]] = field(default_factory=dict)
+    complete: tuple[str, ...] = ()
     seconds: float = 0.0
     host: str = field(default_factory=socket.gethostname)
 
@@ -150,16 +160,12 @@ class Comparison:
         )
 
 
-def merge(case: str, found: list[Findings], *, complete: Iterable[str] = ()) -> CaseResult:
-    """One result of all ranks' findings, by rank.
-
-    Args:
-        complete: names of tensors of which every element must have been shown by some rank.
-    """
+def merge(case: str, found: list[Findings]) -> CaseResult:
+    """One result of all ranks' findings, by rank."""
     kinds = {kind for rank in found for kind in rank.worst}
     failures = [failure for rank in found for failure in rank.failures]
     if not any(failure.quantity == "error" for failure in failures):
-        failures += [*_disagreements(case, found), *_gaps(case, found, complete)]
+        failures += [*_disagreements(case, found), *_gaps(case, found)]
     return CaseResult(
         name=case,
         seconds=max(rank.seconds for rank in found),
@@ -185,8 +191,8 @@ def _disagreements(case: str, found: list[Findings]) -> Iterator[Failure]:
                 break
 
 
-def _gaps(case: str, found: list[Findings], complete: Iterable[str]) -> Iterator[Failure]:
-    for name in complete:
+def _gaps(case: str, found: list[Findings]) -> Iterator[Failure]:
+    for name in found[0].complete:
         parts = [rank.shown[name] for rank in found if name in rank.shown]
         shown = torch.zeros(parts[0][0] if parts else (1,), dtype=torch.bool)
         for box in set().union(*(boxes for _, boxes in parts)):

@@ -74,7 +74,7 @@ class References:
         assert len(gradients) == len(named), "every parameter of the reference takes part"
         norm = _clip(list(named.values()), case.optimizer_config)
         optimizer.step()
-        return Step(float(loss), norm, gradients)
+        return Step(float(loss.detach()), norm, gradients)
 
 
 def _clip(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> float:

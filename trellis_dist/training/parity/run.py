@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +17,7 @@ from trellis_dist.parallel import env
 from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
+from trellis_dist.parallel.transfers import Transfers
 from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.parity.batches import global_batch, micro_batches
 from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
@@ -21,10 +25,15 @@ from trellis_dist.training.parity.compare import CaseResult, Comparison, Failure
 from trellis_dist.training.parity.deadline import Deadline
 from trellis_dist.training.parity.operation import compare_operation
 from trellis_dist.training.parity.reference import SEED, References
+from trellis_dist.training.parity.stress import Neighbour, check_order, measure_neighbour
 
-__all__ = ["Matrix"]
+__all__ = ["CASE_SECONDS", "Matrix"]
 
+T = TypeVar("T")
+
+# Of the slowest case, with the start of its libraries, on a machine that is busy with something else.
 CASE_SECONDS = 300.0
+ORDER = "point-to-point order"
 
 
 class Matrix:
@@ -49,26 +58,56 @@ class Matrix:
 
     def run(self, case: Case | OperationCase) -> CaseResult:
         """Run ``case`` on every rank; the world must be one it fits."""
-        with self._deadline.within(f"case {case.name}"):
-            started, complete = time.monotonic(), list[str]()
+        if isinstance(case, OperationCase):
+            return self._result(case.name, lambda: compare_operation(case.name, self.mesh(sp=case.sp)))
+        return self._result(case.name, lambda: self._train(case))
+
+    def check_order(self) -> CaseResult:
+        """Stress the order of point-to-point messages along the line of all ranks."""
+        return self._result(ORDER, lambda: check_order(ORDER, self._line()))
+
+    def _result(self, name: str, work: Callable[[], Findings]) -> CaseResult:
+        """What all ranks found together; an error is a finding too."""
+        with self._deadline.within(f"case {name}"):
+            started = time.monotonic()
             try:
-                if isinstance(case, OperationCase):
-                    findings = compare_operation(case.name, self.mesh(sp=case.sp))
-                else:
-                    findings = self._train(case)
-                    names = self._references.of(case).weights
-                    complete = [f"{kind}/{name}" for name in names for kind in ("gradient", "model")]
+                findings = work()
             except Exception as error:
                 self._deadline.note(error)
-                findings = _raised(case.name, error)
+                findings = _raised(name, error)
             findings.seconds = time.monotonic() - started
-            return merge(case.name, self._gather(findings), complete=complete)
+            return merge(name, self.gather(findings))
 
-    def _gather(self, mine: Findings) -> list[Findings]:
-        """Every rank's findings, by rank."""
+    def measure_neighbours(self) -> list[Neighbour]:
+        """Latency and bandwidth between neighbours on that line; half of the pairs at a time."""
+        with self._deadline.within("measuring neighbours"):
+            transfers, mine = self._line(), None
+            for turn in range(2):
+                right = env.rank() % 2 == turn
+                mine = measure_neighbour(transfers, right=right) or mine
+                dist.barrier(group=self._talk)
+            found = self.gather((socket.gethostname(), mine))
+        return [
+            Neighbour(
+                left=rank,
+                right=rank + 1,
+                left_host=host,
+                right_host=found[rank + 1][0],
+                latency_us=1e6 * speed[0],
+                gigabytes_per_s=speed[1] / 1e9,
+            )
+            for rank, (host, speed) in enumerate(found)
+            if speed is not None
+        ]
+
+    def _line(self) -> Transfers:
+        return Transfers(self.mesh(sp=self.world_size))
+
+    def gather(self, mine: T) -> list[T]:
+        """What every rank brings, by rank; for small things."""
         if self._talk is None:
             return [mine]
-        found: list[Findings] = [mine] * self.world_size
+        found = [mine] * self.world_size
         dist.all_gather_object(found, mine, group=self._talk)
         return found
 
@@ -84,6 +123,8 @@ class Matrix:
         if other is not None:
             comparison.same_bits(other)
         self._traces[case.name] = comparison.trace
+        names = self._references.of(case).weights
+        comparison.findings.complete = tuple(f"{kind}/{n}" for n in names for kind in ("gradient", "model"))
         return comparison.findings
 
     def _trace_of(self, name: str) -> Trace:

@@ -1,0 +1,239 @@
+"""`trellis doctor --cluster`: the parity matrix and a transfer stress on the ranks a job would use.
+
+On one machine it starts the ranks itself; started as a rank (by torchrun, or a scheduler that sets its
+variables) it is one of them, over that job's nodes and backend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import shutil
+import socket
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from launch.messages import show_warnings_plainly
+from launch.ranks import (
+    RankError,
+    TerminatedError,
+    log_folder,
+    record_failure,
+    run_ranks,
+    under_torchrun,
+)
+from launch.worker import end_with_launcher, error_line, redirect_output
+from trellis_dist.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from trellis_dist.training.parity.compare import CaseResult, Failure
+    from trellis_dist.training.parity.run import Matrix
+    from trellis_dist.training.parity.stress import Neighbour
+
+__all__ = ["check_cluster", "main", "render_neighbours"]
+
+# The smallest world in which every axis of the mesh meets another; beyond it ranks only share cores.
+_CPU_RANKS = 4
+_SHOWN_FAILURES = 4
+
+Say = Callable[[str], None]
+
+
+def check_cluster(*, ranks: int | None = None, steps: int = 20, quiet: bool = False) -> dict[str, Any]:
+    """Run every case that fits the ranks, then the transfer stress, and report what each gave.
+
+    Args:
+        ranks: to start on this machine; one per CUDA device, or on a CPU 2 to 4, unless given. As a rank that
+            somebody else started: must be left out.
+        steps: optimizer steps of each case.
+        quiet: print no line for each case.
+
+    Returns:
+        ``{"passed", "world_size", "device", "hosts", "steps", "cases": [...], "not_run": {name: reason},
+        "neighbours": [...]}``, the same on every rank.
+
+    Raises:
+        ValueError: ranks or steps that cannot be.
+        launch.ranks.RankError: a rank died or a case hung; the message names it, and stacks are printed.
+    """
+    if steps < 1:
+        raise ValueError(f"--steps {steps}: use 1 or more optimizer steps")
+    if under_torchrun():
+        if ranks is not None:
+            raise ValueError(f"--ranks {ranks}: the ranks are started already; leave it out under torchrun")
+        return _as_rank(steps=steps, say=_silent if quiet or os.environ["RANK"] != "0" else _print)
+    return _start(_choose_ranks(ranks), steps=steps, quiet=quiet)
+
+
+def _choose_ranks(given: int | None) -> int:
+    import torch
+
+    devices = torch.cuda.device_count()
+    if given is None:
+        return devices or min(_CPU_RANKS, max(2, os.cpu_count() or 1))
+    if given < 1:
+        raise ValueError(f"--ranks {given}: use 1 or more ranks")
+    if devices and given > devices:
+        raise ValueError(f"--ranks {given}: this machine has {devices} CUDA devices; use at most {devices}")
+    return given
+
+
+def _start(ranks: int, *, steps: int, quiet: bool) -> dict[str, Any]:
+    """Run the ranks on this machine and read what they report; a failed start leaves their logs."""
+    folder = Path(tempfile.mkdtemp(prefix="trellis-doctor-"))
+    arguments = [f"--folder={folder}", f"--steps={steps}", *(["--quiet"] if quiet else [])]
+    try:
+        run_ranks(ranks, run_dir=folder, arguments=arguments, module="launch.cluster")
+    except RankError as error:
+        print(error.detail, file=sys.stderr)
+        raise RankError(f"{error} (logs of the ranks: {log_folder(folder)})", error.detail) from None
+    except TerminatedError:
+        raise RankError("ended by SIGTERM before every case was run", "") from None
+    report: dict[str, Any] = read_json(folder / "report.json")
+    shutil.rmtree(folder)
+    return report
+
+
+def _as_rank(*, steps: int, say: Say, on_expiry: Callable[[str, str], None] | None = None) -> dict[str, Any]:
+    """Run the cases as one of the ranks."""
+    import torch
+
+    from trellis_dist.parallel import env
+    from trellis_dist.training.parity.deadline import Deadline
+    from trellis_dist.training.parity.run import CASE_SECONDS, Matrix
+
+    device = torch.device("cuda", env.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    torch.set_num_threads(1)  # the model is too small to share
+    # A case that hangs is named by its deadline; the collectives' own timeout comes after it.
+    env.init_distributed(device, timeout_s=CASE_SECONDS + 60.0)
+    matrix = Matrix(steps=steps, device=device, deadline=Deadline(CASE_SECONDS, on_expiry))
+    report = _report(matrix, device=device.type, steps=steps, say=say)
+    env.shutdown()
+    return report
+
+
+def _report(matrix: Matrix, *, device: str, steps: int, say: Say) -> dict[str, Any]:
+    from trellis_dist.training.parity.cases import CASES
+
+    hosts = sorted(set(matrix.gather(socket.gethostname())))
+    where = f"{matrix.world_size} ranks on {len(hosts)} machine(s): {', '.join(hosts)}; {device}"
+    say(f"{where}; {steps} steps a case")
+    results, not_run = [], {}
+    for case in CASES:
+        reason = case.needs(matrix.world_size)
+        if reason is None:
+            results.append(matrix.run(case))
+            say(_render(results[-1]))
+        else:
+            not_run[case.name] = reason
+    neighbours: list[Neighbour] = []
+    if matrix.world_size > 1:
+        results.append(matrix.check_order())
+        say(_render(results[-1]))
+        neighbours = matrix.measure_neighbours()
+        say(render_neighbours(neighbours))
+    report = {
+        "passed": all(result.passed for result in results),
+        "world_size": matrix.world_size,
+        "device": device,
+        "hosts": hosts,
+        "steps": steps,
+        "cases": [_as_json(result) for result in results],
+        "not_run": not_run,
+        "neighbours": [dataclasses.asdict(neighbour) for neighbour in neighbours],
+    }
+    say(_verdict(report))
+    return report
+
+
+def _as_json(result: CaseResult) -> dict[str, Any]:
+    return {**dataclasses.asdict(result), "passed": result.passed}
+
+
+def _render(result: CaseResult) -> str:
+    """One line for a case, and one for each of its first failures (one for an error that ranks share)."""
+    worst = ", ".join(f"{kind} {error:.1e}" for kind, error in result.worst.items())
+    verdict = "pass" if result.passed else "FAIL"
+    lines = [f"{result.name:42} {verdict} {result.seconds:6.1f} s  largest error: {worst or 'none'}"]
+    different: dict[tuple[int, str, str], Failure] = {}
+    for failure in result.failures:
+        different.setdefault((failure.step, failure.quantity, failure.found), failure)
+    shown = list(different.values())[:_SHOWN_FAILURES]
+    lines += [f"    {failure.line()}" for failure in shown]
+    more = len(result.failures) - len(shown)
+    return "\n".join([*lines, *([f"    and {more} more"] if more > 0 else [])])
+
+
+def render_neighbours(neighbours: Sequence[Neighbour]) -> str:
+    """A table of what each pair of neighbours reached."""
+    lines = ["point-to-point, one way:      latency     bandwidth"]
+    for pair in neighbours:
+        hosts = (
+            pair.left_host if pair.left_host == pair.right_host else f"{pair.left_host}, {pair.right_host}"
+        )
+        ranks = f"rank {pair.left} - rank {pair.right}"
+        lines.append(f"{ranks:24} {pair.latency_us:9.1f} us {pair.gigabytes_per_s:8.2f} GB/s  {hosts}")
+    return "\n".join(lines)
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    cases = report["cases"]
+    failed = [case["name"] for case in cases if not case["passed"]]
+    lines = []
+    for reason in sorted(set(report["not_run"].values())):
+        names = [name for name, why in report["not_run"].items() if why == reason]
+        lines.append(f"not run, {reason}: {', '.join(names)}")
+    if failed:
+        lines.append(f"FAIL: {len(failed)} of {len(cases)} cases: {', '.join(failed)}")
+    else:
+        lines.append(f"pass: {len(cases)} cases")
+    return "\n".join(lines)
+
+
+def _silent(line: str) -> None:
+    """Say nothing."""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Be one rank of ``check_cluster``; rank 0 leaves the report, any rank its failure."""
+    parser = argparse.ArgumentParser(prog="python -m launch.cluster", description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--steps", type=int, required=True)
+    parser.add_argument("--quiet", action="store_true")
+    options = parser.parse_args(arguments)
+    show_warnings_plainly()
+    rank = int(os.environ["RANK"])
+    if rank > 0:
+        redirect_output(log_folder(options.folder) / f"rank-{rank:05d}.log")
+
+    def record(message: str, detail: str) -> None:
+        # Of ranks that all wait, one may know why: what only "did not finish" is the effect.
+        echo = "did not finish" in message
+        record_failure(options.folder, rank=rank, message=message, detail=detail, echo=echo)
+
+    say = _silent if options.quiet or rank > 0 else _print
+    try:
+        report = _as_rank(steps=options.steps, say=say, on_expiry=record)
+    except Exception as error:
+        record(error_line(error), traceback.format_exc())
+        return 1
+    if rank == 0:
+        write_json(options.folder / "report.json", report)
+    return 0
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    end_with_launcher()
+    status = main()
+    if status:
+        os._exit(status)  # a rank that failed must not wait in a library's clean-up for its peers
+    sys.exit(0)
