@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -45,11 +45,22 @@ class Pacer:
         self.spans: list[Span] = []
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self._last = 0.0
+        self._micro_batches: Counter[int] = Counter()
         self._span: dict[str, Any] = {}
 
     def pad(self, times: StageTimes) -> None:
         """From here on every stage sleeps until it has taken its time."""
         self._times = times
+
+    def restart(self) -> None:
+        """A step begins: forget the spans before it, count micro-batches from 0."""
+        self.spans.clear()
+        self._micro_batches.clear()
+
+    def micro_batch(self, layer: int) -> int:
+        """The number of the micro-batch whose forward pass comes to ``layer`` now."""
+        self._micro_batches[layer] += 1
+        return self._micro_batches[layer] - 1
 
     def begin(self, micro_batch: int, layer: int, phase: str) -> None:
         """A pass over a layer begins."""
@@ -109,9 +120,8 @@ def _mark(x: Tensor, action: Callable[[], None]) -> Tensor:
 @contextlib.contextmanager
 def watch(blocks: nn.ModuleList, pacer: Pacer) -> Iterator[None]:
     """Within it ``pacer`` sees every stage of ``blocks``, which are split over the sequence already."""
-    passes = dict.fromkeys(range(len(blocks)), 0)
     for layer, block in enumerate(blocks):
-        _watch_block(block, layer, passes, pacer)
+        _watch_block(block, layer, pacer)
         assert isinstance(block.mixer, TrellisMixer), "only Trellis layers have the stages"
         _watch_mixer(block.mixer, pacer)
     patched: Any = sequence
@@ -125,13 +135,13 @@ def watch(blocks: nn.ModuleList, pacer: Pacer) -> Iterator[None]:
         Arrival.wait = real_wait  # type: ignore[method-assign]
 
 
-def _watch_block(block: nn.Module, layer: int, passes: dict[int, int], pacer: Pacer) -> None:
+def _watch_block(block: nn.Module, layer: int, pacer: Pacer) -> None:
     """Marks where a pass over the block begins and ends, forward and backward."""
     current = 0
 
     def enter(_: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
         nonlocal current
-        current, passes[layer] = passes[layer], passes[layer] + 1
+        current = pacer.micro_batch(layer)
         pacer.begin(current, layer, "forward")
         return (_mark(arguments[0], leave_backward), *arguments[1:])
 

@@ -117,7 +117,7 @@ def _trace(wave: Wave) -> dict[str, Any]:
         found["clock"], found["spans"] = [], []
         pacer.pad(wave.times)
         for _ in range(wave.repetitions):
-            pacer.spans.clear()
+            pacer.restart()
             dist.barrier()
             begin = time.monotonic()
             engine.train_step(batches, lr=1e-3, valid_tokens=valid)
