@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,9 +79,21 @@ class PackedLayout:
     first_step: int = 0
     first_rank: int = 0
     rows: tuple[int, int] = (0, 0)
-    _spans: dict[tuple[int, int], tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
-    _segments: dict[int, Segments] = field(default_factory=dict, repr=False)
-    _bands: dict[int, tuple[PackedLayout, ...]] = field(default_factory=dict, repr=False)
+
+    # What was cut out of this layout, by the arguments. No fields: a layout can be a part of itself, and FSDP
+    # walks through the fields of what a block is given.
+
+    @functools.cached_property
+    def _spans(self) -> dict[tuple[int, int], tuple[PackedLayout, ...]]:
+        return {}
+
+    @functools.cached_property
+    def _segments(self) -> dict[int, Segments]:
+        return {}
+
+    @functools.cached_property
+    def _bands(self) -> dict[int, tuple[PackedLayout, ...]]:
+        return {}
 
     @staticmethod
     def from_cu_seqlens(
@@ -181,7 +193,7 @@ class PackedLayout:
             return self
         tables = {name: getattr(self, name) for name in _TABLES}
         moved: dict[str, Any] = {name: None if t is None else t.to(device) for name, t in tables.items()}
-        return replace(self, _spans={}, _segments={}, _bands={}, **moved)
+        return replace(self, **moved)
 
     def spans(self, chunks: int, *, steps: int = 1) -> tuple[PackedLayout, ...]:
         """The layout cut between scan steps into pieces of at least ``chunks`` chunks and ``steps`` steps
@@ -219,8 +231,6 @@ class PackedLayout:
             steps=tuple((a - base, b - base) for a, b in self.steps[first:last]),
             token_of_slot=None if self.token_of_slot is None else self.token_of_slot[base * c : end * c],
             valid=None if self.valid is None or bool(self.valid[base:end].all()) else self.valid[base:end],
-            _spans={},
-            _segments={},
         )
 
     def bands(self, documents: int) -> tuple[PackedLayout, ...]:
@@ -240,7 +250,7 @@ class PackedLayout:
         ranges = [(a + first, min(b, a + last)) for a, b in self.steps if b > a + first]
         ends = list(itertools.accumulate(b - a for a, b in ranges))
         steps = tuple(zip([0, *ends[:-1]], ends, strict=True))
-        band = replace(self, first_rank=first, steps=steps, _spans={}, _segments={}, _bands={})
+        band = replace(self, first_rank=first, steps=steps)
         if self.token_of_slot is None:
             return band
         chunks = torch.cat([torch.arange(a, b, device=self.token_of_slot.device) for a, b in ranges])
