@@ -121,8 +121,6 @@ class _Direction:
         if arrival is not None:
             arrival.wait()
         self.send([token])
-        while self._pending:  # dropped with these transfers it would never arrive
-            self._pending.popleft()[0].wait()
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         if self._target is None:
