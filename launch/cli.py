@@ -235,6 +235,9 @@ def doctor(
         int | None, typer.Option(help="of --cluster: one per CUDA device, or 2 to 4 on a CPU, unless given")
     ] = None,
     steps: Annotated[int, typer.Option(help="of --cluster: optimizer steps of each case")] = 20,
+    case: Annotated[
+        list[str] | None, typer.Option(help="of --cluster: only the case of this name; repeatable")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Verify a checkpoint, a run, a data set or an export by its hashes; exit status 1 on damage.
@@ -245,7 +248,7 @@ def doctor(
     if cluster == (path is not None):
         raise ValueError("doctor needs a PATH to examine, or --cluster to test machines: give one of the two")
     if path is None:
-        healthy = _examine_cluster(ranks=ranks, steps=steps, as_json=as_json)
+        healthy = _examine_cluster(ranks=ranks, steps=steps, cases=case or [], as_json=as_json)
     else:
         healthy = _examine_path(path, as_json=as_json)
     if not healthy:
@@ -266,10 +269,10 @@ def _examine_path(path: Path, *, as_json: bool) -> bool:
     return not report["problems"]
 
 
-def _examine_cluster(*, ranks: int | None, steps: int, as_json: bool) -> bool:
+def _examine_cluster(*, ranks: int | None, steps: int, cases: list[str], as_json: bool) -> bool:
     from launch.cluster import check_cluster
 
-    report = check_cluster(ranks=ranks, steps=steps, quiet=as_json)
+    report = check_cluster(ranks=ranks, steps=steps, cases=cases, quiet=as_json)
     if as_json and os.environ.get("RANK", "0") == "0":
         print(json.dumps(report, indent=1))
     return bool(report["passed"])

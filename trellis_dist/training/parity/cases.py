@@ -29,6 +29,8 @@ __all__ = [
 ]
 
 STEPS = 20
+# Of rows that repeat another one with something added: an error there shows in the first steps.
+FEW_STEPS = 6
 ROW_TOKENS = 64
 
 ModelName = Literal["trellis", "hybrid"]
@@ -99,6 +101,7 @@ class Case:
         packed: documents start at multiples of the chunk size inside rows, and cross segments; otherwise
             every row is one document.
         model, optimizer: keys of ``MODELS`` and ``OPTIMIZERS``.
+        steps: optimizer steps.
         same_bits_as: name of a case, run on the same ranks, whose losses, norms and gradients this one's must
             equal in every bit.
     """
@@ -119,6 +122,7 @@ class Case:
     packed: bool = False
     model: ModelName = "trellis"
     optimizer: OptimizerName = "sgd"
+    steps: int = STEPS
     same_bits_as: str | None = None
     tolerance: Tolerance = Tolerance()
 
@@ -147,7 +151,7 @@ class Case:
         names = ("engine", "zero_stage", "activation_checkpointing", "compile", "offload_optimizer")
         settings: dict[str, Any] = {name: getattr(self, name) for name in (*names, "forwards_first")}
         return TrainingConfig(
-            steps=STEPS,
+            steps=self.steps,
             global_batch_tokens=rows * ROW_TOKENS,
             micro_batch=rows // (replicas * self.accumulation),
             precision="fp32",
@@ -204,6 +208,7 @@ def _local() -> list[Case]:
             model="hybrid",
             packed=True,
         ),
+        Case(name="sp2 accumulation 4", sp=2, packed=True, accumulation=4),
         Case(name="sp2 adamw", sp=2, packed=True, optimizer="adamw"),
         Case(name="tp2 adamw", tp=2, sequence_parallel=True, packed=True, optimizer="adamw"),
     ]
@@ -215,31 +220,29 @@ def _variations() -> list[Case]:
     sp: dict[str, Any] = {"sp": 2, "packed": True}
     tp: dict[str, Any] = {"tp": 2, "sequence_parallel": True, "packed": True}
     heads: dict[str, Any] = {**sp, "mode": "all_to_all"}
+    compiled: dict[str, Any] = {"compile": "aot_eager"}
+    ahead: dict[str, Any] = {"accumulation": 4, "forwards_first": 4}
     rows: list[tuple[str, dict[str, Any]]] = [
-        ("sp2 accumulation 4", {**sp, "accumulation": 4}),
         ("sp2 full checkpointing", {**sp, **full, "same_bits_as": "sp2 packed"}),
         ("sp2 selective checkpointing", {**sp, **selective, "same_bits_as": "sp2 packed"}),
         ("tp2 full checkpointing", {**tp, **full, "same_bits_as": "tp2 sequence-parallel packed"}),
         ("tp2 selective checkpointing", {**tp, **selective, "same_bits_as": "tp2 sequence-parallel packed"}),
-        (
-            "sp2 all-to-all full checkpointing",
-            {**heads, **full, "same_bits_as": "sp2 all-to-all packed"},
-        ),
+        ("sp2 all-to-all full checkpointing", {**heads, **full, "same_bits_as": "sp2 all-to-all packed"}),
         (
             "sp2 all-to-all selective checkpointing",
             {**heads, **selective, "same_bits_as": "sp2 all-to-all packed"},
         ),
-        ("sp2 forwards first", {**sp, "accumulation": 4, "forwards_first": 4}),
-        (
-            "sp2 forwards first full checkpointing",
-            {**sp, **full, "accumulation": 4, "forwards_first": 2},
-        ),
+        ("sp2 forwards first", {**sp, **ahead}),
+        ("sp2 forwards first full checkpointing", {**sp, **full, **ahead, "forwards_first": 2}),
         ("sp2 offload", {**sp, "offload_optimizer": True, "optimizer": "adamw"}),
-        ("dp compile", {"replicas": 2, "compile": "aot_eager"}),
-        ("sp2 compile", {**sp, "compile": "aot_eager"}),
-        ("tp2 compile", {"tp": 2, "packed": True, "compile": "aot_eager"}),
+        ("dp compile", {"replicas": 2, "packed": True, **compiled}),
+        ("sp2 compile", {**sp, **compiled}),
+        ("sp2 all-to-all compile", {**heads, **compiled, "model": "hybrid"}),
+        ("tp2 compile", {**tp, **compiled}),
+        ("tp2 compile full checkpointing", {**tp, **compiled, **full}),
+        ("sp2 compile selective checkpointing", {**sp, **compiled, **selective}),
     ]
-    return [Case(name=name, **settings) for name, settings in rows]
+    return [Case(name=name, steps=FEW_STEPS, **settings) for name, settings in rows]
 
 
 def _sharded() -> list[Case]:
@@ -249,26 +252,12 @@ def _sharded() -> list[Case]:
     dp: dict[str, Any] = {"replicas": 2, "packed": True}
     sp: dict[str, Any] = {**dp, "sp": 2}
     tp: dict[str, Any] = {**dp, "tp": 2}
-    adam: dict[str, Any] = {"optimizer": "adamw"}
     rows: list[tuple[str, dict[str, Any]]] = [
         *((f"zero{stage} dp", {**zero, **dp, "zero_stage": stage}) for stage in range(4)),
-        *((f"zero{stage} dp adamw", {**zero, **dp, **adam, "zero_stage": stage}) for stage in range(4)),
-        ("zero1 dp accumulation 2", {**zero, **dp, "accumulation": 2}),
-        ("zero1 dp offload", {**zero, **dp, **adam, "offload_optimizer": True}),
-        ("zero1 sp2", {**zero, "sp": 2, "packed": True}),
-        ("zero1 dp sp2", {**zero, **sp}),
-        ("zero1 dp sp2 adamw", {**zero, **sp, **adam, "accumulation": 2}),
-        ("zero1 dp sp2 all-to-all", {**zero, **sp, "mode": "all_to_all", "model": "hybrid"}),
-        ("zero1 tp2 sequence-parallel", {**zero, "tp": 2, "sequence_parallel": True, "packed": True}),
+        *((f"zero{stage} dp sp2", {**zero, **sp, "zero_stage": stage}) for stage in range(4)),
         ("zero1 dp tp2", {**zero, **tp}),
-        ("zero1 dp tp2 adamw", {**zero, **tp, **adam, "sequence_parallel": True}),
-        *((f"zero{stage} dp sp2", {**zero, **sp, "zero_stage": stage}) for stage in (0, 2, 3)),
         ("fsdp2 dp", {**fsdp, **dp}),
-        ("fsdp2 dp adamw", {**fsdp, **dp, **adam, "accumulation": 2}),
-        ("fsdp2 dp full checkpointing", {**fsdp, **dp, "activation_checkpointing": "full"}),
-        ("fsdp2 dp offload", {**fsdp, **dp, **adam, "offload_optimizer": True}),
         ("fsdp2 dp sp2", {**fsdp, **sp}),
-        ("fsdp2 dp sp2 adamw", {**fsdp, **sp, **adam}),
         (
             "zero1 dp sp2 tp2",
             {**zero, **sp, "tp": 2, "accumulation": 2, "activation_checkpointing": "full"},
@@ -277,10 +266,43 @@ def _sharded() -> list[Case]:
     return [Case(name=name, **settings) for name, settings in rows]
 
 
+def _sharded_variations() -> list[Case]:
+    """The same engines with what else a run may ask of them."""
+    zero: dict[str, Any] = {"engine": "deepspeed", "packed": True}
+    fsdp: dict[str, Any] = {"engine": "fsdp2", "packed": True}
+    dp: dict[str, Any] = {"replicas": 2}
+    dp_sp: dict[str, Any] = {"replicas": 2, "sp": 2}
+    dp_tp: dict[str, Any] = {"replicas": 2, "tp": 2}
+    adam: dict[str, Any] = {"optimizer": "adamw"}
+    offload: dict[str, Any] = {**adam, "offload_optimizer": True}
+    full: dict[str, Any] = {"activation_checkpointing": "full"}
+    ahead: dict[str, Any] = {"accumulation": 2, "forwards_first": 2}
+    compiled: dict[str, Any] = {"compile": "aot_eager"}
+    stages: list[tuple[str, dict[str, Any]]] = [
+        (f"zero{stage}", {**zero, "zero_stage": stage}) for stage in range(4)
+    ]
+    divided = [*stages[1:], ("fsdp2", fsdp)]
+    rows: list[tuple[str, dict[str, Any]]] = [
+        *((f"{name} dp adamw", {**engine, **dp, **adam}) for name, engine in [*stages, ("fsdp2", fsdp)]),
+        *((f"{name} dp accumulation 2", {**engine, **dp, "accumulation": 2}) for name, engine in divided),
+        *((f"{name} dp forwards first", {**engine, **dp, **ahead}) for name, engine in divided),
+        *((f"{name} dp offload", {**engine, **dp, **offload}) for name, engine in divided),
+        *((f"{name} dp full checkpointing", {**engine, **dp, **full}) for name, engine in divided),
+        *((f"{name} dp compile", {**engine, **dp, **compiled}) for name, engine in divided),
+        *((f"{name} dp sp2 adamw", {**engine, **dp_sp, **adam, **ahead}) for name, engine in divided),
+        ("zero1 sp2", {**zero, "sp": 2}),
+        ("zero1 dp sp2 all-to-all", {**zero, **dp_sp, "mode": "all_to_all", "model": "hybrid"}),
+        ("zero1 tp2 sequence-parallel", {**zero, "tp": 2, "sequence_parallel": True}),
+        ("zero1 dp tp2 adamw", {**zero, **dp_tp, **adam, "sequence_parallel": True, "accumulation": 2}),
+    ]
+    return [Case(name=name, steps=FEW_STEPS, **settings) for name, settings in rows]
+
+
 CASES: tuple[Case | OperationCase, ...] = (
     OperationCase(sp=2),
     OperationCase(sp=4),
     *_local(),
     *_variations(),
     *_sharded(),
+    *_sharded_variations(),
 )

@@ -93,11 +93,11 @@ class Comparison:
     def gradients(self, parts: list[LogicalTensor]) -> None:
         """The engine's inspector."""
         for part in parts:
-            self._slice(part, self._reference.steps[self.step].gradients, "gradient")
+            self._slice(part, self._reference[self.step].gradients, "gradient")
 
     def result(self, result: StepResult) -> None:
         """Compare what the engine says of the step, and go on to the next."""
-        expected = self._reference.steps[self.step]
+        expected = self._reference[self.step]
         self._number("loss", expected.loss, result.loss, self._tolerance.loss)
         self._number("gradient norm", expected.norm, result.grad_norm, self._tolerance.norm)
         if not result.applied:
@@ -108,10 +108,12 @@ class Comparison:
         self.step += 1
 
     def weights(self, parts: Iterable[LogicalTensor]) -> None:
-        """Compare the weights after the last step."""
+        """Compare the weights after the steps that were compared; every element must have been shown."""
         for part in parts:
             if part.name.startswith("model/"):
-                self._slice(part, self._reference.weights, "weight")
+                self._slice(part, self._reference[self.step - 1].weights, "weight")
+        names = self._reference[0].weights
+        self.findings.complete = tuple(f"{kind}/{n}" for n in names for kind in ("gradient", "model"))
 
     def same_bits(self, other: Trace) -> None:
         """Note the first thing whose bits are not those of ``other``."""

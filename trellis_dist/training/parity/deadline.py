@@ -17,6 +17,8 @@ __all__ = ["Deadline"]
 # Python can hold its lock inside a library for ever: after this many seconds more C code prints and exits.
 _GRACE_S = 20.0
 _STDERR = 2
+# After an error on one rank the others fail too, or finish, or hang because of it.
+_AFTER_ERROR_S = 60.0
 
 OnExpiry = Callable[[str, str], None]
 
@@ -31,33 +33,43 @@ class Deadline:
 
     def __init__(self, seconds: float, on_expiry: OnExpiry | None = None) -> None:
         self._seconds, self._on_expiry = seconds, on_expiry
-        self._said = ""
+        self._what, self._said = "", ""
+        self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
     def within(self, what: str) -> Iterator[None]:
         """Start the clock for ``what`` and stop it at the end."""
-        self._said = ""
-        timer = threading.Timer(self._seconds, self._expire, args=[what])
-        timer.daemon = True
-        timer.start()
-        faulthandler.dump_traceback_later(self._seconds + _GRACE_S, exit=True, file=_STDERR)
+        self._what, self._said = what, ""
+        self._start(self._seconds)
         try:
             yield
         finally:
-            faulthandler.cancel_dump_traceback_later()
-            timer.cancel()
+            self._stop()
 
     def note(self, error: BaseException) -> None:
-        """Remember why this rank, for its part, may wait for the others in vain."""
+        """Remember why this rank waits for the others, perhaps in vain: they get less time from here on."""
         text = str(error).strip() or repr(error)
         self._said = f"{type(error).__name__}: {text.splitlines()[0]}"
+        self._stop()
+        self._start(min(self._seconds, _AFTER_ERROR_S))
 
-    def _expire(self, what: str) -> None:
+    def _start(self, seconds: float) -> None:
+        self._timer = threading.Timer(seconds, self._expire)
+        self._timer.daemon = True
+        self._timer.start()
+        faulthandler.dump_traceback_later(seconds + _GRACE_S, exit=True, file=_STDERR)
+
+    def _stop(self) -> None:
+        assert self._timer is not None, "the clock is stopped where it was started"
+        faulthandler.cancel_dump_traceback_later()
+        self._timer.cancel()
+
+    def _expire(self) -> None:
         where = f"rank {env.rank()} on {socket.gethostname()}"
         if self._said:
-            line = f"{what}: {where} raised {self._said}; other ranks did not get as far and hang"
+            line = f"{self._what}: {where} raised {self._said}; other ranks did not get as far and hang"
         else:
-            line = f"{what}: {where} did not finish in {self._seconds:g} s"
+            line = f"{self._what}: {where} did not finish in {self._seconds:g} s"
         stacks = _stacks()
         os.write(
             _STDERR, f"{line}\n{stacks}\n".encode()

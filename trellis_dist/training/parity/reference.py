@@ -15,26 +15,28 @@ from trellis_dist.training.optimizer import build_optimizer, parameter_groups
 from trellis_dist.training.parity.batches import global_batch
 from trellis_dist.training.parity.cases import Case
 
-__all__ = ["SEED", "Reference", "References"]
+__all__ = ["SEED", "Reference", "References", "Step"]
 
 SEED = 5
 
 
 @dataclass(frozen=True)
 class Step:
-    """One step of one process: mean loss, norm before clipping, gradient of every parameter (host memory)."""
+    """One step of one process.
+
+    Attributes:
+        loss: mean over the tokens.
+        norm: of the gradient before clipping.
+        gradients, weights: of every parameter, the weights after the step; in host memory.
+    """
 
     loss: float
     norm: float
     gradients: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """The steps of one process and the weights after the last."""
-
-    steps: tuple[Step, ...]
     weights: Mapping[str, Tensor]
+
+
+Reference = tuple[Step, ...]
 
 
 class References:
@@ -58,8 +60,7 @@ class References:
         model = build_language_model(case.model_config, seed=SEED, device=self._device)
         config = case.optimizer_config
         optimizer = build_optimizer(parameter_groups(model.named_parameters(), config.weight_decay), config)
-        steps = [self._step(model, optimizer, case, index) for index in range(self._steps)]
-        return Reference(tuple(steps), {name: _kept(p) for name, p in model.named_parameters()})
+        return tuple(self._step(model, optimizer, case, index) for index in range(self._steps))
 
     def _step(self, model: LanguageModel, optimizer: torch.optim.Optimizer, case: Case, index: int) -> Step:
         batch = global_batch(
@@ -74,7 +75,7 @@ class References:
         assert len(gradients) == len(named), "every parameter of the reference takes part"
         norm = _clip(list(named.values()), case.optimizer_config)
         optimizer.step()
-        return Step(float(loss.detach()), norm, gradients)
+        return Step(float(loss.detach()), norm, gradients, {name: _kept(p) for name, p in named.items()})
 
 
 def _clip(parameters: list[torch.nn.Parameter], config: OptimizerConfig) -> float:

@@ -27,7 +27,7 @@ from trellis_dist.training.parity.operation import compare_operation
 from trellis_dist.training.parity.reference import SEED, References
 from trellis_dist.training.parity.stress import Neighbour, check_order, measure_neighbour
 
-__all__ = ["CASE_SECONDS", "Matrix"]
+__all__ = ["CASE_SECONDS", "LostRanksError", "Matrix"]
 
 T = TypeVar("T")
 
@@ -36,11 +36,15 @@ CASE_SECONDS = 300.0
 ORDER = "point-to-point order"
 
 
+class LostRanksError(RuntimeError):
+    """The connection between ranks broke in a case, so no further one can run."""
+
+
 class Matrix:
     """Runs cases on all ranks together; meshes and references are made once and kept.
 
     Args:
-        steps: optimizer steps of a case.
+        steps: optimizer steps of a case, at most: some do fewer.
         device: of this rank.
         deadline: ends the process when a case hangs; None waits.
     """
@@ -76,7 +80,21 @@ class Matrix:
                 self._deadline.note(error)
                 findings = _raised(name, error)
             findings.seconds = time.monotonic() - started
-            return merge(name, self.gather(findings))
+            result = merge(name, self.gather(findings))
+            if any(failure.quantity == "error" for failure in result.failures):
+                self._check_connected(result)
+            return result
+
+    def _check_connected(self, result: CaseResult) -> None:
+        """After an error on any rank: can they still do a collective, or is every further case in vain?"""
+        try:
+            env.agree(True)
+            broken = ""
+        except RuntimeError as error:
+            broken = str(error).splitlines()[0]
+        if any(self.gather(broken)):
+            cause = result.failures[0].line()
+            raise LostRanksError(f"case {result.name}: {cause}; the ranks have lost each other")
 
     def measure_neighbours(self) -> list[Neighbour]:
         """Latency and bandwidth between neighbours on that line; half of the pairs at a time."""
@@ -123,8 +141,6 @@ class Matrix:
         if other is not None:
             comparison.same_bits(other)
         self._traces[case.name] = comparison.trace
-        names = self._references.of(case).weights
-        comparison.findings.complete = tuple(f"{kind}/{n}" for n in names for kind in ("gradient", "model"))
         return comparison.findings
 
     def _trace_of(self, name: str) -> Trace:
@@ -151,7 +167,7 @@ class Matrix:
         optimizer = case.optimizer_config
         engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
         engine.inspector = comparison.gradients
-        for step in range(self._steps):
+        for step in range(min(self._steps, case.steps)):
             batch = global_batch(
                 step, rows=self._rows, vocab_size=case.model_config.vocab_size, packed=case.packed
             )
