@@ -23,19 +23,20 @@ class WavePlan:
 
     sp: int
     shares: str
-    micro_batches: int = 2
+    micro_batches: int
     forwards_first: int = 1
 
     @property
     def name(self) -> str:
         """Of the case."""
+        batches = "1 micro-batch" if self.micro_batches == 1 else f"{self.micro_batches} micro-batches"
         order = "" if self.forwards_first == 1 else f", {self.forwards_first} forwards first"
-        return f"wavefront/sp {self.sp}, {self.shares} scan, {self.micro_batches} micro-batches{order}"
+        return f"wavefront/sp {self.sp}, {self.shares} scan, {batches}{order}"
 
 
 def _waves() -> tuple[WavePlan, ...]:
-    alternating = tuple(WavePlan(sp, shares) for sp in (4, 8) for shares in ("measured", "quarter"))
-    return (*alternating, WavePlan(8, "quarter", micro_batches=4, forwards_first=4))
+    one = tuple(WavePlan(sp, shares, 1) for sp, shares in ((4, "measured"), (4, "quarter"), (8, "measured")))
+    return (*one, WavePlan(8, "quarter", 2), WavePlan(8, "quarter", 4, forwards_first=4))
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Plan:
     stage_repetitions: int = 5
     waves: tuple[WavePlan, ...] = field(default_factory=_waves)
     wave_layers: int = 24
-    wave_repetitions: int = 2
+    wave_repetitions: int = 3
     layer_seconds: float = 0.25
     slots: int = 768
     meshes: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
