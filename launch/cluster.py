@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from trellis_dist.training.parity.run import Matrix
     from trellis_dist.training.parity.stress import Neighbour
 
-__all__ = ["check_cluster", "main", "render_neighbours"]
+__all__ = ["check_cluster", "main", "render_case", "render_neighbours", "render_verdict"]
 
 # The smallest world in which every axis of the mesh meets another; beyond it ranks only share cores.
 _CPU_RANKS = 4
@@ -91,13 +91,15 @@ def _choose_ranks(given: int | None) -> int:
     import torch
 
     devices = torch.cuda.device_count()
-    if given is None:
-        return devices or min(_CPU_RANKS, max(2, os.cpu_count() or 1))
-    if given < 1:
-        raise ValueError(f"--ranks {given}: use 1 or more ranks")
-    if devices and given > devices:
-        raise ValueError(f"--ranks {given}: this machine has {devices} CUDA devices; use at most {devices}")
-    return given
+    ranks = (devices or min(_CPU_RANKS, max(2, os.cpu_count() or 1))) if given is None else given
+    if devices and ranks > devices:
+        raise ValueError(f"--ranks {ranks}: this machine has {devices} CUDA devices; use at most {devices}")
+    if ranks < 2:
+        raise ValueError(
+            f"--cluster compares ranks with one process, and here is {ranks}: use --ranks 2 or more, start "
+            'it with torchrun on all nodes, or hide the GPU (CUDA_VISIBLE_DEVICES="") for ranks on the CPU'
+        )
+    return ranks
 
 
 def _start(ranks: int, *, flags: Sequence[str]) -> dict[str, Any]:
@@ -149,13 +151,13 @@ def _report(matrix: Matrix, *, only: Sequence[str], device: str, steps: int, say
             continue
         if reason is None:
             results.append(matrix.run(case))
-            say(_render(results[-1]))
+            say(render_case(results[-1]))
         else:
             not_run[case.name] = reason
     neighbours: list[Neighbour] = []
     if matrix.world_size > 1 and not only:
         results.append(matrix.check_order())
-        say(_render(results[-1]))
+        say(render_case(results[-1]))
         neighbours = matrix.measure_neighbours()
         say(render_neighbours(neighbours))
     report = {
@@ -168,7 +170,7 @@ def _report(matrix: Matrix, *, only: Sequence[str], device: str, steps: int, say
         "not_run": not_run,
         "neighbours": [dataclasses.asdict(neighbour) for neighbour in neighbours],
     }
-    say(_verdict(report))
+    say(render_verdict(report))
     return report
 
 
@@ -176,7 +178,7 @@ def _as_json(result: CaseResult) -> dict[str, Any]:
     return {**dataclasses.asdict(result), "passed": result.passed}
 
 
-def _render(result: CaseResult) -> str:
+def render_case(result: CaseResult) -> str:
     """One line for a case, and one for each of its first failures (one for an error that ranks share)."""
     worst = ", ".join(f"{kind} {error:.1e}" for kind, error in result.worst.items())
     verdict = "pass" if result.passed else "FAIL"
@@ -202,7 +204,8 @@ def render_neighbours(neighbours: Sequence[Neighbour]) -> str:
     return "\n".join(lines)
 
 
-def _verdict(report: dict[str, Any]) -> str:
+def render_verdict(report: dict[str, Any]) -> str:
+    """What did not run, and whether all that did passed."""
     cases = report["cases"]
     failed = [case["name"] for case in cases if not case["passed"]]
     lines = []

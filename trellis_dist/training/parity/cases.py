@@ -221,7 +221,8 @@ def _variations() -> list[Case]:
     tp: dict[str, Any] = {"tp": 2, "sequence_parallel": True, "packed": True}
     heads: dict[str, Any] = {**sp, "mode": "all_to_all"}
     compiled: dict[str, Any] = {"compile": "aot_eager"}
-    ahead: dict[str, Any] = {"accumulation": 4, "forwards_first": 4}
+    ahead: dict[str, Any] = {"accumulation": 2, "forwards_first": 2}
+    offload: dict[str, Any] = {"offload_optimizer": True, "optimizer": "adamw"}
     rows: list[tuple[str, dict[str, Any]]] = [
         ("sp2 full checkpointing", {**sp, **full, "same_bits_as": "sp2 packed"}),
         ("sp2 selective checkpointing", {**sp, **selective, "same_bits_as": "sp2 packed"}),
@@ -232,15 +233,17 @@ def _variations() -> list[Case]:
             "sp2 all-to-all selective checkpointing",
             {**heads, **selective, "same_bits_as": "sp2 all-to-all packed"},
         ),
-        ("sp2 forwards first", {**sp, **ahead}),
-        ("sp2 forwards first full checkpointing", {**sp, **full, **ahead, "forwards_first": 2}),
-        ("sp2 offload", {**sp, "offload_optimizer": True, "optimizer": "adamw"}),
+        ("sp2 forwards first", {**sp, "accumulation": 4, "forwards_first": 4}),
+        ("sp2 forwards first full checkpointing", {**sp, **full, "accumulation": 4, "forwards_first": 2}),
+        ("sp2 offload", {**sp, **offload}),
+        ("sp2 all-to-all offload", {**heads, **offload, **full, "model": "hybrid"}),
+        ("tp2 offload", {**tp, **offload, **full, **ahead, "model": "hybrid"}),
         ("dp compile", {"replicas": 2, "packed": True, **compiled}),
         ("sp2 compile", {**sp, **compiled}),
         ("sp2 all-to-all compile", {**heads, **compiled, "model": "hybrid"}),
         ("tp2 compile", {**tp, **compiled}),
         ("tp2 compile full checkpointing", {**tp, **compiled, **full}),
-        ("sp2 compile selective checkpointing", {**sp, **compiled, **selective}),
+        ("sp2 compile selective checkpointing", {**sp, **compiled, **selective, **ahead}),
     ]
     return [Case(name=name, steps=FEW_STEPS, **settings) for name, settings in rows]
 
@@ -267,34 +270,35 @@ def _sharded() -> list[Case]:
 
 
 def _sharded_variations() -> list[Case]:
-    """The same engines with what else a run may ask of them."""
+    """The same engines with what else a run may ask of them, several things at once."""
     zero: dict[str, Any] = {"engine": "deepspeed", "packed": True}
-    fsdp: dict[str, Any] = {"engine": "fsdp2", "packed": True}
     dp: dict[str, Any] = {"replicas": 2}
-    dp_sp: dict[str, Any] = {"replicas": 2, "sp": 2}
-    dp_tp: dict[str, Any] = {"replicas": 2, "tp": 2}
+    sp: dict[str, Any] = {"replicas": 2, "sp": 2}
     adam: dict[str, Any] = {"optimizer": "adamw"}
-    offload: dict[str, Any] = {**adam, "offload_optimizer": True}
     full: dict[str, Any] = {"activation_checkpointing": "full"}
     ahead: dict[str, Any] = {"accumulation": 2, "forwards_first": 2}
-    compiled: dict[str, Any] = {"compile": "aot_eager"}
-    stages: list[tuple[str, dict[str, Any]]] = [
-        (f"zero{stage}", {**zero, "zero_stage": stage}) for stage in range(4)
-    ]
-    divided = [*stages[1:], ("fsdp2", fsdp)]
+    compiled: dict[str, Any] = {"compile": "aot_eager", "activation_checkpointing": "selective"}
+    hybrid: dict[str, Any] = {"model": "hybrid"}
     rows: list[tuple[str, dict[str, Any]]] = [
-        *((f"{name} dp adamw", {**engine, **dp, **adam}) for name, engine in [*stages, ("fsdp2", fsdp)]),
-        *((f"{name} dp accumulation 2", {**engine, **dp, "accumulation": 2}) for name, engine in divided),
-        *((f"{name} dp forwards first", {**engine, **dp, **ahead}) for name, engine in divided),
-        *((f"{name} dp offload", {**engine, **dp, **offload}) for name, engine in divided),
-        *((f"{name} dp full checkpointing", {**engine, **dp, **full}) for name, engine in divided),
-        *((f"{name} dp compile", {**engine, **dp, **compiled}) for name, engine in divided),
-        *((f"{name} dp sp2 adamw", {**engine, **dp_sp, **adam, **ahead}) for name, engine in divided),
         ("zero1 sp2", {**zero, "sp": 2}),
-        ("zero1 dp sp2 all-to-all", {**zero, **dp_sp, "mode": "all_to_all", "model": "hybrid"}),
+        ("zero1 dp accumulation 2", {**zero, **dp, "accumulation": 2}),
         ("zero1 tp2 sequence-parallel", {**zero, "tp": 2, "sequence_parallel": True}),
-        ("zero1 dp tp2 adamw", {**zero, **dp_tp, **adam, "sequence_parallel": True, "accumulation": 2}),
+        ("zero1 dp tp2 adamw", {**zero, **dp, **adam, **ahead, "tp": 2, "sequence_parallel": True}),
     ]
+    engines = [(f"zero{stage}", {**zero, "zero_stage": stage}) for stage in range(4)]
+    for name, engine in [*engines, ("fsdp2", {"engine": "fsdp2", "packed": True})]:
+        # ZeRO 0 divides nothing that could be offloaded, and is refused.
+        offload = {} if name == "zero0" else {"offload_optimizer": True}
+        rows += [
+            (f"{name} dp adamw", {**engine, **dp, **adam}),
+            (f"{name} dp forwards first full checkpointing", {**engine, **dp, **ahead, **full}),
+            (
+                f"{name} dp compile offload",
+                {**engine, **dp, **compiled, **adam, **ahead, **hybrid, **offload},
+            ),
+            (f"{name} dp sp2 adamw", {**engine, **sp, **adam, "accumulation": 2}),
+            (f"{name} dp sp2 all-to-all", {**engine, **sp, **ahead, **full, **hybrid, "mode": "all_to_all"}),
+        ]
     return [Case(name=name, steps=FEW_STEPS, **settings) for name, settings in rows]
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TypeVar
 
@@ -18,6 +19,7 @@ from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.transfers import Transfers
+from trellis_dist.training.engines import deepspeed
 from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.parity.batches import global_batch, micro_batches
 from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
@@ -165,7 +167,8 @@ class Matrix:
             model, mesh, recompute=training.activation_checkpointing, compile_backend=training.compile
         )
         optimizer = case.optimizer_config
-        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
+        with _nothing_is_small():
+            engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
         engine.inspector = comparison.gradients
         for step in range(min(self._steps, case.steps)):
             batch = global_batch(
@@ -181,6 +184,17 @@ class Matrix:
             comparison.result(engine.train_step(mine, lr=optimizer.lr, valid_tokens=batch.valid_tokens))
         comparison.weights(engine.logical_tensors())
         return comparison
+
+
+@contextlib.contextmanager
+def _nothing_is_small() -> Iterator[None]:
+    """ZeRO 3 keeps small parameters whole on every rank; here all are small, and must be divided."""
+    usual = deepspeed._PERSISTENT_ELEMENTS
+    deepspeed._PERSISTENT_ELEMENTS = 0
+    try:
+        yield
+    finally:
+        deepspeed._PERSISTENT_ELEMENTS = usual
 
 
 def _timeout() -> timedelta:

@@ -1,0 +1,187 @@
+"""The parity matrix: every mesh and engine trains as one process does, and would show it if it did not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from data_pipeline.config import DataConfig
+from tests.distributed import gloo_pool
+from tests.training.parity_cases import FAULTS, run_case, run_order, run_order_with_fault, run_with_fault
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
+from trellis_dist.training.combination import check_combination
+from trellis_dist.training.parity.cases import CASES, ROW_TOKENS, STEPS, Case, OperationCase, global_rows
+from trellis_dist.training.parity.compare import CaseResult, Failure
+
+# Of one case: the first of a pool imports DeepSpeed and megatron-core and makes process groups.
+CASE_TIMEOUT_S = 150.0
+# Rows that fit two ranks and mean more where data parallelism fills four.
+ALSO_ON_FOUR = (
+    "sp2 packed",
+    "sp2 all-to-all packed",
+    "sp2 attention",
+    "tp2 sequence-parallel packed",
+    "tp2 packed",
+    "zero3 dp",
+    "fsdp2 dp",
+)
+EIGHT, EIGHT_STEPS = "zero1 dp sp2 tp2", 4
+
+
+def smallest(case: Case | OperationCase) -> int:
+    return case.sp if isinstance(case, OperationCase) else case.smallest_world
+
+
+ROWS = [(smallest(case), case.name) for case in CASES if case.name != EIGHT]
+ROWS += [(4, name) for name in ALSO_ON_FOUR]
+
+
+def run_on(world: int, function: Any, *args: Any) -> list[Any]:
+    """Results by rank; after an error the pool is not used again, its connections may be broken."""
+    pool = gloo_pool(world)
+    try:
+        return pool.run(function, *args, timeout_s=CASE_TIMEOUT_S)
+    except BaseException:
+        pool.close()
+        raise
+
+
+def describe(result: CaseResult) -> str:
+    return "\n".join(failure.line() for failure in result.failures[:5])
+
+
+@pytest.mark.parametrize("world, name", sorted(ROWS), ids=lambda value: str(value))
+def test_a_row_is_one_process(world: int, name: str) -> None:
+    found = run_on(world, run_case, name, STEPS)
+    assert found[0].passed, describe(found[0])
+    assert found[0].worst, "nothing was compared"
+    assert all(result == found[0] for result in found)
+
+
+def test_dp_sp_and_tp_together_are_one_process() -> None:
+    """Eight ranks once; they share two cores, so few steps."""
+    try:
+        (result, *_) = run_on(8, run_case, EIGHT, EIGHT_STEPS)
+    finally:
+        gloo_pool(8).close()
+    assert result.passed, describe(result)
+
+
+# (ranks, row, what is wrong, what must show it)
+NEGATIVE = [
+    (2, "tp2 packed", "no sum over tp", "gradient/blocks.0.mixer.norm_weight"),
+    (2, "tp2 sequence-parallel packed", "no sum over tp", "gradient/norm.weight"),
+    (2, "zero1 tp2 sequence-parallel", "no hooks over tp", "gradient/norm.weight"),
+    (2, "sp2 packed", "no sum over dp x sp", "gradient/embedding_weight"),
+    (2, "dp packed", "no sum over dp x sp", "gradient/embedding_weight"),
+    (4, "fsdp2 dp sp2", "no sum over sp", "gradient/embedding_weight"),
+    (2, "dp packed", "a mean per replica", "gradient norm"),
+    (2, "zero1 dp", "a mean per replica", "gradient norm"),
+    (2, "sp2", "labels shifted per segment", "loss"),
+    (2, "tp2 packed", "an untagged parameter", "gradient norm"),
+    (2, "zero1 tp2 sequence-parallel", "an untagged parameter", "gradient norm"),
+    (2, "zero1 dp", "a sum where the library averages", "gradient norm"),
+    (2, "fsdp2 dp", "a sum where the library averages", "gradient norm"),
+    (2, "dp packed", "norms that differ in a bit", "(loss, gradient norm) of rank 0"),
+    (2, "sp2 packed", "a gradient that is not shown", "gradient/norm.weight"),
+    (2, "dp packed", "no update", "model/embedding_weight"),
+    (2, "sp2 full checkpointing", "recomputation in other bits", "bits of "),
+    (2, "dp", "a refusal", "error"),
+]
+
+
+@pytest.mark.parametrize("world, name, fault, quantity", NEGATIVE)
+def test_parity_fails_where_it_must(world: int, name: str, fault: str, quantity: str) -> None:
+    broken, repaired = run_on(world, run_with_fault, name, fault)[0]
+    assert not broken.passed
+    assert any(quantity in failure.quantity for failure in broken.failures), describe(broken)
+    first = broken.failures[0]
+    assert (first.case, first.step >= 0 or first.quantity == "error") == (name, True)
+    assert repaired.passed, describe(repaired)
+
+
+def test_every_fault_is_tried() -> None:
+    assert {fault for _, _, fault, _ in NEGATIVE} == set(FAULTS)
+
+
+def test_messages_keep_their_order_and_neighbours_are_timed() -> None:
+    result, neighbours = run_on(4, run_order)[0]
+    assert result.passed, describe(result)
+    assert [(pair.left, pair.right) for pair in neighbours] == [(0, 1), (1, 2), (2, 3)]
+    assert all(pair.latency_us > 0 and pair.gigabytes_per_s > 0 for pair in neighbours)
+
+
+def test_messages_in_the_wrong_order_are_found() -> None:
+    result = run_on(4, run_order_with_fault)[0]
+    (failure,) = result.failures
+    assert failure.rank == 2
+    assert "rightward from rank 1" in failure.quantity
+    assert "rightward from rank 1" in failure.found
+    assert failure.quantity != failure.found
+
+
+def test_a_failure_says_where() -> None:
+    failure = Failure(case="sp2", quantity="loss", expected="1", found="2", step=3, rank=5, host="node7")
+    assert failure.line() == "step 3, rank 5 on node7: loss: expected 1, found 2"
+
+
+# What a run may ask for; with every pair of them that may start, some row must train.
+FEATURES: dict[str, dict[str, Any]] = {
+    "local": {"engine": "local"},
+    **{f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)},
+    "fsdp2": {"engine": "fsdp2"},
+    "replicas": {"replicas": 2},
+    "state passing": {"sp": 2, "mode": "state_passing"},
+    "all-to-all": {"sp": 2, "mode": "all_to_all"},
+    "tensor": {"tp": 2},
+    "sequence-parallel": {"tp": 2, "sequence_parallel": True},
+    "full": {"activation_checkpointing": "full"},
+    "selective": {"activation_checkpointing": "selective"},
+    "compile": {"compile": "aot_eager"},
+    "offload": {"offload_optimizer": True},
+    "accumulation": {"accumulation": 2},
+    "forwards first": {"forwards_first": 2, "accumulation": 2},
+    "attention": {"model": "hybrid"},
+    "adamw": {"optimizer": "adamw"},
+    "packed": {"packed": True},
+}
+
+
+def may_start(case: Case) -> bool:
+    world = case.smallest_world
+    try:
+        check_combination(
+            mesh=MeshConfig(sp=case.sp, tp=case.tp),
+            tensor=TensorConfig(sequence_parallel=case.sequence_parallel),
+            sequence=SequenceConfig(mode=case.mode),
+            model=case.model_config,
+            data=DataConfig(directory="none", sequence_length=ROW_TOKENS, packing="aligned"),
+            training=case.training_config(world),
+            global_rows=global_rows(world),
+            world_size=world,
+        )
+    except ValueError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("first", FEATURES)
+def test_every_pair_of_features_that_may_start_has_a_row(first: str) -> None:
+    rows = [case for case in CASES if isinstance(case, Case)]
+    for second, settings in FEATURES.items():
+        both = FEATURES[first] | settings
+        if any(both[key] != value for key, value in FEATURES[first].items()):
+            continue  # one excludes the other
+        found = any(all(getattr(row, key) == value for key, value in both.items()) for row in rows)
+        assert found or not may_start(Case(name="both", **both)), f"no row has {first} and {second}"
+
+
+def test_bits_are_compared_with_a_row_of_the_same_ranks() -> None:
+    rows = {case.name: case for case in CASES if isinstance(case, Case)}
+    same = [(case, rows[case.same_bits_as]) for case in rows.values() if case.same_bits_as is not None]
+    assert same
+    for case, other in same:
+        assert other.same_bits_as is None
+        for field in ("smallest_world", "packed", "model", "optimizer", "accumulation", "mode"):
+            assert getattr(case, field) == getattr(other, field), (case.name, field)
