@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +151,20 @@ def skip_case(engine: str, poison: float, where: str) -> tuple[bool, bool, bool]
 
 def gradients_case(engine: str) -> list[tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]]:
     """The gradient slices this rank shows in its second step of two micro-batches."""
-    built, shown = build(engine, SGD), []
+    built = build(engine, SGD)
     train(built, range(1), micro_batch=1, lr=0.2)
-    built.inspector = lambda parts: shown.extend(_plain(part) for part in parts)
-    train(built, range(1, 2), micro_batch=1, lr=0.2)
+    with shown_gradients(built) as shown:
+        train(built, range(1, 2), micro_batch=1, lr=0.2)
     return shown
+
+
+@contextlib.contextmanager
+def shown_gradients(engine: Engine) -> Iterator[list[Any]]:
+    """Collect what the engine shows its inspector, as plain tuples."""
+    shown: list[Any] = []
+    engine.inspector = lambda parts: shown.extend(_plain(part) for part in parts)
+    yield shown
+    engine.inspector = None
 
 
 def _plain(part: LogicalTensor) -> tuple[str, tuple[int, ...], tuple[int, ...], torch.Tensor]:

@@ -44,14 +44,15 @@ class Validator:
         return metrics
 
     def _batches(self) -> Iterator[Batch]:
-        """Yield this rank's micro-batches; one without a label to predict is passed over."""
+        """Yield this rank's micro-batches, equally many on all ranks, also those without a label to predict.
+
+        Engines that divide weights over dp gather them in every forward pass, on all ranks together.
+        """
         share = self._loader.micro_batch
         for counter in range(0, self._rows, self._loader.global_batch):
             first = counter + self._mesh.dp_rank * share
             for batch in self._loader.micro_batches(counter):
-                kept = _first_rows(batch, self._rows - first)
-                if kept.valid_tokens:
-                    yield kept
+                yield _first_rows(batch, self._rows - first)
 
 
 def _first_rows(batch: Batch, count: int) -> Batch:
