@@ -27,7 +27,7 @@ class _Documents:
         before: per row, tokens that the document at this segment's first token has in the segments before.
         inner: row and column of each document that starts inside this segment, past its first token.
         length: L.
-        bounds: of every document of the whole rows in the flattened stream, row starts included [n+1].
+        bounds: of the documents that the cut named, in the flattened stream of whole rows [n+1].
         whole: the context of the whole rows on each device that asked for it.
     """
 
@@ -161,8 +161,7 @@ class Segments:
 
     def _find_documents(self, cu_seqlens: Tensor, rows: int, total: int, length: int) -> _Documents:
         # Empty documents may follow the last token, as in boundaries that are padded to a fixed number.
-        found = {divmod(start, total) for start in cu_seqlens[:-1].tolist() if start < rows * total}
-        starts = sorted(found | {(row, 0) for row in range(rows)})
+        starts = sorted({divmod(start, total) for start in cu_seqlens[:-1].tolist() if start < rows * total})
         for row, column in starts:
             if column % self._chunk_size:
                 raise ValueError(
