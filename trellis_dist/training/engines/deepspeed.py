@@ -20,6 +20,7 @@ from trellis_dist.training.engines.gradients import clip_gradients, complete_gra
 from trellis_dist.training.engines.hooks import GradientOrder, TensorSums
 from trellis_dist.training.engines.mpu import ModelParallelUnit
 from trellis_dist.training.engines.zero_state import (
+    drop_gradients,
     flat_state,
     poison_gradients,
     refresh_gathered,
@@ -124,7 +125,10 @@ class DeepSpeedEngine(CommonEngine):
         if not StepResult.judge(loss=loss, grad_norm=0.0).applied:
             poison_gradients(self._engine.optimizer, self._fragments(gradients=True))
         self._engine.step()
-        return StepResult.judge(loss=loss, grad_norm=float(self._engine.get_global_grad_norm()))
+        result = StepResult.judge(loss=loss, grad_norm=float(self._engine.get_global_grad_norm()))
+        if not result.applied:
+            drop_gradients(self._engine.optimizer)
+        return result
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from trellis_dist.training.engines.fragments import Fragment, Held
 
-__all__ = ["flat_state", "poison_gradients", "refresh_gathered", "zero_fragments"]
+__all__ = ["drop_gradients", "flat_state", "poison_gradients", "refresh_gathered", "zero_fragments"]
 
 
 def zero_fragments(
@@ -118,3 +118,13 @@ def poison_gradients(optimizer: Any, fragments: Iterable[Fragment]) -> None:
     # With offload the norms were taken while the gradients went to the host.
     norms = getattr(optimizer, "norm_for_param_grads", {})
     norms.update(dict.fromkeys(norms, torch.tensor(nan)))
+
+
+def drop_gradients(optimizer: Any) -> None:
+    """Forget the gradient of a skipped step.
+
+    DeepSpeed 0.19 does so itself, but not at stages 1 and 2 with bf16 and offload, where it would add the
+    next step's gradient to the spoiled one.
+    """
+    if getattr(optimizer, "cpu_offload", False):
+        optimizer.averaged_gradients.update(dict.fromkeys(optimizer.averaged_gradients))
