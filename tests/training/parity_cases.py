@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.transfers import Transfers
 from trellis_dist.training.engines import deepspeed, fsdp2, local
-from trellis_dist.training.parity import run, stress
+from trellis_dist.training.parity import cases, run, stress
 from trellis_dist.training.parity.cases import find_case
 from trellis_dist.training.parity.compare import CaseResult
 from trellis_dist.training.parity.run import Matrix
@@ -30,6 +31,17 @@ def matrix(steps: int) -> Matrix:
 
 def run_case(name: str, steps: int) -> CaseResult:
     return matrix(steps).run(find_case(name))
+
+
+def run_variant(change: dict[str, Any]) -> CaseResult:
+    """Packed rows over four segments with another Trellis layer, and embeddings of its own for the output."""
+    usual = cases.MODELS["trellis"]
+    model = replace(usual, tie_embeddings=False, trellis=replace(usual.trellis, **change))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(cases.MODELS, "trellis", model)
+        other = Matrix(steps=FAULT_STEPS, device=torch.device("cpu"))
+        other._meshes = matrix(FAULT_STEPS)._meshes
+        return other.run(find_case("sp4 packed"))
 
 
 def run_order() -> tuple[CaseResult, list[Neighbour]]:

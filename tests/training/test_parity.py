@@ -8,7 +8,14 @@ import pytest
 
 from data_pipeline.config import DataConfig
 from tests.distributed import gloo_pool
-from tests.training.parity_cases import FAULTS, run_case, run_order, run_order_with_fault, run_with_fault
+from tests.training.parity_cases import (
+    FAULTS,
+    run_case,
+    run_order,
+    run_order_with_fault,
+    run_variant,
+    run_with_fault,
+)
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.combination import check_combination
 from trellis_dist.training.parity.cases import CASES, ROW_TOKENS, STEPS, Case, OperationCase, global_rows
@@ -65,6 +72,27 @@ def test_dp_sp_and_tp_together_are_one_process() -> None:
         (result, *_) = run_on(8, run_case, EIGHT, EIGHT_STEPS)
     finally:
         gloo_pool(8).close()
+    assert result.passed, describe(result)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"conv_kernel": 0, "gates": ("off", "fixed")},
+        {"phi": "tanh", "readout": "softmax", "alpha_norm": "none"},
+        {
+            "update": "corrected",
+            "phi": "tanh",
+            "readout": "silu_rms",
+            "value_gates": "own",
+            "step_bound": "token",
+            "step_size_max": 1.0,
+        },
+    ],
+    ids=["no-convolution", "tanh", "corrected"],
+)
+def test_other_layers_over_four_segments_are_one_process(change: dict[str, Any]) -> None:
+    result = run_on(4, run_variant, change)[0]
     assert result.passed, describe(result)
 
 

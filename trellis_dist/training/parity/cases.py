@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, Literal
 
 from trellis_dist.models.config import ModelConfig, TrellisConfig
@@ -135,12 +134,12 @@ class Case:
         """Why ``world_size`` ranks cannot run it; None: they can."""
         return _multiple(world_size, self.smallest_world)
 
-    @cached_property
+    @property
     def model_config(self) -> ModelConfig:
         """The model section."""
         return MODELS[self.model]
 
-    @cached_property
+    @property
     def optimizer_config(self) -> OptimizerConfig:
         """The optimizer section."""
         return OPTIMIZERS[self.optimizer]
