@@ -8,17 +8,10 @@ from collections.abc import Iterator
 from typing import Any, get_type_hints
 
 from launch.fit import fit_mesh, fit_to_devices
+from launch.memory import estimate_memory
 from launch.recipe import Recipe, dotted_items, resolve
-from trellis_dist.models.config import ModelConfig
 
 __all__ = ["defaults", "make_plan", "render_plan"]
-
-# Elements of width dim that one token leaves for the backward pass in one Trellis block: residual, two norms,
-# q k v before and after convolution and normalisation, gate twice, output, post-norm, gated output.
-_BLOCK_ACTIVATIONS = 17
-_SEGMENT_TOKENS = 256  # from one memory that the compress operation keeps for backward to the next
-# Elements of the largest block of logits (models/loss.py): on a CPU, where fp32 runs, and on a GPU.
-_LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
@@ -45,7 +38,7 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
         "batch": _batch(fitted, dp=dp),
-        "memory_per_rank_bytes": _memory(fitted, parameters=counts.total, replicas=dp * mesh.sp),
+        "memory_per_rank_bytes": estimate_memory(fitted, counts=counts, mesh=mesh),
     }
 
 
@@ -61,51 +54,6 @@ def _batch(recipe: Recipe, *, dp: int) -> dict[str, int]:
         "steps": recipe.training.steps,
         "tokens": recipe.tokens(),
     }
-
-
-def _memory(recipe: Recipe, *, parameters: int, replicas: int) -> dict[str, int]:
-    """Bytes by part on one rank; ZeRO 1 divides masters and moments over the ``replicas`` (dp * sp) ranks."""
-    training = recipe.training
-    half = training.precision == "bf16"
-    zero = training.engine == "deepspeed" and training.zero_stage == 1
-    owned = -(-parameters // replicas) if zero else parameters
-    moments = 8 if recipe.optimizer.kind == "adamw" else 0
-    parts = {
-        "weights": parameters * (2 if half else 4),
-        # The local engine accumulates gradients in fp32, on its masters.
-        "gradients": parameters * (2 if half and training.engine == "deepspeed" else 4),
-        "master_weights": owned * 4 if zero or half else 0,
-        "optimizer_moments": owned * moments,
-        "activations_estimate": _activations(recipe),
-    }
-    return {**parts, "total": sum(parts.values())}
-
-
-def _activations(recipe: Recipe) -> int:
-    """What one micro-batch keeps for its backward pass, and what the layer in work adds to it.
-
-    Blocks and the loss; of every Trellis layer the memories at segment starts, of the one in work those at
-    all chunk starts and their adjoints (docs/kernels.md).
-    """
-    model, width = recipe.model, 2 if recipe.training.precision == "bf16" else 4
-    tokens = recipe.training.micro_batch * recipe.data.sequence_length // recipe.mesh.sp
-    blocks = tokens * model.num_layers * width * _block_elements(model)
-    chunk, pair = model.trellis.chunk_size, 2 * model.trellis.slots * model.dim * 4
-    trellis_layers = sum(model.layer_kind(layer) == "trellis" for layer in range(model.num_layers))
-    kept = trellis_layers * pair * -(-tokens // max(chunk, _SEGMENT_TOKENS))
-    in_work = min(trellis_layers, 1) * 2 * pair * -(-tokens // chunk)
-    return blocks + kept + in_work + _head(recipe, tokens)
-
-
-def _head(recipe: Recipe, tokens: int) -> int:
-    """The loss keeps its two gradients, and one block of logits (fp32) with its softmax while it runs."""
-    model = recipe.model
-    block = min(tokens * model.vocab_size, _LOGIT_BLOCK[recipe.training.precision])
-    return (model.vocab_size + tokens) * model.dim * 4 + 2 * block * 4
-
-
-def _block_elements(model: ModelConfig) -> int:
-    return _BLOCK_ACTIVATIONS * model.dim + 2 * model.num_heads * model.trellis.slots + 4 * model.mlp_width
 
 
 def defaults(section: type = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -173,7 +121,8 @@ def _memory_lines(memory: dict[str, int], plan: dict[str, Any]) -> list[str]:
     engine = training["engine"] + (
         f", ZeRO {training['zero_stage']}" if training["engine"] == "deepspeed" else ""
     )
-    rows = [f"{name.replace('_', ' '):<22} {value / 2**20:>12,.1f} MiB" for name, value in memory.items()]
+    shown = {name: value for name, value in memory.items() if value}
+    rows = [f"{name.replace('_', ' '):<22} {value / 2**20:>12,.1f} MiB" for name, value in shown.items()]
     return [f"engine: {engine}, {training['precision']}", *rows]
 
 

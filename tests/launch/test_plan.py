@@ -40,3 +40,48 @@ def test_defaults_leave_out_what_a_recipe_must_give() -> None:
     assert known["model.trellis.slots"] == 64
     assert "model.dim" not in known
     assert "training.steps" not in known
+
+
+# Parts of the state of P parameters, in bytes per parameter, bf16 on dp 2 x sp 2.
+STATE = {
+    "engine=local": {"weights": 2, "gradients": 4, "master_weights": 4, "optimizer_moments": 8},
+    "zero_stage=1": {"weights": 2, "gradients": 4, "master_weights": 1, "optimizer_moments": 2},
+    "zero_stage=2": {"weights": 2, "gradients": 1, "master_weights": 1, "optimizer_moments": 2},
+    "zero_stage=3": {"weights": 0.5, "gradients": 1, "master_weights": 1, "optimizer_moments": 2},
+    "engine=fsdp2": {"weights": 2, "gradients": 2, "master_weights": 0, "optimizer_moments": 4},
+}
+MESH = ["mesh.dp=2", "mesh.sp=2", "data.packing=aligned", "training.precision=bf16"]
+
+
+@pytest.mark.parametrize("setting", STATE)
+def test_state_is_divided_as_the_engine_divides_it(setting: str) -> None:
+    plan = make_plan(load_recipe(BASE, [*MESH, f"training.{setting}"]))
+    memory, parameters = plan["memory_per_rank_bytes"], plan["parameters"]["total"]
+    expected = {part: per * parameters for part, per in STATE[setting].items()}
+    assert {part: memory[part] for part in expected} == pytest.approx(expected, abs=16)
+    assert (memory["gathered_weights"] > 0) == (setting in ("zero_stage=3", "engine=fsdp2"))
+    assert memory["host_state"] == 0
+
+
+@pytest.mark.parametrize("setting, host", [("engine=local", 12), ("zero_stage=1", 3), ("engine=fsdp2", 8)])
+def test_offloaded_state_is_the_hosts(setting: str, host: float) -> None:
+    plan = make_plan(load_recipe(BASE, [*MESH, f"training.{setting}", "training.offload_optimizer=true"]))
+    memory = plan["memory_per_rank_bytes"]
+    assert memory["host_state"] == pytest.approx(host * plan["parameters"]["total"], abs=16)
+    assert memory["master_weights"] == memory["optimizer_moments"] == 0
+    assert memory["total"] == sum(
+        value for part, value in memory.items() if part not in ("total", "host_state")
+    )
+
+
+def activations(*overrides: str) -> int:
+    batch = ["training.global_batch_tokens=8192", "training.micro_batch=2"]
+    settings = [*batch, "training.precision=fp32", *overrides]
+    memory = make_plan(load_recipe(BASE, settings))["memory_per_rank_bytes"]
+    return int(memory["activations_estimate"])
+
+
+def test_activations_grow_with_the_forward_passes_that_run_first() -> None:
+    one, two = activations(), activations("training.forwards_first=2")
+    assert one < two < 2 * one
+    assert activations("training.activation_checkpointing=full") < one

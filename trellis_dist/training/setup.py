@@ -188,7 +188,7 @@ def _describe(job: Job, mesh: Mesh, train: TokenDataset, found: tuple[Path, dict
     """Say in a few lines what is about to run."""
     training, rows = job.training, job.global_rows
     count = parameter_counts(job.model).total
-    engine = f"deepspeed ZeRO {training.zero_stage}" if training.engine == "deepspeed" else "local"
+    engine = f"deepspeed ZeRO {training.zero_stage}" if training.engine == "deepspeed" else training.engine
     precision = "bf16" if uses_bf16(training, mesh) else "fp32"
     if training.precision != precision:
         precision += " (bf16 was asked for; a CPU computes in fp32)"
