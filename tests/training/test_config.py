@@ -33,3 +33,8 @@ def test_training_amounts_are_finite(name: str, value: float):
 def test_the_ends_of_the_ranges_are_accepted():
     config = OptimizerConfig(beta1=0.0, beta2=0.0, weight_decay=0.0, clip_norm=0.0)
     assert config.weight_decay == 0.0
+
+
+def test_at_least_one_forward_pass_comes_first():
+    with pytest.raises(ValueError, match=r"training\.forwards_first = 0: use 1 or more micro-batches"):
+        TrainingConfig(steps=1, global_batch_tokens=1, forwards_first=0)

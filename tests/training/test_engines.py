@@ -29,10 +29,13 @@ from tests.training.engine_cases import (
     train,
 )
 from tests.training.stand_in import TinyModel
+from trellis_dist.models.init import Constant
 from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.parallel.segments import Segments
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
+from trellis_dist.training.engines.accumulation import accumulate
 from trellis_dist.training.engines.base import EngineOptions
-from trellis_dist.training.engines.factory import check_engine
+from trellis_dist.training.engines.factory import build_engine, check_engine
 from trellis_dist.training.engines.local import LocalEngine
 
 ENGINES = ["local", "zero0", "zero1", "zero2", "zero3"]
@@ -60,6 +63,30 @@ def test_adam_and_clipping_match_one_process(engine: str):
     expected = train(build("local", ADAM), range(STEPS), micro_batch=2)
     for curve in gloo_pool(2).run(curve_case, engine, ADAM, 2, 0.02):
         assert_close(curve, expected)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_forward_passes_that_run_first_change_nothing(engine: str):
+    expected = gloo_pool(2).run(curve_case, engine, ADAM, 1, 0.02)
+    found = gloo_pool(2).run(curve_case, f"{engine} first2", ADAM, 1, 0.02)
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+
+
+def test_at_most_that_many_forward_passes_run_first():
+    """Five micro-batches, two at a time: both kinds of passes keep the batches' order."""
+    log: list[str] = []
+
+    def forward(batch: int) -> torch.Tensor:
+        log.append(f"f{batch}")
+        return torch.tensor(float(batch))
+
+    def backward(loss: torch.Tensor, last: bool) -> None:
+        log.append(f"b{int(loss)}{'!' if last else ''}")
+
+    total = accumulate([1, 2, 3, 4, 5], forward=forward, backward=backward, forwards_first=2)
+    assert " ".join(log) == "f1 f2 b1 b2 f3 f4 b3 b4 f5 b5!"
+    assert float(total) == 15.0
 
 
 @pytest.mark.parametrize("engine", ENGINES)
@@ -178,6 +205,27 @@ def test_decay_applies_to_matrices_only():
 
     groups = parameter_groups(TinyModel().named_parameters(), 0.1)
     assert [(len(group["params"]), group["weight_decay"]) for group in groups] == [(3, 0.1), (2, 0.0)]
+
+
+def test_masters_are_decayed_as_their_weights_are():
+    """What a parameter starts as is declared on it, not on the fp32 copy that is updated."""
+    spared = TinyModel()
+    spared.hidden.initial = Constant(1.0)
+    engine = LocalEngine(spared, EngineOptions(optimizer=ADAM, mesh=Mesh(), bf16=True))
+    decays = [(len(group["params"]), group["weight_decay"]) for group in engine._optimizer.param_groups]
+    assert decays == [(2, 0.1), (3, 0.0)]
+
+
+def test_the_factory_builds_what_the_recipe_names():
+    settings = {"steps": 1, "global_batch_tokens": 1, "forwards_first": 3, "offload_optimizer": True}
+    training = TrainingConfig(engine="local", z_loss=0.5, **settings)
+    mesh = Mesh()
+    segments = Segments(mesh, chunk_size=1)
+    built = build_engine(TinyModel(), training, optimizer=SGD, mesh=mesh, segments=segments)
+    assert isinstance(built, LocalEngine)
+    assert built._options == EngineOptions(
+        optimizer=SGD, mesh=mesh, segments=segments, z_loss=0.5, offload=True, forwards_first=3
+    )
 
 
 def test_decay_spares_norm_weights_of_two_dimensions():
