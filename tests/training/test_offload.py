@@ -88,4 +88,4 @@ def test_stage_0_divides_nothing_that_could_be_offloaded():
         steps=1, global_batch_tokens=1, zero_stage=0, precision="fp32", offload_optimizer=True
     )
     with pytest.raises(ValueError, match=r"offload_optimizer = true.* use training\.zero_stage = 1, 2 or 3"):
-        check_engine(training, dp=2, sp=1)
+        check_engine(training)

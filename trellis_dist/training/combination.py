@@ -52,7 +52,7 @@ def check_combination(
         conv_kernel=model.trellis.conv_kernel,
         pattern=model.pattern,
     )
-    check_engine(training, dp=filled.dp or 1, sp=filled.sp)
+    check_engine(training)
     for reason in uncovered(filled, training=training):
         raise ValueError(reason)
     return filled

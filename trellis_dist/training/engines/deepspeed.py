@@ -167,7 +167,7 @@ def _deepspeed_config(options: EngineOptions, stage: int) -> dict[str, Any]:
         "overlap_comm": False,
         "contiguous_gradients": stage == 3,
         "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
-        # Its path over dp x sp divides by both (parallelism.md): stage 3 averages rightly without it.
+        # With it, stage 3 would average over dp x sp where it has to sum over sp.
         "reduce_scatter": options.mesh.sp == 1,
     }
     if options.offload:
