@@ -46,7 +46,10 @@ def build(engine: str, optimizer: OptimizerConfig, *, seed: int = 0) -> Engine:
 
 
 def wrap(model: torch.nn.Module, name: str, options: EngineOptions) -> Engine:
-    """The engine called ``name`` around ``model``; at stage 3 no parameter is small enough to stay whole."""
+    """The engine called ``name`` around ``model``.
+
+    At "zero3" no parameter is small enough to stay whole on every rank, at "zero3-kept" all are.
+    """
     if name == "local":
         return LocalEngine(model, options)
     if name == "fsdp2":
@@ -55,8 +58,9 @@ def wrap(model: torch.nn.Module, name: str, options: EngineOptions) -> Engine:
         return Fsdp2Engine(model, options)
     from trellis_dist.training.engines import deepspeed
 
-    deepspeed._PERSISTENT_ELEMENTS = 0
-    return deepspeed.DeepSpeedEngine(model, options, zero_stage=int(name.removeprefix("zero")))
+    stage, _, kept = name.removeprefix("zero").partition("-")
+    deepspeed._PERSISTENT_ELEMENTS = 100_000 if kept else 0
+    return deepspeed.DeepSpeedEngine(model, options, zero_stage=int(stage))
 
 
 def train(

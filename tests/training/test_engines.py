@@ -38,7 +38,7 @@ from trellis_dist.training.engines.base import EngineOptions
 from trellis_dist.training.engines.factory import build_engine, check_engine
 from trellis_dist.training.engines.local import LocalEngine
 
-ENGINES = ["local", "zero0", "zero1", "zero2", "zero3"]
+ENGINES = ["local", "zero0", "zero1", "zero2", "zero3", "zero3-kept"]
 
 
 @pytest.fixture(scope="module")

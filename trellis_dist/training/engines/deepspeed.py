@@ -128,6 +128,7 @@ class DeepSpeedEngine(CommonEngine):
         result = StepResult.judge(loss=loss, grad_norm=float(self._engine.get_global_grad_norm()))
         if not result.applied:
             drop_gradients(self._engine.optimizer)
+            refresh_gathered(self._engine.optimizer)
         return result
 
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
@@ -154,8 +155,7 @@ class DeepSpeedEngine(CommonEngine):
         return self._stage > 0 or super()._writes_fragments()
 
     def _loaded(self) -> None:
-        if self._stage == 3:
-            refresh_gathered(self._engine.optimizer)
+        refresh_gathered(self._engine.optimizer)
 
 
 def _deepspeed_config(options: EngineOptions, stage: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""From the training section to an engine; combinations that no parity test covers are refused here."""
+"""From the training section to an engine."""
 
 from __future__ import annotations
 

@@ -97,8 +97,11 @@ def _from_partition(
 
 
 def refresh_gathered(optimizer: Any) -> None:
-    """Give the parameters that stage 3 keeps whole on every rank the values of their parts."""
-    kept = optimizer.persistent_parameters if hasattr(optimizer, "persistent_parameters") else []
+    """Give the parameters that stage 3 keeps whole on every rank the values of their parts.
+
+    After the parts were loaded, and after a skipped step, which leaves them divided.
+    """
+    kept = getattr(optimizer, "persistent_parameters", [])
     if kept:
         kept[0].partition(kept)
         kept[0].all_gather(kept)
