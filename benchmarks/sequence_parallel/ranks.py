@@ -6,6 +6,7 @@ process begins with the same fresh memory.
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -96,14 +97,12 @@ def _answer_of(pipe: Any, what: str) -> Any:
 
 
 def _serve(pipe: Any, place: tuple[int, int, int]) -> None:
-    """One process: join, then do what the pipe asks for until it closes."""
-    pipe.send(_attempt(_join, place))
-    while True:
-        try:
+    """One process: join, then do what the pipe asks for until nobody is at its other end."""
+    with contextlib.suppress(EOFError, BrokenPipeError):
+        pipe.send(_attempt(_join, place))
+        while True:
             function, arguments = pipe.recv()
-        except EOFError:
-            return
-        pipe.send(_attempt(function, arguments))
+            pipe.send(_attempt(function, arguments))
 
 
 def _join(rank: int, count: int, port: int) -> None:

@@ -86,6 +86,8 @@ def test_one_rank_does_its_work_and_waits_for_nobody() -> None:
     assert outcome.makespan == pytest.approx(2 * 3 * (1 + 3) + 0.5)
     assert efficiency(step) == pytest.approx(1.0)
     assert all(span.waited == 0 for span in outcome.spans)
+    order = [(span.micro_batch, span.layer, span.phase[0]) for span in outcome.spans]
+    assert order[:6] == [(0, x, "f") for x in (0, 1, 2)] + [(0, x, "b") for x in (2, 1, 0)]
 
 
 def test_two_ranks_and_one_layer_by_hand() -> None:
@@ -196,7 +198,12 @@ def test_the_extrapolation_is_the_simulation_on_other_segments() -> None:
         by_schedule[name]["4"][0] for name in ("in turn", "4 forwards first", "lock-step")
     )
     assert locked < first < together
-    assert by_schedule["in turn"]["4"][1] < first
+    sums = step.link.all_reduce_seconds(found["gradient_bytes"], 4)
+    assert by_schedule["in turn"]["4"][1] == pytest.approx(
+        ideal(step) / (simulate(step).makespan + sums), abs=1e-4
+    )
+    parameters = sum(x.numel() for x in build_language_model(TINY, seed=0).blocks[0].parameters())
+    assert found["gradient_bytes"] == pytest.approx(3 * 4 * parameters, rel=0.01)
 
 
 # -- bytes
