@@ -10,6 +10,7 @@ from trellis_dist.models.mixers.attention import AttentionMixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.models.parallel_kind import undeclared
 from trellis_dist.parallel.all_to_all import AllToAllAttention, AllToAllCompress
+from trellis_dist.parallel.compile import apply_compile
 from trellis_dist.parallel.halo import HaloConvolution
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.recompute import RecomputeMode, apply_recompute
@@ -51,6 +52,7 @@ def apply_parallelism(
     transfers = _split_sequence(model, mesh, segments) if mesh.sp > 1 else None
     if recompute != "none":
         apply_recompute(model, mode=recompute, transfers=transfers, segments=segments)
+    apply_compile(model, backend=compile_backend)
     return segments
 
 

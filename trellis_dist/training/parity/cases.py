@@ -29,7 +29,7 @@ __all__ = [
 
 STEPS = 20
 # Of rows that repeat another one with something added: an error there shows in the first steps.
-FEW_STEPS = 6
+FEW_STEPS = 4
 ROW_TOKENS = 64
 
 ModelName = Literal["trellis", "hybrid"]
@@ -256,7 +256,7 @@ def _sharded() -> list[Case]:
     tp: dict[str, Any] = {**dp, "tp": 2}
     rows: list[tuple[str, dict[str, Any]]] = [
         *((f"zero{stage} dp", {**zero, **dp, "zero_stage": stage}) for stage in range(4)),
-        *((f"zero{stage} dp sp2", {**zero, **sp, "zero_stage": stage}) for stage in range(4)),
+        ("zero1 dp sp2", {**zero, **sp}),
         ("zero1 dp tp2", {**zero, **tp}),
         ("fsdp2 dp", {**fsdp, **dp}),
         ("fsdp2 dp sp2", {**fsdp, **sp}),
@@ -276,7 +276,8 @@ def _sharded_variations() -> list[Case]:
     adam: dict[str, Any] = {"optimizer": "adamw"}
     full: dict[str, Any] = {"activation_checkpointing": "full"}
     ahead: dict[str, Any] = {"accumulation": 2, "forwards_first": 2}
-    compiled: dict[str, Any] = {"compile": "aot_eager", "activation_checkpointing": "selective"}
+    selective: dict[str, Any] = {"activation_checkpointing": "selective"}
+    compiled: dict[str, Any] = {"compile": "aot_eager"}
     hybrid: dict[str, Any] = {"model": "hybrid"}
     rows: list[tuple[str, dict[str, Any]]] = [
         ("zero1 sp2", {**zero, "sp": 2}),
@@ -292,9 +293,12 @@ def _sharded_variations() -> list[Case]:
             (f"{name} dp adamw", {**engine, **dp, **adam}),
             (f"{name} dp forwards first full checkpointing", {**engine, **dp, **ahead, **full}),
             (
-                f"{name} dp compile offload",
-                {**engine, **dp, **compiled, **adam, **ahead, **hybrid, **offload},
+                f"{name} dp selective checkpointing offload",
+                {**engine, **dp, **selective, **adam, **ahead, **hybrid, **offload},
             ),
+            # ZeRO 3 calls hooks inside a block that no graph may hold, and is refused.
+            *([] if name == "zero3" else [(f"{name} dp compile", {**engine, **dp, **compiled, **selective})]),
+            *([] if name in ("zero1", "fsdp2") else [(f"{name} dp sp2", {**engine, **sp})]),
             (f"{name} dp sp2 adamw", {**engine, **sp, **adam, "accumulation": 2}),
             (f"{name} dp sp2 all-to-all", {**engine, **sp, **ahead, **full, **hybrid, "mode": "all_to_all"}),
         ]
