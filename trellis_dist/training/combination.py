@@ -72,7 +72,7 @@ def uncovered(mesh: MeshConfig, *, training: TrainingConfig) -> Iterator[str]:
     if engine == "deepspeed" and stage == 3 and training.compile != "none":
         yield (
             f'training.zero_stage = 3 with training.compile = "{training.compile}": ZeRO 3 gathers weights '
-            'inside a block, where a graph cannot be left: set training.compile = "none", or zero_stage = 1 or 2'
+            'inside a block, which no graph can hold: set training.compile = "none", or zero_stage = 1 or 2'
         )
     if engine == "fsdp2" and mesh.tp > 1:
         yield (
