@@ -51,8 +51,9 @@ class Plan:
         slots: of the padded model; 768 give the state of 12 heads of 64 slots.
         meshes, lengths: sp and T of the extrapolation.
         small: the model of throughput and memory.
-        sp_lengths: T of the throughput of sp 2; ``dp_length`` T, ``dp_rows`` rows and ``dp_micro_batches`` of
-            a rank for dp 2, with each of ``dp_engines`` (an engine, its ZeRO stage).
+        engines: of the two ranks whose throughput is measured: an engine and its ZeRO stage.
+        sp_lengths: T of sp 2, one row a micro-batch.
+        dp_length, dp_rows, dp_micro_batches: T, rows and micro-batches of a rank of dp 2.
         memory_sp: ranks whose memory is measured, at ``memory_lengths`` tokens of a rank, and which fill
             ``memory_budget`` bytes in at most ``memory_tries`` more steps.
         repetitions: of stages, traced steps and throughput.
@@ -89,12 +90,12 @@ class Plan:
             vocab_size=2048, num_layers=8, dim=192, num_heads=6, trellis=TrellisConfig(slots=32)
         )
     )
+    engines: tuple[tuple[str, int], ...] = (("local", 0), ("deepspeed", 1))
     sp_lengths: tuple[int, ...] = (8192, 16384)
     dp_length: int = 1024
     dp_rows: int = 4
     dp_micro_batches: int = 2
-    dp_engines: tuple[tuple[str, int], ...] = (("local", 0), ("deepspeed", 1))
-    repetitions: int = 7
+    repetitions: int = 5
     memory_sp: tuple[int, ...] = (1, 4)
     memory_lengths: tuple[int, ...] = (1024, 2048, 4096)
     memory_budget: int = 1 << 30

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from benchmarks.kernels.record import Case
@@ -102,14 +102,17 @@ def _memory(plan: Plan, sp: int) -> Callable[[], dict[str, Any]]:
 
 
 def _replicas(plan: Plan) -> dict[str, Any]:
-    pairs = []
-    for engine, stage in plan.dp_engines:
-        name = engine if engine == "local" else f"{engine} ZeRO {stage}"
-        subject = Subject(plan.small, dp=2, engine=engine, zero_stage=stage)
-        pairs.append(Pair(f"dp 2, {name}", subject, plan.dp_length, plan.dp_rows, plan.dp_micro_batches))
+    size = (plan.dp_length, plan.dp_rows, plan.dp_micro_batches)
+    pairs = [Pair(f"dp 2, {name}", subject, *size) for name, subject in _subjects(plan, dp=2)]
     return measure_throughput(pairs, repetitions=plan.repetitions)
 
 
 def _segments(plan: Plan, length: int) -> Callable[[], dict[str, Any]]:
-    pair = Pair("sp 2, local", Subject(plan.small, sp=2), length)
-    return lambda: measure_throughput([pair], repetitions=plan.repetitions)
+    pairs = [Pair(f"sp 2, {name}", subject, length) for name, subject in _subjects(plan, sp=2)]
+    return lambda: measure_throughput(pairs, repetitions=plan.repetitions)
+
+
+def _subjects(plan: Plan, *, dp: int = 1, sp: int = 1) -> Iterator[tuple[str, Subject]]:
+    for engine, stage in plan.engines:
+        name = engine if engine == "local" else f"{engine} ZeRO {stage}"
+        yield name, Subject(plan.small, dp=dp, sp=sp, engine=engine, zero_stage=stage)

@@ -14,7 +14,10 @@ from benchmarks.sequence_parallel.simulate import StageTimes
 __all__ = ["render"]
 
 PART = "sequence_parallel"
-DEVICES = {"core": "a core of this machine", "device": "an assumed device, scan a quarter of the layer"}
+DEVICES = {
+    "core": "a core of this machine",
+    "device": "an assumed device (400 TFLOP/s, 400 Gb/s, scan a quarter of the layer)",
+}
 
 
 def render(record: dict[str, Any]) -> str:
