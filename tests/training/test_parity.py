@@ -27,11 +27,7 @@ CASE_TIMEOUT_S = 150.0
 ALSO_ON_FOUR = (
     "sp2 packed",
     "sp2 all-to-all packed",
-    "sp2 attention",
     "tp2 sequence-parallel packed",
-    "tp2 packed",
-    "zero3 dp",
-    "fsdp2 dp",
 )
 EIGHT, EIGHT_STEPS = "zero1 dp sp2 tp2", 4
 
