@@ -13,6 +13,7 @@ their backward passes do the opposite. The first dimension only says there how m
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,7 @@ class TensorParallel:
     def __init__(self, mesh: Mesh) -> None:
         assert mesh.tp_group is not None, "tensor parallelism needs a mesh with tp > 1"
         cuda_absent.install()
+        _quieten()
         self._mesh, self._group = mesh, mesh.tp_group
         self._scattered = mesh.sequence_parallel
         # Made once for each shape: their construction looks up groups, which a forward pass need not do.
@@ -192,6 +194,13 @@ class TensorParallel:
             use_cpu_initialization=True,
             perform_initialization=False,
         )
+
+
+def _quieten() -> None:
+    """Leave out what no user can act on: megatron-core's names for collectives, and its advice for a GPU."""
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\.c10d_logger")
+    if not torch.cuda.is_available():
+        warnings.filterwarnings("ignore", message=".*CUDA_DEVICE_MAX_CONNECTIONS")
 
 
 def _unused(weight: Tensor) -> None:
