@@ -23,10 +23,8 @@ from trellis_dist.models.language_model import LanguageModel, build_language_mod
 from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.config import MeshConfig, TensorConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
-from trellis_dist.parallel.recompute import apply_recompute
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.tape import Tape
-from trellis_dist.parallel.transfers import Transfers
 
 MODES = ("selective", "full")
 HYBRID = replace(TINY, num_layers=4, pattern=("trellis", "attention"))
@@ -36,14 +34,7 @@ COMMUNICATION = ("isend", "irecv", "all_to_all_single")
 def make(config: ModelConfig, mesh: Mesh, mode: str) -> tuple[LanguageModel, Segments]:
     """A model over ``mesh`` whose activations are recomputed unless ``mode`` is "none"."""
     model = build_language_model(config, seed=5)
-    segments = apply_parallelism(model, mesh)
-    if mode != "none":
-        apply_recompute(model, mode=mode, transfers=transfers_of(model), segments=segments)
-    return model, segments
-
-
-def transfers_of(model: LanguageModel) -> Transfers | None:
-    return getattr(model.blocks[0].mixer.convolution, "_transfers", None)
+    return model, apply_parallelism(model, mesh, recompute=mode)
 
 
 def batches(mesh: Mesh, count: int, *, packed: bool) -> list[tuple[Tensor, Tensor, Tensor | None]]:

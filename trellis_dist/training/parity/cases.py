@@ -287,17 +287,18 @@ def _sharded_variations() -> list[Case]:
     ]
     engines = [(f"zero{stage}", {**zero, "zero_stage": stage}) for stage in range(4)]
     for name, engine in [*engines, ("fsdp2", {"engine": "fsdp2", "packed": True})]:
-        # ZeRO 0 divides nothing that could be offloaded, and is refused.
+        # ZeRO 0 divides nothing that could be offloaded; ZeRO 3 calls hooks inside a block that no graph may
+        # hold. Both are refused.
         offload = {} if name == "zero0" else {"offload_optimizer": True}
+        graphs = {} if name == "zero3" else compiled
+        more = f"selective checkpointing{' compile' * bool(graphs)}{' offload' * bool(offload)}"
         rows += [
             (f"{name} dp adamw", {**engine, **dp, **adam}),
             (f"{name} dp forwards first full checkpointing", {**engine, **dp, **ahead, **full}),
             (
-                f"{name} dp selective checkpointing offload",
-                {**engine, **dp, **selective, **adam, **ahead, **hybrid, **offload},
+                f"{name} dp {more}",
+                {**engine, **dp, **adam, **ahead, **hybrid, **selective, **graphs, **offload},
             ),
-            # ZeRO 3 calls hooks inside a block that no graph may hold, and is refused.
-            *([] if name == "zero3" else [(f"{name} dp compile", {**engine, **dp, **compiled, **selective})]),
             *([] if name in ("zero1", "fsdp2") else [(f"{name} dp sp2", {**engine, **sp})]),
             (f"{name} dp sp2 adamw", {**engine, **sp, **adam, "accumulation": 2}),
             (f"{name} dp sp2 all-to-all", {**engine, **sp, **ahead, **full, **hybrid, "mode": "all_to_all"}),
