@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,15 @@ for _name, _value in _ENVIRONMENT.items():
 
 SKIPS_ALLOWED = Path(__file__).with_name("skips_allowed.txt")
 _skipped: dict[str, str] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def rested_ranks() -> Iterator[None]:
+    """After a module, ranks that it has left with many idle threads are stopped."""
+    yield
+    pools = sys.modules.get("tests.distributed")
+    if pools is not None:
+        pools.close_tired_pools()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

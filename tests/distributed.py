@@ -29,12 +29,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "gloo_pool"]
+__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "close_tired_pools", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0
 # After one rank failed the others are probably waiting for it: they get this long, not the whole timeout.
 GRACE_S = 3.0
+MANY_THREADS = 150  # a rank with one mesh has about 60
 ROOT = Path(__file__).resolve().parents[1]
 
 _pools: dict[int, GlooPool] = {}
@@ -50,6 +51,17 @@ def gloo_pool(world_size: int) -> GlooPool:
     if pool is None or not pool.alive:
         pool = _pools[world_size] = GlooPool(world_size)
     return pool
+
+
+def close_tired_pools() -> None:
+    """Close pools whose ranks have gathered many threads; the next test that asks starts new ones.
+
+    gloo keeps threads for every process group that a case made, and they cost while they are idle: four
+    ranks of a thousand threads took more than a core.
+    """
+    for pool in _pools.values():
+        if pool.alive and pool.threads > MANY_THREADS:
+            pool.close()
 
 
 @atexit.register
@@ -90,6 +102,12 @@ class GlooPool:
     def alive(self) -> bool:
         """False once the pool was closed or killed."""
         return bool(self._ranks)
+
+    @property
+    def threads(self) -> int:
+        """Threads of rank 0, where the system shows them (/proc); else 0."""
+        tasks = Path(f"/proc/{self._ranks[0].pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
 
     def run(self, function: Callable[..., Any], *args: Any, timeout_s: float | None = None) -> list[Any]:
         """Call the module-level ``function(*args)`` on every rank; returns the results in rank order.
