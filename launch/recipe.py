@@ -183,17 +183,20 @@ def _lower(message: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    """Closest valid key: the same leaf name in another section, then the closest spelling."""
+    """Closest valid key: its leaf name in another section, or the closest spelling, siblings first."""
     known = list(_known_keys(Recipe))
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in known if name.rsplit(".", 1)[-1] == leaf]
-    section = key.rpartition(".")[0]
+    section, _, leaf = key.rpartition(".")
+    same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
-    leaves = {name.rsplit(".", 1)[-1]: name for name in [*known, *siblings]}
-    near = same_leaf or [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
+    near = same_leaf or _closest(leaf, siblings) or _closest(leaf, known)
     if near:
         return "did you mean " + " or ".join(near) + "?"
     return f"valid keys there: {', '.join(siblings)}" if siblings else "remove it"
+
+
+def _closest(leaf: str, keys: list[str]) -> list[str]:
+    leaves = {name.rpartition(".")[2]: name for name in keys}
+    return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
 
 
 def _known_keys(section: type, prefix: str = "") -> Iterator[str]:

@@ -77,13 +77,11 @@ def test_ranks_that_are_there_decide_before_devices(monkeypatch: pytest.MonkeyPa
 
 def test_an_open_dp_takes_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = load_recipe("350m-c4")
-    local = load_recipe("350m-c4", ["training.engine=local"])
     for devices, ranks in ((4, 4), (2, 2), (0, 1)):
         monkeypatch.setattr(torch.cuda, "device_count", lambda devices=devices: devices)
         assert preflight.local_ranks(recipe) == ranks
-        assert preflight.local_ranks(local) == 1
-    segments = dataclasses.replace(local, mesh=MeshConfig(sp=2))
-    assert fit_to_devices(segments, 4).mesh.world_size() == 2
+    segments = dataclasses.replace(recipe, mesh=MeshConfig(sp=2))
+    assert fit_to_devices(segments, 4).mesh == MeshConfig(dp=2, sp=2)
 
 
 def test_an_open_dp_needs_no_micro_batch_that_divides() -> None:

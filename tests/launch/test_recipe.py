@@ -84,10 +84,9 @@ def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() ->
         ("data.tokenizer.vocab_size=8192", "more than model.vocab_size = 4096"),
         ("data.sequence_length=500", "no multiple of data.sequence_length = 500: use 8000 or 8500"),
         ("mesh.dp=3", "16 rows"),
-        ("mesh.tp=2", "mesh.tp = 2"),
+        ("mesh.tp=3", "mesh.tp = 3"),
         ("schedule.warmup_steps=100000", "schedule.warmup_steps = 100000"),
         ("choices.model.dimm=x", "choices"),
-        ('training.engine="local"', 'use engine = "deepspeed"'),
     ],
 )
 def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
@@ -99,6 +98,11 @@ def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
 def test_sequence_ranks_are_refused_with_the_packing_as_the_reason() -> None:
     (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "training.engine=local")
     assert 'mesh.sp = 2 cuts rows at multiples of the chunk size, and data.packing = "concat"' in line
+
+
+def test_an_engine_that_cannot_be_is_refused() -> None:
+    (line,) = refusal(BASE, "training.zero_stage=0", "training.precision=bf16")
+    assert "use training.zero_stage = 1" in line
 
 
 def test_wsd_needs_room_for_warm_up_and_decay() -> None:

@@ -166,6 +166,20 @@ def test_tensor_ranks_are_neighbours_inside_sp():
         assert place["settings"] == (True, "all_to_all")
 
 
+def second_build() -> tuple[bool, bool, int]:
+    """Whether the groups are the same, the other settings, and how many groups it has made."""
+    first, alone = build_mesh(MeshConfig(sp=2, tp=2)), env.alone()
+    before = dist.get_pg_count()
+    again = build_mesh(MeshConfig(sp=2, tp=2), tensor=TensorConfig(sequence_parallel=True))
+    names = ("tp_group", "sp_group", "replica_group", "rightward", "leftward")
+    same = [getattr(first, name) is getattr(again, name) for name in names]
+    return all([*same, alone is env.alone()]), again.sequence_parallel, dist.get_pg_count() - before
+
+
+def test_a_mesh_of_the_same_shape_uses_the_groups_that_are_there():
+    assert ranks().run(second_build) == [(True, True, 0)] * 4
+
+
 def test_megatron_does_not_talk_to_the_user():
     pool = ranks()
     assert not any("Transformer Engine" in pool._log(rank).read_text() for rank in range(4))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,11 +57,11 @@ def wrap(model: torch.nn.Module, name: str, options: EngineOptions) -> Engine:
         from trellis_dist.training.engines.fsdp2 import Fsdp2Engine
 
         return Fsdp2Engine(model, options)
-    from trellis_dist.training.engines import deepspeed
+    from trellis_dist.training.engines.deepspeed import DeepSpeedEngine
 
     stage, _, kept = name.removeprefix("zero").partition("-")
-    deepspeed._PERSISTENT_ELEMENTS = 100_000 if kept else 0
-    return deepspeed.DeepSpeedEngine(model, options, zero_stage=int(stage))
+    options = dataclasses.replace(options, persistence_threshold=100_000 if kept else 0)
+    return DeepSpeedEngine(model, options, zero_stage=int(stage))
 
 
 def train(

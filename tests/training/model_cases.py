@@ -9,12 +9,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from checkpoints.state import CheckpointReader
 from data_pipeline.loader import Batch
-from tests.training.engine_cases import ADAM, SGD, Curve, same_state, save, shown_gradients, state, wrap
+from tests.training.engine_cases import ADAM, SGD, Curve, same_state, save, state, wrap
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
 from trellis_dist.parallel import env
@@ -90,45 +89,11 @@ def train(engine: Engine, mesh: Mesh, steps: range) -> Curve:
     return curve
 
 
-def run_case(
-    engine: str, axes: Axes, optimizer: str, fault: str = ""
-) -> tuple[Curve, list[Any], list[float]]:
-    """Curve of 3 steps, the gradients of the last, and an evaluation (nats and tokens over all ranks)."""
+def evaluate_case(engine: str, axes: Axes) -> tuple[float, float]:
+    """Nats and tokens over all ranks, before any step."""
     mesh = mesh_of(axes)
-    with fault_of(fault, mesh):
-        built = build(engine, axes, optimizer)
-        curve = train(built, mesh, range(2))
-        with shown_gradients(built) as shown:
-            curve += train(built, mesh, range(2, 3))
-    nats, tokens = sum_scalars(built.evaluate(batches(99, mesh)[0]))
-    return curve, shown, [nats / mesh.tp, tokens / (mesh.sp * mesh.tp)]
-
-
-@contextlib.contextmanager
-def fault_of(name: str, mesh: Mesh) -> Iterator[None]:
-    """The mistakes that parity must catch."""
-    from trellis_dist.parallel import tensor
-    from trellis_dist.training.engines import deepspeed, hooks
-
-    real_initialize, real_keep = deepspeed._deepspeed_config, tensor.keep_shard
-    with pytest.MonkeyPatch.context() as patch:
-        if name == "no sums over tp":
-            patch.setattr(hooks, "partial_over_tensor", lambda parameter, mesh: False)
-        elif name == "untagged":
-            patch.setattr(tensor, "keep_shard", lambda p, **kw: (real_keep(p, **kw), untag(p)))
-        elif name == "reduce_scatter":
-            patch.setattr(deepspeed, "_deepspeed_config", lambda o, s: scattered(real_initialize(o, s)))
-        else:
-            assert not name, name
-        yield
-
-
-def untag(parameter: torch.Tensor) -> None:
-    parameter.tensor_model_parallel = False  # type: ignore[attr-defined]
-
-
-def scattered(config: dict[str, Any]) -> dict[str, Any]:
-    return config | {"zero_optimization": config["zero_optimization"] | {"reduce_scatter": True}}
+    nats, tokens = sum_scalars(build(engine, axes, "sgd").evaluate(batches(99, mesh)[0]))
+    return nats / mesh.tp, tokens / (mesh.sp * mesh.tp)
 
 
 def resume_case(engine: str, axes: Axes, root: Path) -> bool:

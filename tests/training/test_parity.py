@@ -106,6 +106,7 @@ NEGATIVE = [
     (2, "zero1 tp2 sequence-parallel", "an untagged parameter", "gradient norm"),
     (2, "zero1 dp", "a sum where the library averages", "gradient norm"),
     (2, "fsdp2 dp", "a sum where the library averages", "gradient norm"),
+    (4, "zero3 dp sp2", "an average over sp", "gradient norm"),
     (2, "dp packed", "norms that differ in a bit", "(loss, gradient norm) of rank 0"),
     (2, "sp2 packed", "a gradient that is not shown", "gradient/norm.weight"),
     (2, "dp packed", "no update", "model/embedding_weight"),

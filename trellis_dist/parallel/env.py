@@ -7,8 +7,9 @@ group is made; a plain ``python`` process has none, and every helper here then a
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Hashable
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -17,10 +18,12 @@ T = TypeVar("T")
 
 __all__ = [
     "agree",
+    "alone",
     "broadcast_object",
     "init_distributed",
     "is_main",
     "local_rank",
+    "once",
     "rank",
     "shutdown",
     "sum_scalar",
@@ -31,6 +34,8 @@ __all__ = [
 # torch gives every later group its own default (30 minutes), whatever the first was told: it is kept here.
 _DEFAULT_TIMEOUT_S = 600.0
 _timeout_s = _DEFAULT_TIMEOUT_S
+# Process groups, and what holds them, made since init_distributed.
+_kept: dict[Hashable, object] = {}
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -87,7 +92,33 @@ def shutdown() -> None:
     state = sys.modules.get("megatron.core.parallel_state")
     if state is not None:
         state.destroy_model_parallel()
+    _kept.clear()
     dist.destroy_process_group()
+
+
+def once(key: Hashable, make: Callable[[], T]) -> T:
+    """What ``make()`` returned when ``key`` was first asked for, until ``shutdown``.
+
+    For what makes process groups: a group costs threads (gloo) or device memory (NCCL) for as long as the
+    process lives. Where ``make`` is collective, every rank must ask for the same keys in the same order.
+    """
+    if key not in _kept:
+        _kept[key] = make()
+    return cast(T, _kept[key])
+
+
+def alone() -> dist.ProcessGroup:
+    """A group of this rank alone, for a library that asks for one along an axis of one rank.
+
+    Every rank must take part in the first call.
+    """
+    return once("alone", _new_group_of_one)
+
+
+def _new_group_of_one() -> dist.ProcessGroup:
+    group, _ = dist.new_subgroups(group_size=1)
+    assert isinstance(group, dist.ProcessGroup), "every rank is in the group it makes for itself"
+    return group
 
 
 def rank() -> int:

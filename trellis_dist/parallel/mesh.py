@@ -218,21 +218,31 @@ def build_mesh(
     sequence: SequenceConfig = _SEQUENCE,
     device: torch.device | str = "cpu",
 ) -> Mesh:
-    """Make the process groups of a mesh that ``check_mesh`` accepted (after ``env.init_distributed``).
+    """The mesh that ``check_mesh`` accepted, with its process groups (after ``env.init_distributed``).
 
-    Every rank must call it, with the same arguments. A single rank, under torchrun or not, needs neither
-    groups nor megatron.
+    Every rank must call it, with the same arguments; a shape that comes again uses the groups it has. A
+    single rank, under torchrun or not, needs neither groups nor megatron.
 
     Raises:
         ValueError: the mesh does not fit the world size.
     """
     filled = _fill_dp(config, env.world_size())
-    assert filled.dp is not None, "dp is filled from the world size"
+    dp, sp, tp = filled.dp, filled.sp, filled.tp
+    assert dp is not None, "dp is filled from the world size"
     device = torch.device(device)
     if env.world_size() == 1:
         return Mesh(device=device)
-    state = _parallel_state(filled.sp, filled.tp)
-    dp, sp, tp = filled.dp, filled.sp, filled.tp
+    return dataclasses.replace(
+        env.once(("mesh", dp, sp, tp), lambda: _new_mesh(dp, sp, tp)),
+        device=device,
+        sequence_parallel=tensor.sequence_parallel,
+        sequence_mode=sequence.mode,
+    )
+
+
+def _new_mesh(dp: int, sp: int, tp: int) -> Mesh:
+    """The place of this rank and new groups (collective: all ranks make all)."""
+    state = _parallel_state(sp, tp)
     rightward, leftward = _direction_groups(dp, sp, tp)
     return Mesh(
         dp=dp,
@@ -242,9 +252,6 @@ def build_mesh(
         dp_rank=state.get_data_parallel_rank(),
         sp_rank=state.get_context_parallel_rank(),
         tp_rank=state.get_tensor_model_parallel_rank(),
-        device=device,
-        sequence_parallel=tensor.sequence_parallel,
-        sequence_mode=sequence.mode,
         dp_group=state.get_data_parallel_group() if dp > 1 else None,
         sp_group=state.get_context_parallel_group() if sp > 1 else None,
         tp_group=state.get_tensor_model_parallel_group() if tp > 1 else None,

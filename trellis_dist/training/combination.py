@@ -1,8 +1,10 @@
-"""What the sections of a run must agree on before a process group is made; what no test covers is refused."""
+"""What the sections of a run must agree on before a process group is made; what no test covers is refused.
+
+Coverage is a property of the features that meet, not of their sizes: a row of the parity matrix with sp 2
+covers sp 8. Any two features that may start together have a row, which a test holds to.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 from data_pipeline.config import DataConfig
 from trellis_dist.models.config import ModelConfig
@@ -11,7 +13,7 @@ from trellis_dist.parallel.mesh import check_mesh
 from trellis_dist.training.config import TrainingConfig
 from trellis_dist.training.engines.factory import check_engine
 
-__all__ = ["check_combination", "uncovered"]
+__all__ = ["check_combination"]
 
 
 def check_combination(
@@ -53,29 +55,4 @@ def check_combination(
         pattern=model.pattern,
     )
     check_engine(training)
-    for reason in uncovered(filled, training=training):
-        raise ValueError(reason)
     return filled
-
-
-def uncovered(mesh: MeshConfig, *, training: TrainingConfig) -> Iterator[str]:
-    """Why no row of the parity matrix covers this run, one line each; nothing when one does.
-
-    Support is a property of the features that meet, not of their sizes: a row with sp 2 covers sp 8.
-    """
-    stage, engine = training.zero_stage, training.engine
-    if engine == "deepspeed" and stage != 1 and mesh.tp > 1:
-        yield (
-            f"training.zero_stage = {stage} with mesh.tp = {mesh.tp}: only ZeRO 1 is tested over tensor "
-            "shards: set training.zero_stage = 1"
-        )
-    if engine == "deepspeed" and stage == 3 and training.compile != "none":
-        yield (
-            f'training.zero_stage = 3 with training.compile = "{training.compile}": ZeRO 3 gathers weights '
-            'inside a block, which no graph can hold: set training.compile = "none", or zero_stage = 1 or 2'
-        )
-    if engine == "fsdp2" and mesh.tp > 1:
-        yield (
-            f'training.engine = "fsdp2" with mesh.tp = {mesh.tp}: no test covers FSDP2 over tensor shards: '
-            'use engine = "deepspeed" with zero_stage = 1, or mesh.tp = 1'
-        )

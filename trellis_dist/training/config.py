@@ -88,6 +88,7 @@ class TrainingConfig:
             (torch's fully_shard: weights, gradients and optimizer state divided over dp).
         zero_stage: what ZeRO divides over dp x sp: 0 nothing, 1 optimizer state, 2 gradients too, 3 weights
             too; bf16 needs stage 1 or more, which keep fp32 master weights.
+        zero3_persistence_threshold: at ZeRO 3, parameters of fewer elements stay whole on every rank.
         activation_checkpointing: what the backward pass computes again instead of keeping it: "none",
             "selective" (everything but matrix products and the memory's scan) or "full" (whole blocks).
         compile: backend of torch.compile, applied block by block: "none", "inductor" or "aot_eager".
@@ -115,6 +116,7 @@ class TrainingConfig:
     micro_batch: int = 1
     engine: Literal["local", "deepspeed", "fsdp2"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    zero3_persistence_threshold: int = 100_000
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     compile: Literal["none", "inductor", "aot_eager"] = "none"
     offload_optimizer: bool = False
@@ -144,7 +146,13 @@ class TrainingConfig:
             math.isfinite(self.z_loss) and self.z_loss >= 0,
             f"training.z_loss = {self.z_loss}: use 0 (off) or a finite number",
         )
-        for name in ("validation_interval", "validation_rows", "threads", "max_skipped_steps"):
+        for name in (
+            "zero3_persistence_threshold",
+            "validation_interval",
+            "validation_rows",
+            "threads",
+            "max_skipped_steps",
+        ):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: use 0 or more")
         for name in ("first_step_timeout_s", "step_timeout_s"):
             value = getattr(self, name)

@@ -36,6 +36,7 @@ class EngineOptions:
         z_loss: weight of the mean squared log-partition.
         offload: optimizer state and master weights in host memory, updated there.
         forwards_first: micro-batches whose forward passes run before their backward passes.
+        persistence_threshold: at ZeRO 3, parameters of fewer elements stay whole on every rank.
     """
 
     optimizer: OptimizerConfig
@@ -45,6 +46,7 @@ class EngineOptions:
     z_loss: float = 0.0
     offload: bool = False
     forwards_first: int = 1
+    persistence_threshold: int = 100_000
 
 
 @dataclass(frozen=True)

@@ -33,9 +33,6 @@ if TYPE_CHECKING:
 
 __all__ = ["DeepSpeedEngine"]
 
-# Parameters of fewer elements stay whole on every rank at stage 3 (DeepSpeed's default).
-_PERSISTENT_ELEMENTS = 100_000
-
 
 class DeepSpeedEngine(CommonEngine):
     """ZeRO over dp x sp.
@@ -166,7 +163,7 @@ def _deepspeed_config(options: EngineOptions, stage: int) -> dict[str, Any]:
         # together.
         "overlap_comm": False,
         "contiguous_gradients": stage == 3,
-        "stage3_param_persistence_threshold": _PERSISTENT_ELEMENTS,
+        "stage3_param_persistence_threshold": options.persistence_threshold,
         # With it, stage 3 would average over dp x sp where it has to sum over sp.
         "reduce_scatter": options.mesh.sp == 1,
     }

@@ -15,10 +15,16 @@ __all__ = ["build_engine", "check_engine", "uses_bf16"]
 def check_engine(training: TrainingConfig) -> None:
     """Refuse what an engine can do on no mesh, before anything is started. Raises ``ValueError``.
 
-    The same on every machine: bf16 at ZeRO 0 is refused on a CPU too, where bf16 would run as fp32. (What no
-    test covers on a certain mesh, ``training.combination`` refuses.)
+    The same on every machine: bf16 at ZeRO 0 is refused on a CPU too, where bf16 would run as fp32.
     """
-    if training.engine != "deepspeed" or training.zero_stage > 0:
+    if training.engine != "deepspeed":
+        return
+    if training.zero_stage == 3 and training.compile != "none":
+        raise ValueError(
+            f'training.zero_stage = 3 with training.compile = "{training.compile}": ZeRO 3 gathers weights '
+            'inside a block, which no graph can hold: set training.compile = "none", or zero_stage = 1 or 2'
+        )
+    if training.zero_stage > 0:
         return
     if training.precision == "bf16":
         raise ValueError(
@@ -53,6 +59,7 @@ def build_engine(
         z_loss=training.z_loss,
         offload=training.offload_optimizer,
         forwards_first=training.forwards_first,
+        persistence_threshold=training.zero3_persistence_threshold,
     )
     if training.engine == "local":
         from trellis_dist.training.engines.local import LocalEngine

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from trellis_dist.parallel import env
 from trellis_dist.parallel.gradients import sum_sequence_gradients, sum_tensor_gradients
 from trellis_dist.training.engines.base import EngineOptions, StepResult
 from trellis_dist.training.engines.common import CommonEngine
@@ -38,7 +39,7 @@ class Fsdp2Engine(CommonEngine):
         super().__init__(model, options)
         self._whole_weights = False
         before = {item.name: item.parameter for item in self._held}
-        self._group = self._mesh.dp_group or _alone()
+        self._group = self._mesh.dp_group or env.alone()
         self._module = _shard(self._loss, self._group, options)
         after = dict(self.model.named_parameters())
         self._held = [_replaced(item, after[item.name], before[item.name]) for item in self._held]
@@ -88,13 +89,6 @@ class Fsdp2Engine(CommonEngine):
 
     def _writes_fragments(self) -> bool:
         return self._mesh.sp_rank == 0
-
-
-def _alone() -> dist.ProcessGroup:
-    """A group of this rank alone, for a mesh with one replica; all ranks make theirs together."""
-    group, _ = dist.new_subgroups(group_size=1)
-    assert isinstance(group, dist.ProcessGroup), "every rank is in the group it makes for itself"
-    return group
 
 
 def _shard(loss: nn.Module, group: dist.ProcessGroup, options: EngineOptions) -> nn.Module:

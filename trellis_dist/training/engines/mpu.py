@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch.distributed as dist
 
+from trellis_dist.parallel import env
 from trellis_dist.parallel.mesh import Mesh
 
 __all__ = ["ModelParallelUnit"]
@@ -23,7 +24,7 @@ class ModelParallelUnit:
         group and averages gradients over dp x sp, which must be the same ranks.
         """
         self._mesh = mesh
-        alone, _ = dist.new_subgroups(group_size=1)
+        alone = env.alone()
         self._replicas = mesh.replica_group or alone
         self._data = self._replicas if shard_over_replicas else mesh.dp_group or alone
         self._sequence = mesh.sp_group or alone

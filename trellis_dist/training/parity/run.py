@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
@@ -16,10 +14,9 @@ import torch.distributed as dist
 from trellis_dist.models.language_model import build_language_model
 from trellis_dist.parallel import env
 from trellis_dist.parallel.apply import apply_parallelism
-from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.transfers import Transfers
-from trellis_dist.training.engines import deepspeed
 from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.parity.batches import global_batch, micro_batches
 from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
@@ -43,7 +40,7 @@ class LostRanksError(RuntimeError):
 
 
 class Matrix:
-    """Runs cases on all ranks together; meshes and references are made once and kept.
+    """Runs cases on all ranks together; references are made once and kept.
 
     Args:
         steps: optimizer steps of a case, at most: some do fewer.
@@ -57,7 +54,6 @@ class Matrix:
         self._deadline = deadline or Deadline(CASE_SECONDS)
         # Host memory, and apart from the groups under test.
         self._talk = dist.new_group(backend="gloo", timeout=_timeout()) if dist.is_initialized() else None
-        self._meshes: dict[tuple[int, int], Mesh] = {}
         self._rows = global_rows(self.world_size)
         self._references = References(rows=self._rows, steps=steps, device=device)
         self._traces: dict[str, Trace] = {}
@@ -65,12 +61,12 @@ class Matrix:
     def run(self, case: Case | OperationCase) -> CaseResult:
         """Run ``case`` on every rank; the world must be one it fits."""
         if isinstance(case, OperationCase):
-            return self._result(case.name, lambda: compare_operation(case.name, self.mesh(sp=case.sp)))
+            return self._result(case.name, lambda: compare_operation(case.name, self._line(case.sp)))
         return self._result(case.name, lambda: self._train(case))
 
     def check_order(self) -> CaseResult:
         """Stress the order of point-to-point messages along the line of all ranks."""
-        return self._result(ORDER, lambda: check_order(ORDER, self._line()))
+        return self._result(ORDER, lambda: check_order(ORDER, self._transfers()))
 
     def _result(self, name: str, work: Callable[[], Findings]) -> CaseResult:
         """What all ranks found together; an error is a finding too."""
@@ -101,7 +97,7 @@ class Matrix:
     def measure_neighbours(self) -> list[Neighbour]:
         """Latency and bandwidth between neighbours on that line; half of the pairs at a time."""
         with self._deadline.within("measuring neighbours"):
-            transfers, mine = self._line(), None
+            transfers, mine = self._transfers(), None
             for turn in range(2):
                 right = env.rank() % 2 == turn
                 mine = measure_neighbour(transfers, right=right) or mine
@@ -120,9 +116,6 @@ class Matrix:
             if speed is not None
         ]
 
-    def _line(self) -> Transfers:
-        return Transfers(self.mesh(sp=self.world_size))
-
     def gather(self, mine: T) -> list[T]:
         """What every rank brings, by rank; for small things."""
         if self._talk is None:
@@ -131,11 +124,12 @@ class Matrix:
         dist.all_gather_object(found, mine, group=self._talk)
         return found
 
-    def mesh(self, *, sp: int = 1, tp: int = 1) -> Mesh:
-        """The mesh of this shape, whose groups are made once."""
-        if (sp, tp) not in self._meshes:
-            self._meshes[sp, tp] = build_mesh(MeshConfig(sp=sp, tp=tp), device=self._device)
-        return self._meshes[sp, tp]
+    def _transfers(self) -> Transfers:
+        return Transfers(self._line(self.world_size))
+
+    def _line(self, sp: int) -> Mesh:
+        """A mesh of lines of ``sp`` ranks."""
+        return build_mesh(MeshConfig(sp=sp), device=self._device)
 
     def _train(self, case: Case) -> Findings:
         other = None if case.same_bits_as is None else self._trace_of(case.same_bits_as)
@@ -153,10 +147,11 @@ class Matrix:
         return self._traces[name]
 
     def _compare(self, case: Case) -> Comparison:
-        mesh = dataclasses.replace(
-            self.mesh(sp=case.sp, tp=case.tp),
-            sequence_parallel=case.sequence_parallel,
-            sequence_mode=case.mode,
+        mesh = build_mesh(
+            MeshConfig(sp=case.sp, tp=case.tp),
+            tensor=TensorConfig(sequence_parallel=case.sequence_parallel),
+            sequence=SequenceConfig(mode=case.mode),
+            device=self._device,
         )
         comparison = Comparison(case.name, self._references.of(case), case.tolerance)
         if case.compile != "none":
@@ -167,8 +162,7 @@ class Matrix:
             model, mesh, recompute=training.activation_checkpointing, compile_backend=training.compile
         )
         optimizer = case.optimizer_config
-        with _nothing_is_small():
-            engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
+        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
         engine.inspector = comparison.gradients
         for step in range(min(self._steps, case.steps)):
             batch = global_batch(
@@ -184,17 +178,6 @@ class Matrix:
             comparison.result(engine.train_step(mine, lr=optimizer.lr, valid_tokens=batch.valid_tokens))
         comparison.weights(engine.logical_tensors())
         return comparison
-
-
-@contextlib.contextmanager
-def _nothing_is_small() -> Iterator[None]:
-    """ZeRO 3 keeps small parameters whole on every rank; here all are small, and must be divided."""
-    usual = deepspeed._PERSISTENT_ELEMENTS
-    deepspeed._PERSISTENT_ELEMENTS = 0
-    try:
-        yield
-    finally:
-        deepspeed._PERSISTENT_ELEMENTS = usual
 
 
 def _timeout() -> timedelta:
