@@ -35,7 +35,7 @@ CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0
 # After one rank failed the others are probably waiting for it: they get this long, not the whole timeout.
 GRACE_S = 3.0
-MANY_THREADS = 150  # a rank with one mesh has about 60
+MANY_THREADS = 500  # a mesh takes about 55
 ROOT = Path(__file__).resolve().parents[1]
 
 _pools: dict[int, GlooPool] = {}

@@ -120,10 +120,15 @@ def verdicts(record: dict[str, Any]) -> dict[str, Any]:
 def test_a_plain_loop_computes_what_chunkwise_does(name: str) -> None:
     calls = [cpu_call(who, SMALL, dtype=torch.float64) for who in ("chunkwise", name)]
     outputs = [call.forward(call.operands) for call in calls]
-    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-12, atol=1e-14)
-    dy = torch.randn_like(outputs[0])
+    assert_near(outputs[1], outputs[0])
+    dy = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
     for ours, theirs in zip(*(c.gradients(y, dy) for c, y in zip(calls, outputs)), strict=True):
-        torch.testing.assert_close(theirs, ours, rtol=1e-12, atol=1e-14)
+        assert_near(theirs, ours)
+
+
+def assert_near(found: Tensor, expected: Tensor) -> None:
+    """By the whole tensor: a single element may be a small difference of large terms."""
+    assert float((found - expected).norm()) <= 1e-12 * float(expected.norm())
 
 
 def test_a_plain_loop_asks_for_whole_chunks() -> None:
