@@ -182,7 +182,7 @@ def render_case(result: CaseResult) -> str:
     """One line for a case, and one for each of its first failures (one for an error that ranks share)."""
     worst = ", ".join(f"{kind} {error:.1e}" for kind, error in result.worst.items())
     verdict = "pass" if result.passed else "FAIL"
-    lines = [f"{result.name:42} {verdict} {result.seconds:6.1f} s  largest error: {worst or 'none'}"]
+    lines = [f"{result.name:48} {verdict} {result.seconds:6.1f} s  largest error: {worst or 'none'}"]
     different: dict[tuple[int, str, str], Failure] = {}
     for failure in result.failures:
         different.setdefault((failure.step, failure.quantity, failure.found), failure)

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from trellis_dist.models.conv import ConvFunction
 from trellis_dist.parallel.segments import Segments
+from trellis_dist.parallel.tables import table
 from trellis_dist.parallel.transfers import Transfers
 
 __all__ = ["HaloConvolution"]
@@ -70,7 +71,7 @@ class HaloConvolution:
 def _halo_mask(before: tuple[int, ...], reach: int, like: Tensor) -> Tensor:
     """1 where a halo token belongs to the document the segment continues, else 0: [R, reach, 1]."""
     distance = torch.arange(reach, 0, -1, device=like.device)
-    mask = distance <= torch.tensor(before, device=like.device)[:, None]
+    mask = distance <= table(before, torch.int64, like.device)[:, None]
     return mask.to(like.dtype)[..., None]
 
 

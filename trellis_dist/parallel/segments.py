@@ -29,6 +29,7 @@ class _Documents:
         length: L.
         bounds: of the documents that the cut named, in the flattened stream of whole rows [n+1].
         whole: the context of the whole rows on each device that asked for it.
+        edges: those of the convolution, by its kernel and device.
     """
 
     before: tuple[int, ...]
@@ -36,6 +37,9 @@ class _Documents:
     length: int
     bounds: tuple[int, ...]
     whole: dict[torch.device, SequenceContext] = field(default_factory=dict, repr=False, compare=False)
+    edges: dict[tuple[int, torch.device], tuple[Tensor, ...]] = field(
+        default_factory=dict, repr=False, compare=False
+    )
 
 
 class Segments:
@@ -117,11 +121,20 @@ class Segments:
         return tuple(min(tokens, at_most) for tokens in before)
 
     def edges(self, kernel: int, device: torch.device) -> tuple[Tensor, ...]:
-        """``conv.document_edges`` of the stream in which each row follows its kernel-1 halo tokens."""
+        """``conv.document_edges`` of the stream in which each row follows its kernel-1 halo tokens.
+
+        Made when first asked for, so that layers share them: the copy to the device waits for it.
+        """
         assert self._documents is not None, "edges are asked for packed documents only"
-        stride = self._documents.length + kernel - 1
-        starts = [0] + [row * stride + kernel - 1 + column for row, column in self._documents.inner]
-        total = len(self._documents.before) * stride
+        known = self._documents.edges
+        if (kernel, device) not in known:
+            known[kernel, device] = self._find_edges(self._documents, kernel, device)
+        return known[kernel, device]
+
+    def _find_edges(self, documents: _Documents, kernel: int, device: torch.device) -> tuple[Tensor, ...]:
+        stride = documents.length + kernel - 1
+        starts = [0] + [row * stride + kernel - 1 + column for row, column in documents.inner]
+        total = len(documents.before) * stride
         return document_edges(torch.tensor(starts, device=device), total=total, kernel=kernel)
 
     def whole_rows(self, rows: int, device: torch.device) -> SequenceContext:

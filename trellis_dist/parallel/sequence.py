@@ -29,6 +29,7 @@ from kernels.compress import stages_for, zero_state
 from kernels.operator import full_precision
 from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
+from trellis_dist.parallel.tables import table
 from trellis_dist.parallel.transfers import Arrival, Transfers
 
 __all__ = ["StatePassing"]
@@ -195,7 +196,7 @@ def _continue(
         received = [torch.where(mask, theirs, ours) for theirs, ours in zip(received, own, strict=True)]
     if len(call.first) == len(memories[0]):
         return received
-    index = torch.tensor(call.first, device=memories[0].device)
+    index = table(call.first, torch.int64, memories[0].device)
     return [memory.index_copy(0, index, row) for memory, row in zip(memories, received, strict=True)]
 
 
@@ -212,7 +213,7 @@ def _final_adjoints(
         for own, like in zip(dfinal, (key, value), strict=True)
     ]
     if arrival is not None:
-        index = torch.tensor(call.last, device=key.device)
+        index = table(call.last, torch.int64, key.device)
         for total, received in zip(totals, arrival.wait(), strict=True):
             total.index_add_(0, index, received)
     return call.layout.rank_documents(totals[0]), call.layout.rank_documents(totals[1])
@@ -225,16 +226,18 @@ def _hand_left(dinitial: list[Tensor], call: _Call) -> None:
         mask = _row_mask(call, dinitial[0])
         outgoing = [d.masked_fill(~mask, 0) for d in outgoing]
     call.transfers.send_left(*outgoing)
-    received = [document for document, continues in zip(call.first, call.continues, strict=True) if continues]
+    received = tuple(row for row, continues in zip(call.first, call.continues, strict=True) if continues)
     for d in dinitial:
-        d[received] = 0
+        d.index_fill_(0, table(received, torch.int64, d.device), 0)
 
 
 def _pick(memories: Tensor, documents: tuple[int, ...]) -> Tensor:
     """Rows of [N, ...] in the given order; itself when that is all of them."""
-    return memories if len(documents) == len(memories) else memories[list(documents)]
+    if len(documents) == len(memories):
+        return memories
+    return memories.index_select(0, table(documents, torch.int64, memories.device))
 
 
 def _row_mask(call: _Call, like: Tensor) -> Tensor:
     """Whether each row continues, bool [R, 1, 1, 1]."""
-    return torch.tensor(call.continues, device=like.device).view(-1, 1, 1, 1)
+    return table(call.continues, torch.bool, like.device).view(-1, 1, 1, 1)
