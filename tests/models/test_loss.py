@@ -68,12 +68,34 @@ def test_half_precision_sums_in_fp32():
         assert (ours - theirs).norm() < 0.02 * theirs.norm()
 
 
-def test_without_gradients_only_the_value_is_computed():
+@pytest.mark.parametrize("count", [1000, 3000, 7000])
+def test_the_scale_of_a_loss_is_not_rounded_to_bf16(count):
+    """bf16(1 / count) is off by 7e-4 and more; the rounding of the scaled elements has no common factor."""
+    hidden, weight, labels = data(dtype=torch.bfloat16, rows=4000)
+    (whole,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels), [hidden])
+    (scaled,) = torch.autograd.grad(linear_cross_entropy_sum(hidden, weight, labels) / count, [hidden])
+    assert scaled.dtype == torch.bfloat16
+    factor = (whole.double() * scaled.double()).sum() / whole.double().square().sum()
+    assert factor.item() * count == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_only_the_value_is_computed(monkeypatch, mode):
     hidden, weight, labels = data()
-    with torch.no_grad():
+    shapes, multiply = [], loss_module.matmul_transposed
+
+    def counting(a, b):
+        shapes.append((*a.shape, len(b)))
+        return multiply(a, b)
+
+    monkeypatch.setattr(loss_module, "matmul_transposed", counting)
+    with mode():
         total = linear_cross_entropy_sum(hidden, weight, labels)
     assert not total.requires_grad
+    assert shapes == [(23, 8, 37)], "the logits and nothing else"
     torch.testing.assert_close(total, plain(hidden, weight, labels, 0.0).detach(), atol=1e-11, rtol=1e-11)
+    linear_cross_entropy_sum(hidden, weight, labels)
+    assert len(shapes) == 4
 
 
 def test_a_frozen_side_costs_no_gradient():

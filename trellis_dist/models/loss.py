@@ -83,17 +83,26 @@ def linear_cross_entropy_sum(
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
     """
-    return _LinearCrossEntropy.apply(hidden, weight, labels, z_loss, score)  # type: ignore[no-any-return, no-untyped-call]
+    # Asked here: inside the function ``ctx.needs_input_grad`` is true under no_grad too.
+    differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+    return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
+        hidden, weight, labels, z_loss, score, differentiate
+    )
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, z_loss: float, score: ScoreFunction
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        z_loss: float,
+        score: ScoreFunction,
+        differentiate: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
-        differentiate = any(ctx.needs_input_grad[:2])
         dhidden = torch.empty_like(hidden) if differentiate else None
         dweight = torch.zeros(weight.shape, dtype=wide, device=weight.device) if differentiate else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
@@ -111,9 +120,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, dtotal: Tensor) -> tuple[Tensor | None, ...]:
         dhidden, dweight = ctx.saved_tensors
-        return dhidden * dtotal.to(dhidden.dtype), (dweight * dtotal).to(ctx.weight_dtype), None, None, None
+        # dtotal (1 / N, say) is a factor of all gradients and must not be rounded to bf16: a tensor of one
+        # dimension is not, where CUDA rounds one of none. With ``out`` CUDA makes no wide copy.
+        scaled = torch.mul(dhidden, dtotal.view(1), out=torch.empty_like(dhidden))
+        return scaled, (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None
 
 
 def _block(scores: Scores, z_loss: float, differentiate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
