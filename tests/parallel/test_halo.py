@@ -71,6 +71,27 @@ def test_halo_convolution_is_the_dense_one(sp: int, kernel: int, starts: list[in
         assert differences["bytes"] == 0
 
 
+def nan_across_documents() -> bool:
+    """A document starts at each segment; the inputs before it are NaN. Is any output or gradient?"""
+    mesh = mesh_of(2)
+    segments = Segments(mesh, chunk_size=CHUNK)
+    tokens = torch.zeros(1, 16, dtype=torch.int64)
+    segments.cut(tokens, tokens, torch.tensor([0, 8, 16]))
+    x = leaf(torch.full((1, 8, WIDTH), float("nan") if mesh.left is None else 1.0))
+    weight = leaf(torch.ones(WIDTH, 4))
+    y = HaloConvolution(causal_conv, Transfers(mesh), segments)(
+        x, weight, tail=torch.full((1, 3, WIDTH), 9.0)
+    )
+    dx, dw = gradients_of(y.sum(), [x, weight])
+    if mesh.left is None:
+        return bool(dx.isnan().any())
+    return bool(torch.cat([part.flatten() for part in (y, dx, dw)]).isnan().any()) or float(y.max()) > 4
+
+
+def test_not_even_a_nan_or_a_tail_reaches_another_document():
+    assert ranks().run(nan_across_documents) == [False] * 4
+
+
 def too_short() -> str:
     mesh = mesh_of(4)
     convolution = HaloConvolution(causal_conv, Transfers(mesh), Segments(mesh, chunk_size=1))

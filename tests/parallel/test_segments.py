@@ -79,6 +79,8 @@ def test_segments_together_hold_every_document_start_once(data: st.DataObject):
     [
         (20, None, "rows of 20 tokens do not cut into mesh.sp = 2 segments .* multiple of 8"),
         (16, [0, 16, 22, 32], "starts at token 6 of row 1, no multiple of the chunk size 4"),
+        (16, [0, 8, 16], "cu_seqlens runs from 0 to 16: it must rise from 0 to 32"),
+        (16, [0, 16, 8, 32], "it must rise"),
     ],
 )
 def test_what_does_not_fit_the_chunks_is_refused(length: int, bounds: list[int] | None, message: str):

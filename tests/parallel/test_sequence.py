@@ -341,6 +341,9 @@ def refused(sp: int) -> list[str]:
         (operands, {"chunk_size": 5}),
         (operands, {"chunk_size": 8, "initial_state": inside}),
         (flat, {"chunk_size": 8, "layout": layout}),
+        (operands, {"chunk_size": 8, "initial_state": CompressState(memories[0][:, :, 1:], memories[1])}),
+        (operands, {"chunk_size": 8, "layout": PackedLayout.uniform(1, 16, 8)}),
+        (operands, {"chunk_size": 8, "phi": "sine"}),
     ):
         try:
             operation(**inputs, **options)
@@ -351,10 +354,43 @@ def refused(sp: int) -> list[str]:
 
 def test_what_cannot_be_passed_is_refused_before_anything_is_sent():
     for messages in ranks().run(refused, 4):
-        assert len(messages) == 3
+        assert len(messages) == 6
         assert "no multiple of the chunk size 5" in messages[0]
         assert "offset 3" in messages[1]
         assert "Segments.cut" in messages[2]
+        assert "initial_state.key_memory has shape" in messages[3]
+        assert "Segments.cut" in messages[4]
+        assert "phi = 'sine'" in messages[5]
+
+
+def tables_of_a_second_layer() -> int:
+    """Tables that are made for a layer after the first one of a packed batch, forward and backward."""
+    mesh, made = mesh_of(4), []
+    sizes = Sizes()
+    segments, transfers = Segments(mesh, chunk_size=sizes.chunk), Transfers(mesh)
+    operands, _, _ = make(sizes, seed=0)
+    bounds = torch.tensor([0, 8, 24, 64, 80, 128])
+    tokens = torch.zeros(2, 64, dtype=torch.int64)
+    _, _, local_bounds = segments.cut(tokens, tokens, bounds)
+    local = leaves(local_part(operands, mesh))
+    layout = None
+    if local_bounds is not None:
+        layout = PackedLayout.from_cu_seqlens(local_bounds, sizes.chunk)
+        local = leaves(in_one_row(local))
+    real = torch.tensor
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "tensor", lambda *args, **kwargs: made.append(args) or real(*args, **kwargs))
+        for _ in range(2):
+            made.clear()
+            y, _ = StatePassing(transfers, segments)(**local, **settings(sizes), layout=layout)
+            gradients_of(y.sum(), list(local.values()))
+    dist.barrier()
+    return len(made)
+
+
+def test_layers_of_a_batch_share_their_tables():
+    """On a GPU each would wait for the device, and that for a neighbour."""
+    assert ranks().run(tables_of_a_second_layer) == [0] * 4
 
 
 def test_row_ends_name_the_outer_documents_of_each_row():

@@ -74,7 +74,7 @@ class Cuda:
     def __init__(self) -> None:
         self.events: list[tuple[str, str]] = []
         self.current: Any = Stream("compute", self.events)
-        self.names = iter(["rightward", "leftward"])
+        self.names = iter(["right, leaving", "right, arriving", "left, leaving", "left, arriving"])
 
     def make(self, device: torch.device) -> Stream:
         return Stream(next(self.names), self.events)
@@ -129,25 +129,26 @@ class Group:
     """A communicator that nobody else is in."""
 
 
-def test_on_cuda_each_direction_has_a_stream(cuda: Cuda):
+def test_on_cuda_each_direction_has_its_streams(cuda: Cuda):
     mesh = Mesh(sp=3, sp_rank=1, rank=1, device=torch.device("cuda"), rightward=Group(), leftward=Group())
     transfers, x = Transfers(mesh), torch.ones(3, device="cuda")
     cuda.events.clear()
 
     transfers.send_right(x)
-    sent = [("rightward waits for", "compute"), ("record", "rightward"), ("isend", "rightward")]
+    leaving = "right, leaving"
+    sent = [(f"{leaving} waits for", "compute"), ("record", leaving), ("isend", leaving)]
     assert cuda.events == sent, "a send follows what the compute stream made"
     cuda.events.clear()
 
-    arrival = transfers.expect_right(x)
-    assert cuda.events == [("irecv", "leftward")], "a receive waits for nothing of this rank"
+    arrival = transfers.expect_left(x)
+    assert cuda.events == [("irecv", "right, arriving")], "a receive waits for nothing of this rank"
     arrival.wait()
     arrival.wait()
-    received = [("irecv", "leftward"), ("wait for irecv", "compute"), ("record", "compute")]
+    received = [("irecv", "right, arriving"), ("wait for irecv", "compute"), ("record", "compute")]
     assert cuda.events == received, "the compute stream waits, once, and keeps the buffer"
     cuda.events.clear()
 
     for _ in range(8):
         transfers.send_left(x)
     finished = [event for event in cuda.events if event[0] == "wait for isend"]
-    assert finished == [("wait for isend", "leftward")], "the compute stream never waits for a send"
+    assert finished == [("wait for isend", "left, leaving")], "the compute stream never waits for a send"

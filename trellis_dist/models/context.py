@@ -10,7 +10,7 @@ from torch import Tensor
 from kernels import PackedLayout
 from trellis_dist.models.conv import document_edges
 
-__all__ = ["SequenceContext", "packed_context"]
+__all__ = ["SequenceContext", "document_starts", "packed_context"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def packed_context(
     Raises:
         ValueError: ``cu_seqlens`` is no such tensor.
     """
-    starts = _document_starts(cu_seqlens, rows=rows, length=length)
+    starts = document_starts(cu_seqlens, rows=rows, length=length)
     total = rows * length
     boundaries = torch.cat([starts, starts.new_tensor([total])])
     lengths = boundaries.diff()
@@ -68,7 +68,7 @@ def packed_context(
     )
 
 
-def _document_starts(cu_seqlens: Tensor, *, rows: int, length: int) -> Tensor:
+def document_starts(cu_seqlens: Tensor, *, rows: int, length: int) -> Tensor:
     """Sorted int64 starts [n] of the non-empty documents, every row start among them; on the host."""
     total = rows * length
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64) or len(cu_seqlens) < 2:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from torch import nn
 
+from trellis_dist.models.language_model import LanguageModel
 from trellis_dist.models.mixers.attention import AttentionMixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.models.parallel_kind import undeclared
@@ -77,4 +78,6 @@ def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> Transfe
             )
         elif isinstance(module, AttentionMixer):
             module.operation = AllToAllAttention(mesh, segments)
+        elif isinstance(module, LanguageModel):
+            module.split_over["sp"] = mesh.sp
     return transfers

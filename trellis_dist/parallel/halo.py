@@ -57,22 +57,24 @@ class HaloConvolution:
         by_row = x.reshape(rows, -1, x.shape[-1])
         _check_reach(by_row.shape[1], reach)
         by_row, halo = _Halo.apply(by_row, reach, self._transfers)  # type: ignore[no-untyped-call]
-        before = self._segments.before(rows, at_most=reach)
-        if min(before) < reach:
-            halo = halo * _halo_mask(before, reach, halo)
+        if self._segments.mesh.left is not None:
+            halo = _without_other_documents(halo, self._segments.before(rows, at_most=reach))
         if edges is None:
-            return self._dense(by_row, weight, tail=halo if any(before) else tail)
+            return self._dense(by_row, weight, tail=tail if self._segments.mesh.left is None else halo)
         # One packed row again, each of its rows now preceded by its halo; the halo's own outputs are dropped.
         stream = torch.cat([halo, by_row], dim=1).flatten(0, 1).unsqueeze(0)
         y = self._dense(stream, weight, edges=self._segments.edges(reach + 1, x.device))
         return y.view(rows, -1, x.shape[-1])[:, reach:].reshape(x.shape)
 
 
-def _halo_mask(before: tuple[int, ...], reach: int, like: Tensor) -> Tensor:
-    """1 where a halo token belongs to the document the segment continues, else 0: [R, reach, 1]."""
-    distance = torch.arange(reach, 0, -1, device=like.device)
-    mask = distance <= table(before, torch.int64, like.device)[:, None]
-    return mask.to(like.dtype)[..., None]
+def _without_other_documents(halo: Tensor, before: tuple[int, ...]) -> Tensor:
+    """``halo`` [R, K-1, F] with 0 for what is not among the ``before`` tokens of the continued document."""
+    reach = halo.shape[1]
+    if min(before) >= reach:
+        return halo
+    foreign = tuple(distance > tokens for tokens in before for distance in range(reach, 0, -1))
+    # Filled, not multiplied: not even a NaN crosses documents.
+    return halo.masked_fill(table(foreign, torch.bool, halo.device).view(-1, reach, 1), 0)
 
 
 def _check_reach(length: int, reach: int) -> None:

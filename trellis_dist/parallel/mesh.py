@@ -279,11 +279,22 @@ def _parallel_state(sp: int, tp: int) -> Any:
     return parallel_state
 
 
+def _check_no_bound_device() -> None:
+    """Refuse a world bound to a device: all messages of a group would then share one NCCL communicator."""
+    world = dist.group.WORLD
+    if world is not None and world.bound_device_id is not None:
+        raise ValueError(
+            "the process group was made with device_id, so messages to the right and from the left would "
+            "wait for one another: with mesh.sp > 1 call init_process_group without device_id"
+        )
+
+
 def _direction_groups(dp: int, sp: int, tp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """One group per direction over this rank's sp ranks (new_group is collective: all ranks make all)."""
     mine: list[dist.ProcessGroup | None] = [None, None]
     if sp == 1:
         return None, None
+    _check_no_bound_device()
     for replica, shard in itertools.product(range(dp), range(tp)):
         ranks = [(replica * sp + segment) * tp + shard for segment in range(sp)]
         for direction in range(2):

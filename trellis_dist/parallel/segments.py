@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from trellis_dist.models.context import SequenceContext, packed_context
+from trellis_dist.models.context import SequenceContext, document_starts, packed_context
 from trellis_dist.models.conv import document_edges
 from trellis_dist.parallel.mesh import Mesh
 
@@ -69,8 +69,8 @@ class Segments:
             inside it).
 
         Raises:
-            ValueError: T does not divide into segments that are multiples of C, or a document does not start
-                at a multiple of C.
+            ValueError: T does not divide into segments that are multiples of C, ``cu_seqlens`` does not rise
+                from 0 to R*T, or a document does not start at a multiple of C.
         """
         if self.mesh.sp == 1:
             return tokens, labels, cu_seqlens
@@ -173,8 +173,8 @@ class Segments:
         return total // self.mesh.sp
 
     def _find_documents(self, cu_seqlens: Tensor, rows: int, total: int, length: int) -> _Documents:
-        # Empty documents may follow the last token, as in boundaries that are padded to a fixed number.
-        starts = sorted({divmod(start, total) for start in cu_seqlens[:-1].tolist() if start < rows * total})
+        found: list[int] = document_starts(cu_seqlens, rows=rows, length=total).tolist()
+        starts = [divmod(start, total) for start in found]
         for row, column in starts:
             if column % self._chunk_size:
                 raise ValueError(

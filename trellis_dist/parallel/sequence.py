@@ -24,9 +24,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels import CompressState, PackedLayout
-from kernels.checks import check_operands
+from kernels.checks import check_choices, check_grid, check_operands, check_state
 from kernels.compress import stages_for, zero_state
-from kernels.operator import full_precision
+from kernels.layout import check_chunk_size
+from kernels.operator import find_layout, full_precision
 from kernels.types import Memories, Operands, Rule
 from trellis_dist.parallel.segments import Segments, row_ends
 from trellis_dist.parallel.tables import table
@@ -74,11 +75,18 @@ class StatePassing:
         neighbour sends. The returned state is the one at the segment's end (the sequence's end on the last).
 
         Raises:
-            ValueError: a document of the segment is no multiple of C, or a state enters inside a chunk.
+            ValueError: an argument that compress_kv refuses, a document of the segment that is no multiple of
+                C, or a state that enters inside a chunk.
         """
+        gates = (log_decay, step_size, value_log_decay, value_step_size)
+        operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
+        check_operands(operands, dims="B, T, H", check_values=False)
+        check_chunk_size(chunk_size)
         rows = self._segments.rows(q.shape[0], packed=layout is not None)
+        offset = 0 if initial_state is None else initial_state.offset
+        check_grid(operands, chunk_size, offset, layout)
         if layout is None:
-            layout = PackedLayout.uniform(q.shape[0], q.shape[1], chunk_size).to(q.device)
+            layout = find_layout(operands, None, [0], chunk_size)
         _check_chunks(layout, chunk_size, initial_state)
         first, last = row_ends(layout.lengths, rows)
         call = _Call(
@@ -89,9 +97,7 @@ class StatePassing:
             last=last,
             continues=self._segments.continues(rows),
         )
-        gates = (log_decay, step_size, value_log_decay, value_step_size)
-        operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
-        check_operands(operands, dims="B, T, H", check_values=False)
+        check_choices(call.rule)
         initial = _initial_memories(initial_state, layout.num_documents, operands)
         y, key, value = _PassStates.apply(call, *initial, *operands)  # type: ignore[no-untyped-call]
         return y, CompressState(key_memory=key, value_memory=value) if output_final_state else None
@@ -110,10 +116,6 @@ class _Call:
 
 
 def _check_chunks(layout: PackedLayout, chunk_size: int, state: CompressState | None) -> None:
-    if layout.chunk_size != chunk_size:
-        raise ValueError(
-            f"layout has chunk_size {layout.chunk_size}, the call {chunk_size}: use the same for both"
-        )
     ragged = [length for length in layout.lengths if length % chunk_size]
     if ragged:
         raise ValueError(
@@ -133,6 +135,7 @@ def _initial_memories(
     dtype = operands.compute_dtype
     if state is None:
         state = zero_state(operands.q, operands.v, operands.alpha, documents, dtype)
+    check_state(state, operands.q, operands.v, operands.alpha, documents)
     return state.key_memory.to(dtype), state.value_memory.to(dtype)
 
 
@@ -221,6 +224,8 @@ def _final_adjoints(
 
 def _hand_left(dinitial: list[Tensor], call: _Call) -> None:
     """Send the adjoints of received memories left; in ``dinitial`` they become 0, being no input here."""
+    if call.transfers.mesh.left is None:
+        return
     outgoing = [_pick(d, call.first) for d in dinitial]
     if not all(call.continues):
         mask = _row_mask(call, dinitial[0])

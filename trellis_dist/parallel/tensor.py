@@ -49,6 +49,7 @@ def split_tensors(model: nn.Module, mesh: Mesh) -> None:
             module.column, module.row = tensor.column, tensor.row
         if isinstance(module, LanguageModel):
             module.embed, module.project, module.token_loss = tensor.embed, tensor.project, tensor.token_loss
+            module.split_over["tp"] = mesh.tp
 
 
 class TensorParallel:

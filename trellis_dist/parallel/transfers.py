@@ -98,16 +98,18 @@ class Transfers:
 class _Direction:
     """Messages one way along the line: where they come from and go to, and what carries them.
 
-    An NCCL send holds its communicator's stream until the neighbour receives. With a communicator and a
-    stream for each direction nothing else waits behind it: neither the compute stream, nor what travels the
-    other way. A receive is posted on that stream too, so it can be under way while this rank still computes.
+    An NCCL send holds its communicator's stream until the neighbour receives. With a communicator and streams
+    of its own nothing else waits behind it: neither the compute stream, nor what travels the other way. What
+    arrives has another stream than what leaves: a send waits for the compute stream, and for older sends,
+    and a receive that was posted behind it would wait with it.
     """
 
     def __init__(
         self, source: int | None, target: int | None, group: dist.ProcessGroup, device: torch.device
     ) -> None:
         self._source, self._target, self._group, self._device = source, target, group, device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        on_cuda = device.type == "cuda"
+        self._leaving, self._arriving = (torch.cuda.Stream(device) if on_cuda else None for _ in range(2))
         self._pending = _pending.setdefault(group, deque())
 
     def warm_up(self) -> None:
@@ -127,10 +129,10 @@ class _Direction:
             return
         # Always a fresh buffer: nobody else writes to it, and the queue keeps it alive until it has arrived.
         buffer = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))
-            buffer.record_stream(self._stream)
-        with self._on_stream():
+        if self._leaving is not None:
+            self._leaving.wait_stream(torch.cuda.current_stream(self._device))
+            buffer.record_stream(self._leaving)
+        with _on(self._leaving):
             work = dist.isend(buffer, dst=self._target, group=self._group)
             assert work is not None, "this rank is outside the group it sends in"
             self._pending.append((work, buffer))
@@ -141,12 +143,15 @@ class _Direction:
     def receive(self, like: Sequence[Tensor]) -> Arrival | None:
         if self._source is None:
             return None
-        with self._on_stream():  # the buffer is this stream's own, so it need not wait for the compute stream
+        with _on(
+            self._arriving
+        ):  # the buffer is this stream's own, so it need not wait for the compute stream
             buffer = like[0].new_empty(sum(tensor.numel() for tensor in like))
             work = dist.irecv(buffer, src=self._source, group=self._group)
         assert work is not None, "this rank is outside the group it receives in"
         return Arrival(work, buffer, [tensor.shape for tensor in like])
 
-    def _on_stream(self) -> AbstractContextManager[object]:
-        # None here would mean the default stream to torch; on a CPU there are none.
-        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+def _on(stream: torch.cuda.Stream | None) -> AbstractContextManager[object]:
+    # None would mean the default stream to torch; on a CPU there are none.
+    return nullcontext() if stream is None else torch.cuda.stream(stream)
