@@ -12,14 +12,25 @@ from torch import Tensor
 
 from tests.distributed import gloo_pool
 from tests.parallel.cases import leaf, relative
+from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.language_model import LMState, build_language_model
 from trellis_dist.models.linear import linear, linear_joined
 from trellis_dist.models.loss import linear_cross_entropy_sum
+from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.config import MeshConfig, TensorConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.tensor import TensorParallel
 
 B, T, DIM, HIDDEN, VOCAB = 2, 6, 8, 12, 16
 EXACT = 1e-12
+TINY = ModelConfig(
+    vocab_size=VOCAB,
+    num_layers=1,
+    dim=DIM,
+    num_heads=2,
+    mlp_hidden=HIDDEN,
+    trellis=TrellisConfig(slots=4, chunk_size=3),
+)
 SIDES = pytest.mark.parametrize("scattered", [False, True], ids=["all-reduce", "sequence-parallel"])
 
 
@@ -179,6 +190,30 @@ def traffic_case(scattered: bool) -> list[str]:
     return called
 
 
+def refusals_case(mesh_config: MeshConfig, scattered: bool) -> tuple[list[str], float]:
+    """What a split model answers to those who want a whole one; its loss, less that of the whole model."""
+    mesh = build_mesh(mesh_config, tensor=TensorConfig(sequence_parallel=scattered))
+    tokens = torch.randint(VOCAB, (B, T), generator=torch.Generator().manual_seed(0))
+    whole = build_language_model(TINY, seed=0, dtype=torch.float64)
+    model = build_language_model(TINY, seed=0, dtype=torch.float64)
+    state, asked = whole.init_state(B), []
+    segments = apply_parallelism(model, mesh)
+    for ask in (
+        lambda: model.hidden(tokens),
+        lambda: model.init_state(B),
+        lambda: model.prefill(tokens, state),
+        lambda: model.decode_step(tokens[:, 0], LMState(state.layers, T, B)),
+    ):
+        with pytest.raises(ValueError) as refusal:
+            ask()
+        asked.append(str(refusal.value))
+    mine, labels, _ = segments.cut(tokens, tokens, None)
+    total = model.loss_sum(mine, labels).detach()
+    if mesh.sp > 1:
+        dist.all_reduce(total, group=mesh.sp_group)
+    return asked, float(total - whole.loss_sum(tokens, tokens))
+
+
 @SIDES
 @pytest.mark.parametrize("case", [column_case, row_case, embedding_case, logits_case])
 def test_a_split_layer_is_the_whole_one(case, scattered: bool):
@@ -199,3 +234,11 @@ def test_a_block_half_takes_one_collective_each_way():
     assert gloo_pool(2).run(traffic_case, False)[0] == ["all_reduce"] * 2
     scattered = gloo_pool(2).run(traffic_case, True)[0]
     assert sorted(scattered) == ["all_gather_into_tensor"] * 3 + ["reduce_scatter_tensor"] * 2
+
+
+@pytest.mark.parametrize("axis, scattered", [("tp", False), ("tp", True), ("sp", False)])
+def test_a_split_model_trains_but_does_not_generate(axis: str, scattered: bool):
+    for asked, difference in gloo_pool(2).run(refusals_case, MeshConfig(**{axis: 2}), scattered):
+        assert len(asked) == 4
+        assert all(f"split over {axis} = 2 ranks: load its checkpoint in one process" in it for it in asked)
+        assert abs(difference) < EXACT * B * T * 10

@@ -54,6 +54,8 @@ class LanguageModel(nn.Module):
     Attributes:
         token_loss: like ``loss.linear_cross_entropy_sum``; parallel/ replaces it to split the vocabulary.
         embed, project: like ``F.embedding`` and ``linear.linear`` (to logits); parallel/ replaces them too.
+        split_over: the axes that parallel/ split this model over, by name with their ranks: such a model
+            trains and gives logits of what it is fed, but holds too little of itself to generate.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -62,6 +64,7 @@ class LanguageModel(nn.Module):
         self.token_loss: TokenLoss = linear_cross_entropy_sum
         self.embed: Callable[[Tensor, Tensor], Tensor] = F.embedding
         self.project: RowFunction = linear
+        self.split_over: dict[str, int] = {}
         shape, initial = (config.vocab_size, config.dim), Normal(config.init_std)
         self.embedding_weight = new_parameter(*shape, initial=initial, kind=ParallelKind.SHARDED, dim=0)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
@@ -107,7 +110,12 @@ class LanguageModel(nn.Module):
         return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Documents = None) -> Tensor:
-        """Final normalised activations [B, T, dim]; arguments as in ``forward``."""
+        """Final normalised activations [B, T, dim]; arguments as in ``forward``.
+
+        Raises:
+            ValueError: as ``forward``, or the model is split over ranks.
+        """
+        self._check_whole()
         return self._hidden(tokens, cu_seqlens).view(*tokens.shape, -1)
 
     def _hidden(self, tokens: Tensor, cu_seqlens: Documents) -> Tensor:
@@ -145,8 +153,9 @@ class LanguageModel(nn.Module):
         """The state before the first token of ``batch`` rows.
 
         Raises:
-            ValueError: ``batch`` is below 1.
+            ValueError: ``batch`` is below 1, or the model is split over ranks.
         """
+        self._check_whole()
         if batch < 1:
             raise ValueError(f"batch = {batch}: a state needs at least one row")
         layers = tuple(block.init_state(batch) for block in self.blocks)  # type: ignore[operator]
@@ -161,8 +170,9 @@ class LanguageModel(nn.Module):
                 projection of the others, most of the time at a large vocabulary, is not computed.
 
         Raises:
-            ValueError: as ``forward``, or the rows are not those of ``state``.
+            ValueError: as ``forward``, the rows are not those of ``state``, or the model is split over ranks.
         """
+        self._check_whole()
         self._check_tokens(tokens, dimensions=2)
         self._check_rows(tokens, state)
         x, layers = F.embedding(tokens, self.embedding_weight), []
@@ -179,6 +189,7 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: as ``prefill``.
         """
+        self._check_whole()
         self._check_tokens(tokens, dimensions=1)
         self._check_rows(tokens, state)
         x, layers = F.embedding(tokens, self.embedding_weight), []
@@ -187,6 +198,15 @@ class LanguageModel(nn.Module):
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + 1, state.batch)
         return linear(self.norm(x), self.output_weight), after_all
+
+    def _check_whole(self) -> None:
+        """What follows uses weights and rows as if they were whole: of shards it would make nonsense."""
+        if self.split_over:
+            axes = " and ".join(f"{axis} = {ranks}" for axis, ranks in self.split_over.items())
+            raise ValueError(
+                f"this model is split over {axes} ranks: load its checkpoint in one process to generate or "
+                "score (trellis export, trellis generate)"
+            )
 
     def _check_tokens(self, tokens: Tensor, *, dimensions: int) -> None:
         shape = "[rows, tokens]" if dimensions == 2 else "[rows]"
