@@ -20,6 +20,9 @@ __all__ = [
     "agree",
     "alone",
     "broadcast_object",
+    "cuda_index",
+    "device",
+    "forget",
     "init_distributed",
     "is_main",
     "local_rank",
@@ -49,12 +52,12 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
         timeout_s: seconds after which a collective with a missing rank fails.
 
     Raises:
-        ValueError: the environment names some of torchrun's variables but not all.
+        ValueError: the environment names some of torchrun's variables but not all, or no GPU for this rank.
     """
     global _timeout_s
     kind = torch.device(device).type
     if kind == "cuda":
-        torch.cuda.set_device(local_rank())
+        torch.cuda.set_device(cuda_index())
     if dist.is_initialized() or not _under_torchrun():
         return
     _timeout_s = timeout_s
@@ -97,7 +100,7 @@ def shutdown() -> None:
 
 
 def once(key: Hashable, make: Callable[[], T]) -> T:
-    """What ``make()`` returned when ``key`` was first asked for, until ``shutdown``.
+    """What ``make()`` returned when ``key`` was first asked for, until ``forget`` or ``shutdown``.
 
     For what makes process groups: a group costs threads (gloo) or device memory (NCCL) for as long as the
     process lives. Where ``make`` is collective, every rank must ask for the same keys in the same order.
@@ -105,6 +108,15 @@ def once(key: Hashable, make: Callable[[], T]) -> T:
     if key not in _kept:
         _kept[key] = make()
     return cast(T, _kept[key])
+
+
+def forget() -> None:
+    """Drop what ``once`` keeps: after an error, groups may be out of step, and the next use makes new ones.
+
+    Every rank must do it at the same place. The groups are not destroyed, since that can wait for a peer:
+    they end with the process.
+    """
+    _kept.clear()
 
 
 def alone() -> dist.ProcessGroup:
@@ -127,8 +139,36 @@ def rank() -> int:
 
 
 def local_rank() -> int:
-    """Rank on this machine, which is also the index of the GPU to use; 0 in a single process."""
+    """Rank on this machine; 0 in a single process."""
     return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def device() -> torch.device:
+    """Where this rank computes: its GPU (see ``cuda_index``), or the CPU on a machine without one."""
+    return torch.device("cuda", cuda_index()) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def cuda_index() -> int:
+    """Index of this rank's GPU among those that it sees: the only one, else its ``LOCAL_RANK``.
+
+    Raises:
+        ValueError: several GPUs and no LOCAL_RANK to choose by, or fewer GPUs than LOCAL_RANK needs.
+    """
+    visible = torch.cuda.device_count()
+    if visible == 1:  # a scheduler may show each rank its own GPU and still count ranks
+        return 0
+    if "LOCAL_RANK" not in os.environ and world_size() > 1:
+        # Index 0 would put every rank of the machine on one GPU.
+        raise ValueError(
+            f"LOCAL_RANK is not set and rank {rank()} sees {visible} GPUs: start the job with torchrun, set "
+            "LOCAL_RANK to the rank within its machine (in Slurm SLURM_LOCALID), or show each rank one GPU"
+        )
+    if local_rank() >= visible:
+        raise ValueError(
+            f"LOCAL_RANK {local_rank()}: rank {rank()} sees {visible} GPUs; start one rank for each GPU, or "
+            "show every rank all GPUs of its machine (CUDA_VISIBLE_DEVICES)"
+        )
+    return local_rank()
 
 
 def world_size() -> int:

@@ -64,7 +64,7 @@ def runtime(job: Job) -> Iterator[torch.device]:
     After an error it is left as it is: a peer that failed answers no more, and NCCL would wait for it before
     anybody learns of the error.
     """
-    device = torch.device("cuda", env.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device = env.device()
     torch.set_num_threads(job.training.threads or _share_of_cores())
     joined_before = dist.is_initialized()
     longest = max(job.training.first_step_timeout_s, job.training.step_timeout_s) or 1800.0
