@@ -80,7 +80,10 @@ class _State:
 
     def gradients(self) -> int:
         """They are accumulated in fp32."""
-        return self._held(2) * 4
+        training = self.recipe.training
+        # DeepSpeed's BF16_Optimizer, taken for these settings only, keeps the bf16 gradients beside the sums.
+        twice = self._half and training.engine == "deepspeed" and self._stage == 1
+        return self._held(2) * (6 if twice and not training.offload_optimizer else 4)
 
     def masters(self) -> int:
         """fp32 copies: of bf16 weights, of what ZeRO divides, and of what lies in host memory."""

@@ -9,6 +9,8 @@ import torch
 
 from launch.plan import defaults, make_plan
 from launch.recipe import load_recipe
+from tests.distributed import gloo_pool
+from tests.training.engine_cases import ADAM, build, train
 from trellis_dist.models.language_model import build_language_model
 
 BASE = str(Path(__file__).with_name("base.toml"))
@@ -45,7 +47,7 @@ def test_defaults_leave_out_what_a_recipe_must_give() -> None:
 # Parts of the state of P parameters, in bytes per parameter, bf16 on dp 2 x sp 2.
 STATE = {
     "engine=local": {"weights": 2, "gradients": 4, "master_weights": 4, "optimizer_moments": 8},
-    "zero_stage=1": {"weights": 2, "gradients": 4, "master_weights": 1, "optimizer_moments": 2},
+    "zero_stage=1": {"weights": 2, "gradients": 6, "master_weights": 1, "optimizer_moments": 2},
     "zero_stage=2": {"weights": 2, "gradients": 1, "master_weights": 1, "optimizer_moments": 2},
     "zero_stage=3": {"weights": 0.5, "gradients": 1, "master_weights": 1, "optimizer_moments": 2},
     "engine=fsdp2": {"weights": 2, "gradients": 2, "master_weights": 0, "optimizer_moments": 4},
@@ -72,6 +74,35 @@ def test_offloaded_state_is_the_hosts(setting: str, host: float) -> None:
     assert memory["total"] == sum(
         value for part, value in memory.items() if part not in ("total", "host_state")
     )
+
+
+@pytest.mark.parametrize("setting", ["precision=fp32", "offload_optimizer=true"])
+def test_zero_1_keeps_gradients_once_in_fp32_or_with_offload(setting: str) -> None:
+    plan = make_plan(load_recipe(BASE, [*MESH, "training.zero_stage=1", f"training.{setting}"]))
+    assert plan["memory_per_rank_bytes"]["gradients"] == 4 * plan["parameters"]["total"]
+
+
+def gradient_bytes(engine: str) -> tuple[str, float]:
+    """The optimizer that DeepSpeed took; gradient bytes per parameter after the last backward pass."""
+    built, found = build(engine, ADAM), []
+    parameters, reduce, zero = list(built.model.parameters()), built._reduce, built._engine.optimizer
+
+    def measure() -> None:
+        held = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        found.append(sum(it.nbytes for it in [*held, *getattr(zero, "fp32_groups_gradients_flat", [])]))
+        reduce()
+
+    built._reduce = measure
+    train(built, range(2), micro_batch=1)
+    return type(zero).__name__, found[-1] / sum(parameter.numel() for parameter in parameters)
+
+
+def test_zero_1_of_bf16_keeps_the_gradients_twice() -> None:
+    for name, held in gloo_pool(2).run(gradient_bytes, "zero1 bf16"):
+        assert name == "BF16_Optimizer"
+        assert held == pytest.approx(STATE["zero_stage=1"]["gradients"], rel=0.05)  # with some padding
+    for engine in ("zero1 bf16 offload", "zero1"):
+        assert {name for name, _ in gloo_pool(2).run(gradient_bytes, engine)} == {"DeepSpeedZeroOptimizer"}
 
 
 def activations(*overrides: str) -> int:
