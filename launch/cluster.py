@@ -7,6 +7,7 @@ variables) it is one of them, over that job's nodes and backend.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import difflib
 import os
@@ -14,10 +15,11 @@ import shutil
 import socket
 import sys
 import tempfile
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from launch.messages import show_warnings_plainly
 from launch.ranks import (
@@ -28,11 +30,13 @@ from launch.ranks import (
     run_ranks,
     under_torchrun,
 )
-from launch.worker import end_with_launcher, error_line, redirect_output
+from launch.worker import ECHO_SECONDS, end_with_launcher, error_line, redirect_output
 from trellis_dist.files import read_json, write_json
+from trellis_dist.training.errors import EchoError
 
 if TYPE_CHECKING:
     from trellis_dist.training.parity.compare import CaseResult, Failure
+    from trellis_dist.training.parity.connect import Place
     from trellis_dist.training.parity.run import Matrix
     from trellis_dist.training.parity.stress import Neighbour
 
@@ -43,6 +47,8 @@ _CPU_RANKS = 4
 _SHOWN_FAILURES = 4
 
 Say = Callable[[str], None]
+# What becomes of a rank's failure: its line, its stacks, and whether another rank knows the cause.
+Tell = Callable[[str, str, bool], None]
 
 
 def check_cluster(
@@ -58,8 +64,9 @@ def check_cluster(
         quiet: print no line for each case.
 
     Returns:
-        ``{"passed", "world_size", "device", "hosts", "steps", "cases": [...], "not_run": {name: reason},
-        "neighbours": [...]}``, the same on every rank.
+        ``{"passed", "world_size", "device", "device_names", "hosts", "versions", "steps", "cases": [...],
+        "not_run": {name: reason}, "neighbours": [...]}``, the same on every rank. As a rank that somebody
+        else started it does not return after a failure: the process ends with one line and status 1.
 
     Raises:
         ValueError: ranks or steps that cannot be.
@@ -72,7 +79,8 @@ def check_cluster(
         if ranks is not None:
             raise ValueError(f"--ranks {ranks}: the ranks are started already; leave it out under torchrun")
         say = _silent if quiet or os.environ["RANK"] != "0" else _print
-        return _as_rank(steps=steps, cases=cases, say=say)
+        report = _try_as_rank(_tell_terminal, steps=steps, cases=cases, say=say)
+        return report if report is not None else _end_failed()
     flags = [f"--steps={steps}", *(f"--case={name}" for name in cases), *(["--quiet"] if quiet else [])]
     return _start(_choose_ranks(ranks), flags=flags)
 
@@ -118,6 +126,34 @@ def _start(ranks: int, *, flags: Sequence[str]) -> dict[str, Any]:
     return report
 
 
+def _try_as_rank(tell: Tell, **given: Any) -> dict[str, Any] | None:
+    """What ``_as_rank`` reports; None after an error, which is told."""
+    try:
+        return _as_rank(**given)
+    except Exception as error:
+        detail, echo = traceback.format_exc(), isinstance(error, EchoError)
+        if echo:
+            # torchrun ends all ranks as soon as one exits: let the one that knows the cause say it first.
+            time.sleep(ECHO_SECONDS)
+        tell(error_line(error), detail, echo)
+        return None
+
+
+def _tell_terminal(line: str, detail: str, _: bool) -> None:
+    if "--debug" in sys.argv:  # which the command line takes for itself, and this process ends before it
+        print(detail, file=sys.stderr)
+    where = f"rank {os.environ['RANK']} on {socket.gethostname()}"
+    print(f"trellis: error: {where}: {line}", file=sys.stderr)
+
+
+def _end_failed() -> NoReturn:
+    """End without a library's clean-up, in which a rank that failed would wait for its peers."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError):  # a terminal that is gone
+            stream.flush()
+    os._exit(1)
+
+
 def _as_rank(
     *, steps: int, cases: Sequence[str], say: Say, on_expiry: Callable[[str, str], None] | None = None
 ) -> dict[str, Any]:
@@ -125,25 +161,71 @@ def _as_rank(
     import torch
 
     from trellis_dist.parallel import env
+    from trellis_dist.training.parity.connect import CONNECT_SECONDS, connect, remedy
     from trellis_dist.training.parity.deadline import Deadline
     from trellis_dist.training.parity.run import CASE_SECONDS, Matrix
 
-    device = torch.device("cuda", env.local_rank()) if torch.cuda.is_available() else torch.device("cpu")
+    device, deadline = env.device(), Deadline(CASE_SECONDS, on_expiry)
     torch.set_num_threads(1)  # the model is too small to share
-    # A case that hangs is named by its deadline; the collectives' own timeout comes after it.
-    env.init_distributed(device, timeout_s=CASE_SECONDS + 60.0)
-    matrix = Matrix(steps=steps, device=device, deadline=Deadline(CASE_SECONDS, on_expiry))
-    report = _report(matrix, only=cases, device=device.type, steps=steps, say=say)
-    env.shutdown()
+    _compute_in_fp32()
+    with deadline.within("connecting", seconds=CONNECT_SECONDS, remedy=remedy()):
+        # A case that hangs is named by its deadline; the collectives' own timeout comes after it.
+        places = connect(device, timeout_s=CASE_SECONDS + 60.0)
+        matrix = Matrix(steps=steps, device=device, deadline=deadline)
+    report = _report(matrix, places, only=cases, device=device.type, steps=steps, say=say)
+    with deadline.within("leaving the process groups"):
+        env.shutdown()
     return report
 
 
-def _report(matrix: Matrix, *, only: Sequence[str], device: str, steps: int, say: Say) -> dict[str, Any]:
+def _compute_in_fp32() -> None:
+    """Without TF32, which is off by 1e-3: gradients within 1e-4 would then fail on a healthy cluster.
+
+    torch multiplies in it where TORCH_ALLOW_TF32_CUBLAS_OVERRIDE is set, as NVIDIA's containers do, and
+    convolves in it unless told otherwise.
+    """
+    import torch
+
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _report(
+    matrix: Matrix, places: Sequence[Place], *, only: Sequence[str], device: str, steps: int, say: Say
+) -> dict[str, Any]:
+    hosts = sorted({place.host for place in places})
+    names = sorted({place.device for place in places})
+    on = device if names == [device] else f"{device} ({', '.join(names)})"
+    where = f"{matrix.world_size} ranks on {len(hosts)} machine(s): {', '.join(hosts)}; {on}"
+    say(f"{where}; {steps} steps a case")
+    results, not_run = _run_cases(matrix, only=only, say=say)
+    compared = bool(results)  # with one process, which the order of messages is not
+    neighbours: list[Neighbour] = []
+    if matrix.world_size > 1 and not only:
+        results.append(matrix.check_order())
+        say(render_case(results[-1]))
+        neighbours = matrix.measure_neighbours()
+        say(render_neighbours(neighbours))
+    report = {
+        "passed": compared and all(result.passed for result in results),
+        "world_size": matrix.world_size,
+        "device": device,
+        "device_names": names,
+        "hosts": hosts,
+        "versions": dict(places[0].versions),
+        "steps": steps,
+        "cases": [_as_json(result) for result in results],
+        "not_run": not_run,
+        "neighbours": [dataclasses.asdict(neighbour) for neighbour in neighbours],
+    }
+    say(render_verdict(report))
+    return report
+
+
+def _run_cases(matrix: Matrix, *, only: Sequence[str], say: Say) -> tuple[list[CaseResult], dict[str, str]]:
+    """What the cases gave that fit the ranks, and why the others do not."""
     from trellis_dist.training.parity.cases import CASES
 
-    hosts = sorted(set(matrix.gather(socket.gethostname())))
-    where = f"{matrix.world_size} ranks on {len(hosts)} machine(s): {', '.join(hosts)}; {device}"
-    say(f"{where}; {steps} steps a case")
     results, not_run = [], {}
     for case in CASES:
         reason = case.needs(matrix.world_size)
@@ -154,24 +236,7 @@ def _report(matrix: Matrix, *, only: Sequence[str], device: str, steps: int, say
             say(render_case(results[-1]))
         else:
             not_run[case.name] = reason
-    neighbours: list[Neighbour] = []
-    if matrix.world_size > 1 and not only:
-        results.append(matrix.check_order())
-        say(render_case(results[-1]))
-        neighbours = matrix.measure_neighbours()
-        say(render_neighbours(neighbours))
-    report = {
-        "passed": bool(results) and all(result.passed for result in results),
-        "world_size": matrix.world_size,
-        "device": device,
-        "hosts": hosts,
-        "steps": steps,
-        "cases": [_as_json(result) for result in results],
-        "not_run": not_run,
-        "neighbours": [dataclasses.asdict(neighbour) for neighbour in neighbours],
-    }
-    say(render_verdict(report))
-    return report
+    return results, not_run
 
 
 def _as_json(result: CaseResult) -> dict[str, Any]:
@@ -206,16 +271,19 @@ def render_neighbours(neighbours: Sequence[Neighbour]) -> str:
 
 def render_verdict(report: dict[str, Any]) -> str:
     """What did not run, and whether all that did passed."""
-    cases = report["cases"]
+    cases, not_run = report["cases"], report["not_run"]
     failed = [case["name"] for case in cases if not case["passed"]]
     lines = []
-    for reason in sorted(set(report["not_run"].values())):
-        names = [name for name, why in report["not_run"].items() if why == reason]
+    for reason in sorted(set(not_run.values())):
+        names = [name for name, why in not_run.items() if why == reason]
         lines.append(f"not run, {reason}: {', '.join(names)}")
     if failed:
         lines.append(f"FAIL: {len(failed)} of {len(cases)} cases: {', '.join(failed)}")
+    elif not report["passed"]:
+        lines.append("FAIL: no case fits these ranks")
     else:
-        lines.append(f"pass: {len(cases)} cases" if cases else "FAIL: no case fits these ranks")
+        others = f" ({len(not_run)} need other numbers of ranks)" if not_run else ""
+        lines.append(f"pass: {len(cases)} of {len(cases) + len(not_run)} cases{others}")
     return "\n".join(lines)
 
 
@@ -236,16 +304,17 @@ def main(arguments: list[str] | None = None) -> int:
     if rank > 0:
         redirect_output(log_folder(options.folder) / f"rank-{rank:05d}.log")
 
-    def record(message: str, detail: str) -> None:
-        # Of ranks that all wait, one may know why: what only "did not finish" is the effect.
-        echo = "did not finish" in message
+    def record(message: str, detail: str, echo: bool) -> None:
         record_failure(options.folder, rank=rank, message=message, detail=detail, echo=echo)
 
+    def record_expiry(message: str, stacks: str) -> None:
+        # Of ranks that all wait, one may know why: what only "did not finish" is the effect.
+        record(message, stacks, "did not finish" in message)
+
     say = _silent if options.quiet or rank > 0 else _print
-    try:
-        report = _as_rank(steps=options.steps, cases=options.case, say=say, on_expiry=record)
-    except Exception as error:
-        record(error_line(error), traceback.format_exc())
+    given = {"steps": options.steps, "cases": options.case, "say": say, "on_expiry": record_expiry}
+    report = _try_as_rank(record, **given)
+    if report is None:
         return 1
     if rank == 0:
         write_json(options.folder / "report.json", report)
@@ -260,5 +329,5 @@ if __name__ == "__main__":
     end_with_launcher()
     status = main()
     if status:
-        os._exit(status)  # a rank that failed must not wait in a library's clean-up for its peers
+        _end_failed()
     sys.exit(0)

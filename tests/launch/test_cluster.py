@@ -11,11 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
 from launch import cluster
 from launch.cli import main
 from launch.ranks import RankError
+from tests.distributed import gloo_pool
 from trellis_dist.files import write_json
+from trellis_dist.parallel import env
+from trellis_dist.training.parity import connect, run
+from trellis_dist.training.parity.cases import OperationCase
+from trellis_dist.training.parity.compare import CaseResult, Failure, Findings
+from trellis_dist.training.parity.connect import LostContactError, LostRanksError, Place
+from trellis_dist.training.parity.run import Matrix
 
 ROOT = Path(__file__).resolve().parents[2]
 CASE = {"name": "sp2", "seconds": 1.0, "worst": {"loss": 1e-8}, "failures": [], "passed": True}
@@ -43,6 +52,7 @@ def test_ranks_start_here_and_one_case_can_be_asked_for(capsys: pytest.CaptureFi
     assert (case["name"], case["passed"], case["failures"]) == ("operation sp2", True, [])
     assert found["not_run"] == {"sp4": "needs 4 ranks or a multiple"}
     assert (found["world_size"], found["hosts"]) == (2, [socket.gethostname()])
+    assert (found["device_names"], found["versions"]["torch"]) == (["cpu"], torch.__version__)
 
 
 def test_under_torchrun_it_is_one_of_the_ranks() -> None:
@@ -63,7 +73,7 @@ def test_under_torchrun_it_is_one_of_the_ranks() -> None:
     assert lines[0].startswith(f"2 ranks on 1 machine(s): {socket.gethostname()}; cpu; 2 steps")
     assert lines[1].startswith("sp2 packed ")
     assert " pass " in lines[1]
-    assert lines[2:] == ["pass: 1 cases"]
+    assert lines[2:] == ["pass: 1 of 1 cases"]
 
 
 @pytest.mark.parametrize(
@@ -121,12 +131,34 @@ def test_a_report_names_what_failed_and_what_did_not_run() -> None:
         "not run, needs 8: x",
         "FAIL: 1 of 2 cases: tp2",
     ]
-    assert cluster.render_verdict(report(cases=[])) == "FAIL: no case fits these ranks"
+    verdict = cluster.render_verdict(report(not_run={"sp4": "needs 4 ranks", "tp4": "needs 4 ranks"}))
+    assert verdict.splitlines()[1:] == ["pass: 1 of 3 cases (2 need other numbers of ranks)"]
+    assert cluster.render_verdict(report(cases=[], passed=False)) == "FAIL: no case fits these ranks"
+
+
+class OnlyOrder:
+    """A matrix of a number of ranks that no case fits."""
+
+    world_size = 3
+
+    def check_order(self) -> CaseResult:
+        return CaseResult(name="order", seconds=1.0, worst={}, failures=())
+
+    def measure_neighbours(self) -> list[Any]:
+        return []
+
+
+def test_the_order_of_messages_alone_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster, "_run_cases", lambda *_, **__: ([], {"sp4": "needs 4 ranks"}))
+    said: list[str] = []
+    places = [Place(host="here", device="cuda", versions={"torch": "2"})]
+    found = cluster._report(OnlyOrder(), places, only=(), device="cpu", steps=2, say=said.append)  # type: ignore[arg-type]
+    assert not found["passed"]
+    assert len(found["cases"]) == 1
+    assert said[-1].splitlines()[-1] == "FAIL: no case fits these ranks"
 
 
 def test_a_case_says_each_failure_once() -> None:
-    from trellis_dist.training.parity.compare import CaseResult, Failure
-
     failures = [
         Failure(case="c", quantity="error", expected="none", found="it broke", rank=rank, host="h")
         for rank in range(8)
@@ -146,7 +178,7 @@ def test_a_case_says_each_failure_once() -> None:
 HANG = """
 import sys, time
 from trellis_dist.training.parity import deadline
-deadline._AFTER_ERROR_S = 0.2
+deadline.AFTER_ERROR_S = 0.2
 clock = deadline.Deadline(float(sys.argv[1]), lambda line, stacks: print("RECORDED", line))
 with clock.within("case ends"):
     pass
@@ -173,3 +205,160 @@ def test_a_hang_ends_with_the_name_of_the_case_and_the_stacks(arguments: list[st
     assert said in ran.stderr
     assert 'File "<string>", line' in ran.stderr
     assert f"RECORDED {said}" in ran.stdout
+
+
+# What each rank runs instead of torchrun's: a command line, with a fault put in.
+RANK = """
+import os, sys, time
+from trellis_dist.training.parity import connect, deadline, run
+from trellis_dist.training.parity.compare import Findings
+fault, rank = sys.argv.pop(1), int(os.environ["RANK"])
+
+def end(name, mesh):
+    if rank == 1:
+        sys.stderr.write("rank 1 dies\\n")
+        os._exit(9)
+    return Findings()
+
+if fault == "a rank ends":
+    run.compare_operation = end
+if fault == "other versions" and rank == 1:
+    connect._LIBRARIES = ()
+if fault == "nobody comes":
+    connect.CONNECT_SECONDS = 1.0
+from launch.cli import main
+status = main(sys.argv[1:])
+import torch
+print(torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, file=sys.stderr)
+sys.exit(status)
+"""
+
+
+def run_ranks(fault: str, *, start: int = 2) -> list[tuple[int, str]]:
+    """Exit status and error output of each of two ranks, of which ``start`` are started."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    shared = {
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1",  # as in NVIDIA's containers
+        "PYTHONPATH": str(ROOT),
+        **({"GLOO_SOCKET_IFNAME": "lo"} if sys.platform == "linux" else {}),
+    }
+    command = [sys.executable, "-c", RANK, fault, "doctor", "--cluster", "--case=operation sp2"]
+    ranks = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(start)
+    ]
+    said = [rank.communicate(timeout=200)[1] for rank in ranks]
+    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+
+
+def test_a_case_computes_in_fp32_where_the_environment_asks_for_tf32() -> None:
+    assert run_ranks("none") == [(0, "highest False\n")] * 2
+
+
+def test_a_rank_whose_peer_died_says_so_in_one_line() -> None:
+    alive, dead = run_ranks("a rank ends")
+    assert dead == (9, "rank 1 dies\n")
+    line = f"trellis: error: rank 0 on {socket.gethostname()}: case operation sp2: lost contact with a rank; "
+    assert alive == (1, f"{line}the rank that failed says why\n")
+
+
+def test_ranks_of_different_versions_are_refused_in_one_line() -> None:
+    for rank, (status, text) in enumerate(run_ranks("other versions")):
+        host = socket.gethostname()
+        assert status == 1
+        (line,) = text.splitlines()
+        assert line.startswith(
+            f"trellis: error: rank {rank} on {host}: ranks run different versions: rank 0 on {host} has "
+        )
+        assert f"; rank 1 on {host} has deepspeed not installed" in line
+
+
+def test_a_rank_that_waits_for_the_others_in_vain_says_what_to_set() -> None:
+    ((status, text),) = run_ranks("nobody comes", start=1)
+    assert status == 1
+    (line,) = text.splitlines()
+    where = (
+        f"connecting: rank 0 on {socket.gethostname()} did not finish in 1 s; the ranks meet at MASTER_ADDR="
+    )
+    assert line.startswith(where)
+    assert "set GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME" in line
+
+
+def test_a_connection_that_fails_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise RuntimeError("NCCL error in: somewhere\nLast error:\nDuplicate GPU detected\n")
+
+    monkeypatch.setattr(env, "init_distributed", refuse)
+    monkeypatch.setenv("MASTER_ADDR", "node7")
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(LostRanksError) as error:
+        connect.connect(torch.device("cpu"), timeout_s=1.0)
+    where = "connecting: Duplicate GPU detected; the ranks meet at MASTER_ADDR=node7 MASTER_PORT=29500; "
+    assert str(error.value).startswith(where)
+
+
+def leave_a_message() -> list[Any]:
+    """A case that fails on rank 0 after a send that nobody receives, then one that is sound."""
+    matrix = Matrix(steps=2, device=torch.device("cpu"))
+
+    def work() -> Findings:
+        mesh = matrix._line(2)
+        if env.rank() == 0:
+            dist.isend(torch.zeros(3), 1, group=mesh.rightward)
+            raise ValueError("too few heads")
+        return Findings()
+
+    return [matrix._result("broken", work), matrix.run(OperationCase(sp=2))]
+
+
+def test_a_message_that_an_error_leaves_behind_reaches_no_later_case() -> None:
+    for broken, sound in gloo_pool(2).run(leave_a_message):
+        assert [failure.line() for failure in broken.failures] == [
+            f"rank 0 on {socket.gethostname()}: ValueError: too few heads"
+        ]
+        assert sound.passed
+
+
+def fall_out_of_step() -> tuple[str, bool]:
+    """A case that fails on rank 0, after which rank 1 cannot sum with the others."""
+    matrix = Matrix(steps=2, device=torch.device("cpu"))
+
+    def work() -> Findings:
+        if env.rank() == 0:
+            raise ValueError("too few heads")
+        return Findings()
+
+    def sums(device: torch.device) -> None:
+        connect.check_sums(device)
+        if env.rank() == 1:
+            raise RuntimeError("out of step")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "check_sums", sums)
+        with pytest.raises(LostRanksError) as error:
+            matrix._result("broken", work)
+    return str(error.value), isinstance(error.value, LostContactError)
+
+
+def test_ranks_that_an_error_left_out_of_step_end_and_rank_0_says_it() -> None:
+    cause = f"case broken: rank 0 on {socket.gethostname()}: ValueError: too few heads"
+    told = [(f"{cause}; the ranks have lost each other", echo) for echo in (False, True)]
+    assert gloo_pool(2).run(fall_out_of_step) == told
+
+
+def test_a_sum_that_met_another_collective_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "all_reduce", lambda total: total.fill_(6.0))
+    monkeypatch.setattr(env, "world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="2 ranks sum to 6 on cpu: out of step"):
+        connect.check_sums(torch.device("cpu"))

@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator
 
 from trellis_dist.parallel import env
 
-__all__ = ["Deadline"]
+__all__ = ["AFTER_ERROR_S", "Deadline"]
 
 # Python can hold its lock inside a library for ever: after this many seconds more C code prints and exits.
 _GRACE_S = 20.0
 _STDERR = 2
 # After an error on one rank the others fail too, or finish, or hang because of it.
-_AFTER_ERROR_S = 60.0
+AFTER_ERROR_S = 60.0
 
 OnExpiry = Callable[[str, str], None]
 
@@ -29,18 +29,29 @@ class Deadline:
     Args:
         seconds: for each thing that runs.
         on_expiry: called with one line and the stacks before the process exits with status 1.
+
+    Attributes:
+        what: runs now, or ran last.
     """
 
     def __init__(self, seconds: float, on_expiry: OnExpiry | None = None) -> None:
         self._seconds, self._on_expiry = seconds, on_expiry
-        self._what, self._said = "", ""
+        self.what = ""
+        self._said, self._remedy, self._limit = "", "", seconds
         self._timer: threading.Timer | None = None
 
     @contextlib.contextmanager
-    def within(self, what: str) -> Iterator[None]:
-        """Start the clock for ``what`` and stop it at the end."""
-        self._what, self._said = what, ""
-        self._start(self._seconds)
+    def within(self, what: str, *, seconds: float | None = None, remedy: str = "") -> Iterator[None]:
+        """Start the clock for ``what`` and stop it at the end.
+
+        Args:
+            what: how the line begins that says it hung.
+            seconds: other than for most things.
+            remedy: how that line ends; it is then printed without stacks, which would only hide it.
+        """
+        self.what, self._said, self._remedy = what, "", remedy
+        self._limit = self._seconds if seconds is None else seconds
+        self._start(self._limit)
         try:
             yield
         finally:
@@ -51,7 +62,7 @@ class Deadline:
         text = str(error).strip() or repr(error)
         self._said = f"{type(error).__name__}: {text.splitlines()[0]}"
         self._stop()
-        self._start(min(self._seconds, _AFTER_ERROR_S))
+        self._start(min(self._limit, AFTER_ERROR_S))
 
     def _start(self, seconds: float) -> None:
         self._timer = threading.Timer(seconds, self._expire)
@@ -67,13 +78,12 @@ class Deadline:
     def _expire(self) -> None:
         where = f"rank {env.rank()} on {socket.gethostname()}"
         if self._said:
-            line = f"{self._what}: {where} raised {self._said}; other ranks did not get as far and hang"
+            line = f"{self.what}: {where} raised {self._said}; other ranks did not get as far and hang"
         else:
-            line = f"{self._what}: {where} did not finish in {self._seconds:g} s"
+            line = f"{self.what}: {where} did not finish in {self._limit:g} s{self._remedy}"
         stacks = _stacks()
-        os.write(
-            _STDERR, f"{line}\n{stacks}\n".encode()
-        )  # not through a stream whose lock a hung thread holds
+        shown = line if self._remedy else f"{line}\n{stacks}"
+        os.write(_STDERR, f"{shown}\n".encode())  # not through a stream whose lock a hung thread holds
         if self._on_expiry is not None:
             self._on_expiry(line, stacks)
         os._exit(1)

@@ -21,22 +21,19 @@ from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.parity.batches import global_batch, micro_batches
 from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
 from trellis_dist.training.parity.compare import CaseResult, Comparison, Failure, Findings, Trace, merge
-from trellis_dist.training.parity.deadline import Deadline
+from trellis_dist.training.parity.connect import LostContactError, LostRanksError, check_sums, lost
+from trellis_dist.training.parity.deadline import AFTER_ERROR_S, Deadline
 from trellis_dist.training.parity.operation import compare_operation
 from trellis_dist.training.parity.reference import SEED, References
 from trellis_dist.training.parity.stress import Neighbour, check_order, measure_neighbour
 
-__all__ = ["CASE_SECONDS", "LostRanksError", "Matrix"]
+__all__ = ["CASE_SECONDS", "Matrix"]
 
 T = TypeVar("T")
 
 # Of the slowest case, with the start of its libraries, on a machine that is busy with something else.
 CASE_SECONDS = 300.0
 ORDER = "point-to-point order"
-
-
-class LostRanksError(RuntimeError):
-    """The connection between ranks broke in a case, so no further one can run."""
 
 
 class Matrix:
@@ -79,29 +76,38 @@ class Matrix:
                 findings = _raised(name, error)
             findings.seconds = time.monotonic() - started
             result = merge(name, self.gather(findings))
-            if any(failure.quantity == "error" for failure in result.failures):
-                self._check_connected(result)
-            return result
+        errors = [failure for failure in result.failures if failure.quantity == "error"]
+        if errors:
+            self._start_afresh(f"case {name}: {errors[0].line()}; the ranks have lost each other")
+        return result
 
-    def _check_connected(self, result: CaseResult) -> None:
-        """After an error on any rank: can they still do a collective, or is every further case in vain?"""
-        try:
-            env.agree(True)
-            broken = ""
-        except RuntimeError as error:
-            broken = str(error).splitlines()[0]
-        if any(self.gather(broken)):
-            cause = result.failures[0].line()
-            raise LostRanksError(f"case {result.name}: {cause}; the ranks have lost each other")
+    def _start_afresh(self, otherwise: str) -> None:
+        """After an error on any rank: groups may be out of step, so that further cases need new ones.
+
+        Raises:
+            LostRanksError: the group of all ranks, which stays, is out of step too; says ``otherwise``.
+        """
+        with self._deadline.within(otherwise, seconds=AFTER_ERROR_S):
+            try:
+                check_sums(self._device)
+                connected = True
+            except RuntimeError:
+                connected = False
+            if not all(self.gather(connected)):
+                raise lost(otherwise)
+        env.forget()
 
     def measure_neighbours(self) -> list[Neighbour]:
-        """Latency and bandwidth between neighbours on that line; half of the pairs at a time."""
+        """Latency and bandwidth between neighbours on that line; half of the pairs at a time.
+
+        Raises:
+            LostRanksError: a transfer failed.
+        """
         with self._deadline.within("measuring neighbours"):
-            transfers, mine = self._transfers(), None
-            for turn in range(2):
-                right = env.rank() % 2 == turn
-                mine = measure_neighbour(transfers, right=right) or mine
-                dist.barrier(group=self._talk)
+            try:
+                mine = self._measure_mine()
+            except RuntimeError as error:
+                raise LostRanksError(f"measuring neighbours: {str(error).splitlines()[0]}") from error
             found = self.gather((socket.gethostname(), mine))
         return [
             Neighbour(
@@ -116,12 +122,27 @@ class Matrix:
             if speed is not None
         ]
 
+    def _measure_mine(self) -> tuple[float, float] | None:
+        transfers, mine = self._transfers(), None
+        for turn in range(2):
+            mine = measure_neighbour(transfers, right=env.rank() % 2 == turn) or mine
+            self.gather(None)  # the other half's turn begins
+        return mine
+
     def gather(self, mine: T) -> list[T]:
-        """What every rank brings, by rank; for small things."""
+        """What every rank brings, by rank; for small things.
+
+        Raises:
+            LostContactError: a rank is gone.
+        """
         if self._talk is None:
             return [mine]
         found = [mine] * self.world_size
-        dist.all_gather_object(found, mine, group=self._talk)
+        try:
+            dist.all_gather_object(found, mine, group=self._talk)
+        except RuntimeError as error:
+            what = f"{self._deadline.what}: lost contact with a rank; the rank that failed says why"
+            raise LostContactError(what) from error
         return found
 
     def _transfers(self) -> Transfers:
