@@ -86,7 +86,7 @@ def check_cluster(
 
 
 def _check_names(given: Sequence[str]) -> None:
-    from trellis_dist.training.parity.cases import CASES
+    from trellis_dist.training.parity.rows import CASES
 
     names = [case.name for case in CASES]
     for name in given:
@@ -224,7 +224,7 @@ def _report(
 
 def _run_cases(matrix: Matrix, *, only: Sequence[str], say: Say) -> tuple[list[CaseResult], dict[str, str]]:
     """What the cases gave that fit the ranks, and why the others do not."""
-    from trellis_dist.training.parity.cases import CASES
+    from trellis_dist.training.parity.rows import CASES
 
     results, not_run = [], {}
     for case in CASES:

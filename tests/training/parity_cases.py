@@ -15,8 +15,8 @@ from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.transfers import Transfers
 from trellis_dist.training.engines import deepspeed, fsdp2, local
 from trellis_dist.training.parity import cases, run, stress
-from trellis_dist.training.parity.cases import find_case
 from trellis_dist.training.parity.compare import CaseResult
+from trellis_dist.training.parity.rows import find_case
 from trellis_dist.training.parity.run import Matrix
 from trellis_dist.training.parity.stress import Neighbour
 

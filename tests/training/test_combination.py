@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any
 
 import pytest
@@ -10,7 +11,10 @@ import pytest
 from data_pipeline.config import DataConfig
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.combination import check_combination
-from trellis_dist.training.parity.cases import CASES, ROW_TOKENS, Case, global_rows
+from trellis_dist.training.parity import coverage
+from trellis_dist.training.parity.cases import ROW_TOKENS, Case, global_rows
+from trellis_dist.training.parity.coverage import row_features
+from trellis_dist.training.parity.rows import CASES, find_case
 
 ROWS = [case for case in CASES if isinstance(case, Case)]
 
@@ -35,19 +39,95 @@ def test_every_row_of_the_matrix_may_start(case: Case):
     assert check(case).dp == case.replicas
 
 
-def covered(**features: Any) -> bool:
-    """Whether some row has all these features."""
-    return any(all(getattr(row, key) == value for key, value in features.items()) for row in ROWS)
+# Engines by what they cannot do, and everything else that a run may ask for beside its engine.
+CANNOT: dict[str, set[str]] = {
+    "local": set(),
+    "zero0": {"bf16", "offload"},
+    "zero1": set(),
+    "zero2": set(),
+    "zero3": {"compile"},
+    "fsdp2": set(),
+}
+FEATURES: dict[str, dict[str, Any]] = {
+    "dp": {"replicas": 2},
+    "state passing": {"sp": 2, "mode": "state_passing"},
+    "all-to-all": {"sp": 2, "mode": "all_to_all"},
+    "tp": {"tp": 2, "sequence_parallel": False},
+    "tp, sequence-parallel": {"tp": 2, "sequence_parallel": True},
+    "full": {"activation_checkpointing": "full"},
+    "selective": {"activation_checkpointing": "selective"},
+    "compile": {"compile": "aot_eager"},
+    "offload": {"offload_optimizer": True},
+    "accumulation": {"accumulation": 2},
+    "forwards first": {"forwards_first": 2, "accumulation": 2},
+    "attention": {"model": "hybrid"},
+    "bf16": {"precision": "bf16"},
+}
 
 
-def test_a_graph_around_gathered_weights_is_refused():
-    settings: dict[str, Any] = {"engine": "deepspeed", "zero_stage": 3, "compile": "aot_eager"}
-    assert not covered(**settings), "a row covers it: allow it"
-    row = next(row for row in ROWS if row.name == "dp")
-    asked = dataclasses.replace(row.training_config(2), **settings)
-    with pytest.raises(ValueError, match=r'set training\.compile = "none"') as refused:
-        check(row, training=asked)
+def asked(engine: str, *names: str) -> Case | None:
+    """A run with these features; None where one excludes another."""
+    settings: dict[str, Any] = {"engine": engine}
+    if engine.startswith("zero"):
+        settings = {"engine": "deepspeed", "zero_stage": int(engine[-1])}
+    for name in names:
+        if any(settings.get(key, value) != value for key, value in FEATURES[name].items()):
+            return None
+        settings |= FEATURES[name]
+    return Case(name="asked", **settings)
+
+
+@pytest.mark.parametrize("engine", CANNOT)
+def test_an_engine_starts_with_any_two_features_but_what_it_cannot_do(engine: str):
+    for names in itertools.combinations(FEATURES, 2):
+        case = asked(engine, *names)
+        if case is None:
+            continue
+        if CANNOT[engine] & set(names):
+            with pytest.raises(ValueError, match=r"training\.zero_stage = [03]") as refused:
+                check(case)
+            assert "\n" not in str(refused.value)
+        else:
+            check(case)
+
+
+def test_what_a_row_covers_is_what_its_name_says():
+    row = find_case("local, dp, tp2, full, compile, offload, ahead, attention")
+    assert isinstance(row, Case)
+    engine, features = row_features(row)
+    assert engine == 'training.engine = "local"'
+    assert features == {
+        "mesh.dp > 1",
+        "mesh.tp > 1",
+        'training.activation_checkpointing = "full"',
+        "training.compile",
+        "training.offload_optimizer = true",
+        "training.forwards_first > 1",
+        "accumulation",
+        "attention layers",
+    }
+
+
+def test_two_features_that_no_row_brings_together_are_refused(monkeypatch: pytest.MonkeyPatch):
+    """Without the rows that have both, FSDP2 may not start with offload on segments, but with either."""
+
+    def kept(row: Case) -> bool:
+        return not (
+            row.engine == "fsdp2" and row.mode == "state_passing" and row.sp > 1 and row.offload_optimizer
+        )
+
+    monkeypatch.setattr(coverage, "CASES", tuple(row for row in ROWS if kept(row)))
+    coverage._met.cache_clear()
+    with pytest.raises(
+        ValueError, match=r"no row .* \"fsdp2\", mesh\.sp > 1 .* and training\.offload_opt"
+    ) as refused:
+        check(asked("fsdp2", "state passing", "offload"))
     assert "\n" not in str(refused.value)
+    check(asked("fsdp2", "state passing"))
+    check(asked("fsdp2", "offload"))
+    monkeypatch.undo()
+    coverage._met.cache_clear()
+    check(asked("fsdp2", "state passing", "offload"))
 
 
 def test_segments_of_rows_that_start_documents_anywhere_are_refused():

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from data_pipeline.config import DataConfig
 from tests.distributed import gloo_pool
 from tests.training.parity_cases import (
     FAULTS,
@@ -16,10 +15,9 @@ from tests.training.parity_cases import (
     run_variant,
     run_with_fault,
 )
-from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
-from trellis_dist.training.combination import check_combination
-from trellis_dist.training.parity.cases import CASES, ROW_TOKENS, STEPS, Case, OperationCase, global_rows
+from trellis_dist.training.parity.cases import STEPS, Case, OperationCase
 from trellis_dist.training.parity.compare import CaseResult, Failure
+from trellis_dist.training.parity.rows import CASES
 
 # Of one case: the first of a pool imports DeepSpeed and megatron-core and makes process groups.
 CASE_TIMEOUT_S = 150.0
@@ -110,7 +108,7 @@ NEGATIVE = [
     (2, "dp packed", "norms that differ in a bit", "(loss, gradient norm) of rank 0"),
     (2, "sp2 packed", "a gradient that is not shown", "gradient/norm.weight"),
     (2, "dp packed", "no update", "model/embedding_weight"),
-    (2, "sp2 full checkpointing", "recomputation in other bits", "bits of "),
+    (2, "sp2 packed full", "recomputation in other bits", "bits of "),
     (2, "dp", "a refusal", "error"),
 ]
 
@@ -147,57 +145,6 @@ def test_messages_in_the_wrong_order_are_found() -> None:
 def test_a_failure_says_where() -> None:
     failure = Failure(case="sp2", quantity="loss", expected="1", found="2", step=3, rank=5, host="node7")
     assert failure.line() == "step 3, rank 5 on node7: loss: expected 1, found 2"
-
-
-# What a run may ask for; with every pair of them that may start, some row must train.
-FEATURES: dict[str, dict[str, Any]] = {
-    "local": {"engine": "local"},
-    **{f"zero{stage}": {"engine": "deepspeed", "zero_stage": stage} for stage in range(4)},
-    "fsdp2": {"engine": "fsdp2"},
-    "replicas": {"replicas": 2},
-    "state passing": {"sp": 2, "mode": "state_passing"},
-    "all-to-all": {"sp": 2, "mode": "all_to_all"},
-    "tensor": {"tp": 2},
-    "sequence-parallel": {"tp": 2, "sequence_parallel": True},
-    "full": {"activation_checkpointing": "full"},
-    "selective": {"activation_checkpointing": "selective"},
-    "compile": {"compile": "aot_eager"},
-    "offload": {"offload_optimizer": True},
-    "accumulation": {"accumulation": 2},
-    "forwards first": {"forwards_first": 2, "accumulation": 2},
-    "attention": {"model": "hybrid"},
-    "adamw": {"optimizer": "adamw"},
-    "packed": {"packed": True},
-}
-
-
-def may_start(case: Case) -> bool:
-    world = case.smallest_world
-    try:
-        check_combination(
-            mesh=MeshConfig(sp=case.sp, tp=case.tp),
-            tensor=TensorConfig(sequence_parallel=case.sequence_parallel),
-            sequence=SequenceConfig(mode=case.mode),
-            model=case.model_config,
-            data=DataConfig(directory="none", sequence_length=ROW_TOKENS, packing="aligned"),
-            training=case.training_config(world),
-            global_rows=global_rows(world),
-            world_size=world,
-        )
-    except ValueError:
-        return False
-    return True
-
-
-@pytest.mark.parametrize("first", FEATURES)
-def test_every_pair_of_features_that_may_start_has_a_row(first: str) -> None:
-    rows = [case for case in CASES if isinstance(case, Case)]
-    for second, settings in FEATURES.items():
-        both = FEATURES[first] | settings
-        if any(both[key] != value for key, value in FEATURES[first].items()):
-            continue  # one excludes the other
-        found = any(all(getattr(row, key) == value for key, value in both.items()) for row in rows)
-        assert found or not may_start(Case(name="both", **both)), f"no row has {first} and {second}"
 
 
 def test_bits_are_compared_with_a_row_of_the_same_ranks() -> None:

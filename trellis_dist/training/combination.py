@@ -1,8 +1,4 @@
-"""What the sections of a run must agree on before a process group is made; what no test covers is refused.
-
-Coverage is a property of the features that meet, not of their sizes: a row of the parity matrix with sp 2
-covers sp 8. Any two features that may start together have a row, which a test holds to.
-"""
+"""What the sections of a run must agree on before a process group is made; what no test covers is refused."""
 
 from __future__ import annotations
 
@@ -12,6 +8,7 @@ from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfi
 from trellis_dist.parallel.mesh import check_mesh
 from trellis_dist.training.config import TrainingConfig
 from trellis_dist.training.engines.factory import check_engine
+from trellis_dist.training.parity.coverage import engine_of, features, uncovered
 
 __all__ = ["check_combination"]
 
@@ -55,4 +52,14 @@ def check_combination(
         pattern=model.pattern,
     )
     check_engine(training)
+    asked = features(
+        mesh=filled,
+        tensor=tensor,
+        sequence=sequence,
+        model=model,
+        training=training,
+        global_rows=global_rows,
+    )
+    for together in uncovered(engine_of(training), asked):
+        raise ValueError(f"no row of the parity matrix has {together} together: change one of them")
     return filled

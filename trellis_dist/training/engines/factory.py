@@ -44,18 +44,25 @@ def uses_bf16(training: TrainingConfig, mesh: Mesh) -> bool:
 
 
 def build_engine(
-    model: nn.Module, training: TrainingConfig, *, optimizer: OptimizerConfig, mesh: Mesh, segments: Segments
+    model: nn.Module,
+    training: TrainingConfig,
+    *,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    segments: Segments,
+    bf16: bool | None = None,
 ) -> Engine:
     """Wrap ``model`` in its engine; ``segments`` is what ``apply_parallelism(model, mesh)`` returned.
 
-    Raises ``ValueError`` as ``check_engine`` does.
+    ``bf16`` holds where it is given, on a CPU too; otherwise ``uses_bf16`` decides. Raises ``ValueError`` as
+    ``check_engine`` does.
     """
     check_engine(training)
     options = EngineOptions(
         optimizer=optimizer,
         mesh=mesh,
         segments=segments,
-        bf16=uses_bf16(training, mesh),
+        bf16=uses_bf16(training, mesh) if bf16 is None else bf16,
         z_loss=training.z_loss,
         offload=training.offload_optimizer,
         forwards_first=training.forwards_first,

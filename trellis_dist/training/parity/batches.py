@@ -10,7 +10,6 @@ import torch
 
 from data_pipeline.loader import Batch
 from trellis_dist.models.loss import IGNORED_LABEL
-from trellis_dist.training.parity.cases import ROW_TOKENS
 
 __all__ = ["global_batch", "micro_batches"]
 
@@ -20,10 +19,10 @@ _KEPT_IN_THE_LAST_ROW = 5
 _STARTS = ((0, 8, 24), (0,), (0, 40), (0, 16, 48, 56), (0, 32))
 
 
-def global_batch(step: int, *, rows: int, vocab_size: int, packed: bool) -> Batch:
-    """Batch of ``step``: tokens and labels [rows, T], documents at chunk multiples where ``packed``."""
+def global_batch(step: int, *, rows: int, length: int, vocab_size: int, packed: bool) -> Batch:
+    """Batch of ``step``: tokens and labels [rows, length], documents at chunk multiples where ``packed``."""
     generator = torch.Generator().manual_seed(1000 + step)
-    stream = torch.randint(vocab_size, (rows, ROW_TOKENS + 1), generator=generator)
+    stream = torch.randint(vocab_size, (rows, length + 1), generator=generator)
     tokens, labels = stream[:, :-1].contiguous(), stream[:, 1:].clone()
     for row in range(rows):
         labels[row, : 7 * row % 41] = IGNORED_LABEL
@@ -47,7 +46,7 @@ def micro_batches(batch: Batch, *, dp: int, dp_rank: int, accumulation: int, pac
 def _batch(tokens: torch.Tensor, labels: torch.Tensor, *, first_row: int, packed: bool) -> Batch:
     """Consecutive rows of a global batch with their documents; ``first_row`` is their place in it."""
     bounds = [
-        row * ROW_TOKENS + start
+        row * tokens.shape[1] + start
         for row in range(len(tokens))
         for start in (_STARTS[(first_row + row) % len(_STARTS)] if packed else (0,))
     ]

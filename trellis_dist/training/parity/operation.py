@@ -21,14 +21,14 @@ __all__ = ["compare_operation"]
 
 # Every rank's B L H is a multiple of 32 and every width a multiple of 8: at other sizes CPU routines treat
 # what is left over after whole vectors differently (see ``parallel.sequence``).
-_ROWS, _TOKENS, _HEADS, _WIDTH, _SLOTS, _CHUNK = 2, 64, 4, 16, 24, 8
+_ROWS, _HEADS, _WIDTH, _SLOTS, _CHUNK = 2, 4, 16, 24, 8
 
 Memories = tuple[Tensor, Tensor]
 
 
 def compare_operation(name: str, mesh: Mesh) -> Findings:
     """What this rank of ``mesh`` finds of case ``name``; every sp rank calls it."""
-    inputs = _Inputs.draw(mesh.device)
+    inputs = _Inputs.draw(mesh.device, length=max(64, _CHUNK * mesh.sp))
     expected = _one_process(inputs, pieces=mesh.sp)
     found = _segment(inputs, mesh)
     findings = Findings(worst={"bits": 0.0})
@@ -64,13 +64,13 @@ class _Inputs:
     dmemories: Memories
 
     @classmethod
-    def draw(cls, device: torch.device) -> _Inputs:
+    def draw(cls, device: torch.device, *, length: int) -> _Inputs:
         generator = torch.Generator().manual_seed(11)
 
         def normal(*shape: int) -> Tensor:
             return torch.randn(*shape, generator=generator)
 
-        tokens = (_ROWS, _TOKENS, _HEADS)
+        tokens = (_ROWS, length, _HEADS)
         q, k, v = (torch.nn.functional.normalize(normal(*tokens, _WIDTH), dim=-1) for _ in range(3))
         gates = torch.nn.functional.logsigmoid(normal(*tokens) + 3), torch.sigmoid(normal(*tokens)) / _CHUNK
         operands = dict(zip(_NAMES, (q, k, v, normal(*tokens, _SLOTS), *gates), strict=True))

@@ -12,7 +12,6 @@ from trellis_dist.models.language_model import LanguageModel, build_language_mod
 from trellis_dist.parallel import env
 from trellis_dist.training.config import OptimizerConfig
 from trellis_dist.training.optimizer import build_optimizer, parameter_groups
-from trellis_dist.training.parity.batches import global_batch
 from trellis_dist.training.parity.cases import Case
 
 __all__ = ["SEED", "Reference", "References", "Step"]
@@ -40,15 +39,15 @@ Reference = tuple[Step, ...]
 
 
 class References:
-    """Computed by rank 0 when a case first asks; cases of one model, optimizer and packing share one."""
+    """By rank 0 when a case first asks; cases of one model, optimizer, packing and length share one."""
 
     def __init__(self, *, rows: int, steps: int, device: torch.device) -> None:
         self._rows, self._steps, self._device = rows, steps, device
-        self._known: dict[tuple[str, str, bool], Reference] = {}
+        self._known: dict[tuple[str, str, bool, int], Reference] = {}
 
     def of(self, case: Case) -> Reference:
         """The reference of ``case``; called by all ranks in the same order."""
-        key = (case.model, case.optimizer, case.packed)
+        key = (case.model, case.optimizer, case.packed, case.row_tokens)
         if key not in self._known:
             made = self._compute(case) if env.is_main() else None
             received = env.broadcast_object(made)
@@ -63,9 +62,7 @@ class References:
         return tuple(self._step(model, optimizer, case, index) for index in range(self._steps))
 
     def _step(self, model: LanguageModel, optimizer: torch.optim.Optimizer, case: Case, index: int) -> Step:
-        batch = global_batch(
-            index, rows=self._rows, vocab_size=case.model_config.vocab_size, packed=case.packed
-        )
+        batch = case.global_batch(index, rows=self._rows)
         tokens, labels, bounds = (x.to(self._device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
         optimizer.zero_grad()
         loss = model.loss_sum(tokens, labels, cu_seqlens=bounds) / batch.valid_tokens

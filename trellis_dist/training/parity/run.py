@@ -18,13 +18,14 @@ from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfi
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.transfers import Transfers
 from trellis_dist.training.engines.factory import build_engine
-from trellis_dist.training.parity.batches import global_batch, micro_batches
-from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, find_case, global_rows
+from trellis_dist.training.parity.batches import micro_batches
+from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, global_rows
 from trellis_dist.training.parity.compare import CaseResult, Comparison, Failure, Findings, Trace, merge
 from trellis_dist.training.parity.connect import LostContactError, LostRanksError, check_sums, lost
 from trellis_dist.training.parity.deadline import AFTER_ERROR_S, Deadline
 from trellis_dist.training.parity.operation import compare_operation
 from trellis_dist.training.parity.reference import SEED, References
+from trellis_dist.training.parity.rows import find_case
 from trellis_dist.training.parity.stress import Neighbour, check_order, measure_neighbour
 
 __all__ = ["CASE_SECONDS", "Matrix"]
@@ -183,12 +184,11 @@ class Matrix:
             model, mesh, recompute=training.activation_checkpointing, compile_backend=training.compile
         )
         optimizer = case.optimizer_config
-        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments)
+        bf16 = case.precision == "bf16"
+        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments, bf16=bf16)
         engine.inspector = comparison.gradients
         for step in range(min(self._steps, case.steps)):
-            batch = global_batch(
-                step, rows=self._rows, vocab_size=case.model_config.vocab_size, packed=case.packed
-            )
+            batch = case.global_batch(step, rows=self._rows)
             mine = micro_batches(
                 batch,
                 dp=mesh.dp,
