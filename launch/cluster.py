@@ -74,21 +74,23 @@ def check_cluster(
     """
     if steps < 1:
         raise ValueError(f"--steps {steps}: use 1 or more optimizer steps")
-    _check_names(cases)
     if under_torchrun():
         if ranks is not None:
             raise ValueError(f"--ranks {ranks}: the ranks are started already; leave it out under torchrun")
+        _check_names(cases, int(os.environ["WORLD_SIZE"]))
         say = _silent if quiet or os.environ["RANK"] != "0" else _print
         report = _try_as_rank(_tell_terminal, steps=steps, cases=cases, say=say)
         return report if report is not None else _end_failed()
     flags = [f"--steps={steps}", *(f"--case={name}" for name in cases), *(["--quiet"] if quiet else [])]
-    return _start(_choose_ranks(ranks), flags=flags)
+    chosen = _choose_ranks(ranks)
+    _check_names(cases, chosen)
+    return _start(chosen, flags=flags)
 
 
-def _check_names(given: Sequence[str]) -> None:
-    from trellis_dist.training.parity.rows import CASES
+def _check_names(given: Sequence[str], world_size: int) -> None:
+    from trellis_dist.training.parity.rows import cases_at
 
-    names = [case.name for case in CASES]
+    names = [case.name for case in cases_at(world_size)]
     for name in given:
         if name not in names:
             close = difflib.get_close_matches(name, names, n=3, cutoff=0.3)
@@ -224,11 +226,14 @@ def _report(
 
 def _run_cases(matrix: Matrix, *, only: Sequence[str], say: Say) -> tuple[list[CaseResult], dict[str, str]]:
     """What the cases gave that fit the ranks, and why the others do not."""
-    from trellis_dist.training.parity.rows import CASES
+    from trellis_dist.training.parity.rows import cases_at, has_compiler
 
+    compilers = all(matrix.gather(has_compiler()))
     results, not_run = [], {}
-    for case in CASES:
+    for case in cases_at(matrix.world_size):
         reason = case.needs(matrix.world_size)
+        if getattr(case, "compile", "none") == "inductor" and not compilers:
+            reason = "needs a C++ compiler on every machine"
         if only and case.name not in only:
             continue
         if reason is None:

@@ -16,7 +16,7 @@ from trellis_dist.parallel.transfers import Transfers
 from trellis_dist.training.engines import deepspeed, fsdp2, local
 from trellis_dist.training.parity import cases, run, stress
 from trellis_dist.training.parity.compare import CaseResult
-from trellis_dist.training.parity.rows import find_case
+from trellis_dist.training.parity.rows import cases_at, find_case
 from trellis_dist.training.parity.run import Matrix
 from trellis_dist.training.parity.stress import Neighbour
 
@@ -31,6 +31,12 @@ def matrix(steps: int) -> Matrix:
 
 def run_case(name: str, steps: int) -> CaseResult:
     return matrix(steps).run(find_case(name))
+
+
+def run_eight(name: str, steps: int) -> list[CaseResult]:
+    """The case, and what eight ranks have that four have not."""
+    more = [case for case in cases_at(8) if case.name not in {row.name for row in cases_at(4)}]
+    return [matrix(steps).run(case) for case in (find_case(name), *more)]
 
 
 def run_variant(change: dict[str, Any]) -> CaseResult:

@@ -10,6 +10,7 @@ from tests.distributed import gloo_pool
 from tests.training.parity_cases import (
     FAULTS,
     run_case,
+    run_eight,
     run_order,
     run_order_with_fault,
     run_variant,
@@ -60,13 +61,15 @@ def test_a_row_is_one_process(world: int, name: str) -> None:
     assert all(result == found[0] for result in found)
 
 
-def test_dp_sp_and_tp_together_are_one_process() -> None:
-    """Eight ranks once; they share two cores, so few steps."""
+def test_eight_ranks_are_one_process() -> None:
+    """All three axes together, and segments over all ranks; eight share two cores, so once and few steps."""
     try:
-        (result, *_) = run_on(8, run_case, EIGHT, EIGHT_STEPS)
+        (results, *_) = run_on(8, run_eight, EIGHT, EIGHT_STEPS)
     finally:
         gloo_pool(8).close()
-    assert result.passed, describe(result)
+    assert [result.name for result in results] == [EIGHT, "operation sp8", "sp8 packed"]
+    for result in results:
+        assert result.passed, describe(result)
 
 
 @pytest.mark.parametrize(

@@ -7,13 +7,34 @@ for more.
 
 from __future__ import annotations
 
+import os
+import shutil
 from typing import Any
 
 from trellis_dist.training.parity.cases import BF16, FEW_STEPS, Case, OperationCase
 
-__all__ = ["CASES", "find_case"]
+__all__ = ["CASES", "cases_at", "find_case", "has_compiler"]
 
 _Settings = dict[str, Any]
+
+
+def cases_at(world_size: int) -> tuple[Case | OperationCase, ...]:
+    """``CASES`` and what only makes sense where a job will run.
+
+    Segments over all ranks, so that state passing crosses every link between machines, which sp 2 and 4 may
+    not; and graphs by inductor, which needs a compiler.
+    """
+    line: tuple[Case | OperationCase, ...] = ()
+    if world_size > 4:
+        sp = world_size
+        line = (OperationCase(sp=sp), Case(name=f"sp{sp} packed", sp=sp, packed=True, steps=FEW_STEPS))
+    inductor = Case(name="sp2 inductor", sp=2, packed=True, compile="inductor", steps=FEW_STEPS)
+    return (*CASES, *line, inductor)
+
+
+def has_compiler() -> bool:
+    """Whether this machine has a C++ compiler, which inductor asks for."""
+    return any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++")))
 
 
 def find_case(name: str) -> Case | OperationCase:
