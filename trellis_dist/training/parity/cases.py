@@ -72,8 +72,8 @@ class Tolerance:
     weight: float = 1e-5
 
 
-# Of bf16 beside fp32 on this model: some three times what was seen. A factor of two, or a share missing from a
-# sum, is far beyond it.
+# Of bf16 beside fp32 on this model: some three times what was seen. A factor of two, or a share missing from
+# a sum, is far beyond it.
 BF16 = Tolerance(loss=1e-3, norm=2e-2, gradient=0.25, weight=0.04)
 
 
