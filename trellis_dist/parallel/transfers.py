@@ -143,9 +143,8 @@ class _Direction:
     def receive(self, like: Sequence[Tensor]) -> Arrival | None:
         if self._source is None:
             return None
-        with _on(
-            self._arriving
-        ):  # the buffer is this stream's own, so it need not wait for the compute stream
+        # The buffer is this stream's own, so it need not wait for the compute stream.
+        with _on(self._arriving):
             buffer = like[0].new_empty(sum(tensor.numel() for tensor in like))
             work = dist.irecv(buffer, src=self._source, group=self._group)
         assert work is not None, "this rank is outside the group it receives in"
