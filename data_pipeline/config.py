@@ -83,7 +83,7 @@ class NormalizeConfig:
     Attributes:
         form: Unicode normal form: "NFC" joins letters and accents, "NFKC" also replaces ligatures, widths and
             the like (it changes text: not for code), "none" keeps the code points.
-        mojibake: undo text that was decoded with the wrong encoding ("caf\u00c3\u00a9"), with ftfy; about 10 MB/s.
+        mojibake: undo text that was decoded with the wrong encoding ("caf\u00c3\u00a9"), with ftfy.
     """
 
     __pydantic_config__ = STRICT
@@ -179,7 +179,7 @@ class DedupConfig:
         require(self.shingle_words >= 1, f"data.dedup.shingle_words = {self.shingle_words}: use 1 or more")
         require(
             self.bands >= 1 and self.permutations >= 1 and self.permutations % self.bands == 0,
-            f"data.dedup.permutations = {self.permutations} is no multiple of data.dedup.bands = {self.bands}",
+            f"data.dedup.permutations = {self.permutations} is no multiple of bands = {self.bands}",
         )
 
 
@@ -210,7 +210,7 @@ class TokenizerConfig:
     """A SentencePiece tokenizer, trained on the corpus or given, or a given Hugging Face tokenizer.
 
     Attributes:
-        path: an existing SentencePiece .model or Hugging Face tokenizer.json; None trains a SentencePiece one.
+        path: an existing SentencePiece .model or Hugging Face tokenizer.json; None trains one.
         bos_token, eos_token: the pieces put around a document, for a tokenizer.json; None finds the usual
             names among its special tokens, and takes the one there is for both.
         vocab_size: pieces, 256 bytes and control tokens included.

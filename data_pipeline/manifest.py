@@ -15,6 +15,7 @@ from trellis_dist.files import digest, read_json, sha256_file, write_json
 
 __all__ = [
     "MANIFEST",
+    "SHARD",
     "Manifest",
     "ShardInfo",
     "SplitInfo",
@@ -24,14 +25,17 @@ __all__ = [
 ]
 
 MANIFEST, TIMINGS = "manifest.json", "timings.json"
+# train-00000, or train-books-00000 in a mixture.
+SHARD = re.compile(r"(?P<split>train|validation|test)(-[A-Za-z_][A-Za-z0-9_]*)?-[0-9]{5}")
 REMAKE = "delete it and run `trellis prepare` again: only what is missing is made"
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """One shard: NAME.bin and NAME.idx."""
+    """One shard: NAME.bin and NAME.idx, documents of one source of the recipe."""
 
     name: str
+    source: str
     sha256_bin: str
     sha256_idx: str
     documents: int
@@ -131,7 +135,7 @@ def load_manifest(directory: Path | str) -> Manifest:
 def _problem(name: str, split: SplitInfo) -> str | None:
     """A shard's name becomes a path and its counts become sizes, so both are looked at first."""
     for shard in split.shards:
-        if not re.fullmatch("(train|validation)-[0-9]{5}", str(shard.name)) or shard.name[:-6] != name:
+        if not (found := SHARD.fullmatch(str(shard.name))) or found["split"] != name:
             return f"{shard.name!r} is no shard of the {name} split"
     parts: list[SplitInfo | ShardInfo] = [split, *split.shards]
     counts = [count for part in parts for count in (part.documents, part.tokens, part.bytes)]

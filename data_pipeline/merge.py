@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo
+from data_pipeline.config import CORPUS
+from data_pipeline.manifest import SHARD, Manifest, ShardInfo, SplitInfo
 from data_pipeline.shard import token_dtype, write_shard
 from data_pipeline.unit import LABEL, SIZE, SPLIT, SPLITS, TOKENS, read_records
 from trellis_dist.files import read_json
@@ -92,7 +92,7 @@ def _write(directory: Path, split: str, units: Units, *, dtype: np.dtype, most: 
         assert (written.documents, written.tokens) == (count, tokens), (
             f"{name}: {written}, not {count, tokens}"
         )
-        yield ShardInfo(name, written.sha256_bin, written.sha256_idx, count, tokens, size)
+        yield ShardInfo(name, CORPUS, written.sha256_bin, written.sha256_idx, count, tokens, size)
 
 
 def _documents(units: Units, split: str, dtype: np.dtype) -> Iterator[np.ndarray]:
@@ -134,5 +134,5 @@ def remove_stale_shards(directory: Path, manifest: Manifest) -> None:
     """Remove shards that an earlier config left behind; only names this package gives are touched."""
     known = {shard.name for split in manifest.splits.values() for shard in split.shards}
     for path in directory.iterdir():
-        if re.fullmatch(r"(train|validation)-\d{5}\.(bin|idx)", path.name) and path.stem not in known:
+        if SHARD.fullmatch(path.stem) and path.suffix in (".bin", ".idx") and path.stem not in known:
             path.unlink()
