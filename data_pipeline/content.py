@@ -20,7 +20,7 @@ def content_of(reader: str, path: str, start: int, stop: int) -> str:
         return digest(topics.get(path))
     if reader == "parquet" and not isinstance(file := open_parquet(path), str):
         return _row_group(path, file.metadata, start)
-    if path.endswith(".jsonl"):
+    if reader == "text" or path.endswith(".jsonl"):
         return sha256_file(Path(path), start=start, stop=stop)
     return sha256_file(Path(path))
 

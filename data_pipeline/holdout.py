@@ -2,49 +2,71 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+from dataclasses import dataclass
 
-from data_pipeline.config import SourceConfig
-from data_pipeline.readers import Document, Quarantined
-from data_pipeline.sources import Unit, unit_documents
+import numpy as np
 
-__all__ = ["document_hash", "held_out_below"]
+__all__ = ["SPLITS", "Holdout", "choose_holdout"]
 
-# Up to this many input bytes, all documents are looked at first, so that even a corpus of a few files gets a
-# held-out document. Beyond it there are hashes enough.
-LOOK_THROUGH = 64 * 2**20
-
-
-def document_hash(text: str) -> int:
-    """64-bit hash of the normalised text."""
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
+SPLITS = ("train", "validation", "test")
+# A corpus of up to this many bytes gets a held-out document even if the fraction would give none. Beyond it
+# there are hashes enough.
+SMALL = 64 * 2**20
+ALL = 1 << 64
 
 
-def held_out_below(units: Sequence[Unit], source: SourceConfig, fraction: float) -> int:
-    """The threshold: a document whose hash is below it is held out.
+@dataclass(frozen=True)
+class Holdout:
+    """Thresholds on the 64-bit document hash.
 
-    A share of about `fraction` of the documents; in a small corpus at least one, and never all.
+    Attributes:
+        validation: a document whose hash is below this is in the validation split.
+        test: one that is not, and whose hash is below this, is in the test split.
+    """
+
+    validation: int
+    test: int
+
+    def address(self) -> list[str]:
+        """Both, for a content address; JSON numbers end at 2**53."""
+        return [str(self.validation), str(self.test)]
+
+    def splits(self, hashes: np.ndarray) -> np.ndarray:
+        """Index in SPLITS of each document; `hashes` uint64 [n]."""
+        found = np.zeros(len(hashes), np.int64)
+        found[hashes < np.uint64(min(self.test, ALL - 1))] = SPLITS.index("test")
+        found[hashes < np.uint64(min(self.validation, ALL - 1))] = SPLITS.index("validation")
+        return found
+
+
+def choose_holdout(hashes: np.ndarray, size: int, *, validation: float, test: float) -> Holdout:
+    """Thresholds that hold out about these shares of the documents.
+
+    In a small corpus at least one document is held out for each share above 0, and one is left to train on.
+
+    Args:
+        hashes: uint64 [n], of all documents kept.
+        size: their bytes.
+        validation, test: shares.
 
     Raises:
-        ValueError: a small corpus has no readable document, or only one.
+        ValueError: the corpus is too small for that.
     """
-    below = int(fraction * 2**64)
-    if not 0 < sum(unit.size for unit in units) <= LOOK_THROUGH:
-        return below
-    hashes: set[int] = set()
-    left_out: Quarantined | None = None
-    for found in (found for unit in units for found in unit_documents(unit, source)):
-        if isinstance(found, Document):
-            hashes.add(document_hash(found.text))
-        else:
-            left_out = left_out or found
-    if not hashes:
-        why = f" ({left_out.file} at {left_out.offset}: {left_out.reason})" if left_out else ""
-        raise ValueError(f"data.source: no document of the corpus could be read{why}")
-    if len(hashes) == 1:
+    first = int(validation * ALL)
+    second = first + int(test * ALL)
+    if size > SMALL:
+        return Holdout(first, second)
+    found = [int(value) for value in np.unique(hashes)]
+    needed = 2 + (test > 0)
+    if len(found) < needed:
         raise ValueError(
-            "data.source: the corpus is one document, but whole documents are held out for validation: add "
-            "documents, or cut a long .txt file with data.source.text_document_bytes = 65536"
+            f"data.source: the corpus has {len(found)} different document(s), but whole documents are held "
+            f"out and it needs {needed}: add documents, or cut a long .txt file with "
+            "data.source.text_document_bytes = 65536"
         )
-    return min(max(below, min(hashes) + 1), max(hashes))
+    if test == 0:
+        first = min(max(first, found[0] + 1), found[-1])
+        return Holdout(first, first)
+    first = min(max(first, found[0] + 1), found[-2])
+    after = next(value for value in found if value >= first)
+    return Holdout(first, min(max(second, after + 1), found[-1]))

@@ -1,46 +1,64 @@
 """`prepare`: a corpus to token shards, exactly once, on Ray.
 
-    plan -> hold out -> tokenizer -> work units (Ray tasks) -> shards -> manifest -> report
-
-Exactly once: a unit is a pure function of its inputs and the stage's config, committed under the hash of
-both; shards are made from committed units in corpus order. So the same bytes come out for any number of
-workers, in any order, after any number of kills, and what was committed is never made again.
+Exactly once: a unit is a pure function of its inputs and the stage's config, committed under the hash of both
+(commit.py), and what is decided over all units is decided in corpus order (pipeline.py). So the same bytes
+come out for any number of workers, in any order, after any number of kills, and what was committed is never
+made again.
 """
 
 from __future__ import annotations
 
 import fcntl
 import platform
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import normalize
-from data_pipeline.config import DataConfig
-from data_pipeline.content import check_unchanged
-from data_pipeline.holdout import held_out_below
-from data_pipeline.manifest import MANIFEST, Manifest, fingerprint_of, load_manifest, write_manifest
-from data_pipeline.merge import Merged, enough, merge_units, remove_stale_shards
+from data_pipeline import clean, dedup, filters, merge, normalize, pipeline, tokenise
+from data_pipeline.account import account_for
+from data_pipeline.commit import clear_attempts
+from data_pipeline.config import CORPUS, DataConfig
+from data_pipeline.decontaminate import EvaluationNgrams
+from data_pipeline.manifest import (
+    CONFIG,
+    MANIFEST,
+    Manifest,
+    ShardInfo,
+    SplitInfo,
+    file_hashes,
+    fingerprint_of,
+    load_manifest,
+    verify_files,
+    write_manifest,
+)
+from data_pipeline.merge import committed_shard, plan_shards, remove_stale_shards, write_planned
+from data_pipeline.pipeline import Copies, Feed, taken
 from data_pipeline.progress import Bar, say
 from data_pipeline.report import write_report
+from data_pipeline.rows import build_row_index
+from data_pipeline.run import Run
 from data_pipeline.shard import token_dtype
-from data_pipeline.sources import Unit, describe, listing, plan_units
-from data_pipeline.tokenizer import Tokenizer, train_tokenizer
-from data_pipeline.unit import QUARANTINE, VERSION, Stage, process_unit, read_unit, sample_texts
-from data_pipeline.workers import default_workers, ray_session, run_tasks
-from trellis_dist.files import REAL, atomic_write, digest, remove_temporaries, sha256_file
+from data_pipeline.sources import describe, listing
+from data_pipeline.tokenise import TokenStage
+from data_pipeline.tokenizer import Tokenizer
+from data_pipeline.vocabulary import given_tokenizer, obtain_tokenizer
+from data_pipeline.workers import Workers, default_workers
+from trellis_dist.files import digest, remove_temporaries, sha256_file, write_json
 
 __all__ = ["config_digest", "prepare"]
 
-# A tokenizer's sample takes no less than this from a work unit that it draws on.
-SAMPLE_PAGE = 65536
+VERSIONS = [module.VERSION for module in (clean, dedup, filters, merge, normalize, tokenise)]
 
 
 def prepare(
-    config: DataConfig, *, workers: int | None = None, ray_address: str | None = None, progress: bool = True
+    config: DataConfig,
+    *,
+    workers: int | None = None,
+    ray_address: str | None = None,
+    progress: bool = True,
+    chunk_size: int = 1,
 ) -> Manifest:
     """Turn the corpus into a tokenizer and token shards in ``config.directory``; re-use what is there.
 
@@ -49,9 +67,10 @@ def prepare(
 
     Args:
         config: the data section of a recipe.
-        workers: Ray workers on this machine; None takes its cores. The result does not depend on it.
+        workers: Ray workers at a time; None takes all cores. The result does not depend on it.
         ray_address: a running Ray cluster whose nodes share ``config.directory`` and the corpus.
         progress: show a progress bar and one line per decision on stderr.
+        chunk_size: C of the model, for the row index where ``config.chunk_aligned``.
 
     Returns:
         The manifest, which is also in ``config.directory``/manifest.json.
@@ -62,98 +81,195 @@ def prepare(
     """
     directory = Path(config.directory).resolve()
     directory.mkdir(parents=True, exist_ok=True)
-    with _locked(directory):
-        finished = _finished(config, directory)
-        if finished is not None:
-            say(progress, f"re-using the data set in {directory} ({finished.fingerprint[:12]})")
-            return finished
-        return _make(config, directory, _Run(workers or default_workers(), ray_address, progress))
+    threads = workers or default_workers()
+    with _locked(directory), Workers(workers, ray_address) as pool:
+        run = Run(directory, pool, threads, progress)
+        manifest = _finished(config, directory)
+        if manifest is not None:
+            say(progress, f"re-using the data set in {directory} ({manifest.fingerprint[:12]})")
+        else:
+            manifest = _make(config, run)
+        _index_rows(config, manifest, run, chunk_size)
+        return manifest
 
 
 def config_digest(config: DataConfig) -> str:
     """Hash of what decides the shards: not of places, nor of how rows are later cut and ordered."""
     fields = asdict(config)
-    for name in ("directory", "sequence_length", "packing", "seed"):
+    for name in ("directory", "sequence_length", "packing", "chunk_aligned", "seed", "source", "mixture"):
         del fields[name]
-    for name in ("path", "licence"):
-        del fields["source"][name]
-    if config.source.kind == "stdlib":
+    fields["sources"] = {name: asdict(source) for name, source in config.sources.items()}
+    for source in fields["sources"].values():
+        for name in ("path", "licence", "weight"):
+            del source[name]
+    if any(source.kind == "stdlib" for source in config.sources.values()):
         fields["python"] = platform.python_version()
     if config.tokenizer.path is not None:
-        fields["tokenizer"] = _given_tokenizer(config).sha256
-    return digest([VERSION, normalize.VERSION, fields])
+        fields["tokenizer"] = given_tokenizer(config.tokenizer).sha256
+    fields["decontaminate"]["paths"] = _evaluation_files(config)
+    return digest([VERSIONS, fields])
 
 
-class _Run:
-    """How this run works and how long its stages took; nothing here changes what is made."""
-
-    def __init__(self, workers: int, ray_address: str | None, progress: bool) -> None:
-        self.workers, self.ray_address, self.progress = workers, ray_address, progress
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 3)
+def _evaluation_files(config: DataConfig) -> list[str]:
+    """Hashes of the evaluation sets' files."""
+    found = []
+    for root in map(Path, config.decontaminate.paths):
+        paths = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+        found += [sha256_file(path) for path in paths if path.is_file()]
+    return found
 
 
-def _make(config: DataConfig, directory: Path, run: _Run) -> Manifest:
-    work = directory / "work"
+def _make(config: DataConfig, run: Run) -> Manifest:
     with run.stage("plan"):
-        _clean(directory)
-        files = listing(config.source)  # first: what changes from here on is not taken for what was read
-        units = plan_units(config.source, config.unit_bytes)
-        below = held_out_below(units, config.source, config.validation_fraction)
-    with run.stage("tokenizer"):
-        tokenizer = _tokenizer(config, directory, units, below=below, run=run)
-    stage = Stage(config.source, below, tokenizer.sha256)
-    entries = _tokenise(units, stage, directory, run)
+        clear_attempts(run.work, [run.directory])
+        write_json(run.directory / CONFIG, asdict(config))
+        if config.tokenizer.path is not None:
+            given_tokenizer(config.tokenizer)  # an error now, and not after hours
+        files = _listing(config)  # first: what changes from here on is not taken for what was read
+        ngrams = _evaluation_ngrams(config, run)
+        feeds = pipeline.plan_feeds(config, ngrams=ngrams[0], ngrams_sha256=ngrams[1])
+    stage, copies = _rounds(config, feeds, run)
     with run.stage("shards"):
-        # From here the old data set is no longer whole: its manifest goes first.
-        (directory / MANIFEST).unlink(missing_ok=True)
-        folders = [work / "units" / stage.key(unit) for unit in units[: len(entries)]]
-        merged = merge_units(
-            directory,
-            folders,
-            limit=config.source.max_documents,
-            shard_tokens=config.shard_tokens,
-            vocab_size=tokenizer.vocab_size,
-        )
-        atomic_write(directory / QUARANTINE, ((folder / QUARANTINE).read_bytes() for folder in folders))
-        quarantined = sum(entry["quarantined"] for entry in entries)
-    manifest = _manifest(config, directory, tokenizer, merged, files=files, quarantined=quarantined, run=run)
+        shards = _shards(config, feeds, copies, stage, run)
+    with run.stage("account"):
+        account = account_for(run, feeds, copies, stage)
+    own = config_digest(config)
+    tokenizer = Tokenizer.load(stage.tokenizer)
+    identity = {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    identity["file_sha256"] = sha256_file(run.directory / "tokenizer.model")
+    splits = _splits(config, shards)
+    manifest = Manifest(
+        fingerprint=fingerprint_of(own, tokenizer.sha256, splits),
+        config_digest=own,
+        source=_describe(config),
+        listing=files,
+        tokenizer=asdict(config.tokenizer) | identity | {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id},
+        splits=splits,
+        sources=account.labels,
+        stages=account.stages,
+        quarantined=account.quarantined,
+        logs=account.logs,
+        seconds=run.seconds,
+    )
+    with run.stage("verify"):
+        _verify(manifest, run)
     with run.stage("report"):
-        write_report(directory, manifest, config)
-    write_manifest(directory, manifest)
-    remove_stale_shards(directory, manifest)
+        write_report(run.directory, manifest, config)
+    write_manifest(run.directory, manifest)
+    remove_stale_shards(run.directory, manifest)
     return manifest
 
 
-def _manifest(
-    config: DataConfig,
-    directory: Path,
-    tokenizer: Tokenizer,
-    merged: Merged,
-    *,
-    files: str | None,
-    quarantined: int,
-    run: _Run,
-) -> Manifest:
-    own = config_digest(config)
-    identity = {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-    return Manifest(
-        fingerprint=fingerprint_of(own, tokenizer.sha256, merged.splits),
-        config_digest=own,
-        source=describe(config.source),
-        listing=files,
-        tokenizer=asdict(config.tokenizer) | identity | {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id},
-        splits=merged.splits,
-        sources=merged.sources,
-        quarantined=quarantined,
-        quarantine_sha256=sha256_file(directory / QUARANTINE),
-        seconds=run.seconds,
-    )
+def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenStage, Copies]:
+    """The stages up to "tokens", again with more units while a budget wants them."""
+    stage = None
+    while True:
+        with run.stage("clean"):
+            pipeline.clean(feeds, run)
+        with run.stage("deduplicate"):
+            copies = pipeline.find_copies(feeds, config, run)
+        if stage is None:
+            with run.stage("tokenizer"):
+                holdout = pipeline.hold_out(feeds, copies, config, run)
+                tokenizer = obtain_tokenizer(config.tokenizer, feeds, copies, holdout, run)
+            path = str(run.directory / "tokenizer.model")
+            stage = TokenStage(holdout, path, tokenizer.sha256)
+        with run.stage("tokenise"):
+            pipeline.tokens(feeds, copies, stage, run)
+        if not pipeline.open_more(feeds):
+            return stage, copies
+        say(run.progress, "the budget is not filled: opening more of the corpus")
+
+
+def _evaluation_ngrams(config: DataConfig, run: Run) -> tuple[Path | None, str | None]:
+    if not config.decontaminate.paths:
+        return None, None
+    found = EvaluationNgrams.build(config.decontaminate.paths, config.decontaminate.ngram_words)
+    path = run.work / "plans" / f"{found.sha256}.ngrams"
+    if not path.is_file():
+        found.save(path)
+    return path, found.sha256
+
+
+def _shards(
+    config: DataConfig, feeds: Sequence[Feed], copies: Copies, stage: TokenStage, run: Run
+) -> list[ShardInfo]:
+    size = Tokenizer.load(stage.tokenizer).vocab_size
+    plans = []
+    for feed in feeds:
+        documents = list(taken(feed, copies, stage, run.work))
+        plans += plan_shards(feed.name, documents, shard_tokens=config.shard_tokens, vocab_size=size)
+    known = {plan.name: committed_shard(run.directory, plan) for plan in plans}
+    missing = [plan for plan in plans if known[plan.name] is None]
+    if missing:
+        # From here the old data set is no longer whole: its manifest goes first.
+        (run.directory / MANIFEST).unlink(missing_ok=True)
+    calls = [(plan, str(run.directory)) for plan in missing]
+    with Bar("shards", len(calls), shown=run.progress and bool(calls)) as bar:
+        for position, shard in run.workers.run(write_planned, calls):
+            known[missing[position].name] = shard
+            bar.count({"documents": shard.documents, "bytes": shard.bytes, "tokens": shard.tokens})
+    return [shard for shard in known.values() if shard is not None]
+
+
+def _splits(config: DataConfig, shards: Iterable[ShardInfo]) -> dict[str, SplitInfo]:
+    """Shards by split. Raises ValueError: a split is left without documents."""
+    found: dict[str, list[ShardInfo]] = {"train": [], "validation": []}
+    if config.test_fraction:
+        found["test"] = []
+    for shard in shards:
+        found[shard.name.partition("-")[0]].append(shard)
+    for name, chosen in found.items():
+        if not chosen:
+            raise ValueError(
+                f"no document fell in the {name} split: use more documents or a larger "
+                f"data.{'test' if name == 'test' else 'validation'}_fraction"
+            )
+    return {
+        name: SplitInfo(
+            documents=sum(shard.documents for shard in chosen),
+            tokens=sum(shard.tokens for shard in chosen),
+            bytes=sum(shard.bytes for shard in chosen),
+            shards=tuple(chosen),
+        )
+        for name, chosen in found.items()
+    }
+
+
+def _verify(manifest: Manifest, run: Run) -> None:
+    """Read everything back once: what the manifest vouches for is on the disk."""
+    problems = verify_files(run.directory, file_hashes(manifest), threads=run.threads)
+    if problems:
+        raise OSError("; ".join(problems))
+
+
+def _index_rows(config: DataConfig, manifest: Manifest, run: Run, chunk_size: int) -> None:
+    """The row index of every shard, where the packing has one."""
+    align = chunk_size if config.chunk_aligned else 1
+    if config.packing == "concat" and align == 1:
+        return
+    shards = [shard for split in manifest.splits.values() for shard in split.shards]
+    with run.stage("row index"):
+        for shard in shards:
+            build_row_index(
+                run.directory,
+                shard,
+                packing=config.packing,
+                sequence_length=config.sequence_length,
+                align=align,
+            )
+
+
+def _describe(config: DataConfig) -> dict[str, Any]:
+    """The corpus for the manifest, or a description per source of a mixture."""
+    found = {name: describe(source) for name, source in config.sources.items()}
+    return found[CORPUS] if set(found) == {CORPUS} else {"kind": "mixture", "sources": found}
+
+
+def _listing(config: DataConfig) -> str | None:
+    """Hash of what can be listed of all sources; None where there is nothing to list, or one is gone."""
+    found = {name: listing(source) for name, source in config.sources.items()}
+    return found[CORPUS] if set(found) == {CORPUS} else digest(found) if all(found.values()) else None
 
 
 @contextmanager
@@ -175,13 +291,14 @@ def _finished(config: DataConfig, directory: Path) -> Manifest | None:
         manifest = load_manifest(directory)
     except (FileNotFoundError, ValueError):
         return None
-    if manifest.config_digest != config_digest(config) or manifest.source != describe(config.source):
+    if manifest.config_digest != config_digest(config) or manifest.source != _describe(config):
         return None
-    now = listing(config.source)
+    now = _listing(config)
     if now is not None and now != manifest.listing:
         return None
+    remove_temporaries(directory)
     width = token_dtype(manifest.tokenizer["vocab_size"]).itemsize
-    sizes: dict[str, int | None] = dict.fromkeys(("tokenizer.model", QUARANTINE, "report.html"))
+    sizes: dict[str, int | None] = dict.fromkeys(("tokenizer.model", "report.html", *manifest.logs))
     for shard in (shard for split in manifest.splits.values() for shard in split.shards):
         sizes |= {f"{shard.name}.idx": None, f"{shard.name}.bin": shard.tokens * width}
     whole = all(_has(directory / name, size) for name, size in sizes.items())
@@ -190,79 +307,3 @@ def _finished(config: DataConfig, directory: Path) -> Manifest | None:
 
 def _has(path: Path, size: int | None) -> bool:
     return path.is_file() and size in (None, path.stat().st_size)
-
-
-def _clean(directory: Path) -> None:
-    """Make the work folders; what killed runs left half done goes, what was committed stays."""
-    work = directory / "work"
-    REAL.remove_tree(work / "attempts")
-    for name in ("attempts", "units", "tokenizers"):
-        (work / name).mkdir(parents=True, exist_ok=True)
-    for folder in (directory, work / "tokenizers"):
-        remove_temporaries(folder)
-
-
-def _given_tokenizer(config: DataConfig) -> Tokenizer:
-    path = Path(config.tokenizer.path or "")
-    if not path.is_file():
-        raise ValueError(f"data.tokenizer.path = {str(path)!r} does not exist: leave it out to train one")
-    return Tokenizer.load(path)
-
-
-def _tokenizer(
-    config: DataConfig, directory: Path, units: Sequence[Unit], *, below: int, run: _Run
-) -> Tokenizer:
-    """The given tokenizer, the one trained before on the same sample, or a new one; also in the directory."""
-    options = config.tokenizer
-    if options.path is not None:
-        tokenizer = _given_tokenizer(config)
-    else:
-        key = digest([Stage(config.source, below, "").key(unit) for unit in units] + [asdict(options)])
-        path = directory / "work" / "tokenizers" / f"{key}.model"
-        if not path.is_file():
-            say(run.progress, f"training a {options.model_type} tokenizer of {options.vocab_size} pieces")
-            atomic_write(path, _train(config, units, below))
-        tokenizer = Tokenizer.load(path)
-    atomic_write(directory / "tokenizer.vocab", tokenizer.vocabulary())
-    atomic_write(directory / "tokenizer.model", tokenizer.model)
-    return tokenizer
-
-
-def _train(config: DataConfig, units: Sequence[Unit], below: int) -> bytes:
-    options = config.tokenizer
-    # Equal shares of every unit; of a huge corpus, of units spread evenly over it.
-    most = max(1, options.sample_bytes // SAMPLE_PAGE)
-    chosen = units[:: -(-len(units) // most)]
-    share = -(-options.sample_bytes // len(chosen))
-    model = train_tokenizer(options, sample_texts(chosen, config.source, below, share))
-    check_unchanged(item for unit in chosen for item in unit.items)
-    return model
-
-
-def _tokenise(units: Sequence[Unit], stage: Stage, directory: Path, run: _Run) -> list[dict[str, Any]]:
-    """Entries of the units in corpus order, missing ones made, up to the one that fills ``max_documents``."""
-    limit = stage.source.max_documents
-    entries = [read_unit(directory / "work" / "units" / stage.key(unit)) for unit in units]
-    missing = [index for index, entry in enumerate(entries) if entry is None]
-    if missing and enough(entries, limit) is None:
-        if len(missing) < len(units):
-            say(run.progress, f"re-using {len(units) - len(missing)} of {len(units)} work units")
-        calls = [
-            (units[index], stage, str(directory / "tokenizer.model"), str(directory / "work"))
-            for index in missing
-        ]
-        start = time.perf_counter()
-        with ray_session(workers=run.workers, ray_address=run.ray_address) as ray:
-            run.seconds["ray start"] = round(time.perf_counter() - start, 3)
-            with (
-                run.stage("tokenise"),
-                Bar(len(missing), shown=run.progress) as bar,
-                closing(run_tasks(ray, process_unit, calls, workers=run.workers)) as results,
-            ):
-                for position, entry in results:
-                    entries[missing[position]] = entry
-                    bar.count(entry)
-                    if enough(entries, limit) is not None:
-                        break
-    count = enough(entries, limit)
-    return [entry for entry in entries[:count] if entry is not None]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,21 @@ from typing import Any
 from trellis_dist.files import digest, read_json, sha256_file, write_json
 
 __all__ = [
+    "CONFIG",
     "MANIFEST",
     "SHARD",
     "Manifest",
     "ShardInfo",
     "SplitInfo",
+    "damaged_files",
+    "file_hashes",
     "load_manifest",
     "verify_dataset",
+    "verify_files",
     "write_manifest",
 ]
 
-MANIFEST, TIMINGS = "manifest.json", "timings.json"
+MANIFEST, TIMINGS, CONFIG = "manifest.json", "timings.json", "config.json"
 # train-00000, or train-books-00000 in a mixture.
 SHARD = re.compile(r"(?P<split>train|validation|test)(-[A-Za-z_][A-Za-z0-9_]*)?-[0-9]{5}")
 REMAKE = "delete it and run `trellis prepare` again: only what is missing is made"
@@ -66,10 +71,11 @@ class Manifest:
         listing: hash of the corpus' file names, sizes and times of change before it was read; None where
             there are none.
         tokenizer: sha256, vocab_size, bos, eos and the training options.
-        splits: "train" and "validation".
+        splits: "train", "validation", and "test" where a share is held out for it.
         sources: documents, tokens and bytes per label of the corpus' documents.
+        stages: per source of the recipe, per step, documents and bytes (account.py).
         quarantined: records left out; quarantine.jsonl names each.
-        quarantine_sha256: hash of quarantine.jsonl.
+        logs: hash of each log: quarantine, contamination, dropped, duplicates (.jsonl).
         seconds: per stage; kept in timings.json, so that equal data sets have equal manifests.
     """
 
@@ -80,8 +86,9 @@ class Manifest:
     tokenizer: Mapping[str, Any]
     splits: Mapping[str, SplitInfo]
     sources: Mapping[str, Mapping[str, int]]
+    stages: Mapping[str, Mapping[str, Mapping[str, int]]]
     quarantined: int
-    quarantine_sha256: str
+    logs: Mapping[str, str]
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -126,6 +133,9 @@ def load_manifest(directory: Path | str) -> Manifest:
         raise ValueError(f"{path} is no data set manifest of this version ({error}): {REMAKE}") from error
     if not whole or manifest.fingerprint != expected:
         raise ValueError(f"{path} is damaged (its content does not match its hashes): {REMAKE}")
+    strange = [name for name in manifest.logs if not re.fullmatch(r"[a-z]+\.jsonl", str(name))]
+    if strange:
+        raise ValueError(f"{path} is damaged ({strange[0]!r} is no log): {REMAKE}")
     for name, split in splits.items():
         if (problem := _problem(name, split)) is not None:
             raise ValueError(f"{path} is damaged ({problem}): {REMAKE}")
@@ -145,7 +155,7 @@ def _problem(name: str, split: SplitInfo) -> str | None:
 
 def file_hashes(manifest: Manifest) -> dict[str, str]:
     """File name -> sha256 of every file the manifest vouches for."""
-    hashes = {"tokenizer.model": manifest.tokenizer["sha256"], "quarantine.jsonl": manifest.quarantine_sha256}
+    hashes = {"tokenizer.model": manifest.tokenizer["file_sha256"], **manifest.logs}
     for split in manifest.splits.values():
         for shard in split.shards:
             hashes[f"{shard.name}.bin"] = shard.sha256_bin
@@ -153,16 +163,25 @@ def file_hashes(manifest: Manifest) -> dict[str, str]:
     return hashes
 
 
-def verify_files(directory: Path, hashes: Mapping[str, str]) -> list[str]:
+def verify_files(directory: Path, hashes: Mapping[str, str], *, threads: int = 1) -> list[str]:
     """Problems of the named files, one line each with path and remedy; empty when all is well."""
-    problems = []
-    for name, expected in hashes.items():
+    return list(damaged_files(directory, hashes, threads=threads).values())
+
+
+def damaged_files(directory: Path, hashes: Mapping[str, str], *, threads: int = 1) -> dict[str, str]:
+    """File name -> what is wrong with it, of those among `hashes` that are not as they were written."""
+
+    def problem(name: str) -> str | None:
         path = directory / name
         if not path.is_file():
-            problems.append(f"{path} is missing: run `trellis prepare` again")
-        elif (found := sha256_file(path)) != expected:
-            problems.append(f"{path} is damaged (sha256 {found[:12]}, manifest {expected[:12]}): {REMAKE}")
-    return problems
+            return f"{path} is missing: run `trellis prepare` again"
+        if (found := sha256_file(path)) != hashes[name]:
+            return f"{path} is damaged (sha256 {found[:12]}, manifest {hashes[name][:12]}): {REMAKE}"
+        return None
+
+    with ThreadPoolExecutor(max_workers=threads) as pool:  # hashing leaves the interpreter's lock
+        found = zip(hashes, pool.map(problem, hashes))
+        return {name: line for name, line in found if line is not None}
 
 
 def verify_dataset(directory: Path | str) -> list[str]:

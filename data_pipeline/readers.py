@@ -24,14 +24,26 @@ __all__ = ["Document", "Item", "Quarantined", "load_streaming", "open_parquet", 
 # A compressed file that expands beyond this ratio (and beyond a size where ratios mean something) is a bomb.
 MAX_EXPANSION, EXPANSION_FLOOR = 200, 64 * 2**20
 PARQUET_ROWS = 256
+# The marks stand within this many bytes of a book's beginning and end.
+GUTENBERG_SPAN = 1 << 16
+GUTENBERG_START = re.compile(rb"\*\*\* ?START OF TH(E|IS) PROJECT GUTENBERG EBOOK[^\n]*\n\s*", re.IGNORECASE)
+GUTENBERG_END = re.compile(rb"\*\*\* ?END OF TH(E|IS) PROJECT GUTENBERG EBOOK", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One document and its `source`, a label counted in the report."""
+    """One document.
+
+    Attributes:
+        text: as it was read, not yet normalised.
+        source: a label counted in the report.
+        file, offset: the input's name and the byte or row where the record starts, for messages.
+    """
 
     text: str
     source: str
+    file: str = ""
+    offset: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,8 +65,8 @@ class Item:
         source: label of its documents.
         path: where it lies on this machine; no part of the content address.
         content: hash of the bytes that are read (content.py), part of the content address.
-        start, stop: bytes of a .jsonl file (whole lines), row groups of a .parquet, a data set's shard and
-            their count.
+        start, stop: bytes of a .txt or .jsonl file (whole lines), row groups of a .parquet, a data set's
+            shard and their count.
         size: input bytes, for grouping and progress; 0 when unknown.
     """
 
@@ -98,22 +110,36 @@ def _checked(item: Item, text: object, offset: int, source: SourceConfig) -> Doc
         return Quarantined(item.name, offset, f"{size} bytes, more than {source.max_document_bytes}")
     if not text.strip("\0\r\n\t "):
         return Quarantined(item.name, offset, "no text")
-    return Document(text, item.source)
+    return Document(text, item.source, item.name, offset)
 
 
 def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
-    limit = source.max_document_bytes
-    if source.text_document_bytes is None and item.size > limit:
-        yield Quarantined(item.name, 0, f"{item.size} bytes, more than {limit}")
+    start, stop = _book(item.path) if source.strip_gutenberg else (0, sys.maxsize)
+    offset = max(start, item.start)
+    limit, size = source.max_document_bytes, min(stop, item.stop) - offset
+    if source.text_document_bytes is None and size > limit:
+        yield Quarantined(item.name, 0, f"{size} bytes, more than {limit}")
         return
-    data = Path(item.path).read_bytes()
-    offset = 0
+    with open(item.path, "rb") as file:
+        file.seek(offset)
+        data = file.read(max(0, size))
     for part in _cut(data, source.text_document_bytes):
         try:
             yield _checked(item, part.decode(), offset, source)
         except UnicodeDecodeError as error:
             yield Quarantined(item.name, offset + error.start, f"not UTF-8 ({error.reason})")
         offset += len(part)
+
+
+def _book(path: str) -> tuple[int, int]:
+    """Bytes [start, stop) between the marks that Project Gutenberg sets around a book; all without marks."""
+    with open(path, "rb") as file:
+        head = file.read(GUTENBERG_SPAN)
+        base = max(0, file.seek(0, io.SEEK_END) - GUTENBERG_SPAN)
+        file.seek(base)
+        tail = file.read()
+    begin, end = GUTENBERG_START.search(head), GUTENBERG_END.search(tail)
+    return (begin.end() if begin else 0), (base + end.start() if end else base + len(tail))
 
 
 def _cut(data: bytes, limit: int | None) -> Iterator[bytes]:
@@ -139,7 +165,7 @@ def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarant
     limit = 8 * source.max_document_bytes + 4096
     compressed = not item.path.endswith(".jsonl")
     stop = max(EXPANSION_FLOOR, MAX_EXPANSION * item.size) if compressed else item.stop
-    end = sys.maxsize if compressed else stop
+    end = stop + compressed  # one byte more shows that there is more
     offset = item.start
     try:
         with _open_lines(item.path) as file:
@@ -147,14 +173,15 @@ def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarant
                 file.seek(offset)
             while offset < stop and (line := file.readline(min(limit + 1, end - offset))):
                 size = len(line)
+                if compressed and offset + size > stop:
+                    yield Quarantined(item.name, offset, f"expands over {MAX_EXPANSION} times: rest left out")
+                    return
                 if size > limit:
                     size += skip_line(file, line, stop)
                     yield Quarantined(item.name, offset, f"record longer than {limit} bytes")
                 elif line.strip():
                     yield _parse_line(item, line, offset, source)
                 offset += size
-            if compressed and offset >= stop and file.read(1):
-                yield Quarantined(item.name, offset, f"expands over {MAX_EXPANSION} times: rest left out")
     except (EOFError, zlib.error, gzip.BadGzipFile, _zstd_error()) as error:
         yield Quarantined(item.name, offset, f"damaged compressed file, rest left out ({error})")
 

@@ -1,6 +1,7 @@
 """Sources: a corpus as a list of inputs in one fixed order, cut into content-addressed work units.
 
-Planning looks at names, sizes and hashes; no text is decoded here (readers.py does that, in the workers).
+Planning looks at names and sizes; what a unit's inputs hold is hashed when its turn comes (`Unit.sealed`),
+and no text is decoded here (readers.py does that, in the workers).
 """
 
 from __future__ import annotations
@@ -16,19 +17,10 @@ from pathlib import Path
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.content import content_of
-from data_pipeline.normalize import normalize
-from data_pipeline.readers import (
-    Document,
-    Item,
-    Quarantined,
-    load_streaming,
-    open_parquet,
-    read_item,
-    skip_line,
-)
+from data_pipeline.readers import Item, load_streaming, open_parquet, skip_line
 from trellis_dist.files import digest, sha256_file
 
-__all__ = ["Unit", "describe", "listing", "plan_units", "unit_documents"]
+__all__ = ["Unit", "describe", "listing", "plan_units"]
 
 SUFFIXES = {
     ".txt": "text",
@@ -49,6 +41,8 @@ REMEDIES = {
     "path": "put text into the files at data.source.path, or name others",
     "huggingface": "choose a data.source.name, subset and split that holds rows",
 }
+# A .txt file without a newline for this long is cut at a character.
+LONGEST_LINE = 2**20
 # The title of a topic: a line and its underline.
 TITLE = re.compile(r"[^\n]+\n([^\w\s])\1*\n")
 
@@ -59,9 +53,14 @@ class Unit:
 
     items: tuple[Item, ...]
 
+    def sealed(self) -> Unit:
+        """The unit with the hash of what each input holds now. Raises OSError: one is gone."""
+        return Unit(tuple(replace(item, content=item.content or _content(item)) for item in self.items))
+
     @property
     def inputs(self) -> str:
         """Hash of everything that is read; with the stage's config it is the unit's content address."""
+        assert all(item.content for item in self.items), f"{self.name} is not sealed"
         return digest([item.address() for item in self.items])
 
     @property
@@ -100,18 +99,6 @@ def _group(items: Iterator[Item], unit_bytes: int) -> Iterator[list[Item]]:
         size += item.size or unit_bytes
     if group:
         yield group
-
-
-def unit_documents(unit: Unit, source: SourceConfig) -> Iterator[Document | Quarantined]:
-    """The unit's documents, normalised, in order; at most ``source.max_documents`` of them."""
-    count = 0
-    for found in (found for item in unit.items for found in read_item(item, source)):
-        if isinstance(found, Document):
-            if count == source.max_documents:
-                return
-            count += 1
-            found = replace(found, text=normalize(found.text))
-        yield found
 
 
 def describe(source: SourceConfig) -> dict[str, object]:
@@ -177,7 +164,11 @@ def _distinct(topics: Mapping[str, str]) -> Iterator[str]:
 
 
 def _item(reader: str, name: str, source: str, path: str, start: int, stop: int, size: int) -> Item:
-    return Item(reader, name, source, path, content_of(reader, path, start, stop), start, stop, size)
+    return Item(reader, name, source, path, "", start, stop, size)
+
+
+def _content(item: Item) -> str:
+    return content_of(item.reader, item.path, item.start, item.stop)
 
 
 def _path_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
@@ -189,7 +180,7 @@ def _path_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
     found = False
     for path, reader in _text_files(root):
         found = True
-        yield from _file_items(path, _relative(path, root), reader, unit_bytes)
+        yield from _file_items(path, _relative(path, root), reader, source, unit_bytes)
     if not found:
         raise ValueError(
             f"data.source.path = {str(root)!r} holds no text: it needs files ending in {', '.join(SUFFIXES)}"
@@ -221,16 +212,23 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
                 yield path
 
 
-def _file_items(path: Path, name: str, reader: str, unit_bytes: int) -> Iterator[Item]:
-    for start, stop, size in _ranges(path, reader, unit_bytes):
+def _file_items(
+    path: Path, name: str, reader: str, source: SourceConfig, unit_bytes: int
+) -> Iterator[Item]:
+    for start, stop, size in _ranges(path, reader, source, unit_bytes):
         yield _item(reader, name, reader, str(path), start, stop, max(1, size))
 
 
-def _ranges(path: Path, reader: str, unit_bytes: int) -> Iterable[tuple[int, int, int]]:
-    """(start, stop, bytes) of parts that can be read alone: lines of a .jsonl, row groups of a .parquet."""
+def _ranges(
+    path: Path, reader: str, source: SourceConfig, unit_bytes: int
+) -> Iterable[tuple[int, int, int]]:
+    """(start, stop, bytes) of parts that can be read alone: lines of a .jsonl, row groups of a .parquet, and
+    lines of a .txt that is cut into documents."""
     size = path.stat().st_size
     if path.name.endswith(".jsonl"):
-        return _line_ranges(path, size, unit_bytes)
+        return _line_ranges(path, size, unit_bytes, longest=size)
+    if reader == "text" and source.text_document_bytes is not None:
+        return _line_ranges(path, size, max(unit_bytes, source.text_document_bytes), longest=LONGEST_LINE)
     if reader == "parquet":
         file = open_parquet(str(path))
         if not isinstance(file, str):
@@ -239,13 +237,18 @@ def _ranges(path: Path, reader: str, unit_bytes: int) -> Iterable[tuple[int, int
     return [(0, size, size)]
 
 
-def _line_ranges(path: Path, size: int, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
+def _line_ranges(path: Path, size: int, unit_bytes: int, *, longest: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of at least `unit_bytes` that end with a line, or with a character where it is too long."""
     start = 0
     with open(path, "rb") as file:
         while start < size:
             last = min(start + unit_bytes, size) - 1
             file.seek(last)
-            stop = last + skip_line(file, b"", size)
+            stop = min(size, last + skip_line(file, b"", longest))
+            file.seek(stop - 1)
+            if stop < size and file.read(1) != b"\n":
+                while (byte := file.read(1)) and byte[0] & 0xC0 == 0x80:  # not inside a UTF-8 character
+                    stop += 1
             yield start, stop, stop - start
             start = stop
 

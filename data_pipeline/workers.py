@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
-__all__ = ["default_workers", "ray_session", "run_tasks"]
+__all__ = ["Workers", "default_workers", "ray_session", "run_tasks"]
 
 RETRIES = 3
+LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
 def default_workers() -> int:
@@ -22,6 +26,58 @@ def default_workers() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class Workers:
+    """Ray workers for several stages, started when the first task comes.
+
+    Attributes:
+        count: tasks at a time; None as many as there are cores.
+        start_seconds: how long Ray took to start; 0 where it was not needed.
+    """
+
+    def __init__(self, count: int | None, ray_address: str | None) -> None:
+        """`count` workers on this machine, or the cluster at `ray_address`."""
+        self.count, self._address = count, ray_address
+        self.start_seconds = 0.0
+        self._stack = ExitStack()
+        self._ray: Any = None
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def run(
+        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]]
+    ) -> Generator[tuple[int, Any], None, None]:
+        """(index, result) of ``function(*call)`` as they finish; no Ray where there is no call."""
+        calls = iter(calls)
+        for first in calls:
+            self.start()
+            yield from run_tasks(self._ray, function, chain([first], calls), workers=self.count)
+
+    def start(self) -> None:
+        """Start Ray, unless it is started."""
+        if self._ray is None:
+            start = time.perf_counter()
+            session = ray_session(workers=self.count or default_workers(), ray_address=self._address)
+            self._ray = self._stack.enter_context(session)
+            self.start_seconds = time.perf_counter() - start
+
+
+def _check_token(address: str) -> None:
+    """Refuse a cluster on the network without a token: whoever reaches it runs code on every node."""
+    host = address.removeprefix("ray://").rpartition(":")[0]
+    given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    given = given or (Path.home() / ".ray" / "auth_token").is_file()
+    if host in LOOPBACK or (given and os.environ.get("RAY_AUTH_MODE") == "token"):
+        return
+    raise ValueError(
+        f"--ray-address {address} is not on this machine, and Ray runs what it is sent: start the cluster "
+        "with RAY_AUTH_MODE=token, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here too"
+    )
 
 
 @contextmanager
@@ -33,6 +89,8 @@ def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
     Raises:
         ValueError: Ray is not installed, does not start, or the cluster cannot be reached.
     """
+    if ray_address is not None:
+        _check_token(ray_address)
     # No usage statistics over the network, and no dashboard: its job interface runs what it is sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -61,11 +119,11 @@ def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
 
 
 def run_tasks(
-    ray: Any, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], *, workers: int
+    ray: Any, function: Callable[..., Any], arguments: Iterable[tuple[Any, ...]], *, workers: int | None
 ) -> Generator[tuple[int, Any], None, None]:
     """(index, result) of ``function(*arguments[index])`` as they finish, `workers` at a time.
 
-    Where `workers` is all the cores there are, as many tasks again wait in Ray, so that no worker ever does.
+    Where `workers` is None, or all the cores there are, as many tasks again wait in Ray, so that no worker ever does.
     Closing the iterator cancels what has not begun.
 
     Raises:
@@ -75,7 +133,7 @@ def run_tasks(
     waiting = iter(enumerate(arguments))
     running: dict[Any, int] = {}
     cores = int(ray.cluster_resources().get("CPU", 1))
-    in_flight = workers if workers < cores else 2 * cores
+    in_flight = workers if workers is not None and workers < cores else 2 * cores
     try:
         while True:
             while len(running) < in_flight and (following := next(waiting, None)):

@@ -80,7 +80,11 @@ def prepare(
     from data_pipeline.job import prepare as prepare_shards
 
     manifest = prepare_shards(
-        loaded.data, workers=workers, ray_address=ray_address, progress=loaded.logging.progress
+        loaded.data,
+        workers=workers,
+        ray_address=ray_address,
+        progress=loaded.logging.progress,
+        chunk_size=loaded.model.trellis.chunk_size,
     )
     for split, info in manifest.splits.items():
         print(f"{split}: {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes")
@@ -238,9 +242,14 @@ def doctor(
     case: Annotated[
         list[str] | None, typer.Option(help="of --cluster: only the case of this name; repeatable")
     ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="only look: make no damaged file of a data set again")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Verify a checkpoint, a run, a data set or an export by its hashes; exit status 1 on damage.
+
+    Damaged files of a data set are made again from what is committed, and nothing else is touched.
 
     With --cluster: train a tiny model on every mesh and engine that fits the ranks, over the job's own nodes
     and backend, and compare each step with one process; then stress the order of point-to-point transfers.
@@ -250,18 +259,20 @@ def doctor(
     if path is None:
         healthy = _examine_cluster(ranks=ranks, steps=steps, cases=case or [], as_json=as_json)
     else:
-        healthy = _examine_path(path, as_json=as_json)
+        healthy = _examine_path(path, repair=not check, as_json=as_json)
     if not healthy:
         raise typer.Exit(1)
 
 
-def _examine_path(path: Path, *, as_json: bool) -> bool:
+def _examine_path(path: Path, *, repair: bool, as_json: bool) -> bool:
     from launch.doctor import examine
 
-    report = examine(path)
+    report = examine(path, repair=repair)
     if as_json:
         print(json.dumps(report, indent=1))
     else:
+        for problem in report["repaired"]:
+            print(f"was damaged, made again: {problem}")
         for problem in report["problems"]:
             print(f"damaged: {problem}")
         verdict = "whole" if not report["problems"] else f"{len(report['problems'])} problem(s)"

@@ -1,4 +1,7 @@
-"""`trellis doctor`: is a checkpoint, a run, a data set or an export whole? Its hashes are compared."""
+"""`trellis doctor`: is a checkpoint, a run, a data set or an export whole? Its hashes are compared.
+
+Of a data set, what is damaged is also made again.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,16 @@ from typing import Any
 __all__ = ["examine"]
 
 
-def examine(path: Path) -> dict[str, Any]:
+def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
     """What ``path`` is, what was examined, and every problem found (none: it is whole).
 
+    Args:
+        path: what to examine.
+        repair: make the damaged files of a data set again, and nothing else.
+
     Returns:
-        ``{"path", "kind", "examined": [paths], "problems": [lines]}``; the kind is "checkpoint", "run",
-        "dataset" or "export".
+        ``{"path", "kind", "examined": [paths], "problems": [lines], "repaired": [lines]}``; the kind is
+        "checkpoint", "run", "dataset" or "export".
 
     Raises:
         FileNotFoundError: no such path.
@@ -26,7 +33,7 @@ def examine(path: Path) -> dict[str, Any]:
     if (path / "export.json").is_file():
         return _report(path, "export", {path: _export_problems(path)})
     if (path / "tokenizer.model").is_file() or any(path.glob("*.idx")):
-        return _report(path, "dataset", {path: _dataset_problems(path)})
+        return _repaired(path) if repair else _report(path, "dataset", {path: _dataset_problems(path)})
     if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
         return _report(path, "checkpoint", {path: _checkpoint_problems(path)})
     raise ValueError(
@@ -41,7 +48,21 @@ def _report(path: Path, kind: str, parts: dict[Path, list[str]]) -> dict[str, An
         "kind": kind,
         "examined": [str(part) for part in parts],
         "problems": [line for problems in parts.values() for line in problems],
+        "repaired": [],
     }
+
+
+def _repaired(path: Path) -> dict[str, Any]:
+    from data_pipeline.repair import examine_dataset, repair_dataset
+
+    found = examine_dataset(path)
+    report = _report(path, "dataset", {path: []})
+    if found:
+        try:
+            report["repaired"] = list(repair_dataset(path).values())
+        except (ValueError, OSError) as error:
+            report["problems"] = [*found.values(), f"cannot be made again: {error}"]
+    return report
 
 
 def _run_parts(run_dir: Path) -> dict[Path, list[str]]:
@@ -76,9 +97,6 @@ def _checkpoint_problems(path: Path) -> list[str]:
 
 
 def _dataset_problems(path: Path) -> list[str]:
-    from data_pipeline.manifest import verify_dataset
+    from data_pipeline.repair import examine_dataset
 
-    try:
-        return list(verify_dataset(path))
-    except (ValueError, FileNotFoundError) as error:
-        return [str(error)]
+    return list(examine_dataset(path).values())

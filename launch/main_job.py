@@ -97,7 +97,11 @@ def _prepare(recipe: Recipe, seconds: StageSeconds, say: Say) -> str:
     except (OSError, ValueError):  # none, or one that cannot be read: prepare puts it right
         before = None
     with _timed("prepare", seconds, say) as stage:
-        manifest = prepare(recipe.data, progress=recipe.logging.progress)
+        manifest = prepare(
+            recipe.data,
+            progress=recipe.logging.progress,
+            chunk_size=recipe.model.trellis.chunk_size,
+        )
         stage.reused = manifest.fingerprint == before
     if "prepare" not in seconds.all():
         seconds.record("prepare", sum(manifest.seconds.values()))

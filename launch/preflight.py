@@ -125,14 +125,15 @@ def check_source(recipe: Recipe) -> None:
 
 
 def _source_problems(recipe: Recipe) -> Iterator[Exception]:
-    source = recipe.data.source
-    if source.kind == "huggingface" and not source.revision:
-        yield ValueError(
-            f"data.source.name = {source.name!r} has no pinned revision, so its text may change: "
-            f"give --corpus {source.name}@COMMIT or --set data.source.revision=COMMIT"
-        )
-    if source.kind == "path" and source.path and not Path(source.path).exists():
-        yield FileNotFoundError(
-            f"data.source.path = {source.path!r}: no such file or folder; "
-            "give one with .txt, .jsonl(.gz, .zst) or .parquet files"
-        )
+    for name, source in recipe.data.sources.items():
+        key = f"data.mixture.{name}" if recipe.data.mixture else "data.source"
+        if source.kind == "huggingface" and not source.revision:
+            yield ValueError(
+                f"{key}.name = {source.name!r} has no pinned revision, so its text may change: "
+                f"give --corpus {source.name}@COMMIT or --set {key}.revision=COMMIT"
+            )
+        if source.kind == "path" and source.path and not Path(source.path).exists():
+            yield FileNotFoundError(
+                f"{key}.path = {source.path!r}: no such file or folder; "
+                "give one with .txt, .jsonl(.gz, .zst) or .parquet files"
+            )

@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +36,9 @@ __all__ = [
     "recipe_digest",
     "resolve",
 ]
+
+# The sections of data.mixture have the keys of data.source.
+MIXTURE = re.compile(r"data\.mixture\.[^.]+\.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,8 @@ def load_recipe(
     """
     table = read_layers(reference)
     if corpus is not None:
-        table.setdefault("data", {}).pop("source", None)
+        for key in ("source", "mixture"):
+            table.setdefault("data", {}).pop(key, None)
         merge(table, corpus_layer(corpus, recipe_name=str(table.get("name", "run"))))
     if dataset_dir is not None:
         merge(table, {"data": {"directory": str(dataset_dir)}})
@@ -213,7 +218,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _batch_and_mesh(recipe)
     yield from _schedule(recipe)
     for key in recipe.choices:
-        if key not in set(_known_keys(Recipe)):
+        if MIXTURE.sub("data.source.", key) not in set(_known_keys(Recipe)):
             yield f"choices.{json.dumps(key)}: there is no such key; {_nearest(key)}"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline import job, manifest
+from data_pipeline import manifest, pipeline, workers
 from data_pipeline.config import SourceConfig, TokenizerConfig
 from data_pipeline.job import prepare
 from data_pipeline.loader import TokenDataset
@@ -34,14 +34,23 @@ def documents(directory: Path, split: str) -> list[str]:
 
 
 def committed(directory: Path) -> set[str]:
-    return {path.name for path in (directory / "work" / "units").iterdir()}
+    work = directory / "work"
+    return {path.name for stage in ("clean", "tokens") for path in (work / stage).iterdir()}
 
 
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(**_: object) -> None:
         raise AssertionError("Ray was started")
 
-    monkeypatch.setattr(job, "ray_session", refuse)
+    monkeypatch.setattr(workers, "ray_session", refuse)
+
+
+def no_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise AssertionError("a unit was made again")
+
+    for name in ("clean_unit", "token_unit", "run_partition"):
+        monkeypatch.setattr(pipeline, name, refuse)
 
 
 def test_the_shards_hold_every_document_whole_in_one_split(prepared: Prepared) -> None:
@@ -72,16 +81,19 @@ def test_one_worker_gives_the_same_bytes(prepared: Prepared, corpus: Path, tmp_p
 # The driver of a job whose units are slow enough to be killed in: each worker sleeps before it commits.
 SLOW_DRIVER = """
 import json, sys, time
-from data_pipeline import job
+from pathlib import Path
+from data_pipeline import pipeline
+from data_pipeline.job import prepare
 from tests.data_pipeline.texts import settings
 
-def slow(*arguments):
-    time.sleep(0.25)
-    return PROCESS(*arguments)
+def slow(function):
+    def made(*arguments):
+        time.sleep(0.25)
+        return function(*arguments)
+    return made
 
-PROCESS = job.process_unit
-job.process_unit = slow
-job.prepare(settings(sys.argv[1], sys.argv[2]), workers=2, ray_address=sys.argv[3], progress=False)
+pipeline.clean_unit, pipeline.token_unit = slow(pipeline.clean_unit), slow(pipeline.token_unit)
+prepare(settings(Path(sys.argv[1]), Path(sys.argv[2])), workers=2, ray_address=sys.argv[3], progress=False)
 """
 
 
@@ -91,7 +103,7 @@ def test_a_killed_driver_continues_to_the_same_bytes(
     address = ray_cluster.get_runtime_context().gcs_address
     units = len(committed(prepared[0]))
     left: set[str] = set()
-    for wanted in (1, units // 2):
+    for wanted in (1, units // 4, 3 * units // 4):
         driver = subprocess.Popen([sys.executable, "-c", SLOW_DRIVER, str(tmp_path), str(corpus), address])
         wait_for_units(tmp_path, wanted, driver)
         driver.send_signal(signal.SIGKILL)
@@ -108,7 +120,7 @@ def test_killed_workers_are_replaced(
 ) -> None:
     marks = tmp_path / "marks"
     marks.mkdir()
-    process = job.process_unit
+    process = pipeline.clean_unit
 
     def dies_once(*arguments: object) -> object:
         (marks / str(os.getpid())).touch()
@@ -116,7 +128,7 @@ def test_killed_workers_are_replaced(
             os.kill(os.getpid(), signal.SIGKILL)
         return process(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(job, "process_unit", dies_once)
+    monkeypatch.setattr(pipeline, "clean_unit", dies_once)
     prepare(settings(tmp_path / "out", corpus), workers=2, progress=False)
     assert len(list(marks.iterdir())) >= 3
     assert hashes(tmp_path / "out") == hashes(prepared[0])
@@ -124,7 +136,7 @@ def test_killed_workers_are_replaced(
 
 def wait_for_units(directory: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + 60
-    while not (directory / "work" / "units").is_dir() or len(committed(directory)) < count:
+    while not (directory / "work" / "tokens").is_dir() or len(committed(directory)) < count:
         assert driver.poll() is None, f"the driver ended with {driver.returncode}"
         assert time.monotonic() < deadline, f"{count} units were not committed in a minute"
         time.sleep(0.01)
@@ -145,11 +157,16 @@ def test_a_second_run_re_uses_everything(
 
 @pytest.mark.parametrize("lost", ["train-00000.bin", "validation-00000.idx", "manifest.json", "report.html"])
 def test_a_lost_file_is_made_again_from_the_units(
-    prepared: Prepared, corpus: Path, tmp_path: Path, lost: str, monkeypatch: pytest.MonkeyPatch
+    prepared: Prepared,
+    corpus: Path,
+    tmp_path: Path,
+    lost: str,
+    monkeypatch: pytest.MonkeyPatch,
+    ray_cluster: object,
 ) -> None:
     directory = tmp_path / "copy"
     shutil.copytree(prepared[0], directory)
-    no_ray(monkeypatch)
+    no_units(monkeypatch)
     (directory / lost).unlink()
     assert len(verify_dataset(directory)) == (lost != "report.html")
     prepare(settings(directory, corpus), progress=False)
@@ -161,8 +178,9 @@ def test_a_damaged_unit_is_made_again(
 ) -> None:
     directory = tmp_path / "copy"
     shutil.copytree(prepared[0], directory)
-    unit = sorted((directory / "work" / "units").iterdir())[0]
-    (unit / "train.tokens").write_bytes(b"damaged")
+    for stage, name in (("tokens", "train.tokens"), ("clean", "text.zst")):
+        damaged = sorted((directory / "work" / stage).iterdir())[0] / name
+        damaged.write_bytes(damaged.read_bytes()[:-1] + b"!")
     (directory / "train-00000.bin").unlink()
     prepare(settings(directory, corpus), workers=1, progress=False)
     assert hashes(directory) == hashes(prepared[0])
@@ -177,7 +195,7 @@ def test_a_changed_config_or_corpus_makes_a_new_manifest_and_re_uses_units(
     model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
     config = settings(directory, text, tokenizer=model)
     with monkeypatch.context() as patch:
-        no_ray(patch)
+        no_units(patch)
         made = prepare(replace(config, shard_tokens=2000), progress=False)
     assert made.fingerprint != prepared[1].fingerprint
     assert len(made.splits["train"].shards) > 3
@@ -186,7 +204,7 @@ def test_a_changed_config_or_corpus_makes_a_new_manifest_and_re_uses_units(
     (text / "a" / "z.txt").write_text(prose(99))
     grown = prepare(config, workers=1, progress=False)
     assert sum(split.documents for split in grown.splits.values()) == 61
-    assert len(committed(directory) - before) == 1
+    assert len(committed(directory) - before) == 2  # clean and tokens
     assert sorted(path.name for path in directory.glob("train-*.bin")) == ["train-00000.bin"]
 
 
@@ -228,7 +246,7 @@ def test_an_edit_that_keeps_the_size_is_seen_and_a_touch_makes_no_unit(
     model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
     config = settings(directory, text, tokenizer=model)
     with monkeypatch.context() as patch:
-        no_ray(patch)
+        no_units(patch)
         first = prepare(config, progress=False)
         (text / "a" / "1.txt").touch()
         assert prepare(config, progress=False).fingerprint == first.fingerprint
@@ -238,7 +256,7 @@ def test_an_edit_that_keeps_the_size_is_seen_and_a_touch_makes_no_unit(
     made = prepare(config, workers=1, progress=False)
     assert made.fingerprint != first.fingerprint
     assert edited in documents(directory, "train") + documents(directory, "validation")
-    assert len(committed(directory) - before) == 1
+    assert len(committed(directory) - before) == 2  # clean and tokens
 
 
 def test_what_killed_runs_left_half_written_goes(
@@ -304,8 +322,8 @@ def test_a_hugging_face_data_set_becomes_shards(ray_cluster: object, tmp_path: P
     [
         ({}, "holds no text"),
         ({"a.txt": b"\xff"}, r"no document of the corpus could be read \(a.txt at 0: not UTF-8"),
-        ({"a.txt": b"only one\n"}, "the corpus is one document.*text_document_bytes"),
-        ({"a.txt": b"the same\n", "b.txt": b"the same\r\n"}, "the corpus is one document"),
+        ({"a.txt": b"only one\n"}, "the corpus has 1 different document.*text_document_bytes"),
+        ({"a.txt": b"the same\n", "b.txt": b"the same\r\n"}, "the corpus has 1 different document"),
         ({"a.txt": b"too small\n", "b.txt": b"for this\n"}, "vocab_size = 400 cannot be trained"),
     ],
 )
@@ -343,7 +361,7 @@ def test_an_error_of_a_worker_arrives_as_itself(
 
     config = settings(tmp_path / "out", tmp_path / "corpus")
     with monkeypatch.context() as patch:
-        patch.setattr(job, "process_unit", full)
+        patch.setattr(pipeline, "clean_unit", full)
         with pytest.raises(OSError, match="No space left on device") as error:
             prepare(config, workers=1, progress=False)
     assert "\n" not in str(error.value)

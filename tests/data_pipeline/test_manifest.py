@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from data_pipeline import job
+from data_pipeline import workers
 from data_pipeline.job import prepare
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import Manifest, fingerprint_of, load_manifest, verify_dataset, write_manifest
@@ -33,7 +33,8 @@ def copied(prepared: Prepared, tmp_path: Path) -> Path:
         lambda fields: fields["tokenizer"].update(eos=7),
         lambda fields: fields["sources"]["text"].update(documents=9999),
         lambda fields: fields.update(quarantined=3),
-        lambda fields: fields.update(quarantine_sha256="0" * 64),
+        lambda fields: fields["logs"].update({"quarantine.jsonl": "0" * 64}),
+        lambda fields: fields["stages"]["corpus"]["read"].update(documents=1),
         lambda fields: fields["source"].update(licence="public domain"),
         lambda fields: fields.pop("sha256"),
         lambda fields: fields.clear(),
@@ -89,6 +90,13 @@ def test_a_damaged_manifest_is_made_again(
     (directory / "manifest.json").write_bytes(b"{")
     with pytest.raises(ValueError, match=r"manifest\.json is not valid JSON"):
         load_manifest(directory)
-    monkeypatch.setattr(job, "ray_session", refuse)
+    monkeypatch.setattr(workers, "ray_session", refuse)
     prepare(settings(directory, corpus), progress=False)
     assert hashes(directory) == hashes(prepared[0])
+
+
+def test_a_forged_log_is_refused(prepared: Prepared, tmp_path: Path) -> None:
+    directory = copied(prepared, tmp_path)
+    write_manifest(directory, replace(prepared[1], logs={"../../quarantine.jsonl": "0" * 64}))
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged \(.* is no log"):
+        load_manifest(directory)

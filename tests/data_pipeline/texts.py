@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
+from data_pipeline.readers import Document, Quarantined, read_item
+from data_pipeline.sources import Unit
 
 WORDS = [f"w{n:x}" + "aeiou"[n % 5] * (n % 4) for n in range(400)]
 MARKUP = "<script>alert('from the corpus')</script>\n"
+# What a data set's folder holds beside its files: a lock, times, and the paths it was made from.
+NOT_COMPARED = (".lock", "timings.json", "config.json")
 
 
 def prose(seed: int, words: int = 300) -> str:
@@ -31,13 +36,21 @@ def settings(directory: Path, corpus: Path, **changes: object) -> DataConfig:
         "sequence_length": 64,
         "unit_bytes": 8192,
         "validation_fraction": 0.1,
-        "source": SourceConfig(kind="path", path=str(corpus)),
         "tokenizer": TokenizerConfig(vocab_size=400, threads=1),
     }
+    if "mixture" not in changes:
+        fields["source"] = SourceConfig(kind="path", path=str(corpus))
     return DataConfig(directory=str(directory), **(fields | changes))
+
+
+def unit_documents(unit: Unit, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    """What a unit's inputs hold, in order."""
+    for item in unit.items:
+        yield from read_item(item, source)
 
 
 def hashes(directory: Path) -> dict[str, bytes]:
     """Every file a run makes that must not depend on how it ran."""
     paths = [path for path in directory.iterdir() if path.is_file()]
-    return {p.name: p.read_bytes() for p in sorted(paths) if p.name not in (".lock", "timings.json")}
+    paths += (directory / "index").glob("*")
+    return {p.name: p.read_bytes() for p in sorted(paths) if p.name not in NOT_COMPARED}

@@ -1,0 +1,182 @@
+"""Deduplication: which documents are copies of an earlier one, without ever holding the corpus in memory.
+
+Each clean unit left its fingerprints sorted (clean.py): hashes of whole texts, and keys of MinHash bands. A
+partition is one range of the key space; its task reads that range from every unit, sorts, and finds equal
+keys. So memory is bounded by `PARTITION_RECORDS`, whatever the size of the corpus, and partitions are work
+units like any other: pure, committed, the same for any number of workers.
+
+    id of a document = unit << 32 | position, units in corpus order, so a smaller id came earlier
+
+A document is dropped if an *earlier* one is equal (exact), or agrees with it in a band and has an estimated
+Jaccard similarity of at least ``data.dedup.similarity`` (near; Broder 1997, "On the resemblance and
+containment of documents"; bands: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).
+Therefore more text at the end of the corpus never changes what is kept before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline.clean import BAND, EXACT
+from data_pipeline.commit import commit_unit
+from data_pipeline.signatures import similarity
+from trellis_dist.files import digest, read_json
+
+__all__ = ["PAIR", "Partition", "dropped_positions", "partitions", "read_pairs", "run_partition"]
+
+# Records of one partition: about 40 bytes of memory each while they are sorted.
+PARTITION_RECORDS = 2**22
+# A dropped document, the earlier one it is a copy of, and their similarity.
+PAIR = np.dtype([("dropped", "<i8"), ("kept", "<i8"), ("similarity", "<f4")])
+# Signatures compared at a time.
+COMPARED = 1 << 14
+# Documents of one bucket that others are compared with; in a bucket of more, the rest goes uncompared.
+HEADS = 64
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One range of the keys, of one kind.
+
+    Attributes:
+        kind: "exact" or "near".
+        plan: file with the clean units' folders in corpus order (JSON), the same for all partitions.
+        index, count: the range is [index, index + 1) * 2**64 / count.
+        exact: folders of the committed exact partitions, whose documents take no part in "near".
+        permutations, bands, threshold: of "near" (`DedupConfig`).
+    """
+
+    kind: str
+    plan: str
+    index: int
+    count: int
+    exact: tuple[str, ...] = ()
+    permutations: int = 0
+    bands: int = 0
+    threshold: float = 0.0
+
+    @property
+    def key(self) -> str:
+        """Content address: the plan's name is the hash of its content."""
+        exact = [Path(folder).name for folder in self.exact]
+        own = [self.kind, Path(self.plan).stem, self.index, self.count, exact]
+        return digest([VERSION, *own, self.permutations, self.bands, self.threshold])
+
+
+def partitions(records: int) -> int:
+    """How many partitions hold `records` keys."""
+    return max(1, -(-records // PARTITION_RECORDS))
+
+
+def run_partition(partition: Partition, work: str) -> dict[str, Any]:
+    """Find the copies among the documents of one range, and commit them as ``pairs``: PAIR [n].
+
+    Raises:
+        OSError: the disk is full, ...; nothing is committed then.
+    """
+
+    def write(folder: Path) -> dict[str, Any]:
+        units = [Path(work, "clean", name) for name in read_json(Path(partition.plan))]
+        pairs = _exact(partition, units) if partition.kind == "exact" else _near(partition, units)
+        pairs.tofile(folder / "pairs")
+        return {"pairs": len(pairs)}
+
+    return commit_unit(work, partition.kind, partition.key, write)
+
+
+def read_pairs(folders: Sequence[Path]) -> np.ndarray:
+    """PAIR [n] of several partitions, one per dropped document (the earliest it is a copy of), sorted."""
+    found = [np.fromfile(folder / "pairs", PAIR) for folder in folders]
+    return _earliest(np.concatenate([np.empty(0, PAIR), *found]))
+
+
+def _earliest(pairs: np.ndarray) -> np.ndarray:
+    pairs = pairs[np.lexsort((pairs["kept"], pairs["dropped"]))]
+    _, first = np.unique(pairs["dropped"], return_index=True)
+    chosen: np.ndarray = pairs[first]
+    return chosen
+
+
+def dropped_positions(pairs: np.ndarray, unit: int) -> np.ndarray:
+    """uint32: positions in the unit of that number whose documents are dropped; `pairs` sorted."""
+    first, last = np.searchsorted(pairs["dropped"], [unit << 32, (unit + 1) << 32])
+    return (pairs["dropped"][first:last] & 0xFFFFFFFF).astype("<u4")
+
+
+def _exact(partition: Partition, units: Sequence[Path]) -> np.ndarray:
+    records, ids = _gather(partition, units, "exact", EXACT, "hash")
+    order = np.lexsort((ids, records["hash2"], records["hash"]))
+    records, ids = records[order], ids[order]
+    same = (records["hash"][1:] == records["hash"][:-1]) & (records["hash2"][1:] == records["hash2"][:-1])
+    first = np.flatnonzero(np.concatenate([[True], ~same]))[: len(ids)]
+    kept = np.repeat(ids[first], np.diff(np.append(first, len(ids))))
+    return _pairs(ids[1:][same], kept[1:][same], np.ones(int(same.sum())))
+
+
+def _near(partition: Partition, units: Sequence[Path]) -> np.ndarray:
+    records, ids = _gather(partition, units, "bands", BAND, "key")
+    alive = ~np.isin(ids, read_pairs([Path(folder) for folder in partition.exact])["dropped"])
+    keys, ids = records["key"][alive], ids[alive]
+    order = np.lexsort((ids, keys))
+    keys, ids = keys[order], ids[order]
+    found = [np.empty(0, PAIR)]
+    for _ in range(HEADS):
+        first = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
+        if first.all():
+            break
+        heads = np.repeat(ids[first], np.diff(np.append(np.flatnonzero(first), len(ids))))
+        near = _similarities(units, ids[~first], heads[~first], partition.permutations)
+        hit = near >= partition.threshold
+        found.append(_pairs(ids[~first][hit], heads[~first][hit], near[hit]))
+        # What is not similar to the first of its bucket is compared with the first of what is left.
+        keys, ids = keys[~first][~hit], ids[~first][~hit]
+    return _earliest(np.concatenate(found))
+
+
+def _gather(
+    partition: Partition, units: Sequence[Path], name: str, dtype: np.dtype, key: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """The partition's records of all units, and the ids of their documents."""
+    low, high = (-(-(index << 64) // partition.count) for index in (partition.index, partition.index + 1))
+    records, ids = [np.empty(0, dtype)], [np.empty(0, np.int64)]
+    for number, unit in enumerate(units):
+        if (unit / name).stat().st_size:
+            stored = np.memmap(unit / name, dtype, "r")
+            start = np.searchsorted(stored[key], np.uint64(low))
+            stop = len(stored) if high == 1 << 64 else np.searchsorted(stored[key], np.uint64(high))
+            records.append(np.array(stored[start:stop]))
+            ids.append((np.int64(number) << 32) | records[-1]["position"].astype(np.int64))
+    return np.concatenate(records), np.concatenate(ids)
+
+
+def _pairs(dropped: np.ndarray, kept: np.ndarray, near: np.ndarray) -> np.ndarray:
+    pairs = np.empty(len(dropped), PAIR)
+    pairs["dropped"], pairs["kept"], pairs["similarity"] = dropped, kept, near
+    return pairs
+
+
+def _similarities(units: Sequence[Path], a: np.ndarray, b: np.ndarray, permutations: int) -> np.ndarray:
+    """Estimated Jaccard similarities of the documents a[i] and b[i], float32 [n]."""
+    found = np.empty(len(a), np.float32)
+    for start in range(0, len(a), COMPARED):
+        part = slice(start, start + COMPARED)
+        first, second = (_signatures(units, ids[part], permutations) for ids in (a, b))
+        found[part] = similarity(first, second)
+    return found
+
+
+def _signatures(units: Sequence[Path], ids: np.ndarray, permutations: int) -> np.ndarray:
+    """uint32 [n, permutations], read from the units that hold them."""
+    found = np.empty((len(ids), permutations), np.uint32)
+    numbers = ids >> 32
+    for number in np.unique(numbers):
+        stored = np.memmap(units[number] / "signatures", "<u4", "r").reshape(-1, permutations)
+        chosen = numbers == number
+        found[chosen] = stored[ids[chosen] & 0xFFFFFFFF]
+    return found

@@ -1,0 +1,245 @@
+"""The stages of `prepare`, in order; each re-uses what is committed.
+
+    plan -> clean -> duplicates -> hold out -> tokenizer -> tokens -> shards -> row index -> manifest, report
+
+A source with a budget opens as many units as it needs: the stages before "shards" are repeated with more
+units until the budget is filled or the source is at its end. How many that takes depends on the text alone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipeline import tokenise
+from data_pipeline.clean import QUARANTINE, CleanStage, clean_unit, read_documents
+from data_pipeline.commit import read_unit, unit_folder
+from data_pipeline.config import DataConfig, SourceConfig
+from data_pipeline.dedup import Partition, dropped_positions, partitions, read_pairs, run_partition
+from data_pipeline.holdout import SPLITS, Holdout, choose_holdout
+from data_pipeline.merge import Taken
+from data_pipeline.progress import Bar
+from data_pipeline.run import Run
+from data_pipeline.sources import Unit, plan_units
+from data_pipeline.stages import Lead, Line, ahead, run_lines
+from data_pipeline.tokenise import SPLIT, TOKENS, TokenStage, read_records, token_unit
+from trellis_dist.files import digest, write_json
+
+__all__ = [
+    "Copies",
+    "Feed",
+    "clean",
+    "find_copies",
+    "hold_out",
+    "open_more",
+    "plan_feeds",
+    "taken",
+    "tokens",
+]
+
+# Text opened for a budget of one token, in bytes: about what a token of 32,000 pieces holds. Too little opens
+# more in a second round, too much cleans text for nothing.
+BYTES_PER_TOKEN = 4.5
+
+
+@dataclass
+class Feed:
+    """One source of the recipe on its way through the stages.
+
+    Attributes:
+        name, source: as in the recipe.
+        units: all there are, in order.
+        stage: what "clean" does.
+        cleaned: the clean units; its leading ones are open.
+        keys: number -> key of the clean units.
+        tokenised: the token units of the leading clean units.
+    """
+
+    name: str
+    source: SourceConfig
+    units: list[Unit]
+    stage: CleanStage
+    cleaned: Lead
+    keys: dict[int, str] = field(default_factory=dict)
+    tokenised: Lead = field(default_factory=lambda: Lead({}, _token_sums))
+
+    @property
+    def open_keys(self) -> list[str]:
+        """Keys of the open clean units."""
+        return [self.keys[index] for index in range(self.cleaned.count)]
+
+    @property
+    def budget(self) -> dict[str, float]:
+        """What the source's tokens are limited to."""
+        limits = {"documents": self.source.max_documents, "train_tokens": self.source.max_tokens}
+        return {name: limit for name, limit in limits.items() if limit is not None}
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Pairs of copies (dedup.PAIR), exact and near, and the number of each clean unit."""
+
+    exact: np.ndarray
+    near: np.ndarray
+    numbers: Mapping[str, int]
+
+    def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+        """Positions dropped in a clean unit: as exact copies, as near ones."""
+        number = self.numbers[key]
+        return dropped_positions(self.exact, number), dropped_positions(self.near, number)
+
+    def dropped(self, key: str) -> np.ndarray:
+        """All positions dropped in a clean unit, sorted."""
+        return np.sort(np.concatenate(self.of(key)))
+
+
+def _clean_sums(entry: dict[str, Any]) -> dict[str, float]:
+    return {"documents": entry["documents"], "bytes": entry["bytes"]}
+
+
+def _token_sums(entry: dict[str, Any]) -> dict[str, float]:
+    return {"documents": sum(entry["documents"]), "train_tokens": entry["tokens"][SPLITS.index("train")]}
+
+
+def plan_feeds(config: DataConfig, *, ngrams: Path | None, ngrams_sha256: str | None) -> list[Feed]:
+    """The sources with their units. Raises ValueError: one is missing or holds nothing that can be read."""
+    feeds = []
+    for name, source in config.sources.items():
+        path = None if ngrams is None else str(ngrams)
+        stage = CleanStage(source, config.normalize, config.filters, config.dedup, path, ngrams_sha256)
+        limits: dict[str, float] = {}
+        if source.max_tokens is not None:
+            limits["bytes"] = source.max_tokens * BYTES_PER_TOKEN
+        if source.max_documents is not None:
+            limits["documents"] = source.max_documents
+        units = plan_units(source, config.unit_bytes)
+        feeds.append(Feed(name, source, units, stage, Lead(limits, _clean_sums)))
+    return feeds
+
+
+def clean(feeds: Sequence[Feed], run: Run) -> None:
+    """Clean as many units of each source as it opens."""
+
+    def line(feed: Feed) -> Line:
+        def known(index: int) -> tuple[int, tuple[Any, ...], dict[str, Any] | None]:
+            unit = feed.units[index].sealed()
+            feed.keys[index] = feed.stage.key(unit)
+            entry = feed.cleaned.entries.get(index)
+            entry = entry or read_unit(unit_folder(run.work, "clean", feed.keys[index]))
+            return index, (unit, feed.stage, str(run.work)), entry
+
+        todo = (index for index in range(len(feed.units)) if index not in feed.cleaned.entries)
+        return Line(feed.cleaned, ahead(known, todo, threads=run.threads))
+
+    bar = Bar("clean", sum(len(feed.units) for feed in feeds), shown=run.progress)
+    run_lines(run.workers, clean_unit, [line(feed) for feed in feeds], bar)
+
+
+def find_copies(feeds: Sequence[Feed], config: DataConfig, run: Run) -> Copies:
+    """Which documents of the open units are copies of earlier ones."""
+    keys = [key for feed in feeds for key in feed.open_keys]
+    documents = sum(entry["documents"] for feed in feeds for entry in feed.cleaned.leading())
+    plan = run.work / "plans" / f"{digest(keys)}.json"
+    write_json(plan, keys)
+    dedup, exact, near = config.dedup, [], []
+    if dedup.exact or dedup.similarity is not None:
+        count = partitions(documents)
+        exact = _run_partitions([Partition("exact", str(plan), i, count) for i in range(count)], run)
+    if dedup.similarity is not None:
+        count = partitions(documents * dedup.bands)
+        own = (tuple(map(str, exact)), dedup.permutations, dedup.bands, dedup.similarity)
+        near = _run_partitions([Partition("near", str(plan), i, count, *own) for i in range(count)], run)
+    return Copies(read_pairs(exact), read_pairs(near), {key: number for number, key in enumerate(keys)})
+
+
+def _run_partitions(parts: Sequence[Partition], run: Run) -> list[Path]:
+    folders = [unit_folder(run.work, part.kind, part.key) for part in parts]
+    found = ahead(read_unit, iter(folders), threads=run.threads)
+    calls = ((i, (part, str(run.work)), entry) for i, (part, entry) in enumerate(zip(parts, found)))
+    bar = Bar(f"{parts[0].kind} duplicates", len(parts), shown=run.progress)
+    run_lines(run.workers, run_partition, [Line(Lead({}, lambda entry: {}), calls)], bar)
+    return folders
+
+
+def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run) -> Holdout:
+    """Thresholds over the documents that are kept. Raises ValueError: the corpus is too small."""
+    if not any(entry["documents"] for feed in feeds for entry in feed.cleaned.leading()):
+        raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
+    hashes, size = [np.empty(0, np.uint64)], 0
+    for key in (key for feed in feeds for key in feed.open_keys):
+        documents = read_documents(unit_folder(run.work, "clean", key))
+        chosen = documents[tokenise.kept(documents, copies.dropped(key))]
+        size += int(chosen["bytes"].sum())
+        hashes.append(chosen["hash"])
+    fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
+    return choose_holdout(np.concatenate(hashes), size, **fractions)
+
+
+def _why_none(feeds: Sequence[Feed], run: Run) -> str:
+    """The first record left out, or the filter that dropped most."""
+    steps: dict[str, int] = {}
+    for feed in feeds:
+        for key, entry in zip(feed.open_keys, feed.cleaned.leading()):
+            if entry["quarantined"]:
+                first = (unit_folder(run.work, "clean", key) / QUARANTINE).read_text().splitlines()[0]
+                return " ({file} at {offset}: {reason})".format(**json.loads(first))
+            for counts in entry["counts"].values():
+                for step, (documents, _) in counts.items():
+                    steps[step] = steps.get(step, 0) + documents
+    dropped = {step: count for step, count in steps.items() if step.startswith("filter: ")}
+    most = max(dropped, key=dropped.__getitem__, default=None)
+    return f" ({most} dropped {dropped[most]} of {steps['read']}: loosen data.filters)" if most else ""
+
+
+def tokens(feeds: Sequence[Feed], copies: Copies, stage: TokenStage, run: Run) -> None:
+    """Tokenise the open units of each source, as far as its budget reaches."""
+
+    def line(feed: Feed) -> Line:
+        def known(index: int) -> tuple[int, tuple[Any, ...], dict[str, Any] | None]:
+            key = feed.keys[index]
+            dropped = copies.dropped(key)
+            entry = read_unit(unit_folder(run.work, "tokens", stage.key(key, dropped)))
+            return index, (key, dropped, stage, str(run.work)), entry
+
+        feed.tokenised = Lead(feed.budget, _token_sums)
+        return Line(feed.tokenised, ahead(known, iter(range(feed.cleaned.count)), threads=run.threads))
+
+    bar = Bar("tokenise", sum(feed.cleaned.count for feed in feeds), shown=run.progress)
+    run_lines(run.workers, token_unit, [line(feed) for feed in feeds], bar)
+
+
+def open_more(feeds: Sequence[Feed]) -> bool:
+    """Open more units where a budget is not filled and there are more; False when there is nothing to do."""
+    short = [
+        feed
+        for feed in feeds
+        if feed.budget and not feed.tokenised.full and feed.cleaned.count < len(feed.units)
+    ]
+    for feed in short:
+        got = max(feed.tokenised.sums.get(name, 0) / limit for name, limit in feed.budget.items())
+        factor = min(4.0, 1.1 / got) if got else 4.0
+        opened = feed.cleaned.sums
+        feed.cleaned.raise_limits({name: opened[name] * factor + 1 for name in feed.cleaned.limits})
+    return bool(short)
+
+
+def taken(feed: Feed, copies: Copies, stage: TokenStage, work: Path) -> Iterator[Taken]:
+    """The documents that the budget takes, unit by unit: up to the one that fills it."""
+    limit, room = feed.source.max_documents, feed.source.max_tokens
+    for index in range(feed.tokenised.count):
+        key = feed.keys[index]
+        folder = unit_folder(work, "tokens", stage.key(key, copies.dropped(key)))
+        records = read_records(folder)[:limit]
+        train = np.where(records[:, SPLIT] == SPLITS.index("train"), records[:, TOKENS], 0)
+        if room is not None and train.sum() >= room:
+            records = records[: int(np.searchsorted(np.cumsum(train), room)) + 1]
+        yield Taken(folder, len(records))
+        limit = None if limit is None else limit - len(records)
+        room = None if room is None else room - int(train[: len(records)].sum())
+        if limit == 0 or (room is not None and room <= 0):
+            return
