@@ -1,20 +1,24 @@
 """Shards to batches: memory maps, rows and labels; the state of a loader is one number.
 
-b rows of T tokens. Row i is a slice of the split's token stream (pack.py). The global sequence of rows is a
-pure function of (fingerprint, seed, counter); a rank takes its share by
-arithmetic, so every mesh sees the same one.
+b rows of T tokens. What a row holds is the packing's affair (pack.py), which row comes when the order's
+(order.py). The global sequence of rows is a pure function of (fingerprint, seed, weights, counter); a rank
+takes its share by arithmetic, so every mesh sees the same one.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from data_pipeline.manifest import load_manifest, verify_files
-from data_pipeline.pack import IGNORED, EpochOrder, Stream, mask_of, num_rows
+from data_pipeline.manifest import Manifest, ShardInfo, load_manifest, verify_files
+from data_pipeline.order import MixtureOrder
+from data_pipeline.pack import IGNORED, Packing, StreamRows, TableRows
+from data_pipeline.rows import check_alignment, needs_row_index, open_row_index
 from data_pipeline.shard import Shard
 
 __all__ = ["Batch", "BatchLoader", "TokenDataset"]
@@ -26,8 +30,10 @@ class Batch:
 
     Attributes:
         tokens: int64 [b, T].
-        labels: int64 [b, T], the next token; -100 where there is none (after EOS, and beyond the last token).
-        cu_seqlens: int32 [n + 1] over the flattened [b * T] stream: each row and document start, and b * T.
+        labels: int64 [b, T], the token that follows in the document; -100 in fill and, where rows hold whole
+            documents end to end ("concat"), at their last tokens.
+        cu_seqlens: int32 [n + 1] over the flattened [b * T] stream: where each row, document or piece and the
+            fill at a row's end begin, and b * T.
         valid_tokens: labels that count.
     """
 
@@ -41,11 +47,15 @@ class TokenDataset:
     """One split of a prepared data set, as rows of T tokens.
 
     Attributes:
-        fingerprint: identity of the data set; together with `seed` it decides the order.
-        num_samples: rows per epoch.
+        fingerprint: identity of the data set; together with `seed` and `weights` it decides the order.
+        num_samples: rows per epoch: those of all sources.
+        source_rows: source -> its rows, in the order in which they are numbered.
+        order: which row each sample of a shuffled epoch is.
         num_tokens: stored tokens of the split (BOS and EOS included).
-        utilisation: stored tokens over the positions of an epoch's rows; below 1 where documents are aligned.
-        num_documents: documents of the split; num_tokens - num_documents tokens are predicted in an epoch.
+        utilisation: share of the positions of all rows that predict a token; the rest is fill and, with
+            "concat", the ends of documents.
+        num_documents: documents of the split; num_tokens - num_documents tokens are predicted when every row
+            is read once.
         num_bytes: UTF-8 bytes of the split's normalised text, the denominator of bits per byte.
         vocab_size, bos_id, eos_id: of the tokenizer.
     """
@@ -57,78 +67,114 @@ class TokenDataset:
         *,
         sequence_length: int,
         seed: int,
+        packing: Packing = "concat",
         align: int = 1,
+        weights: Mapping[str, float] | None = None,
         verify: bool = True,
     ) -> None:
-        """Open the shards of a split through memory maps.
+        """Open the shards of a split, and the row indexes of the packing, through memory maps.
+
+        A row index that is missing, damaged or of other shards is made first.
 
         Args:
             directory: a prepared data set.
-            split: "train" or "validation".
+            split: "train", "validation" or "test".
             sequence_length: T, tokens per row.
             seed: of the order.
+            packing: how documents become rows (data_pipeline/pack.py).
             align: documents start at multiples of this many tokens: 1, or the chunk size C for mesh.sp > 1.
+            weights: share of a source in the shuffled order, relative to the others'; a source without one
+                has the number of its rows.
             verify: compare every shard's sha256 with the manifest (about 1.8 GB/s).
 
         Raises:
             FileNotFoundError: there is no prepared data set.
-            ValueError: no such split, or a missing or damaged file, which the message names with the remedy.
+            ValueError: no such split, a weight for a source that is not there, a missing or damaged file, or
+                a row index that cannot be written; one line, with the remedy.
         """
         directory = Path(directory)
         if sequence_length < 2:
             raise ValueError(f"data.sequence_length = {sequence_length}: use 2 or more tokens")
+        check_alignment(sequence_length, align)
         manifest = load_manifest(directory)
-        if split not in manifest.splits:
-            raise ValueError(
-                f"no split {split!r} in {directory}: it has {', '.join(sorted(manifest.splits))}"
-            )
-        info = manifest.splits[split]
+        infos = _shards_of(manifest, split, directory)
         if verify:
-            hashes = {f"{shard.name}.bin": shard.sha256_bin for shard in info.shards}
-            hashes |= {f"{shard.name}.idx": shard.sha256_idx for shard in info.shards}
-            if problems := verify_files(directory, hashes):
-                raise ValueError("; ".join(problems))
-        shards = [Shard(directory / shard.name) for shard in info.shards]
-        self._stream = Stream(shards, align=align, fill=manifest.tokenizer["eos"])
+            _verify(directory, infos)
         self.sequence_length, self.seed, self.split = sequence_length, seed, split
+        self.packing, self.align = packing, align
         self.fingerprint = manifest.fingerprint
-        self.num_tokens, self.num_documents = self._stream.stored_tokens, info.documents
-        self.num_bytes = info.bytes
-        self.num_samples = num_rows(len(self._stream), sequence_length)
-        self.utilisation = self.num_tokens / max(1, self.num_samples * sequence_length)
         self.vocab_size: int = manifest.tokenizer["vocab_size"]
         self.bos_id: int = manifest.tokenizer["bos"]
         self.eos_id: int = manifest.tokenizer["eos"]
+        self._shards = [Shard(directory / info.name) for info in infos]
+        self._first_document: list[int] = np.cumsum([0] + [s.documents for s in self._shards]).tolist()
+        sources = self._open_sources(directory, infos)
+        self.source_rows = {name: rows.num_rows for name, rows in sources.items()}
+        self._readers = list(sources.values())
+        self._first_row: list[int] = np.cumsum([0, *self.source_rows.values()]).tolist()
+        self.num_samples: int = self._first_row[-1]
+        self.num_documents = self._first_document[-1]
+        self.num_tokens = sum(len(shard.tokens) for shard in self._shards)
+        self.num_bytes = manifest.splits[split].bytes
+        self.utilisation = (self.num_tokens - self.num_documents) / max(1, self.num_samples * sequence_length)
+        self.order = MixtureOrder(self.fingerprint, seed, self.source_rows, weights)
+
+    def _open_sources(
+        self, directory: Path, infos: tuple[ShardInfo, ...]
+    ) -> dict[str, StreamRows | TableRows]:
+        """Readers of the rows of each source, in the order of the shards."""
+        sources: dict[str, StreamRows | TableRows] = {}
+        for name in dict.fromkeys(info.source for info in infos):
+            chosen = [(s, info) for s, info in zip(self._shards, infos) if info.source == name]
+            shards, width = [shard for shard, _ in chosen], self.sequence_length
+            if not needs_row_index(self.packing, self.align):
+                sources[name] = StreamRows(shards, sequence_length=width, fill=self.eos_id)
+                continue
+            options = {"sequence_length": width, "align": self.align}
+            tables = [open_row_index(directory, i, packing=self.packing, **options) for _, i in chosen]
+            sources[name] = TableRows(shards, tables, fill=self.eos_id, **options)
+        return sources
 
     def tokens_of(self, document: int) -> np.ndarray:
         """Stored tokens of a document, int64, BOS and EOS included. IndexError outside [0, num_documents)."""
         if not 0 <= document < self.num_documents:
             raise IndexError(f"document {document} of {self.num_documents}")
-        return self._stream.document(document)
+        shard = bisect_right(self._first_document, document) - 1
+        found = self._shards[shard].document(document - self._first_document[shard])
+        return found.astype(np.int64)
 
-    def sample(self, index: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row `index` in stream order.
+    def read(self, row: int, tokens: np.ndarray, labels: np.ndarray) -> np.ndarray:
+        """Write row `row`, counted source after source, into tokens and labels, int64 [T] each.
 
         Returns:
-            tokens: int64 [T + 1]; the last row is filled up with EOS, whose labels are masked.
-            starts: int64 [n], positions in [0, T) where a document begins; 0 is always one of them.
+            int64 [n], rising from 0: positions where a segment (document, piece or fill) begins.
         """
-        if not 0 <= index < self.num_samples:
-            raise IndexError(f"sample {index} of {self.num_samples}")
-        width = self.sequence_length
-        start = index * width
-        tokens = np.full(width + 1, self.eos_id, np.int64)
-        found = self._stream.slice(start, start + width + 1)
-        tokens[: len(found)] = found
-        return tokens, self._stream.starts_in(start, start + width)
+        if not 0 <= row < self.num_samples:
+            raise IndexError(f"row {row} of {self.num_samples}")
+        source = bisect_right(self._first_row, row) - 1
+        reader = self._readers[source]
+        return reader.read(row - self._first_row[source], tokens, labels)
+
+
+def _shards_of(manifest: Manifest, split: str, directory: Path) -> tuple[ShardInfo, ...]:
+    if split not in manifest.splits:
+        raise ValueError(f"no split {split!r} in {directory}: it has {', '.join(sorted(manifest.splits))}")
+    return manifest.splits[split].shards
+
+
+def _verify(directory: Path, infos: tuple[ShardInfo, ...]) -> None:
+    hashes = {f"{info.name}.bin": info.sha256_bin for info in infos}
+    hashes |= {f"{info.name}.idx": info.sha256_idx for info in infos}
+    if problems := verify_files(directory, hashes):
+        raise ValueError("; ".join(problems))
 
 
 class BatchLoader:
     """The micro-batches of one data-parallel rank, addressed by a counter.
 
     Global batch k holds the samples [k * global_batch, (k + 1) * global_batch); rank r takes the r-th of
-    `dp_size` equal runs of them, cut into micro-batches. Sample s is row
-    `permutation(epoch)[s % num_samples]`, a new permutation each epoch. There is no other state.
+    `dp_size` equal runs of them, cut into micro-batches. Which row sample s is, the data set's order says
+    (order.py). There is no other state.
     """
 
     def __init__(
@@ -148,8 +194,8 @@ class BatchLoader:
             global_batch: rows per step over all ranks.
             micro_batch: rows per forward pass of one rank.
             dp_rank, dp_size: this rank's place among the data-parallel ranks.
-            shuffle: False gives the rows once, in stream order, and empty rows (all labels -100) beyond: for
-                validation, with `num_batches` batches.
+            shuffle: False gives the rows once, source after source, and empty rows (all labels -100) beyond:
+                for validation, with `num_batches` batches.
 
         Raises:
             ValueError: the batches do not divide, or the split has no rows.
@@ -168,7 +214,6 @@ class BatchLoader:
             raise ValueError(f"the {dataset.split} split has no rows: use a larger corpus")
         self.dataset, self.global_batch, self.micro_batch = dataset, global_batch, micro_batch
         self.dp_rank, self.dp_size, self.shuffle = dp_rank, dp_size, shuffle
-        self._order = EpochOrder(dataset.fingerprint, dataset.seed, dataset.num_samples)
 
     @property
     def num_batches(self) -> int:
@@ -180,22 +225,23 @@ class BatchLoader:
         share = self.global_batch // self.dp_size
         first = counter + self.dp_rank * share
         samples = np.arange(first, first + share, dtype=np.int64)
-        rows = self._order.rows(samples) if self.shuffle else samples
+        rows = self.dataset.order.rows(samples) if self.shuffle else samples
         return [self._batch(rows[i : i + self.micro_batch]) for i in range(0, share, self.micro_batch)]
 
     def _batch(self, rows: np.ndarray) -> Batch:
-        width, data = self.dataset.sequence_length, self.dataset
-        tokens = np.full((len(rows), width + 1), data.eos_id, np.int64)
-        starts = [np.arange(len(rows), dtype=np.int64) * width]
-        for place, row in enumerate(rows):
+        data, width = self.dataset, self.dataset.sequence_length
+        tokens, labels = np.empty((2, len(rows), width), np.int64)
+        starts = []
+        for place, row in enumerate(rows.tolist()):
             if row < data.num_samples:
-                tokens[place], found = data.sample(int(row))
-                starts.append(found + place * width)
-        labels = mask_of(tokens[:, :-1], tokens[:, 1:], data.eos_id)
-        boundaries = np.append(np.unique(np.concatenate(starts)), len(rows) * width)
+                starts.append(data.read(row, tokens[place], labels[place]) + place * width)
+            else:
+                tokens[place], labels[place] = data.eos_id, IGNORED
+                starts.append(np.array([place * width]))
+        bounds = np.concatenate([*starts, [len(rows) * width]]).astype(np.int32)
         return Batch(
-            tokens=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
+            tokens=torch.from_numpy(tokens),
             labels=torch.from_numpy(labels),
-            cu_seqlens=torch.from_numpy(boundaries.astype(np.int32)),
-            valid_tokens=int((labels != IGNORED).sum()),
+            cu_seqlens=torch.from_numpy(bounds),
+            valid_tokens=int(np.count_nonzero(labels != IGNORED)),
         )

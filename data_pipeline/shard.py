@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,11 +83,11 @@ def _index_bytes(lengths: np.ndarray, dtype: np.dtype) -> bytes:
 
 
 class Shard:
-    """A shard opened through memory maps.
+    """A shard opened through memory maps; nothing of it is read before it is asked for.
 
     Attributes:
-        tokens: all tokens, 1-D, read-only memory map.
-        starts: int64 [documents + 1], where each document begins, and the number of tokens.
+        tokens: all tokens, 1-D, read-only, a view of the mapped .bin.
+        documents: how many there are.
     """
 
     def __init__(self, stem: Path) -> None:
@@ -95,19 +96,43 @@ class Shard:
         for path in (index, data):
             if not path.is_file():
                 raise ValueError(f"shard file {path} is missing: run `trellis prepare` to make it again")
-        raw = index.read_bytes()
-        dtype, lengths = _parse_index(raw, index)
-        self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])
-        expected = int(self.starts[-1]) * dtype.itemsize
+        dtype, lengths, self._offsets = _map_index(index)
+        self.documents, self._itemsize = len(lengths), dtype.itemsize
+        expected = int(self._offsets[-1]) + int(lengths[-1]) * dtype.itemsize if len(lengths) else 0
         if data.stat().st_size != expected:
             raise ValueError(f"shard file {data} has {data.stat().st_size} bytes, its index says {expected}")
-        self.tokens = np.memmap(data, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
+        mapped = np.memmap(data, dtype=dtype, mode="r") if expected else np.zeros(0, dtype)
+        self.tokens = np.asarray(mapped)  # slices of a plain array cost half as much
+
+    @property
+    def starts(self) -> np.ndarray:
+        """int64 [documents + 1], where each document begins, and the number of tokens; made in memory."""
+        return np.append(self._offsets // self._itemsize, len(self.tokens))
+
+    def document(self, index: int) -> np.ndarray:
+        """Stored tokens of a document, a view of the file."""
+        last = index + 1 == self.documents
+        stop = len(self.tokens) if last else int(self._offsets[index + 1]) // self._itemsize
+        return self.tokens[int(self._offsets[index]) // self._itemsize : stop]
+
+    def starts_between(self, start: int, stop: int) -> np.ndarray:
+        """int64 [n], the positions in [start, stop) where documents begin; reads O(log documents) + n."""
+        size = self._itemsize
+        low = bisect_left(self._offsets, start * size)
+        return self._offsets[low : bisect_left(self._offsets, stop * size, lo=low)] // size
 
 
-def _parse_index(raw: bytes, path: Path) -> tuple[np.dtype, np.ndarray]:
-    if len(raw) < HEADER.size or not raw.startswith(MAGIC):
+def _map_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray]:
+    """Token dtype, document lengths int32 [n] and byte offsets int64 [n], both views of the mapped file."""
+    if path.stat().st_size < HEADER.size:
         raise ValueError(f"shard file {path} is no Megatron index")
-    _, version, code, count, _ = HEADER.unpack_from(raw)
-    if version != 1 or code not in CODES or len(raw) < HEADER.size + 4 * count:
+    raw = np.asarray(np.memmap(path, dtype=np.uint8, mode="r"))
+    magic, version, code, count, documents = HEADER.unpack(raw[: HEADER.size].tobytes())
+    if magic != MAGIC:
+        raise ValueError(f"shard file {path} is no Megatron index")
+    size = HEADER.size + 12 * count + 8 * documents
+    if version != 1 or code not in CODES or documents != count + 1 or len(raw) != size:
         raise ValueError(f"shard file {path} is damaged (version {version}, dtype {code}, {count} sequences)")
-    return CODES[code], np.frombuffer(raw, "<i4", count, HEADER.size)
+    middle = HEADER.size + 4 * count
+    lengths, offsets = raw[HEADER.size : middle].view("<i4"), raw[middle : middle + 8 * count].view("<i8")
+    return CODES[code], lengths, offsets

@@ -1,6 +1,10 @@
+"""Batches: one sequence on all meshes and after a resume, every token once, nothing across documents."""
+
 from __future__ import annotations
 
 import shutil
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,75 +14,117 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
-from data_pipeline.manifest import Manifest
-from data_pipeline.pack import EpochOrder, mask_of
+from data_pipeline.order import EpochOrder, MixtureOrder, shares
+from tests.data_pipeline.written import BOS, EOS, documents, write_dataset
+from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.parallel.segments import Segments
 
-Prepared = tuple[Path, Manifest]
-WIDTH = 64
+WIDTH, CHUNK = 64, 8
+TRAIN = {
+    "books": [documents(0, 25), documents(1, 30)],
+    "code": [documents(2, 20, longest=20)],
+    "web": [documents(3, 12), documents(4, 9)],
+}
+WEIGHTS = {"books": 1.0, "code": 2.5}
+PACKINGS = [(packing, align) for packing in ("concat", "best_fit", "per_document") for align in (1, CHUNK)]
+packings = pytest.mark.parametrize(("packing", "align"), PACKINGS)
+Rows = list[tuple[list[int], list[int], list[int]]]
 
 
 @pytest.fixture(scope="module")
-def data(prepared: Prepared) -> TokenDataset:
-    return TokenDataset(prepared[0], "train", sequence_length=WIDTH, seed=3)
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One source in three shards."""
+    splits = {"train": TRAIN["books"] + TRAIN["code"], "validation": [documents(5, 13)]}
+    return write_dataset(
+        tmp_path_factory.mktemp("data") / "one", {name: {"corpus": docs} for name, docs in splits.items()}
+    )
 
 
-def global_batch(data: TokenDataset, *, dp: int, micro: int, counter: int, rows: int = 8) -> list[np.ndarray]:
-    """[tokens, labels] of one global batch, gathered over the ranks."""
-    batches = [
-        batch
-        for rank in range(dp)
-        for batch in BatchLoader(
-            data, global_batch=rows, micro_batch=micro, dp_rank=rank, dp_size=dp
-        ).micro_batches(counter)
-    ]
-    assert all(batch.tokens.shape == (micro, WIDTH) for batch in batches)
-    return [torch.cat([getattr(b, name) for b in batches]).numpy() for name in ("tokens", "labels")]
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three sources."""
+    validation = {"books": [documents(6, 5)], "web": [documents(7, 6)]}
+    return write_dataset(
+        tmp_path_factory.mktemp("data") / "mixed", {"train": TRAIN, "validation": validation}
+    )
 
 
-@settings(max_examples=25, deadline=None)
-@given(step=st.integers(0, 400), micro=st.sampled_from([1, 2]))
-def test_every_mesh_sees_the_same_global_sequence(data: TokenDataset, step: int, micro: int) -> None:
-    one = global_batch(data, dp=1, micro=8, counter=step * 8)
-    for dp in (1, 2, 4):
-        for ours, theirs in zip(one, global_batch(data, dp=dp, micro=micro, counter=step * 8), strict=True):
-            np.testing.assert_array_equal(ours, theirs)
+@pytest.fixture(scope="module")
+def data(folder: Path) -> TokenDataset:
+    return TokenDataset(folder, "train", sequence_length=WIDTH, seed=3)
 
 
-def test_an_epoch_predicts_every_token_but_bos_exactly_once(data: TokenDataset) -> None:
-    order = EpochOrder(data.fingerprint, data.seed, data.num_samples)
-    seen = []
-    for batch in epoch(data, shuffle=False):
+def rows_of(batches: list[Batch]) -> Rows:
+    """Tokens, labels and segment starts of each row."""
+    rows: Rows = []
+    for batch in batches:
+        bounds = batch.cu_seqlens.tolist()
+        assert batch.cu_seqlens.dtype == torch.int32
+        assert (bounds[0], bounds[-1]) == (0, batch.tokens.numel())
+        assert (batch.cu_seqlens.diff() > 0).all()
+        for place, (tokens, labels) in enumerate(zip(batch.tokens.tolist(), batch.labels.tolist())):
+            first = place * WIDTH
+            starts = [bound - first for bound in bounds if first <= bound < first + WIDTH]
+            assert starts[0] == 0
+            rows.append((tokens, labels, starts))
         assert batch.valid_tokens == int((batch.labels != -100).sum())
-        seen += batch.labels[batch.labels != -100].tolist()
-    documents = [data.tokens_of(i) for i in range(data.num_documents)]
-    assert seen == [token for document in documents for token in document[1:].tolist()]
-    assert len(seen) == data.num_tokens - data.num_documents
-    for first in (0, 7 * data.num_samples):
-        rows = order.rows(np.arange(first, first + data.num_samples))
-        assert sorted(rows) == list(range(data.num_samples))
+    return rows
 
 
-@pytest.mark.parametrize("align", [3, 16, 64])
-def test_aligned_documents_start_at_multiples_and_keep_every_target(prepared: Prepared, align: int) -> None:
-    length = 192
-    plain = TokenDataset(prepared[0], "train", sequence_length=length, seed=1)
-    data = TokenDataset(prepared[0], "train", sequence_length=length, seed=1, align=align)
-    targets, seen = [], 0
-    for index in range(data.num_samples):
-        tokens, starts = data.sample(index)
-        assert (starts % align == 0).all()
-        assert (tokens[starts[1:]] == data.bos_id).all()
-        labels = mask_of(tokens[:-1], tokens[1:], data.eos_id)
-        targets.append(labels[labels != -100])
-        seen += len(starts)
-    documents = [plain.tokens_of(i) for i in range(plain.num_documents)]
-    np.testing.assert_array_equal(np.concatenate(targets), np.concatenate([d[1:] for d in documents]))
-    assert seen >= data.num_documents
-    positions = sum(-(-len(d) // align) * align for d in documents)
-    assert data.num_samples == -(-(positions - 1) // length)
-    assert data.utilisation == sum(map(len, documents)) / (data.num_samples * length)
-    assert data.utilisation <= plain.utilisation
-    np.testing.assert_array_equal(data.tokens_of(2), plain.tokens_of(2))
+def global_rows(data: TokenDataset, *, dp: int, sp: int, micro: int, counter: int, rows: int = 8) -> Rows:
+    """The rows of one global batch, gathered over the ranks of a mesh, its segments joined."""
+    gathered: Rows = []
+    for rank in range(dp):
+        sizes = {"global_batch": rows, "micro_batch": micro, "dp_rank": rank, "dp_size": dp}
+        parts = [BatchLoader(data, **sizes).micro_batches(counter) for _ in range(sp)]
+        found = rows_of(parts[0])
+        for number, batch in enumerate(parts[0]):
+            cut = [segment(parts[r][number], sp, r) for r in range(sp)]
+            assert torch.equal(torch.cat([tokens for tokens, _ in cut], 1), batch.tokens)
+            assert torch.equal(torch.cat([labels for _, labels in cut], 1), batch.labels)
+        gathered += found
+    return gathered
+
+
+def segment(batch: Batch, sp: int, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the sequence rank computes on; the cut refuses documents that start inside a chunk."""
+    segments = Segments(Mesh(sp=sp, sp_rank=rank), chunk_size=CHUNK)
+    tokens, labels, _ = segments.cut(batch.tokens, batch.labels, batch.cu_seqlens)
+    assert tokens.shape[1] == WIDTH // sp
+    return tokens, labels
+
+
+@packings
+@settings(max_examples=8, deadline=None)
+@given(draw=st.data())
+def test_every_mesh_and_a_resume_across_them_see_one_sequence(
+    mixed: Path, packing: str, align: int, draw: st.DataObject
+) -> None:
+    options = {"sequence_length": WIDTH, "seed": 3, "packing": packing, "align": align, "weights": WEIGHTS}
+    meshes = [(1, 1), (2, 1), (4, 1)] + [(2, 2)] * (align > 1)
+    steps = 2 * -(-TokenDataset(mixed, "train", **options).num_samples // 8)
+    whole: Rows = []
+    for step in range(steps):
+        data = known(mixed, **options)
+        whole += global_rows(data, dp=1, sp=1, micro=8, counter=8 * step)
+    resumed: Rows = []
+    while (step := len(resumed) // 8) < steps:  # another start of the run, on another mesh
+        dp, sp = draw.draw(st.sampled_from(meshes))
+        micro = draw.draw(st.sampled_from([1, 2]))
+        data = TokenDataset(mixed, "train", verify=False, **options)
+        for later in range(step, min(steps, step + draw.draw(st.integers(1, steps)))):
+            resumed += global_rows(data, dp=dp, sp=sp, micro=micro, counter=8 * later)
+    assert resumed == whole
+
+
+OPENED: dict[tuple[object, ...], TokenDataset] = {}
+
+
+def known(folder: Path, **options: object) -> TokenDataset:
+    key = (folder, *map(str, options.values()))
+    if key not in OPENED:
+        OPENED[key] = TokenDataset(folder, "train", **options)
+    return OPENED[key]
 
 
 def epoch(data: TokenDataset, *, shuffle: bool) -> list[Batch]:
@@ -86,37 +132,93 @@ def epoch(data: TokenDataset, *, shuffle: bool) -> list[Batch]:
     return [b for step in range(loader.num_batches) for b in loader.micro_batches(step * 8)]
 
 
-def test_labels_never_cross_documents_and_boundaries_are_document_starts(data: TokenDataset) -> None:
-    for batch in epoch(data, shuffle=True)[:20]:
-        tokens, labels = batch.tokens, batch.labels
-        assert (labels[tokens == data.eos_id] == -100).all()
-        inside = labels[:, :-1] != -100
-        assert torch.equal(labels[:, :-1][inside], tokens[:, 1:][inside])
-        assert not (labels == data.bos_id).any()
-        bounds = batch.cu_seqlens
-        assert bounds.dtype == torch.int32
-        assert bounds[0] == 0
-        assert bounds[-1] == tokens.numel()
-        assert (bounds.diff() > 0).all()
-        flat = (tokens.flatten() == data.bos_id).nonzero().flatten().tolist()
-        assert set(bounds.tolist()) == {*flat, *range(0, tokens.numel() + 1, WIDTH)}
+@packings
+def test_every_token_but_bos_is_predicted_once(mixed: Path, packing: str, align: int) -> None:
+    data = TokenDataset(mixed, "train", sequence_length=WIDTH, seed=1, packing=packing, align=align)
+    stored = [data.tokens_of(i).tolist() for i in range(data.num_documents)]
+    assert stored == [document for shards in TRAIN.values() for shard in shards for document in shard]
+    pairs: Counter[tuple[int, int]] = Counter()
+    for tokens, labels, starts in rows_of(epoch(data, shuffle=False)):
+        assert all(start % align == 0 for start in starts)
+        inside = [i for i in range(WIDTH) if labels[i] != -100]
+        pairs.update((tokens[i], labels[i]) for i in inside)
+    expected = Counter(pair for document in stored for pair in pairwise(document))
+    assert pairs == expected
+    assert data.utilisation == sum(expected.values()) / (data.num_samples * WIDTH)
+    assert sum(expected.values()) == data.num_tokens - data.num_documents
 
 
-def test_epochs_and_seeds_reshuffle_and_a_counter_is_all_the_state(prepared: Prepared) -> None:
-    directory, _ = prepared
-    data = TokenDataset(directory, "train", sequence_length=WIDTH, seed=0)
-    again = TokenDataset(directory, "train", sequence_length=WIDTH, seed=0)
-    other = TokenDataset(directory, "train", sequence_length=WIDTH, seed=1)
+@packings
+def test_a_segment_is_a_piece_of_a_document_or_fill(mixed: Path, packing: str, align: int) -> None:
+    data = TokenDataset(mixed, "train", sequence_length=WIDTH, seed=1, packing=packing, align=align)
+    text = ["," + ",".join(map(str, data.tokens_of(i).tolist())) + "," for i in range(data.num_documents)]
+    whole = "|".join(text)
+    for tokens, labels, starts in rows_of(epoch(data, shuffle=True)):
+        for start, stop in zip(starts, [*starts[1:], WIDTH]):
+            piece = [tokens[i] for i in range(start, stop) if labels[i] != -100]
+            last = [labels[i] for i in range(start, stop) if labels[i] != -100][-1:]
+            assert "," + ",".join(map(str, piece + last)) + "," in whole or not piece
+            assert labels[start : start + len(piece)] == [*piece[1:], *last]
+            rest = tokens[start + len(piece) : stop]
+            assert set(rest) <= {EOS} or (packing, align, rest) == ("concat", 1, [BOS])
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(7, 7), (7, 8)])
+@packings
+def test_ids_of_bos_and_eos_decide_nothing(
+    tmp_path: Path, packing: str, align: int, bos: int, eos: int
+) -> None:
+    """One id for both, and documents that hold it: labels follow from where documents begin."""
+    docs = [[bos, 3, eos, eos, 4, bos, eos], [bos, eos], [bos, bos, eos, 5, eos], [bos, *[eos] * 90, eos]]
+    write_dataset(tmp_path, {"train": {"corpus": [docs]}}, bos=bos, eos=eos)
+    data = TokenDataset(tmp_path, "train", sequence_length=WIDTH, seed=0, packing=packing, align=align)
+    found: Counter[int] = Counter()
+    for batch in epoch(data, shuffle=False):
+        found.update(batch.labels[batch.labels != -100].tolist())
+    assert found == Counter(token for document in docs for token in document[1:])
+
+
+def test_concat_reads_the_stream_in_order(data: TokenDataset) -> None:
+    seen = [label for batch in epoch(data, shuffle=False) for label in batch.labels.flatten().tolist()]
+    stored = [data.tokens_of(i).tolist() for i in range(data.num_documents)]
+    assert [label for label in seen if label != -100] == [t for document in stored for t in document[1:]]
+    flat = [token for document in stored for token in document]
+    tokens = [token for batch in epoch(data, shuffle=False) for token in batch.tokens.flatten().tolist()]
+    assert tokens[: len(flat)] == flat
+    assert set(tokens[len(flat) :]) <= {EOS}
+
+
+@packings
+def test_validation_takes_every_row_once_and_ends_with_empty_rows(
+    mixed: Path, packing: str, align: int
+) -> None:
+    data = TokenDataset(mixed, "validation", sequence_length=WIDTH, seed=0, packing=packing, align=align)
+    loader = BatchLoader(data, global_batch=16, micro_batch=8, shuffle=False)
+    batches = [b for step in range(loader.num_batches + 1) for b in loader.micro_batches(step * 16)]
+    assert sum(batch.valid_tokens for batch in batches) == data.num_tokens - data.num_documents
+    assert batches[-1].valid_tokens == 0
+    assert batches[-1].cu_seqlens.tolist() == list(range(0, 8 * WIDTH + 1, WIDTH))
+
+
+def test_epochs_and_seeds_reshuffle_and_a_counter_is_all_the_state(folder: Path) -> None:
+    data, again = (TokenDataset(folder, "train", sequence_length=WIDTH, seed=0) for _ in range(2))
+    other = TokenDataset(folder, "train", sequence_length=WIDTH, seed=1)
     loaders = [BatchLoader(d, global_batch=4, micro_batch=4) for d in (data, again, other)]
-    far = 3 * data.num_samples + 5
-    for counter in (0, 8, far):
+    for counter in (0, 8, 3 * data.num_samples + 5):
         first, second, third = (loader.micro_batches(counter)[0].tokens for loader in loaders)
         assert torch.equal(first, second)
         assert not torch.equal(first, third)
-    order = EpochOrder(data.fingerprint, 0, data.num_samples)
-    rows = order.rows(np.arange(2 * data.num_samples)).reshape(2, -1)
+    rows = data.order.rows(np.arange(2 * data.num_samples)).reshape(2, -1)
     assert not (rows[0] == rows[1]).all()
     assert not (rows[0] == np.arange(data.num_samples)).all()
+
+
+def test_one_source_keeps_the_order_it_had_without_mixtures(data: TokenDataset, folder: Path) -> None:
+    samples = np.arange(3 * data.num_samples)
+    before = EpochOrder(data.fingerprint, data.seed, data.num_samples).rows(samples)
+    np.testing.assert_array_equal(data.order.rows(samples), before)
+    weighted = TokenDataset(folder, "train", sequence_length=WIDTH, seed=3, weights={"corpus": 0.25})
+    np.testing.assert_array_equal(weighted.order.rows(samples), before)
 
 
 @given(size=st.integers(1, 3000), seed=st.integers(0, 2**40))
@@ -133,54 +235,81 @@ def test_the_order_is_even() -> None:
     assert ((counts - epochs / size) ** 2 / (epochs / size)).sum() < 33.7
 
 
-def test_the_order_is_pinned() -> None:
+def test_the_orders_are_pinned() -> None:
     # A resume on another version of the package or of numpy must see the same sequence.
     assert EpochOrder("f", 1, 11).rows(np.arange(11)).tolist() == [4, 6, 10, 3, 5, 0, 8, 1, 2, 7, 9]
+    mixture = MixtureOrder("f", 1, {"a": 3, "b": 8}, {"a": 0.5, "b": 0.5})
+    assert mixture.shares == {"a": 6, "b": 5}
+    assert mixture.rows(np.arange(11)).tolist() == [0, 4, 8, 2, 1, 1, 5, 2, 0, 3, 6]
+    assert mixture.rows(np.arange(11, 22)).tolist() == [0, 10, 7, 2, 1, 9, 0, 1, 2, 9, 7]
 
 
-def test_validation_batches_end_with_empty_rows(prepared: Prepared) -> None:
-    data = TokenDataset(prepared[0], "validation", sequence_length=WIDTH, seed=0)
-    loader = BatchLoader(data, global_batch=16, micro_batch=8, shuffle=False)
-    batches = [b for step in range(loader.num_batches + 1) for b in loader.micro_batches(step * 16)]
-    assert sum(batch.valid_tokens for batch in batches) == data.num_tokens - data.num_documents
-    assert batches[-1].valid_tokens == 0
+@settings(max_examples=60, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=2, max_size=4),
+    weights=st.lists(st.one_of(st.none(), st.floats(0.01, 100)), min_size=4, max_size=4),
+)
+def test_a_mixture_keeps_its_shares_and_walks_through_each_source(
+    sizes: list[int], weights: list[float | None]
+) -> None:
+    named = {f"s{k}": size for k, size in enumerate(sizes)}
+    given_weights = {f"s{k}": w for k, w in enumerate(weights[: len(sizes)]) if w is not None}
+    order = MixtureOrder("f", 0, named, given_weights)
+    total, epochs = sum(sizes), 3
+    rows = order.rows(np.arange(epochs * total)).reshape(epochs, total)
+    full = [given_weights.get(name, size) for name, size in named.items()]
+    first = 0
+    for (name, size), weight in zip(named.items(), full):
+        count = order.shares[name]
+        assert abs(count - total * weight / sum(full)) <= 1
+        inside = (rows >= first) & (rows < first + size)
+        assert inside.sum(axis=1).tolist() == [count] * epochs
+        # Every full pass over the source holds each row once, whichever epochs of the mixture it spans.
+        times = np.bincount(rows[inside] - first, minlength=size)
+        assert times.max() - times.min() <= 1
+        assert times.sum() == epochs * count
+        first += size
+    if not given_weights:
+        assert all(sorted(epoch_rows) == list(range(total)) for epoch_rows in rows)
 
 
-def test_megatrons_reader_gives_the_same_tokens(prepared: Prepared) -> None:
-    from megatron.core.datasets.indexed_dataset import IndexedDataset
-
-    directory, manifest = prepared
-    for name, split in manifest.splits.items():
-        data = TokenDataset(directory, name, sequence_length=WIDTH, seed=0)
-        theirs = []
-        for shard in split.shards:
-            opened = IndexedDataset(str(directory / shard.name))
-            theirs += [document.copy() for document in opened]  # its views die with it
-        assert len(theirs) == data.num_documents == split.documents
-        for index, document in enumerate(theirs):
-            np.testing.assert_array_equal(data.tokens_of(index), document)
-        assert (data.num_tokens, data.num_bytes) == (split.tokens, split.bytes)
+def test_weights_change_the_order_and_wrong_ones_are_one_line(mixed: Path) -> None:
+    options = {"sequence_length": WIDTH, "seed": 3}
+    plain, weighted = (TokenDataset(mixed, "train", weights=w, **options) for w in (None, WEIGHTS))
+    samples = np.arange(plain.num_samples)
+    assert sorted(plain.order.rows(samples)) == samples.tolist()
+    assert plain.order.rows(samples).tolist() != weighted.order.rows(samples).tolist()
+    assert list(plain.source_rows) == ["books", "code", "web"]
+    with pytest.raises(
+        ValueError, match=r"data\.mixture\.maths has a weight, but .* has books, code, web; run"
+    ):
+        TokenDataset(mixed, "train", weights={"maths": 1.0}, **options)
+    with pytest.raises(ValueError, match=r"data\.mixture\.web\.weight = 0: use a number above 0"):
+        TokenDataset(mixed, "train", weights={"web": 0}, **options)
+    with pytest.raises(ValueError, match=r"data\.mixture\.b has a weight, but no rows"):
+        shares({"a": 5, "b": 0}, {"b": 1.0})
+    assert shares({"a": 5, "b": 0}, {"a": 1.0}) == {"a": 5, "b": 0}
 
 
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
 def test_a_corrupt_shard_is_refused_by_name_with_the_remedy(
-    prepared: Prepared, tmp_path: Path, suffix: str
+    folder: Path, tmp_path: Path, suffix: str
 ) -> None:
-    shutil.copytree(prepared[0], tmp_path / "copy")
-    path = tmp_path / "copy" / f"train-00000.{suffix}"
+    shutil.copytree(folder, tmp_path / "copy")
+    path = tmp_path / "copy" / f"train-corpus-00000.{suffix}"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"train-00000\.{suffix} is damaged.*delete it and run"):
+    with pytest.raises(ValueError, match=rf"train-corpus-00000\.{suffix} is damaged.*delete it and run"):
         TokenDataset(tmp_path / "copy", "train", sequence_length=WIDTH, seed=0)
     TokenDataset(tmp_path / "copy", "validation", sequence_length=WIDTH, seed=0)
 
 
-def test_a_missing_data_set_or_split_is_one_line(prepared: Prepared, tmp_path: Path) -> None:
+def test_a_missing_data_set_or_split_is_one_line(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"no prepared data set in .*run `trellis prepare`"):
         TokenDataset(tmp_path, "train", sequence_length=WIDTH, seed=0)
     with pytest.raises(ValueError, match=r"no split 'test' in .*: it has train, validation"):
-        TokenDataset(prepared[0], "test", sequence_length=WIDTH, seed=0)
+        TokenDataset(folder, "test", sequence_length=WIDTH, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -194,13 +323,19 @@ def test_batches_that_do_not_divide_are_refused_with_the_arithmetic(
         BatchLoader(data, **sizes)
 
 
-def test_a_rank_outside_the_mesh_is_refused(data: TokenDataset) -> None:
+def test_what_cannot_be_asked_is_refused(data: TokenDataset, folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dp_rank = 2"):
         BatchLoader(data, global_batch=4, micro_batch=1, dp_rank=2, dp_size=2)
-
-
-def test_an_index_outside_is_an_error(data: TokenDataset) -> None:
+    with pytest.raises(ValueError, match=r"data\.sequence_length = 1: use 2"):
+        TokenDataset(folder, "train", sequence_length=1, seed=0)
+    with pytest.raises(ValueError, match="no multiple of the chunk size 48"):
+        TokenDataset(folder, "train", sequence_length=WIDTH, seed=0, align=48)
     with pytest.raises(IndexError):
-        data.sample(data.num_samples)
+        data.read(data.num_samples, *np.empty((2, WIDTH), np.int64))
     with pytest.raises(IndexError):
         data.tokens_of(data.num_documents)
+    empty = write_dataset(tmp_path, {"train": {"corpus": [[]]}})
+    for packing in ("concat", "best_fit"):
+        nothing = TokenDataset(empty, "train", sequence_length=WIDTH, seed=0, packing=packing)
+        with pytest.raises(ValueError, match="the train split has no rows"):
+            BatchLoader(nothing, global_batch=4, micro_batch=4)

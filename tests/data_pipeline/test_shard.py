@@ -67,6 +67,8 @@ def test_a_full_disk_leaves_the_old_shard_and_no_litter(
     [
         (".idx", lambda data: b"", "is no Megatron index"),
         (".idx", lambda data: data[:40], "is damaged"),
+        (".idx", lambda data: data[:-1], "is damaged"),
+        (".idx", lambda data: data[:26] + b"\x09" + data[27:], "is damaged"),
         (".bin", lambda data: data[:-1], "its index says"),
         (".bin", None, "is missing"),
     ],
@@ -77,6 +79,19 @@ def test_a_malformed_shard_is_named(tmp_path: Path, suffix: str, damage, message
     path.write_bytes(damage(path.read_bytes())) if damage else path.unlink()
     with pytest.raises(ValueError, match=rf"train-00000\{suffix} .*{message}"):
         Shard(tmp_path / "train-00000")
+
+
+def test_documents_are_found_without_reading_the_index(tmp_path: Path) -> None:
+    documents = [[1, 2], [], [1, 5, 2], []]
+    write(tmp_path / "train-00000", documents)
+    shard = Shard(tmp_path / "train-00000")
+    assert (shard.documents, shard.starts.tolist()) == (4, [0, 2, 2, 5, 5])
+    assert [shard.document(i).tolist() for i in range(4)] == documents
+    assert shard.starts_between(1, 5).tolist() == [2, 2]
+    assert not shard.tokens.flags.writeable
+    write(tmp_path / "train-00001", [])
+    empty = Shard(tmp_path / "train-00001")
+    assert (empty.documents, empty.starts.tolist(), len(empty.tokens)) == (0, [0], 0)
 
 
 @settings(deadline=None, max_examples=50)
@@ -95,5 +110,4 @@ def test_a_stream_slices_over_shard_borders(tmp_path_factory: pytest.TempPathFac
     start = data.draw(st.integers(0, len(flat)))
     stop = data.draw(st.integers(start, len(flat) + 5))
     assert stream.slice(start, stop).tolist() == flat[start:stop]
-    inside = [int(s) - start for s in starts[:-1] if start < s < stop]
-    assert stream.starts_in(start, stop).tolist() == [0, *inside]
+    assert stream.starts_between(start, stop).tolist() == [s for s in starts[:-1] if start <= s < stop]

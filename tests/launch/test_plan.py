@@ -52,7 +52,7 @@ STATE = {
     "zero_stage=3": {"weights": 0.5, "gradients": 1, "master_weights": 1, "optimizer_moments": 2},
     "engine=fsdp2": {"weights": 2, "gradients": 2, "master_weights": 0, "optimizer_moments": 4},
 }
-MESH = ["mesh.dp=2", "mesh.sp=2", "data.packing=aligned", "training.precision=bf16"]
+MESH = ["mesh.dp=2", "mesh.sp=2", "data.chunk_aligned=true", "training.precision=bf16"]
 
 
 @pytest.mark.parametrize("setting", STATE)

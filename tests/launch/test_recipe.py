@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,31 @@ def test_recipes_of_the_paper_pin_their_corpus_and_say_what_is_ours(name: str) -
         "optimizer.weight_decay",
     ):
         assert recipe.choices[key].startswith("our choice: ")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names() if name.endswith(("-c4", "-pile"))])
+def test_a_corpus_is_cut_a_few_per_cent_above_the_run(name: str) -> None:
+    recipe = load_recipe(name)
+    budget = recipe.data.source.max_tokens
+    assert budget is not None
+    assert 1.02 < budget / recipe.tokens() < 1.06
+    assert recipe.data.source.max_documents is None
+
+
+@pytest.mark.parametrize("corpus", ["books", "c4", "gutenberg", "mixture", "pile"])
+def test_every_corpus_goes_with_a_size_and_a_context(corpus: str) -> None:
+    own = ["name=own", "data.directory=shards/own"]
+    recipe = load_recipe(f"sizes/350m+corpora/{corpus}+contexts/2k", own)
+    for source in recipe.data.sources.values():
+        assert source.licence != "unknown"
+        assert source.kind == "path" or len(source.revision or "") == 40
+
+
+def test_the_mixture_takes_the_corpora_as_they_are_pinned_alone() -> None:
+    sources = load_recipe("sizes/350m+corpora/mixture", ["name=own", "data.directory=own"]).data.sources
+    for name, source in sources.items():
+        alone = load_recipe(f"125m-{name}").data.source
+        assert replace(source, weight=None, max_tokens=None) == replace(alone, max_tokens=None)
 
 
 @pytest.mark.parametrize("context", ["2k", "4k", "8k", "16k", "32k"])
@@ -97,7 +123,7 @@ def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
 
 def test_sequence_ranks_are_refused_with_the_packing_as_the_reason() -> None:
     (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "training.engine=local")
-    assert 'mesh.sp = 2 cuts rows at multiples of the chunk size, and data.packing = "concat"' in line
+    assert 'mesh.sp = 2 cuts rows at multiples of the chunk size, and with data.chunk_aligned = false' in line
 
 
 def test_an_engine_that_cannot_be_is_refused() -> None:

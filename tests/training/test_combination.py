@@ -26,7 +26,7 @@ def check(case: Case, **changes: Any) -> MeshConfig:
         "tensor": TensorConfig(sequence_parallel=case.sequence_parallel),
         "sequence": SequenceConfig(mode=case.mode),
         "model": case.model_config,
-        "data": DataConfig(directory="none", sequence_length=ROW_TOKENS, packing="aligned"),
+        "data": DataConfig(directory="none", sequence_length=ROW_TOKENS, chunk_aligned=True),
         "training": case.training_config(world),
         "global_rows": global_rows(world),
         "world_size": world,
@@ -132,8 +132,15 @@ def test_two_features_that_no_row_brings_together_are_refused(monkeypatch: pytes
 
 def test_segments_of_rows_that_start_documents_anywhere_are_refused():
     row = next(row for row in ROWS if row.sp == 2)
-    data = DataConfig(directory="none", sequence_length=ROW_TOKENS, packing="concat")
-    with pytest.raises(ValueError, match=r'set data\.packing = "aligned" or mesh\.sp = 1'):
+    data = DataConfig(directory="none", sequence_length=ROW_TOKENS, packing="best_fit")
+    with pytest.raises(ValueError, match=r"set data\.chunk_aligned = true or mesh\.sp = 1"):
+        check(row, data=data)
+
+
+def test_rows_of_broken_chunks_are_refused_where_documents_are_aligned():
+    row = next(row for row in ROWS if row.sp == 1)
+    data = DataConfig(directory="none", sequence_length=ROW_TOKENS + 1, chunk_aligned=True)
+    with pytest.raises(ValueError, match=rf"sequence_length = {ROW_TOKENS + 1} is no multiple .*: use "):
         check(row, data=data)
 
 

@@ -6,13 +6,20 @@ import dataclasses
 import functools
 import json
 import os
+import re
 import signal
+import threading
 from pathlib import Path
-from typing import Literal
 
 import pytest
 
 from checkpoints.state import latest_verified, save_checkpoint
+from data_pipeline.config import SourceConfig
+from data_pipeline.loader import BatchLoader
+from data_pipeline.manifest import load_manifest
+from data_pipeline.pack import Packing
+from tests.data_pipeline.written import VOCAB, documents
+from tests.data_pipeline.written import write_dataset as write_documents
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
 from trellis_dist.files import FileSystem
@@ -135,10 +142,69 @@ def test_nothing_but_damaged_checkpoints_is_an_error(data: Path, tmp_path: Path)
 
 def test_changed_data_or_model_is_refused_with_both_values(data: Path, whole: Path, tmp_path: Path):
     other = write_dataset(tmp_path / "other", seed=1)
-    with pytest.raises(ValueError, match=r"data fingerprint is [0-9a-f]+, but .* trained with [0-9a-f]+"):
+    ours, theirs = (load_manifest(folder).fingerprint for folder in (data, other))
+    with pytest.raises(ValueError, match=f"data fingerprint is {theirs}, but .* trained with {ours}"):
         run(make_job(other), whole)
     with pytest.raises(ValueError, match=r"model\.mlp_hidden = 32, but .* saved with 24"):
         run(make_job(data, model={"mlp_hidden": 32}), whole)
+
+
+def test_rows_packed_or_mixed_otherwise_are_refused_with_both_values(data: Path, tmp_path: Path):
+    job = make_job(data)
+    mixture = {"books": SourceConfig(weight=2.0), "code": SourceConfig()}
+    changes = {
+        "packing": ("best_fit", "packing is best_fit, but .* concat"),
+        "chunk_aligned": (True, "chunk_aligned is True, but .* False"),
+        "mixture": (mixture, r"mixture is {'books': 2.0, 'code': None}, but .* {}"),
+    }
+    state = run_state(job, Progress(), optimizer_steps=0, fingerprint="f")
+    for key, (value, words) in changes.items():
+        other = dataclasses.replace(job, data=dataclasses.replace(job.data, **{key: value}))
+        with pytest.raises(ValueError, match=words):
+            check_same_run(state, other, fingerprint="f", checkpoint=tmp_path)
+        saved = run_state(other, Progress(), optimizer_steps=0, fingerprint="f")
+        check_same_run(json.loads(json.dumps(saved)), other, fingerprint="f", checkpoint=tmp_path)
+        # A state from before there was a choice.
+        del state["data"][key]
+        check_same_run(state, job, fingerprint="f", checkpoint=tmp_path)
+        with pytest.raises(ValueError, match=words):
+            check_same_run(state, other, fingerprint="f", checkpoint=tmp_path)
+
+
+@pytest.mark.parametrize("packing", ["concat", "best_fit", "per_document"])
+def test_a_weighted_mixture_trains_says_what_it_mixes_and_resumes(tmp_path: Path, capsys, packing: Packing):
+    sources = {"books": [documents(0, 9), documents(1, 8)], "code": [documents(2, 5)]}
+    folder = write_documents(tmp_path / "set", {"train": sources, "validation": {"code": [documents(3, 3)]}})
+    job = make_job(folder, model={"vocab_size": VOCAB}, training={"steps": 6})
+    mixture = {"books": SourceConfig(weight=1.0), "code": SourceConfig(weight=3.0)}
+    rows = dataclasses.replace(job.data, packing=packing, chunk_aligned=True, mixture=mixture)
+    job = dataclasses.replace(job, data=rows)
+    run(job, tmp_path / "whole")
+    said = capsys.readouterr().err
+    assert f"packing: {packing}, documents start at multiples of a chunk; " in said
+    assert re.search(r"mixture: books 2[45]\.\d%, code 7[56]\.\d% of the rows", said)
+    run(job, tmp_path / "parts", stop_at_step=2)
+    run(job, tmp_path / "parts", resume="require")
+    assert exact_rows(tmp_path / "parts") == exact_rows(tmp_path / "whole")
+
+
+def test_a_run_that_ends_or_fails_leaves_no_thread(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    run(make_job(data), tmp_path / "ends", stop_at_step=2)
+    assert prefetching() == []
+
+    def broken(self: BatchLoader, counter: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(BatchLoader, "micro_batches", broken)
+    with pytest.raises(OSError, match="Input/output error"):
+        run(make_job(data), tmp_path / "fails")
+    assert prefetching() == []
+
+
+def prefetching() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_a_model_field_added_after_the_checkpoint_has_its_default(data: Path, tmp_path: Path):
@@ -168,7 +234,7 @@ def test_what_cannot_work_is_refused_before_training(data: Path, tmp_path: Path)
         run(make_job(large), tmp_path / "run")
     with pytest.raises(ValueError, match=r"global_batch_tokens = 70 is no multiple .* use 64"):
         run(make_job(data, training={"global_batch_tokens": 70}), tmp_path / "run")
-    with pytest.raises(ValueError, match=r"mesh\.sp = 2 .* data\.packing"):
+    with pytest.raises(ValueError, match=r"mesh\.sp = 2 .* data\.chunk_aligned"):
         run(make_job(data, mesh={"sp": 2}), tmp_path / "run")
     with pytest.raises(ValueError, match="stop_at_step = 0"):
         run(make_job(data), tmp_path / "run", stop_at_step=0)
@@ -360,7 +426,7 @@ def test_the_loop_exports_what_the_launcher_imports():
 
 def test_two_segments_of_the_sequence_train_as_one(data: Path, tmp_path: Path):
     """State passing over a whole run: packed documents, the loop, validation and checkpoints."""
-    whole = with_rows(data, packing="aligned")
+    whole = with_rows(data, chunk_aligned=True)
     cut = dataclasses.replace(whole, mesh=MeshConfig(sp=2))
     run(whole, tmp_path / "one")
     gloo_pool(2).run(run_case, cut, tmp_path / "two", None)
@@ -371,16 +437,16 @@ def test_two_segments_of_the_sequence_train_as_one(data: Path, tmp_path: Path):
         for key, value in theirs.items():
             assert ours[key] == pytest.approx(value, rel=1e-4 if "norm" in key else 1e-5), key
     # Without the alignment the rows are others, so what is compared above is the aligned run.
-    run(with_rows(data, packing="concat"), tmp_path / "plain")
+    run(with_rows(data, chunk_aligned=False), tmp_path / "plain")
     assert exact_rows(tmp_path / "plain")[0]["loss/train"] != one[0]["loss/train"]
 
 
-def with_rows(data: Path, *, packing: Literal["concat", "aligned"]) -> Job:
+def with_rows(data: Path, *, chunk_aligned: bool) -> Job:
     """8 steps of 4 rows that two segments of whole chunks can share."""
     # Parity is measured with SGD and no clipping: Adam amplifies what the order of a sum rounds.
     sgd = {"kind": "sgd", "lr": 0.02, "clip_norm": 0.0}
     job = make_job(data, optimizer=sgd, training={"steps": 8, "global_batch_tokens": 4 * 32})
     # The per-head norm divides the output of a memory that is almost empty by sqrt(eps), its rounding too.
     model = dataclasses.replace(job.model, norm_eps=1e-2)
-    rows = dataclasses.replace(job.data, packing=packing, sequence_length=32)
+    rows = dataclasses.replace(job.data, chunk_aligned=chunk_aligned, sequence_length=32)
     return dataclasses.replace(job, model=model, data=rows)

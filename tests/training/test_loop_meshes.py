@@ -60,7 +60,7 @@ def small_job(data: Path, *, training: dict[str, Any] | None = None, **sections:
         training=settings,
         checkpoint={"interval": 3},
     )
-    rows = dataclasses.replace(job.data, packing="aligned", sequence_length=ROW)
+    rows = dataclasses.replace(job.data, chunk_aligned=True, sequence_length=ROW)
     return dataclasses.replace(job, data=rows, **sections)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from data_pipeline.config import DataConfig
+from data_pipeline.rows import check_alignment
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.parallel.mesh import check_mesh
@@ -30,11 +31,11 @@ def check_combination(
         ValueError: the mesh, the packing or the engine on it cannot work, or no row of the parity matrix
             covers them together; the arithmetic or the reason is in the message.
     """
-    if mesh.sp > 1 and data.packing == "concat":
+    if mesh.sp > 1 and not data.chunk_aligned:
         raise ValueError(
-            f"mesh.sp = {mesh.sp} cuts rows at multiples of the chunk size, and data.packing = "
-            '"concat" starts documents anywhere, so a cut would fall inside a chunk: set data.packing = '
-            '"aligned" or mesh.sp = 1'
+            f"mesh.sp = {mesh.sp} cuts rows at multiples of the chunk size, and with data.chunk_aligned = "
+            "false documents start anywhere, so a cut would fall inside a chunk: set data.chunk_aligned = "
+            "true or mesh.sp = 1"
         )
     filled = check_mesh(
         mesh,
@@ -51,6 +52,8 @@ def check_combination(
         conv_kernel=model.trellis.conv_kernel,
         pattern=model.pattern,
     )
+    if data.chunk_aligned:
+        check_alignment(data.sequence_length, model.trellis.chunk_size)
     check_engine(training)
     asked = features(
         mesh=filled,

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from checkpoints.state import CheckpointReader
 from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.manifest import load_manifest
+from data_pipeline.prefetch import Prefetcher
 from trellis_dist.files import write_json
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.language_model import build_language_model
@@ -42,7 +43,7 @@ class Session:
     job: Job
     mesh: Mesh
     engine: Engine
-    loader: BatchLoader
+    loader: Prefetcher
     validator: Validator
     metrics: MetricsWriter
     saver: Saver
@@ -52,8 +53,9 @@ class Session:
     started: float
 
     def close(self) -> None:
-        """Stop the watchdog, close files."""
+        """Stop the watchdog and the loader's thread, close files."""
         self.watchdog.disarm()
+        self.loader.close()
         self.metrics.close()
 
 
@@ -133,10 +135,13 @@ def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
     options: dict[str, Any] = {
         "sequence_length": job.data.sequence_length,
         "seed": job.data.seed,
-        "align": job.model.trellis.chunk_size if job.data.packing == "aligned" else 1,
+        "packing": job.data.packing,
+        "align": job.model.trellis.chunk_size if job.data.chunk_aligned else 1,
         "verify": env.is_main(),
     }
-    return TokenDataset(folder, "train", **options), TokenDataset(folder, "validation", **options)
+    weights = {name: part.weight for name, part in job.data.mixture.items() if part.weight is not None}
+    train = TokenDataset(folder, "train", weights=weights, **options)
+    return train, TokenDataset(folder, "validation", **options)
 
 
 def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> Engine:
@@ -168,14 +173,15 @@ def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
     )
 
 
-def _loader(job: Job, dataset: TokenDataset, mesh: Mesh) -> BatchLoader:
-    return BatchLoader(
+def _loader(job: Job, dataset: TokenDataset, mesh: Mesh) -> Prefetcher:
+    loader = BatchLoader(
         dataset,
         global_batch=job.global_rows,
         micro_batch=job.training.micro_batch,
         dp_rank=mesh.dp_rank,
         dp_size=mesh.dp,
     )
+    return Prefetcher(loader, pin=mesh.device.type == "cuda")
 
 
 def _validator(job: Job, dataset: TokenDataset, mesh: Mesh) -> Validator:
@@ -199,10 +205,19 @@ def _describe(job: Job, mesh: Mesh, train: TokenDataset, found: tuple[Path, dict
         f"batch: micro {training.micro_batch} x accumulation {accumulation} x dp {mesh.dp} = {rows} rows of "
         f"{job.data.sequence_length} tokens; steps: {training.steps}",
     ]
-    if job.data.packing == "aligned":
-        lines.append(
-            f"packing: documents start at multiples of a chunk; rows are {train.utilisation:.1%} full"
-        )
+    lines += _describe_rows(job, train)
     if found is not None:
         lines.append(f"resuming from {found[0]}")
     return "\n".join(lines)
+
+
+def _describe_rows(job: Job, train: TokenDataset) -> list[str]:
+    """How rows are packed and mixed, where that is not the plain way."""
+    lines = []
+    if job.data.packing != "concat" or job.data.chunk_aligned:
+        where = ", documents start at multiples of a chunk" if job.data.chunk_aligned else ""
+        lines.append(f"packing: {job.data.packing}{where}; {train.utilisation:.1%} of the positions predict")
+    if len(train.source_rows) > 1:
+        parts = [f"{name} {count / train.num_samples:.1%}" for name, count in train.order.shares.items()]
+        lines.append(f"mixture: {', '.join(parts)} of the rows")
+    return lines

@@ -44,8 +44,21 @@ def run_state(job: Job, progress: Progress, *, optimizer_steps: int, fingerprint
     }
 
 
+# What a state says nothing of when it was saved before there was a choice.
+_DATA_DEFAULTS: dict[str, Any] = {"packing": "concat", "chunk_aligned": False, "mixture": {}}
+
+
 def _data_identity(job: Job, fingerprint: str) -> dict[str, Any]:
-    return {"fingerprint": fingerprint, "sequence_length": job.data.sequence_length, "seed": job.data.seed}
+    """All that decides which rows come when, but the chunk size, which is the model's."""
+    data = job.data
+    return {
+        "fingerprint": fingerprint,
+        "sequence_length": data.sequence_length,
+        "seed": data.seed,
+        "packing": data.packing,
+        "chunk_aligned": data.chunk_aligned,
+        "mixture": {name: source.weight for name, source in data.mixture.items()},
+    }
 
 
 def _plain(value: Any) -> Any:
@@ -56,7 +69,7 @@ def _plain(value: Any) -> Any:
 def check_same_run(state: Mapping[str, Any], job: Job, *, fingerprint: str, checkpoint: Path) -> None:
     """Raise ``ValueError`` when ``checkpoint`` belongs to other data or another model, with both values."""
     for key, value in _data_identity(job, fingerprint).items():
-        saved = state["data"][key]
+        saved = {**_DATA_DEFAULTS, **state["data"]}[key]
         if saved != value:
             raise ValueError(
                 f"the data changed: data {key} is {value}, but {checkpoint} was trained with {saved}: "
