@@ -1,0 +1,1 @@
+"""What the data pipeline costs: reading batches, and the time to the first one."""
