@@ -12,7 +12,7 @@ from data_pipeline.loader import Batch, BatchLoader
 
 __all__ = ["Prefetcher"]
 
-Made = list[Batch] | Exception
+Made = list[Batch] | BaseException
 
 
 class Prefetcher:
@@ -51,7 +51,7 @@ class Prefetcher:
             self._changed.wait_for(lambda: self._ready)
             made = self._ready.popleft()
             self._changed.notify_all()
-        if isinstance(made, Exception):
+        if isinstance(made, BaseException):
             self.close()
             raise made
         self._next = counter + self._loader.global_batch
@@ -76,7 +76,7 @@ class Prefetcher:
 
     def _work(self, counter: int) -> None:
         made: Made = []
-        while not isinstance(made, Exception):
+        while not isinstance(made, BaseException):
             made = self._make(counter)
             counter += self._loader.global_batch
             with self._changed:
@@ -93,7 +93,7 @@ class Prefetcher:
                 return batches
             with torch.cuda.device(self._device):
                 return [_pinned(batch) for batch in batches]
-        except Exception as error:
+        except BaseException as error:  # whatever it is, somebody waits for an answer
             return error
 
 
