@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 __all__ = ["HuggingFaceCodec"]
@@ -13,6 +13,10 @@ __all__ = ["HuggingFaceCodec"]
 # Usual names in the order they are looked for.
 BOS_NAMES = ("<s>", "<|begin_of_text|>", "<|startoftext|>", "<bos>", "[BOS]", "[CLS]")
 EOS_NAMES = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
+# A long document is encoded in parts, for the library takes a hundred bytes of memory per character. They
+# begin at a space between words, where the usual pre-tokenizers cut as well: the ids are those of the whole.
+PART = 2**18
+BETWEEN_WORDS = re.compile(r"(?<=\w) (?=\w)")
 # Spaces, an accent composed and open, a ligature, capitals, scripts: what normalisers change.
 PROBE = "\tdef F(x):\n\n        return  'y'\n \u00e9 e\u0301 \ufb01 \u4e2d \U0001f600\n"
 
@@ -22,7 +26,8 @@ class HuggingFaceCodec:
 
     Special tokens written out in a document ("<|endoftext|>") are encoded as the plain text they are. Where
     the model itself has such a piece for BOS or EOS, the text is cut inside its name; should it come out even
-    so (a normaliser made it), it is left out.
+    so (a normaliser made it), it is left out. Documents of megabytes are encoded in parts where a tokenizer
+    loses nothing; one that does, as by a space before every text, takes them whole.
     """
 
     def __init__(self, data: bytes, name: str, bos_token: str | None, eos_token: str | None) -> None:
@@ -65,6 +70,11 @@ class HuggingFaceCodec:
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without BOS or EOS."""
+        if max(map(len, texts), default=0) > PART and self.lossless:
+            return [[id_ for part in _parts(text) for id_ in self._encode([part])[0]] for text in texts]
+        return self._encode(texts)
+
+    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [self._without_control(text, encoding.ids) for text, encoding in zip(texts, found)]
 
@@ -84,6 +94,14 @@ class HuggingFaceCodec:
         """Each token as JSON would write it, a tab and its id."""
         tokens = (self._tokenizer.id_to_token(id_) or "" for id_ in range(self.vocab_size))
         return "".join(f"{json.dumps(token)[1:-1]}\t{id_}\n" for id_, token in enumerate(tokens))
+
+
+def _parts(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > PART and (found := BETWEEN_WORDS.search(text, start + PART)):
+        yield text[start : found.start()]
+        start = found.start()
+    yield text[start:]
 
 
 def _unwrapped(data: bytes, name: str) -> tuple[str, str | None, str | None]:

@@ -182,6 +182,12 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
         EvaluationNgrams.load(tmp_path / "ngrams.json")
 
 
+def test_the_first_source_is_named(tmp_path: Path) -> None:
+    records = [PHRASE, *[OTHER, PHRASE] * 50]
+    evals = EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", records)], 13)
+    assert (evals.find(PHRASE).source, evals.find(OTHER).source) == ("set.jsonl:1", "set.jsonl:2")
+
+
 def test_no_evaluation_text_finds_nothing(tmp_path: Path) -> None:
     evals = EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", ["too short"])], 13)
     assert (len(evals), evals.skipped) == (0, 1)

@@ -62,7 +62,13 @@ BOUNDS = [
     ("max_symbol_ratio", 0.1, "symbol_ratio", text("#a", "...", words=10), text("#a", "b#", words=10)),
     ("max_symbol_ratio", 0.1, "symbol_ratio", text("a...", words=10), text("a...", "b\u2026", words=10)),
     ("min_alphabetic_words", 0.8, "alphabetic_words", "a b2 \u00e9 \u4e2d 1", "a b2 \u00e9 1 --"),
-    ("max_bullet_lines", 0.9, "bullet_lines", lines(("- a", 9), total=10), lines(("\u2022 a", 10), total=11)),
+    (
+        "max_bullet_lines",
+        0.9,
+        "bullet_lines",
+        lines(("- a", 9), total=10),
+        lines(("\u2022 a", 10), total=11).replace("\n", "\n\n"),
+    ),
     (
         "max_ellipsis_lines",
         0.3,
@@ -70,7 +76,7 @@ BOUNDS = [
         lines(("a...", 3), total=10),
         lines(("a \u2026 ", 4), total=13),
     ),
-    ("min_stop_words", 2, "stop_words", "There, that of them", "that, that theory often"),
+    ("min_stop_words", 2, "stop_words", "There, THAT of them", "that, That theory often"),
     ("max_duplicate_lines", 0.3, "duplicate_lines", lines(("a", 4), total=10), lines(("a", 5), total=13)),
     (
         "max_duplicate_line_characters",
@@ -79,7 +85,7 @@ BOUNDS = [
         lines(("abcdefgh", 2), total=8),  # 8 of 16 + 6 * 4
         lines(("abcdefghi", 2), total=8),  # 9 of 18 + 24
     ),
-    ("max_duplicate_paragraphs", 0.5, "duplicate_paragraphs", "a\nb\n\na\nb", "a\nb\n\na\nb\n \na\nb"),
+    ("max_duplicate_paragraphs", 0.5, "duplicate_paragraphs", "a\nb\n\na\nb", "a\nb\n\n a\nb\n \na\nb"),
     (
         "max_duplicate_paragraph_characters",
         0.5,

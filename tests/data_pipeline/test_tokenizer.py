@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_pipeline import tokenizers_sp
+from data_pipeline import tokenizers_hf, tokenizers_sp
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from tests.data_pipeline.texts import prose
@@ -235,7 +235,7 @@ def test_a_token_that_is_not_marked_special_ends_no_document() -> None:
 
 def test_a_piece_of_the_model_ends_no_document() -> None:
     from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models
+    from tokenizers import decoders, models, normalizers
 
     pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<s>", 0.0), *((char, -5.0) for char in "ab</s>")]
     library = Library(models.Unigram(pieces, unk_id=0))
@@ -246,6 +246,24 @@ def test_a_piece_of_the_model_ends_no_document() -> None:
         assert not {1, 2} & set(tokenizer.encode(text))
         assert tokenizer.decode(tokenizer.encode(text)) == text
     assert not tokenizer.lossless
+    library.normalizer = normalizers.Lowercase()
+    assert 1 in library.encode("a</S>b").ids
+    assert opened(library, eos_token="</s>").encode("a</S>b") == library.encode("ab").ids
+
+
+def test_a_long_document_is_encoded_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    library, text = byte_level(), "".join(TEXTS[:4])
+    whole, after = library.encode(text).ids, library.encode("after it").ids
+    monkeypatch.setattr(tokenizers_hf, "PART", 100)
+    parts = list(tokenizers_hf._parts(text))
+    assert len(parts) > 10
+    assert "".join(parts) == text
+    assert opened(library).encode_batch([text, "after it"]) == [whole, after]
+    monkeypatch.setattr(
+        tokenizers_hf, "_parts", None
+    )  # one that puts a space before every text takes it whole
+    prefixed = byte_level(prefix=True)
+    assert opened(prefixed).encode(text) == prefixed.encode(text).ids
 
 
 def test_a_lossy_tokenizer_json_says_so() -> None:
