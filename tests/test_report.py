@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis_dist.charts import Axis, format_tick, line_chart, ticks
+from trellis_dist.charts import Axis, bar_chart, format_tick, line_chart, ticks
 from trellis_dist.report import Report
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
@@ -22,6 +22,9 @@ def full_report() -> str:
     report.table([HOSTILE, "n"], [[HOSTILE, 1]])
     report.line_chart(HOSTILE, {HOSTILE: [(0, 1), (1, 2)]}, x_label=HOSTILE, y_label=HOSTILE)
     report.preformatted(HOSTILE)
+    report.subsection(HOSTILE)
+    report.bar_chart(HOSTILE, [(HOSTILE, 1, HOSTILE)])
+    report.beside({HOSTILE: HOSTILE})
     return report.render()
 
 
@@ -29,7 +32,7 @@ def test_nothing_from_outside_becomes_markup():
     page = full_report()
     assert "<script" not in page
     assert "<img" not in page
-    assert page.count("&lt;script&gt;") >= 9
+    assert page.count("&lt;script&gt;") >= 15
 
 
 def test_the_page_is_self_contained():
@@ -93,3 +96,17 @@ def test_ticks_are_round(axis, expected):
 @pytest.mark.parametrize("value, label", [(1500, "1.5k"), (2e6, "2M"), (0.25, "0.25"), (0, "0")])
 def test_tick_labels_are_short(value, label):
     assert format_tick(value) == label
+
+
+@given(st.lists(st.floats(0, 1e12), min_size=1, max_size=20))
+def test_bars_are_as_long_as_their_values_and_none_leaves_the_page(lengths):
+    figure = bar_chart("t", [(str(i), length, f"{length:g}") for i, length in enumerate(lengths)])
+    widths = [float(width) for width in re.findall(r"width:([0-9.]+)%", figure)]
+    assert len(widths) == len(lengths)
+    assert max(widths) == (100 if max(lengths) else 0)
+    for width, length in zip(widths, lengths):
+        assert width == pytest.approx(100 * length / (max(lengths) or 1), abs=0.006)
+
+
+def test_no_bars_are_no_error():
+    assert bar_chart("t", []).count("<span") == 0

@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no assets, readable in light and dark.
+"""Line charts as inline SVG, bars as HTML: no script, no assets, readable in light and dark.
 
 Coordinates are in SVG user units; a chart is 720 x 300 and scales with the page.
 """
@@ -10,9 +10,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Point", "line_chart"]
+__all__ = ["Bar", "Point", "bar_chart", "line_chart"]
 
 Point = tuple[float, float]
+# A name, a length, and the length as it is shown.
+Bar = tuple[str, float, str]
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 44
@@ -69,6 +71,26 @@ def line_chart(
     body += "".join(_line(points, x, y, index) for index, points in enumerate(kept.values()))
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}{_legend(list(kept))}</figure>"
+
+
+def bar_chart(title: str, bars: Sequence[Bar]) -> str:
+    """Horizontal bars below one another, the longest as wide as there is room.
+
+    Args:
+        title: caption.
+        bars: name, length (0 or more) and the length as it is shown.
+
+    Returns:
+        HTML that :mod:`trellis_dist.report` styles; every string is escaped.
+    """
+    longest = max((length for _, length, _ in bars), default=0.0)
+    rows = "".join(_bar(name, length / longest if longest else 0.0, shown) for name, length, shown in bars)
+    return f'<figure><figcaption>{escape(title)}</figcaption><div class="bars">{rows}</div></figure>'
+
+
+def _bar(name: str, share: float, shown: str) -> str:
+    bar = f'<span class="bar" style="width:{100 * share:.2f}%;background:{COLOURS[0]}"></span>'
+    return f"<span>{escape(name)}</span><span>{bar}</span><span>{escape(shown)}</span>"
 
 
 def _drawable(point: Point, log_x: bool, log_y: bool) -> bool:

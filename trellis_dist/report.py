@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 
-from trellis_dist.charts import Point, line_chart
+from trellis_dist.charts import Bar, Point, bar_chart, line_chart
 
 __all__ = ["Report"]
 
@@ -26,6 +26,7 @@ body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; font: 16px/
        color: var(--ink); background: var(--page); }
 h1 { font-size: 1.8rem; line-height: 1.2; margin: 0 0 .25rem; }
 h2 { font-size: 1.2rem; margin: 2.5rem 0 .5rem; padding-top: .75rem; border-top: 1px solid var(--line); }
+h3 { font-size: 1rem; margin: 1.5rem 0 .25rem; }
 .subtitle, figcaption { color: var(--muted); }
 p { max-width: 46rem; }
 figure { margin: 1.25rem 0; }
@@ -50,6 +51,21 @@ dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem;
       overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
       font: 13px/1.5 ui-monospace, monospace; }
+.bars { display: grid; grid-template-columns: fit-content(40%) 1fr auto; gap: .3rem .75rem;
+        align-items: center; font-size: .875rem; font-variant-numeric: tabular-nums; }
+.bars > :nth-child(3n) { text-align: right; }
+.bar { display: block; height: .8rem; border-radius: 2px; }
+.beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
+          gap: 0 1rem; }
+.beside > div { min-width: 0; }
+.beside p { margin: .5rem 0 0; color: var(--muted); font-size: .875rem; }
+.beside pre { margin-top: .25rem; }
+@media (max-width: 40rem) {
+  body { padding: 1.25rem .9rem 3rem; }
+  table { font-size: .8125rem; }
+  th { font-size: .75rem; }
+  th, td { padding-right: .7rem; }
+}
 """
 
 
@@ -70,6 +86,10 @@ class Report:
     def section(self, title: str) -> None:
         """Start a section."""
         self._parts.append(f"<h2>{escape(title)}</h2>")
+
+    def subsection(self, title: str) -> None:
+        """Start a part of a section."""
+        self._parts.append(f"<h3>{escape(title)}</h3>")
 
     def text(self, paragraph: str) -> None:
         """Add a paragraph."""
@@ -110,6 +130,15 @@ class Report:
         self._parts.append(
             line_chart(title, series, x_label=x_label, y_label=y_label, log_x=log_x, log_y=log_y)
         )
+
+    def bar_chart(self, title: str, bars: Sequence[Bar]) -> None:
+        """Add bars; arguments as in :func:`trellis_dist.charts.bar_chart`."""
+        self._parts.append(bar_chart(title, bars))
+
+    def beside(self, texts: Mapping[str, str]) -> None:
+        """Add texts exactly as they are, title -> text, side by side where the page is wide enough."""
+        items = (f"<div><p>{escape(k)}</p><pre>{escape(v)}</pre></div>" for k, v in texts.items())
+        self._parts.append(f'<div class="beside">{"".join(items)}</div>')
 
     def preformatted(self, text: str) -> None:
         """Add text exactly as it is: a sample, a log, a configuration."""
