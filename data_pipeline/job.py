@@ -80,6 +80,7 @@ def prepare(
         OSError: the disk is full, an input changed or vanished, ...; what is committed stays.
     """
     directory = Path(config.directory).resolve()
+    _check_apart(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     threads = workers or default_workers()
     with _locked(directory), Workers(workers, ray_address) as pool:
@@ -91,6 +92,16 @@ def prepare(
             manifest = _make(config, run)
         _index_rows(config, manifest, run, chunk_size)
         return manifest
+
+
+def _check_apart(config: DataConfig, directory: Path) -> None:
+    """Refuse a data set inside its own corpus: its logs would be read as text by the next run."""
+    for name, source in config.sources.items():
+        if source.kind == "path" and directory.is_relative_to(Path(source.path or "").resolve()):
+            raise ValueError(
+                f"data.directory = {str(directory)!r} lies inside the corpus {source.path!r} ({name}): choose "
+                "a folder outside it"
+            )
 
 
 def config_digest(config: DataConfig) -> str:

@@ -389,3 +389,9 @@ def test_a_given_tokenizer_that_is_missing_is_named(corpus: Path, tmp_path: Path
     config = settings(tmp_path, corpus, tokenizer=TokenizerConfig(path=str(tmp_path / "none.model")))
     with pytest.raises(ValueError, match=r"none\.model' does not exist"):
         prepare(config, progress=False)
+
+
+def test_a_data_set_inside_its_corpus_is_refused(corpus: Path) -> None:
+    with pytest.raises(ValueError, match="lies inside the corpus .*choose a folder outside it"):
+        prepare(settings(corpus / "out", corpus), progress=False)
+    assert not (corpus / "out").exists()

@@ -13,8 +13,8 @@ from data_pipeline.sources import Unit
 
 WORDS = [f"w{n:x}" + "aeiou"[n % 5] * (n % 4) for n in range(400)]
 MARKUP = "<script>alert('from the corpus')</script>\n"
-# What a data set's folder holds beside its files: a lock, times, and the paths it was made from.
-NOT_COMPARED = (".lock", "timings.json", "config.json")
+# What a data set holds beside its files: a lock, times (the report shows them), where it was made from.
+NOT_COMPARED = (".lock", "timings.json", "config.json", "report.html")
 
 
 def prose(seed: int, words: int = 300) -> str:
