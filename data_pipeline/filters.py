@@ -48,7 +48,7 @@ class Filters:
 
     def __init__(self, config: FilterConfig) -> None:
         """Raises ValueError for a language that py3langid does not know."""
-        self._rules = (*_bounds(config), *_ngrams(config), *_language(config))
+        self._rules = (*_bounds(config), *_stop_words(config), *_ngrams(config), *_language(config))
         self.rules: tuple[str, ...] = tuple(name for name, _ in self._rules)
 
     def reject(self, text: str) -> str | None:
@@ -66,7 +66,6 @@ def _bounds(config: FilterConfig) -> Iterator[Rule]:
         "min_mean_word_length",
         "max_mean_word_length",
         "min_alphabetic_words",
-        "min_stop_words",
         "max_bullet_lines",
         "max_ellipsis_lines",
         "max_duplicate_lines",
@@ -85,6 +84,12 @@ def _bound(key: str, threshold: float) -> Rule:
     if kind == "min":
         return name, lambda measures: getattr(measures, measure) < threshold
     return name, lambda measures: getattr(measures, measure) > threshold
+
+
+def _stop_words(config: FilterConfig) -> Iterator[Rule]:
+    least = config.min_stop_words
+    if least is not None:
+        yield "stop_words", lambda measures: not measures.has_stop_words(least)
 
 
 def _ngrams(config: FilterConfig) -> Iterator[Rule]:
@@ -152,12 +157,15 @@ class _Measures:
     @property
     def alphabetic_words(self) -> float:
         ids, distinct = self._numbered
-        letters = [word.isalpha() or any(map(str.isalpha, word)) for word in distinct]
+        letters = [word[0].isalpha() or any(map(str.isalpha, word)) for word in distinct]
         return _share(int(np.array(letters, bool)[ids].sum()), self.words)
 
-    @property
-    def stop_words(self) -> int:
-        return len(STOP_WORDS.intersection(WORD.findall(" ".join(self._numbered[1]).lower())))
+    def has_stop_words(self, least: int) -> bool:
+        """Whether so many different ones occur, in any case and beside any punctuation."""
+        distinct = self._numbered[1]
+        if len(STOP_WORDS.intersection(distinct)) >= least:  # nearly always, and much quicker
+            return True
+        return len(STOP_WORDS.intersection(WORD.findall(" ".join(distinct).lower()))) >= least
 
     @property
     def symbol_ratio(self) -> float:
@@ -216,7 +224,7 @@ class _Repeats:
         self._ids, self._size = ids, int(ids.max(initial=0)) + 1
         self._ends = np.concatenate([[0], np.cumsum(lengths)])
         self._n = 1
-        # int64 [found]: word where a repeated n-gram begins, ascending
+        # int64 [found]: word where a repeated n-gram begins, by group, then ascending; for 1 word ascending
         self._at = np.flatnonzero((np.bincount(ids) > 1)[ids])
         self._group = ids[self._at]  # int64 [found]: which n-gram it is
         self._later = np.zeros(0, bool)  # bool [found]: it stood before; from 2 words on
@@ -229,7 +237,9 @@ class _Repeats:
         counts = np.bincount(self._group)[self._group]
         common = np.flatnonzero(counts == counts.max())
         characters = self._ends[self._at[common] + n] - self._ends[self._at[common]]
-        return self._covered(self._at[self._group == self._group[common[characters.argmax()]]])
+        longest = common[characters == characters.max()]
+        first = longest[self._at[longest].argmin()]
+        return self._covered(self._at[self._group == self._group[first]])
 
     def duplicate(self, n: int) -> float:
         """Share of the characters in n-grams that stood before."""
@@ -245,20 +255,20 @@ class _Repeats:
             inside = self._at + self._n <= len(self._ids)
             at = self._at[inside]
             key = self._group[inside] * self._size + self._ids[at + self._n - 1]
-            _, first, group, counts = np.unique(
-                key, return_index=True, return_inverse=True, return_counts=True
-            )
-            repeated = counts > 1
-            kept = repeated[group]
-            later = np.ones(len(at), bool)
-            later[first] = False
-            self._at, self._later = at[kept], later[kept]
-            self._group = (np.cumsum(repeated) - 1)[group[kept]]
+            order = np.argsort(key, kind="stable")  # so that places stay in order inside a group
+            at, key = at[order], key[order]
+            new = np.concatenate(
+                [[True], key[1:] != key[:-1], [True]]
+            )  # the n-gram's first; one past the end
+            kept = ~(new[:-1] & new[1:])
+            self._at, self._later = at[kept], ~new[:-1][kept]
+            self._group = np.cumsum(new[:-1])[kept]
 
     def _covered(self, at: np.ndarray) -> float:
         """Share of the characters in the words of the n-grams that begin at `at`, each counted once."""
         if not len(at):
             return 0.0
+        at = np.sort(at)
         stops = at + self._n
         starts = np.maximum(at, np.concatenate([[0], stops[:-1]]))
         return int((self._ends[stops] - self._ends[starts]).sum()) / int(self._ends[-1])
