@@ -5,9 +5,9 @@ Rae et al. 2021, "Scaling Language Models: Methods, Analysis & Insights from Tra
     word        what lies between white space                        characters of a word    its code points
     line        not blank, white space around it left out            paragraph    lines up to a blank line
 
-Where the paper leaves room: shares of characters leave white space out above and below the bar for n-grams;
-of equal lines, paragraphs and n-grams the first is no duplicate; a word in several duplicate n-grams counts
-once; an n-gram that occurs once is no top n-gram, and of equally common ones the longest is.
+Where the paper leaves room: for n-grams the characters are those of words, without white space; of equal
+lines, paragraphs and n-grams the first is no duplicate; a word in several n-grams counts once; an n-gram that
+occurs once is no top n-gram, and of equally common ones the longest is, or the first of these.
 """
 
 from __future__ import annotations

@@ -177,7 +177,7 @@ def slow_shares(text: str) -> dict[str, float]:
 
 
 @given(words=st.lists(st.sampled_from(["a", "b", "ccc", "dd"]), max_size=60))
-@example(words=["b", "ccc", "a", "a", "a", "b", "c", "b", "c"])  # of equally long ones the first, though b came before
+@example(words=["b", "ccc", "a", "a", "a", "b", "c", "b", "c"])  # the first of equally long
 def test_ngram_shares_match_their_definition(words: list[str]) -> None:
     repeats = filters_module._Measures(" ".join(words)).repeats
     for rule, share in slow_shares(" ".join(words)).items():
