@@ -12,7 +12,6 @@ import numpy as np
 from data_pipeline.clean import CONTAMINATION, DROPPED, QUARANTINE, read_documents
 from data_pipeline.commit import unit_folder
 from data_pipeline.config import CORPUS
-from data_pipeline.dedup import PAIR
 from data_pipeline.pipeline import Copies, Feed, taken
 from data_pipeline.run import Run
 from data_pipeline.tokenise import LABEL, SIZE, TOKENS, TokenStage, kept, read_records
@@ -119,7 +118,9 @@ def _listed(copies: Copies) -> Iterator[Piece]:
     """The first pairs: unit and position of the document dropped and of the one kept, and the similarity."""
     for kind, pairs in (("exact", copies.exact), ("near", copies.near)):
         for pair in pairs[:LISTED]:
-            record = {name: [int(pair[name]) >> 32, int(pair[name]) & 0xFFFFFFFF] for name in PAIR.names[:2]}
+            places = {name: int(pair[name]) for name in ("dropped", "kept")}
+            record = {name: [place >> 32, place & 0xFFFFFFFF] for name, place in places.items()}
             similarity = round(float(pair["similarity"]), 4)
-            record_of = record | {"kind": kind, "similarity": similarity}
-            yield json.dumps(record_of, sort_keys=True).encode() + b"\n"
+            yield (
+                json.dumps(record | {"kind": kind, "similarity": similarity}, sort_keys=True).encode() + b"\n"
+            )

@@ -1,4 +1,4 @@
-"""Exactly once: a work unit is a pure function whose output is committed under the hash of all that decides it.
+"""Exactly once: a work unit is a pure function, committed under the hash of all that decides its output.
 
 A committed unit is a folder ``work/STAGE/KEY``: its files, and unit.json with a summary and, per file, the
 SHA-256. A process killed at any moment leaves a whole folder or none (what it had begun lies in

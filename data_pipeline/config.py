@@ -300,6 +300,12 @@ class DataConfig:
             not self.mixture or self.source == SourceConfig(),
             "data.source and data.mixture are both given: name every source in data.mixture.NAME",
         )
+        weighted = [name for name, source in self.mixture.items() if source.weight is not None]
+        require(
+            len(weighted) in (0, len(self.mixture)),
+            f"data.mixture: {', '.join(weighted)} of {', '.join(sorted(self.mixture))} have a weight: give "
+            "every source one, or none",
+        )
         for name in self.mixture:
             require(
                 name.isidentifier() and name.isascii(),

@@ -33,7 +33,7 @@ from data_pipeline.manifest import (
     verify_files,
     write_manifest,
 )
-from data_pipeline.merge import committed_shard, plan_shards, remove_stale_shards, write_planned
+from data_pipeline.merge import committed_shard, plan_shards, remove_stale, write_planned
 from data_pipeline.pipeline import Copies, Feed, taken
 from data_pipeline.progress import Bar, say
 from data_pipeline.report import write_report
@@ -99,8 +99,8 @@ def _check_apart(config: DataConfig, directory: Path) -> None:
     for name, source in config.sources.items():
         if source.kind == "path" and directory.is_relative_to(Path(source.path or "").resolve()):
             raise ValueError(
-                f"data.directory = {str(directory)!r} lies inside the corpus {source.path!r} ({name}): choose "
-                "a folder outside it"
+                f"data.directory = {str(directory)!r} lies inside the corpus {source.path!r} ({name}): "
+                "choose a folder outside it"
             )
 
 
@@ -147,7 +147,6 @@ def _make(config: DataConfig, run: Run) -> Manifest:
     own = config_digest(config)
     tokenizer = Tokenizer.load(stage.tokenizer)
     identity = {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
-    identity["file_sha256"] = sha256_file(run.directory / "tokenizer.model")
     splits = _splits(config, shards)
     manifest = Manifest(
         fingerprint=fingerprint_of(own, tokenizer.sha256, splits),
@@ -167,7 +166,7 @@ def _make(config: DataConfig, run: Run) -> Manifest:
     with run.stage("report"):
         write_report(run.directory, manifest, config)
     write_manifest(run.directory, manifest)
-    remove_stale_shards(run.directory, manifest)
+    remove_stale(run.directory, manifest)
     return manifest
 
 

@@ -155,7 +155,7 @@ def _problem(name: str, split: SplitInfo) -> str | None:
 
 def file_hashes(manifest: Manifest) -> dict[str, str]:
     """File name -> sha256 of every file the manifest vouches for."""
-    hashes = {"tokenizer.model": manifest.tokenizer["file_sha256"], **manifest.logs}
+    hashes = {"tokenizer.model": manifest.tokenizer["sha256"], **manifest.logs}
     for split in manifest.splits.values():
         for shard in split.shards:
             hashes[f"{shard.name}.bin"] = shard.sha256_bin

@@ -28,7 +28,7 @@ __all__ = [
     "committed_shard",
     "plan_shards",
     "remake_shard",
-    "remove_stale_shards",
+    "remove_stale",
     "write_planned",
 ]
 
@@ -195,10 +195,13 @@ def _documents(plan: Plan, work: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
             yield tokens[stop - length : stop]
 
 
-def remove_stale_shards(directory: Path, manifest: Manifest) -> None:
-    """Remove shards that an earlier config left behind; only names this package gives are touched."""
+def remove_stale(directory: Path, manifest: Manifest) -> None:
+    """Remove shards and row indexes of an earlier config; only names this package gives are touched."""
     known = {shard.name for split in manifest.splits.values() for shard in split.shards}
     for path in directory.iterdir():
         if SHARD.fullmatch(path.stem) and path.suffix in (".bin", ".idx") and path.stem not in known:
             _entry(directory, path.stem).unlink(missing_ok=True)
+            path.unlink()
+    for path in (directory / "index").glob("*.rows"):
+        if not any(path.name.startswith(f"{name}-") for name in known):
             path.unlink()

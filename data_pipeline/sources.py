@@ -212,16 +212,12 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
                 yield path
 
 
-def _file_items(
-    path: Path, name: str, reader: str, source: SourceConfig, unit_bytes: int
-) -> Iterator[Item]:
+def _file_items(path: Path, name: str, reader: str, source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
     for start, stop, size in _ranges(path, reader, source, unit_bytes):
         yield _item(reader, name, reader, str(path), start, stop, max(1, size))
 
 
-def _ranges(
-    path: Path, reader: str, source: SourceConfig, unit_bytes: int
-) -> Iterable[tuple[int, int, int]]:
+def _ranges(path: Path, reader: str, source: SourceConfig, unit_bytes: int) -> Iterable[tuple[int, int, int]]:
     """(start, stop, bytes) of parts that can be read alone: lines of a .jsonl, row groups of a .parquet, and
     lines of a .txt that is cut into documents."""
     size = path.stat().st_size

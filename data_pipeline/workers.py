@@ -123,7 +123,8 @@ def run_tasks(
 ) -> Generator[tuple[int, Any], None, None]:
     """(index, result) of ``function(*arguments[index])`` as they finish, `workers` at a time.
 
-    Where `workers` is None, or all the cores there are, as many tasks again wait in Ray, so that no worker ever does.
+    Where `workers` is None, or all the cores there are, as many tasks again wait in Ray, so that no worker
+    ever does.
     Closing the iterator cancels what has not begun.
 
     Raises:

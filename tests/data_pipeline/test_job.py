@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -78,43 +77,6 @@ def test_one_worker_gives_the_same_bytes(prepared: Prepared, corpus: Path, tmp_p
     assert hashes(tmp_path) == hashes(prepared[0])
 
 
-# The driver of a job whose units are slow enough to be killed in: each worker sleeps before it commits.
-SLOW_DRIVER = """
-import json, sys, time
-from pathlib import Path
-from data_pipeline import pipeline
-from data_pipeline.job import prepare
-from tests.data_pipeline.texts import settings
-
-def slow(function):
-    def made(*arguments):
-        time.sleep(0.25)
-        return function(*arguments)
-    return made
-
-pipeline.clean_unit, pipeline.token_unit = slow(pipeline.clean_unit), slow(pipeline.token_unit)
-prepare(settings(Path(sys.argv[1]), Path(sys.argv[2])), workers=2, ray_address=sys.argv[3], progress=False)
-"""
-
-
-def test_a_killed_driver_continues_to_the_same_bytes(
-    prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    address = ray_cluster.get_runtime_context().gcs_address
-    units = len(committed(prepared[0]))
-    left: set[str] = set()
-    for wanted in (1, units // 4, 3 * units // 4):
-        driver = subprocess.Popen([sys.executable, "-c", SLOW_DRIVER, str(tmp_path), str(corpus), address])
-        wait_for_units(tmp_path, wanted, driver)
-        driver.send_signal(signal.SIGKILL)
-        assert driver.wait(30) == -signal.SIGKILL
-        assert not (tmp_path / "manifest.json").exists()
-        assert left <= committed(tmp_path)
-        left = committed(tmp_path)
-    prepare(settings(tmp_path, corpus), workers=2, progress=False)
-    assert hashes(tmp_path) == hashes(prepared[0])
-
-
 def test_killed_workers_are_replaced(
     prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,14 +94,6 @@ def test_killed_workers_are_replaced(
     prepare(settings(tmp_path / "out", corpus), workers=2, progress=False)
     assert len(list(marks.iterdir())) >= 3
     assert hashes(tmp_path / "out") == hashes(prepared[0])
-
-
-def wait_for_units(directory: Path, count: int, driver: subprocess.Popen[bytes]) -> None:
-    deadline = time.monotonic() + 60
-    while not (directory / "work" / "tokens").is_dir() or len(committed(directory)) < count:
-        assert driver.poll() is None, f"the driver ended with {driver.returncode}"
-        assert time.monotonic() < deadline, f"{count} units were not committed in a minute"
-        time.sleep(0.01)
 
 
 def test_a_second_run_re_uses_everything(
@@ -392,6 +346,6 @@ def test_a_given_tokenizer_that_is_missing_is_named(corpus: Path, tmp_path: Path
 
 
 def test_a_data_set_inside_its_corpus_is_refused(corpus: Path) -> None:
-    with pytest.raises(ValueError, match="lies inside the corpus .*choose a folder outside it"):
+    with pytest.raises(ValueError, match=r"lies inside the corpus .*choose a folder outside it"):
         prepare(settings(corpus / "out", corpus), progress=False)
     assert not (corpus / "out").exists()

@@ -44,7 +44,9 @@ def _write_split(folder: Path, name: str, documents: list[str], tokenizer: Token
     ids = [np.array([tokenizer.bos_id, *tokenizer.encode(d), tokenizer.eos_id]) for d in documents]
     files = write_shard(folder / f"{name}-00000", ids, dtype=token_dtype(VOCAB))
     size = sum(len(d.encode()) for d in documents)
-    info = ShardInfo(f"{name}-00000", files.sha256_bin, files.sha256_idx, files.documents, files.tokens, size)
+    info = ShardInfo(
+        f"{name}-00000", "corpus", files.sha256_bin, files.sha256_idx, files.documents, files.tokens, size
+    )
     return SplitInfo(files.documents, files.tokens, size, (info,))
 
 
@@ -75,7 +77,8 @@ def write_dataset(folder: Path) -> Tokenizer:
         splits=splits,
         sources={},
         quarantined=0,
-        quarantine_sha256=sha256_file(folder / "quarantine.jsonl"),
+        stages={},
+        logs={"quarantine.jsonl": sha256_file(folder / "quarantine.jsonl")},
     )
     write_manifest(folder, manifest)
     return tokenizer

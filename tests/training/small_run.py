@@ -51,7 +51,8 @@ def write_dataset(folder: Path, *, seed: int = 0, vocab: int = VOCAB) -> Path:
         splits=splits,
         sources={},
         quarantined=0,
-        quarantine_sha256="0" * 64,
+        stages={},
+        logs={},
     )
     write_manifest(folder, manifest)
     return folder
@@ -63,7 +64,7 @@ def _write_split(folder: Path, split: str, count: int, generator: np.random.Gene
     name = f"{split}-00000"
     files = write_shard(folder / name, documents, dtype=token_dtype(VOCAB))
     size = int(2 * lengths.sum())
-    shard = ShardInfo(name, files.sha256_bin, files.sha256_idx, count, files.tokens, size)
+    shard = ShardInfo(name, "corpus", files.sha256_bin, files.sha256_idx, count, files.tokens, size)
     return SplitInfo(count, files.tokens, size, (shard,))
 
 

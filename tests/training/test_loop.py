@@ -151,11 +151,11 @@ def test_changed_data_or_model_is_refused_with_both_values(data: Path, whole: Pa
 
 def test_rows_packed_or_mixed_otherwise_are_refused_with_both_values(data: Path, tmp_path: Path):
     job = make_job(data)
-    mixture = {"books": SourceConfig(weight=2.0), "code": SourceConfig()}
+    mixture = {"books": SourceConfig(weight=2.0), "code": SourceConfig(weight=1.0)}
     changes = {
         "packing": ("best_fit", "packing is best_fit, but .* concat"),
         "chunk_aligned": (True, "chunk_aligned is True, but .* False"),
-        "mixture": (mixture, r"mixture is {'books': 2.0, 'code': None}, but .* {}"),
+        "mixture": (mixture, r"mixture is {'books': 2.0, 'code': 1.0}, but .* {}"),
     }
     state = run_state(job, Progress(), optimizer_steps=0, fingerprint="f")
     for key, (value, words) in changes.items():

@@ -20,17 +20,17 @@ class Validator:
     """Scores an engine on the validation split: on any mesh the same rows, the mean over their tokens."""
 
     def __init__(self, dataset: TokenDataset, *, rows: int, micro_batch: int, mesh: Mesh) -> None:
-        """Take the first ``rows`` rows of ``dataset``, 0 for all; ``ValueError`` when it has none."""
+        """Take ``rows`` rows spread over ``dataset``, 0 for all; ``ValueError`` when it has none."""
+        self._rows = min(rows, dataset.num_samples) if rows else dataset.num_samples
+        self._whole = self._rows == dataset.num_samples
         self._loader = BatchLoader(
             dataset,
             global_batch=micro_batch * mesh.dp,
             micro_batch=micro_batch,
             dp_rank=mesh.dp_rank,
             dp_size=mesh.dp,
-            shuffle=False,
+            shuffle=not self._whole,  # a part of the split stands for all of it, and for all sources
         )
-        self._rows = min(rows, dataset.num_samples) if rows else dataset.num_samples
-        self._whole = self._rows == dataset.num_samples
         self._bytes = dataset.num_bytes
         self._mesh = mesh
 
