@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import platform
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -14,8 +15,9 @@ from data_pipeline.filters import Filters
 from data_pipeline.job import prepare
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.report import write_report
+from data_pipeline.report import _what, write_report
 from data_pipeline.report_drops import HISTOGRAM_PAIRS, _threshold
+from data_pipeline.sources import describe
 from tests.data_pipeline.texts import MARKUP, prose, settings
 
 HOSTILE = "<img src=x onerror=alert(2)>"
@@ -91,12 +93,12 @@ def planted(
     (root / "web" / f"{HOSTILE}.txt").write_bytes(b"\xff")
     for seed in range(60, 90):
         (root / "books" / f"{seed}.txt").write_text(prose(seed))
-    source = {name: SourceConfig(kind="path", path=str(root / name), licence=HOSTILE) for name in ("web",)}
-    books = SourceConfig(kind="path", path=str(root / "books"), max_documents=20, weight=0.5)
+    web = SourceConfig(kind="path", path=str(root / "web"), licence=HOSTILE, weight=0.25)
+    books = SourceConfig(kind="path", path=str(root / "books"), max_documents=20, weight=0.75)
     config = settings(
         root / "out",
         root,
-        mixture=source | {"books": books},
+        mixture={"web": web, "books": books},
         filters=RULES,
         dedup=DedupConfig(similarity=0.7),
         decontaminate=DecontaminateConfig(paths=(str(root / "evaluation.jsonl"),)),
@@ -112,6 +114,8 @@ def test_the_corpus_is_shown_as_text(planted: tuple[Path, Manifest, DataConfig])
     page = page_of(planted[0])
     assert not page.tags & {"script", "img", "iframe", "object", "link"}
     assert "<script>alert('from the corpus')</script>" in page.sections["Filters"]
+    assert "20 documents" in page.sections["Sources"]
+    assert "0.75" in page.sections["Sources"]
     for heading in ("Filters", "Quarantined", "Sources"):
         assert HOSTILE in page.sections[heading]
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', (planted[0] / "report.html").read_text())
@@ -213,3 +217,19 @@ def test_every_rule_shows_its_threshold() -> None:
     assert shown["top_3_grams"] == "0.18 or less"
     assert shown["duplicate_10_grams"] == "0.1 or less"
     assert all(shown.values())
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        (SourceConfig(), f"the library of Python {platform.python_version()}"),
+        (SourceConfig(kind="path", path="my/books"), "my/books"),
+        (SourceConfig(kind="huggingface", name="a/b", revision="c0de"), "a/b@c0de, split train"),
+        (
+            SourceConfig(kind="huggingface", name="a/b", subset="en", revision="c0de", split="test"),
+            "a/b:en@c0de, split test",
+        ),
+    ],
+)
+def test_a_source_is_named_as_a_user_would(source: SourceConfig, words: str) -> None:
+    assert _what(describe(source)) == words
