@@ -30,7 +30,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from data_pipeline import decontaminate, filters, normalize, signatures
+from data_pipeline import decontaminate, filters, language, normalize, signatures
 from data_pipeline.commit import commit_unit
 from data_pipeline.config import DedupConfig, FilterConfig, NormalizeConfig, SourceConfig
 from data_pipeline.content import check_unchanged
@@ -92,6 +92,7 @@ class CleanStage:
         read = [source.text_column, source.max_documents, source.max_document_bytes]
         read += [source.text_document_bytes, source.strip_gutenberg]
         rules = [asdict(self.normalize), asdict(self.filters), self._fingerprints(), self.ngrams_sha256]
+        rules += [language.language_version()] if self.filters.languages else []
         versions = [VERSION, normalize.VERSION, filters.VERSION, decontaminate.VERSION]
         return digest([versions, unit.inputs, read, rules])
 

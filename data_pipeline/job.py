@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import clean, dedup, filters, merge, normalize, pipeline, tokenise
+from data_pipeline import clean, dedup, filters, merge, normalize, pipeline, tokenise, tokenizer
 from data_pipeline.account import account_for
 from data_pipeline.commit import clear_attempts
 from data_pipeline.config import CORPUS, DataConfig
@@ -49,7 +49,8 @@ from trellis_dist.files import digest, remove_temporaries, sha256_file, write_js
 
 __all__ = ["config_digest", "prepare"]
 
-VERSIONS = [module.VERSION for module in (clean, dedup, filters, merge, normalize, tokenise)]
+# Of the code that decides the shards' bytes.
+VERSIONS = [part.VERSION for part in (clean, dedup, filters, merge, normalize, tokenise, tokenizer)]
 
 
 def prepare(
@@ -145,15 +146,15 @@ def _make(config: DataConfig, run: Run) -> Manifest:
     with run.stage("account"):
         account = account_for(run, feeds, copies, stage)
     own = config_digest(config)
-    tokenizer = Tokenizer.load(stage.tokenizer)
-    identity = {"sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size}
+    codec = Tokenizer.load(stage.tokenizer)
+    identity = {"sha256": codec.sha256, "vocab_size": codec.vocab_size}
     splits = _splits(config, shards)
     manifest = Manifest(
-        fingerprint=fingerprint_of(own, tokenizer.sha256, splits),
+        fingerprint=fingerprint_of(own, codec.sha256, splits),
         config_digest=own,
         source=_describe(config),
         listing=files,
-        tokenizer=asdict(config.tokenizer) | identity | {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id},
+        tokenizer=asdict(config.tokenizer) | identity | {"bos": codec.bos_id, "eos": codec.eos_id},
         splits=splits,
         sources=account.labels,
         stages=account.stages,
@@ -181,9 +182,9 @@ def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenS
         if stage is None:
             with run.stage("tokenizer"):
                 holdout = pipeline.hold_out(feeds, copies, config, run)
-                tokenizer = obtain_tokenizer(config.tokenizer, feeds, copies, holdout, run)
+                codec = obtain_tokenizer(config.tokenizer, feeds, copies, holdout, run)
             path = str(run.directory / "tokenizer.model")
-            stage = TokenStage(holdout, path, tokenizer.sha256)
+            stage = TokenStage(holdout, path, codec.sha256)
         with run.stage("tokenise"):
             pipeline.tokens(feeds, copies, stage, run)
         if not pipeline.open_more(feeds):

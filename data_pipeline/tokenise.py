@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from data_pipeline import tokenizer
 from data_pipeline.clean import read_documents, read_texts
 from data_pipeline.commit import commit_unit
 from data_pipeline.holdout import SPLITS, Holdout
@@ -48,7 +49,9 @@ class TokenStage:
     def key(self, clean: str, dropped: np.ndarray) -> str:
         """Content address of the tokens of the clean unit with that key."""
         copies = hashlib.sha256(dropped.tobytes()).hexdigest()
-        return digest([VERSION, clean, copies, self.holdout.address(), self.tokenizer_sha256])
+        return digest(
+            [VERSION, tokenizer.VERSION, clean, copies, self.holdout.address(), self.tokenizer_sha256]
+        )
 
 
 def kept(documents: np.ndarray, dropped: np.ndarray) -> np.ndarray:
@@ -80,7 +83,7 @@ def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, work: str) ->
     """
 
     def write(folder: Path) -> dict[str, Any]:
-        tokenizer = _tokenizer(stage.tokenizer, stage.tokenizer_sha256)
+        codec = _tokenizer(stage.tokenizer, stage.tokenizer_sha256)
         unit = Path(work, "clean", clean)
         documents = read_documents(unit)
         chosen = kept(documents, dropped)
@@ -90,17 +93,17 @@ def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, work: str) ->
         with ExitStack() as stack:
             files = [stack.enter_context(open(folder / f"{name}.tokens", "xb")) for name in SPLITS]
             for record, text in zip(records, read_texts(unit, chosen)):
-                record[TOKENS] = _write_tokens(files[record[SPLIT]], text, tokenizer)
+                record[TOKENS] = _write_tokens(files[record[SPLIT]], text, codec)
         records.tofile(folder / DOCUMENTS)
         return _sums(records)
 
     return commit_unit(work, "tokens", stage.key(clean, dropped), write)
 
 
-def _write_tokens(file: IO[bytes], text: str, tokenizer: Tokenizer) -> int:
+def _write_tokens(file: IO[bytes], text: str, codec: Tokenizer) -> int:
     """Append [BOS] pieces [EOS]; returns how many."""
-    ids = [tokenizer.bos_id, *tokenizer.encode(text), tokenizer.eos_id]
-    file.write(np.array(ids, dtype=token_dtype(tokenizer.vocab_size)).tobytes())
+    ids = np.concatenate([[codec.bos_id], codec.encode_array(text), [codec.eos_id]])
+    file.write(ids.astype(token_dtype(codec.vocab_size)).tobytes())
     return len(ids)
 
 
@@ -114,9 +117,9 @@ def _sums(records: np.ndarray) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _tokenizer(path: str, sha256: str) -> Tokenizer:
     """The tokenizer, opened once per worker."""
-    tokenizer = Tokenizer.load(path)
-    assert tokenizer.sha256 == sha256, f"{path} changed while the job ran"
-    return tokenizer
+    codec = Tokenizer.load(path)
+    assert codec.sha256 == sha256, f"{path} changed while the job ran"
+    return codec
 
 
 def read_records(folder: Path) -> np.ndarray:

@@ -8,6 +8,8 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
 __all__ = ["HuggingFaceCodec"]
 
 # Usual names in the order they are looked for.
@@ -43,7 +45,7 @@ class HuggingFaceCodec:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         fields = {"bos": bos, "eos": eos, "tokenizer": text}
         self.model = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        self.lossless = self.decode(self.encode(PROBE) + self.encode(PROBE)) == 2 * PROBE
+        self.lossless = self.decode(2 * self.encode(PROBE).tolist()) == 2 * PROBE
 
     def _names(self, bos: str | None, eos: str | None, name: str) -> tuple[str, str]:
         """BOS and EOS: the given ones, else usual ones, else the other."""
@@ -64,15 +66,10 @@ class HuggingFaceCodec:
             )
         return str(bos or eos), str(eos or bos)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids, without BOS or EOS."""
-        return self.encode_batch([text])[0]
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without BOS or EOS."""
-        if max(map(len, texts), default=0) > PART and self.lossless:
-            return [[id_ for part in _parts(text) for id_ in self._encode([part])[0]] for text in texts]
-        return self._encode(texts)
+    def encode(self, text: str) -> np.ndarray:
+        """Token ids, without BOS or EOS: int32 [n]."""
+        parts = _parts(text) if len(text) > PART and self.lossless else [text]
+        return np.array([id_ for part in parts for id_ in self._encode([part])[0]], np.int32)
 
     def _encode(self, texts: Sequence[str]) -> list[list[int]]:
         found = self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
