@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -115,12 +116,14 @@ def _joined(feeds: Sequence[Feed], name: str, work: Path) -> Iterator[Piece]:
 
 
 def _listed(copies: Copies) -> Iterator[Piece]:
-    """The first pairs: unit and position of the document dropped and of the one kept, and the similarity."""
+    """The first pairs: clean unit and position of the one dropped and the one kept, and their similarity."""
+    keys = list(copies.numbers)
+
+    def place(document: int) -> tuple[str, int]:
+        return keys[document >> 32], document & 0xFFFFFFFF
+
     for kind, pairs in (("exact", copies.exact), ("near", copies.near)):
         for pair in pairs[:LISTED]:
-            places = {name: int(pair[name]) for name in ("dropped", "kept")}
-            record = {name: [place >> 32, place & 0xFFFFFFFF] for name, place in places.items()}
-            similarity = round(float(pair["similarity"]), 4)
-            yield (
-                json.dumps(record | {"kind": kind, "similarity": similarity}, sort_keys=True).encode() + b"\n"
-            )
+            record: dict[str, Any] = {name: place(int(pair[name])) for name in ("dropped", "kept")}
+            record |= {"kind": kind, "similarity": round(float(pair["similarity"]), 4)}
+            yield json.dumps(record, sort_keys=True).encode() + b"\n"

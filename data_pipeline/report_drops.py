@@ -16,7 +16,6 @@ from data_pipeline.commit import unit_folder
 from data_pipeline.config import FilterConfig
 from data_pipeline.filters import Filters
 from data_pipeline.manifest import Manifest
-from trellis_dist.files import read_json
 from trellis_dist.report import Report
 
 __all__ = ["COPIES", "beginning", "count_dropped", "write_dropped"]
@@ -142,12 +141,10 @@ def _similarities(page: Report, values: Sequence[float]) -> None:
     page.bar_chart(f"Similarity of the first {len(values):,} near duplicates to what was kept", bars)
 
 
-def _text_of(directory: Path, place: tuple[int, int]) -> str | None:
-    """Text of document [unit, position]; None where it lies too deep in its unit, or is not there."""
-    unit, position = place
-    # The list that numbers the units was written by the last search for copies.
-    plan = max((directory / "work" / "plans").glob("*.json"), key=lambda path: path.stat().st_mtime_ns)
-    folder = unit_folder(directory / "work", "clean", read_json(plan)[unit])
+def _text_of(directory: Path, place: tuple[str, int]) -> str | None:
+    """Text of document [key of its clean unit, position]; None where it lies too deep in its unit."""
+    key, position = place
+    folder = unit_folder(directory / "work", "clean", key)
     sizes = read_documents(folder)["bytes"]
     if sizes[:position].sum() > PAIR_DEPTH:
         return None

@@ -27,8 +27,16 @@ def read_layers(reference: str) -> dict[str, Any]:
     """
     table: dict[str, Any] = {}
     for part in _parts(reference):
-        merge(table, _read(_find(part, beside=None), seen=()))
+        _lay(table, _read(_find(part, beside=None), seen=()))
     return table
+
+
+def _lay(table: dict[str, Any], layer: Mapping[str, Any]) -> None:
+    """`merge`, but a mixture replaces a single source, and a source a mixture: a recipe has one of them."""
+    for given, other in (("mixture", "source"), ("source", "mixture")):
+        if layer.get("data", {}).get(given):
+            table.get("data", {}).pop(other, None)
+    merge(table, layer)
 
 
 def _parts(reference: str) -> Iterator[str]:
@@ -91,8 +99,8 @@ def _read(path: Path, *, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ValueError(f"recipe {path}: extends = {bases!r}: write a list of recipe names or paths")
     table: dict[str, Any] = {}
     for base in bases:
-        merge(table, _read(_find(base, beside=path.parent), seen=(*seen, path)))
-    merge(table, own)
+        _lay(table, _read(_find(base, beside=path.parent), seen=(*seen, path)))
+    _lay(table, own)
     return table
 
 
