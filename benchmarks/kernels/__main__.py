@@ -85,7 +85,7 @@ def _identity(part: str, settings: dict[str, Any]) -> dict[str, Any]:
         "part": part,
         "machine": machine(),
         "versions": known,
-        "source": source_digest(),
+        "source": source_digest("kernels", "benchmarks/kernels"),
         "settings": settings,
     }
 

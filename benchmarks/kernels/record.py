@@ -126,10 +126,10 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
-def source_digest() -> str:
+def source_digest(*rooms: str) -> str:
     """SHA-256 over the sources that are measured and that measure: results of two versions never mix."""
     digest = hashlib.sha256()
-    for room in ("kernels", "benchmarks/kernels"):
+    for room in rooms:
         for path in sorted((ROOT / room).rglob("*")):
             if path.suffix in (".py", ".json"):
                 digest.update(path.relative_to(ROOT).as_posix().encode() + b"\0" + path.read_bytes())
