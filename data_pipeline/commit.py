@@ -18,7 +18,7 @@ from trellis_dist.files import REAL, commit_directory, read_json, remove_tempora
 
 __all__ = ["STAGES", "clear_attempts", "commit_unit", "read_unit", "read_units", "unit_folder"]
 
-STAGES = ("clean", "exact", "near", "tokens")
+STAGES = ("fetch", "clean", "exact", "near", "tokens")
 ENTRY, HASHES = "unit.json", "sha256"
 
 

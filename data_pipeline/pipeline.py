@@ -1,9 +1,10 @@
 """The stages of `prepare`, in order; each re-uses what is committed.
 
-    plan -> clean -> duplicates -> hold out -> tokenizer -> tokens -> shards -> row index -> manifest, report
+    plan -> fetch -> clean -> duplicates -> hold out -> tokenizer -> tokens -> shards -> row index -> report
 
 A source with a budget opens as many units as it needs: the stages before "shards" are repeated with more
-units until the budget is filled or the source is at its end. How many that takes depends on the text alone.
+units until the budget is filled or the source is at its end. How many that takes depends on the text alone:
+of a streamed source more may have been fetched than is opened, which is nothing but a cache.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from data_pipeline.clean import QUARANTINE, CleanStage, clean_unit, read_documen
 from data_pipeline.commit import read_unit, unit_folder
 from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.dedup import Partition, dropped_positions, partitions, read_pairs, run_partition
+from data_pipeline.fetch import Fetched, Want, fetch, plan_stream
 from data_pipeline.holdout import SPLITS, Holdout, choose_holdout
 from data_pipeline.merge import Taken
 from data_pipeline.progress import Bar
@@ -45,6 +47,9 @@ __all__ = [
 # Text opened for a budget of one token, in bytes: about what a token of 32,000 pieces holds. Too little opens
 # more in a second round, too much cleans text for nothing.
 BYTES_PER_TOKEN = 4.5
+# Fetched for each byte that is missing, so that one round does; and at most for each that is there, however
+# much of it was dropped.
+FETCH_MORE, FETCH_MOST = 1.2, 4.0
 
 
 @dataclass
@@ -53,11 +58,12 @@ class Feed:
 
     Attributes:
         name, source: as in the recipe.
-        units: all there are, in order.
+        units: all there are, in order; of a streamed source as many as are fetched.
         stage: what "clean" does.
         cleaned: the clean units; its leading ones are open.
         keys: number -> key of the clean units.
         tokenised: the token units of the leading clean units.
+        fetched: what is here of a streamed source.
     """
 
     name: str
@@ -67,6 +73,12 @@ class Feed:
     cleaned: Lead
     keys: dict[int, str] = field(default_factory=dict)
     tokenised: Lead = field(default_factory=lambda: Lead({}, _token_sums))
+    fetched: Fetched | None = None
+
+    @property
+    def unfetched(self) -> bool:
+        """Whether the source has parts that are not among the units."""
+        return self.fetched is not None and bool(self.fetched.missing)
 
     @property
     def open_keys(self) -> list[str]:
@@ -117,13 +129,49 @@ def plan_feeds(config: DataConfig, *, ngrams: Path | None, ngrams_sha256: str | 
             limits["bytes"] = source.max_tokens * BYTES_PER_TOKEN
         if source.max_documents is not None:
             limits["documents"] = source.max_documents
-        units = plan_units(source, config.unit_bytes)
-        feeds.append(Feed(name, source, units, stage, Lead(limits, _clean_sums)))
+        feed = Feed(name, source, [], stage, Lead(limits, _clean_sums))
+        if source.kind == "huggingface":
+            feed.fetched = Fetched(plan_stream(source, config.unit_bytes))
+        else:
+            feed.units = plan_units(source, config.unit_bytes)
+        feeds.append(feed)
     return feeds
 
 
 def clean(feeds: Sequence[Feed], run: Run) -> None:
-    """Clean as many units of each source as it opens."""
+    """Clean as many units of each source as it opens, and fetch them where it is streamed."""
+    while True:
+        hungry = [feed for feed in feeds if _hungry(feed)]
+        if wants := [_wanted(feed, feed.fetched, run.work) for feed in hungry if feed.fetched]:
+            fetch(wants, run)
+        for feed in feeds:
+            if feed.fetched:
+                feed.units = feed.fetched.units(run.work)
+        _clean_units([feed for feed in feeds if not feed.cleaned.full], run)
+        if not any(map(_hungry, feeds)):
+            return
+
+
+def _hungry(feed: Feed) -> bool:
+    """Whether all that is fetched is cleaned, and not enough."""
+    return feed.unfetched and not feed.cleaned.full and feed.cleaned.count == len(feed.units)
+
+
+def _wanted(feed: Feed, fetched: Fetched, work: Path) -> Want:
+    """What is missing in the lead, and more as a share of the text is dropped."""
+    limits, before = {}, fetched.sums()
+    for name, limit in feed.cleaned.limits.items():
+        kept = feed.cleaned.sums.get(name, 0)
+        limits[name] = (limit - kept) * FETCH_MORE
+        if before[name]:
+            most = FETCH_MOST * before[name]
+            limits[name] = min(most, limits[name] * before[name] / kept) if kept else most
+    return Want(fetched, limits, work)
+
+
+def _clean_units(feeds: Sequence[Feed], run: Run) -> None:
+    if not feeds:
+        return
 
     def line(feed: Feed) -> Line:
         def known(index: int) -> tuple[int, tuple[Any, ...], dict[str, Any] | None]:
@@ -218,7 +266,9 @@ def open_more(feeds: Sequence[Feed]) -> bool:
     short = [
         feed
         for feed in feeds
-        if feed.budget and not feed.tokenised.full and feed.cleaned.count < len(feed.units)
+        if feed.budget
+        and not feed.tokenised.full
+        and (feed.unfetched or feed.cleaned.count < len(feed.units))
     ]
     for feed in short:
         got = max(feed.tokenised.sums.get(name, 0) / limit for name, limit in feed.budget.items())

@@ -1,4 +1,4 @@
-"""Readers: one input (a file, a range of one, a topic, a streamed data set) to documents.
+"""Readers: one input (a file, a range of one, a topic, a part of a streamed data set) to documents.
 
 They never raise on bad text: a record that cannot be a document is yielded as `Quarantined` with file, offset
 and reason, and reading goes on.
@@ -18,11 +18,21 @@ from typing import IO, Any
 
 from data_pipeline.config import SourceConfig
 
-__all__ = ["Document", "Item", "Quarantined", "load_streaming", "open_parquet", "read_item", "skip_line"]
+__all__ = [
+    "Document",
+    "Item",
+    "Quarantined",
+    "checked",
+    "load_streaming",
+    "open_parquet",
+    "read_item",
+    "skip_line",
+]
 
 # A compressed file that expands beyond this ratio (and beyond a size where ratios mean something) is a bomb.
 MAX_EXPANSION, EXPANSION_FLOOR = 200, 64 * 2**20
 PARQUET_ROWS = 256
+READ_BLOCK = 1 << 20
 # The marks stand within this many bytes of a book's beginning and end.
 GUTENBERG_SPAN = 1 << 16
 GUTENBERG_START = re.compile(rb"\*\*\* ?START OF TH(E|IS) PROJECT GUTENBERG EBOOK[^\n]*\n\s*", re.IGNORECASE)
@@ -59,14 +69,14 @@ class Item:
     """One input of a work unit.
 
     Attributes:
-        reader: "text", "jsonl", "parquet", "topic" or "huggingface".
+        reader: "text", "jsonl", "parquet", "topic" or "part" (of a streamed data set, fetch.py).
         name: what the user sees: path relative to the corpus, topic, data set.
         source: label of its documents.
         path: where it lies on this machine; no part of the content address.
-        content: hash of the bytes that are read (content.py), part of the content address.
-        start, stop: bytes of a .txt or .jsonl file (whole lines), row groups of a .parquet, a data set's
-            shard and their count.
-        size: input bytes, for grouping and progress; 0 when unknown.
+        content: hash of the bytes that are read (content.py), or a part's own address; part of the content
+            address.
+        start, stop: bytes of a .txt or .jsonl file (whole lines), row groups of a .parquet, rows of a part.
+        size: input bytes, for grouping and progress; of a part, bytes of text.
     """
 
     reader: str
@@ -94,11 +104,12 @@ def read_item(item: Item, source: SourceConfig) -> Iterator[Document | Quarantin
         "jsonl": _read_jsonl,
         "parquet": _read_parquet,
         "topic": _read_topic,
-        "huggingface": _read_huggingface,
+        "part": _read_part,
     }[item.reader](item, source)
 
 
-def _checked(item: Item, text: object, offset: int, source: SourceConfig) -> Document | Quarantined:
+def checked(item: Item, text: object, offset: int, source: SourceConfig) -> Document | Quarantined:
+    """A record's text as a document of `item`, or why it can be none."""
     if not isinstance(text, str):
         return Quarantined(item.name, offset, f"field {source.text_column!r} is missing or no text")
     try:
@@ -124,7 +135,7 @@ def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quaranti
         data = file.read(max(0, size))
     for part in _cut(data, source.text_document_bytes):
         try:
-            yield _checked(item, part.decode(), offset, source)
+            yield checked(item, part.decode(), offset, source)
         except UnicodeDecodeError as error:
             yield Quarantined(item.name, offset + error.start, f"not UTF-8 ({error.reason})")
         offset += len(part)
@@ -259,7 +270,7 @@ def _parse_line(item: Item, line: bytes, offset: int, source: SourceConfig) -> D
     except (ValueError, RecursionError) as error:
         return Quarantined(item.name, offset, f"not JSON ({error})")
     text = record.get(source.text_column) if isinstance(record, dict) else None
-    return _checked(item, text, offset, source)
+    return checked(item, text, offset, source)
 
 
 def open_parquet(path: str) -> Any:
@@ -293,7 +304,7 @@ def _read_parquet(item: Item, source: SourceConfig) -> Iterator[Document | Quara
         for batch in file.iter_batches(PARQUET_ROWS, row_groups=groups, columns=[source.text_column]):
             for value in batch.column(0):
                 try:
-                    yield _checked(item, value.as_py(), row, source)
+                    yield checked(item, value.as_py(), row, source)
                 except UnicodeDecodeError as error:
                     yield Quarantined(item.name, row, f"not UTF-8 ({error.reason})")
                 row += 1
@@ -306,22 +317,35 @@ def _read_parquet(item: Item, source: SourceConfig) -> Iterator[Document | Quara
 def _read_topic(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
     from pydoc_data.topics import topics
 
-    yield _checked(item, topics.get(item.path), 0, source)
+    yield checked(item, topics.get(item.path), 0, source)
 
 
-def _read_huggingface(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
-    stream = load_streaming(source)
-    if item.stop > 1:
-        stream = stream.shard(num_shards=item.stop, index=item.start)
-    for row, record in enumerate(stream):
-        yield _checked(item, record.get(source.text_column), row, source)
+def _read_part(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+    """What `fetch` has written and checked already: damage here is the disk's, and nothing to quarantine."""
+    import zstandard
+
+    row = item.start
+    try:
+        with open(item.path, "rb") as file, zstandard.ZstdDecompressor().stream_reader(file) as stream:
+            for line in io.BufferedReader(stream, READ_BLOCK):
+                record = json.loads(line)
+                if "text" in record:
+                    yield Document(record["text"], item.source, item.name, record["row"])
+                else:
+                    yield Quarantined(item.name, record["row"], record["reason"])
+                row += 1
+    except (zstandard.ZstdError, ValueError, KeyError) as error:
+        raise OSError(f"{item.path} is damaged ({error}): run prepare again") from error
+    if row != item.stop:
+        raise OSError(f"{item.path} is damaged (row {row} of {item.stop} is missing): run prepare again")
 
 
 def load_streaming(source: SourceConfig) -> Any:
     """The data set as a streaming ``datasets.IterableDataset``; nothing from the repository is executed.
 
     Raises:
-        ValueError: no such data set, subset, split or revision, or no text column; the message says which.
+        ValueError: no such data set, subset, split or revision, no network, or no text column; the message
+            says which.
     """
     import datasets
 
@@ -330,8 +354,8 @@ def load_streaming(source: SourceConfig) -> Any:
         stream = datasets.load_dataset(
             source.name, source.subset, split=source.split, revision=source.revision, streaming=True
         )
-    except (ValueError, RuntimeError, OSError) as error:
-        reason = re.sub(r"\s+", " ", str(error))
+    except Exception as error:  # its file systems and readers have a hundred kinds
+        reason = re.sub(r"\s+", " ", str(error)).strip() or type(error).__name__
         raise ValueError(f"data.source: cannot open data set {named}: {reason}") from error
     if stream.column_names is not None and source.text_column not in stream.column_names:
         columns = ", ".join(stream.column_names)

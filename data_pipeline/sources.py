@@ -17,8 +17,8 @@ from pathlib import Path
 
 from data_pipeline.config import SourceConfig
 from data_pipeline.content import content_of
-from data_pipeline.readers import Item, load_streaming, open_parquet, skip_line
-from trellis_dist.files import digest, sha256_file
+from data_pipeline.readers import Item, open_parquet, skip_line
+from trellis_dist.files import digest
 
 __all__ = ["Unit", "describe", "listing", "plan_units"]
 
@@ -39,7 +39,6 @@ STDLIB_LOCAL = ("_sysconfigdata", "sitecustomize", "usercustomize", "config-")
 REMEDIES = {
     "stdlib": "install all of Python (on Debian: libpython3-stdlib), or name a corpus with data.source.path",
     "path": "put text into the files at data.source.path, or name others",
-    "huggingface": "choose a data.source.name, subset and split that holds rows",
 }
 # A .txt file without a newline for this long is cut at a character.
 LONGEST_LINE = 2**20
@@ -65,7 +64,7 @@ class Unit:
 
     @property
     def size(self) -> int:
-        """Input bytes; 0 when unknown."""
+        """Input bytes."""
         return sum(item.size for item in self.items)
 
     @property
@@ -78,10 +77,12 @@ class Unit:
 def plan_units(source: SourceConfig, unit_bytes: int) -> list[Unit]:
     """The corpus as work units of about `unit_bytes` input bytes, in corpus order.
 
+    For the kinds "stdlib" and "path"; the units of a streamed data set are its parts (fetch.py).
+
     Raises:
         ValueError: the corpus is missing or holds nothing that can be read; the message has the remedy.
     """
-    items = {"stdlib": _stdlib_items, "path": _path_items, "huggingface": _huggingface_items}[source.kind]
+    items = {"stdlib": _stdlib_items, "path": _path_items}[source.kind]
     units = [Unit(tuple(group)) for group in _group(items(source, unit_bytes), unit_bytes)]
     if not units:
         raise ValueError(f"data.source: the {source.kind} corpus is empty: {REMEDIES[source.kind]}")
@@ -92,11 +93,11 @@ def _group(items: Iterator[Item], unit_bytes: int) -> Iterator[list[Item]]:
     group: list[Item] = []
     size = 0
     for item in items:
-        if group and (size + item.size > unit_bytes or item.size == 0):
+        if group and size + item.size > unit_bytes:
             yield group
             group, size = [], 0
         group.append(item)
-        size += item.size or unit_bytes
+        size += item.size
     if group:
         yield group
 
@@ -247,16 +248,3 @@ def _line_ranges(path: Path, size: int, unit_bytes: int, *, longest: int) -> Ite
                     stop += 1
             yield start, stop, stop - start
             start = stop
-
-
-def _huggingface_items(source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
-    stream = load_streaming(source)
-    # Files of the Hub carry their revision in their address; local ones are hashed.
-    files = getattr(getattr(stream, "_ex_iterable", None), "kwargs", {}).get("base_files", [])
-    hashes = [sha256_file(Path(file)) if Path(str(file)).is_file() else str(file) for file in files]
-    content = digest([source.name, source.subset, source.revision, source.split, hashes])
-    for index in range(stream.num_shards):
-        name = f"{source.name}[{index}]"
-        yield Item(
-            "huggingface", name, "huggingface", source.name or "", content, index, stream.num_shards, 0
-        )

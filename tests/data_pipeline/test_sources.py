@@ -1,12 +1,10 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -88,14 +86,6 @@ def test_what_the_build_of_python_wrote_is_left_out(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
     names = [item.name for unit in plan_units(SourceConfig(), 2**20) for item in unit.items]
     assert [name for name in names if not name.startswith("topic ")] == ["json/decoder.py"]
-
-
-def test_the_remedy_for_an_empty_corpus_fits_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "load_streaming", lambda source: SimpleNamespace(num_shards=0))
-    with pytest.raises(
-        ValueError, match=r"the huggingface corpus is empty: choose a data\.source\.name, subset"
-    ):
-        plan_units(SourceConfig(kind="huggingface", name="nothing"), 1)
 
 
 def test_every_kind_of_file_is_read_in_one_order(corpus: Path) -> None:
@@ -282,22 +272,3 @@ def test_the_listing_follows_names_sizes_and_times(tmp_path: Path) -> None:
     (tmp_path / "b.txt").write_text("two")
     assert len({first, second, listing(source)}) == 3
     assert listing(replace(source, path=str(tmp_path / "gone"))) is None
-
-
-def test_a_hugging_face_data_set_is_streamed_by_shard(tmp_path: Path) -> None:
-    for part in range(3):
-        (tmp_path / f"part{part}.jsonl").write_text("".join(rows(range(part * 4, part * 4 + 4))))
-    source = SourceConfig(kind="huggingface", name=str(tmp_path))
-    units = plan_units(source, 1)
-    assert len(units) == 3
-    assert addresses_of(units) == addresses_of(plan_units(source, 1))
-    found = [found for unit in units for found in unit_documents(unit, source)]
-    assert texts(found) == [prose(seed) for seed in range(12)]
-
-
-def test_a_hugging_face_data_set_that_cannot_be_opened_is_named(tmp_path: Path) -> None:
-    (tmp_path / "part.jsonl").write_text(json.dumps({"body": "x"}) + "\n")
-    with pytest.raises(ValueError, match=r"text_column = 'text': .* has body"):
-        plan_units(SourceConfig(kind="huggingface", name=str(tmp_path)), 1)
-    with pytest.raises(ValueError, match=r"cannot open data set .*split nothing"):
-        plan_units(SourceConfig(kind="huggingface", name=str(tmp_path), split="nothing"), 1)
