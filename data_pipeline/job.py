@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import clean, dedup, filters, merge, normalize, pipeline, tokenise, tokenizer
+from data_pipeline import clean, dedup, fetch, filters, merge, normalize, pipeline, tokenise, tokenizer
 from data_pipeline.account import account_for
 from data_pipeline.commit import clear_attempts
 from data_pipeline.config import CORPUS, DataConfig
@@ -50,7 +50,7 @@ from trellis_dist.files import digest, remove_temporaries, sha256_file, write_js
 __all__ = ["config_digest", "prepare"]
 
 # Of the code that decides the shards' bytes.
-VERSIONS = [part.VERSION for part in (clean, dedup, filters, merge, normalize, tokenise, tokenizer)]
+VERSIONS = [part.VERSION for part in (fetch, normalize, filters, clean, dedup, tokenizer, tokenise, merge)]
 
 
 def prepare(

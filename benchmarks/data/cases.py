@@ -16,6 +16,7 @@ from benchmarks.data.loader import measure_loader
 from benchmarks.data.rivals import bare_encoding, documents_of, straightforward_script
 from benchmarks.data.watch import PeakMemory
 from benchmarks.kernels.record import Case
+from data_pipeline.commit import STAGES
 from data_pipeline.config import (
     DataConfig,
     DecontaminateConfig,
@@ -59,7 +60,7 @@ class Plan:
     """
 
     bpe_bytes: int = 10**9
-    unigram_bytes: int = 26 * 10**8
+    unigram_bytes: int = 24 * 10**8
     stages_bytes: int = 10**9
     document_bytes: int = 8192
     unit_bytes: int = 8 * 2**20
@@ -148,10 +149,10 @@ def _tokens(made: Manifest) -> int:
 
 
 def _disk(directory: Path) -> dict[str, int]:
-    """Bytes on disk of the shards, and of each folder of work/."""
+    """Bytes on disk of the shards, and of each folder of work/ that holds text or tokens."""
     found = {"shards": sum(path.stat().st_size for path in directory.glob("*.bin"))}
-    for stage in (directory / "work").iterdir():
-        found[stage.name] = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
+    for stage in (directory / "work" / name for name in STAGES):
+        found[f"work/{stage.name}"] = sum(path.stat().st_size for path in stage.rglob("*") if path.is_file())
     return found
 
 

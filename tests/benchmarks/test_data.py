@@ -129,5 +129,5 @@ def test_without_books_the_remedy_is_one_line(tmp_path: Path, capsys: pytest.Cap
     assert "--books FOLDER is needed" in capsys.readouterr().err
     with pytest.raises(ValueError, match=r"no \.txt books: give a folder"):
         book_words(tmp_path)
-    assert [case.name for case in all_cases(Bench(SMALL, tmp_path, None, tmp_path))][0] == "encode bpe"
+    assert all_cases(Bench(SMALL, tmp_path, None, tmp_path))[0].name == "encode bpe"
     assert "| what | measured |" in render({"cases": {}})

@@ -187,7 +187,7 @@ def test_a_corrupt_shard_is_named_by_doctor_and_by_train(
     content = bytearray(shard.read_bytes())
     content[5] ^= 1
     shard.write_bytes(content)
-    examined = trellis("doctor", "damaged", cwd=folder)
+    examined = trellis("doctor", "damaged", "--check", cwd=folder)
     assert examined.returncode == 1
     assert shard.name in examined.stdout
     changed = [*options(folder), "--dataset-dir", str(folder / "damaged"), "--run-dir", str(folder / "other")]
