@@ -9,9 +9,6 @@ import numpy as np
 __all__ = ["SPLITS", "Holdout", "choose_holdout"]
 
 SPLITS = ("train", "validation", "test")
-# A corpus of up to this many bytes gets a held-out document even if the fraction would give none. Beyond it
-# there are hashes enough.
-SMALL = 64 * 2**20
 ALL = 1 << 64
 
 
@@ -39,24 +36,21 @@ class Holdout:
         return found
 
 
-def choose_holdout(hashes: np.ndarray, size: int, *, validation: float, test: float) -> Holdout:
+def choose_holdout(hashes: np.ndarray, size: int = 0, *, validation: float, test: float) -> Holdout:
     """Thresholds that hold out about these shares of the documents.
 
-    In a small corpus at least one document is held out for each share above 0, and one is left to train on.
+    Where the shares give no document, as in a small corpus, one is held out for each share above 0, and one
+    is left to train on. Else the thresholds follow from the shares alone.
 
     Args:
         hashes: uint64 [n], of all documents kept.
-        size: their bytes.
-        validation, test: shares.
+        size: not looked at: sixty novels are many bytes and few documents.
+        validation, test: shares, each below 0.5.
 
     Raises:
         ValueError: the corpus is too small for that.
     """
-    first = int(validation * ALL)
-    second = first + int(test * ALL)
-    if size > SMALL:
-        return Holdout(first, second)
-    found = [int(value) for value in np.unique(hashes)]
+    found = np.unique(hashes)
     needed = 2 + (test > 0)
     if len(found) < needed:
         raise ValueError(
@@ -64,9 +58,12 @@ def choose_holdout(hashes: np.ndarray, size: int, *, validation: float, test: fl
             f"out and it needs {needed}: add documents, or cut a long .txt file with "
             "data.source.text_document_bytes = 65536"
         )
+    first = int(validation * ALL)
+    second = first + int(test * ALL)
+    lowest, highest = int(found[0]), int(found[-1])
     if test == 0:
-        first = min(max(first, found[0] + 1), found[-1])
+        first = min(max(first, lowest + 1), highest)
         return Holdout(first, first)
-    first = min(max(first, found[0] + 1), found[-2])
-    after = next(value for value in found if value >= first)
-    return Holdout(first, min(max(second, after + 1), found[-1]))
+    first = min(max(first, lowest + 1), int(found[-2]))
+    after = int(found[np.searchsorted(found, np.uint64(first))])
+    return Holdout(first, min(max(second, after + 1), highest))
