@@ -80,9 +80,9 @@ def _ordered(steps: Sums) -> Sums:
 
 
 def _count_dropped(steps: Sums, feed: Feed, copies: Copies, work: Path) -> None:
-    for key in feed.open_keys:
+    for index, key in enumerate(feed.open_keys):
         documents = read_documents(unit_folder(work, "clean", key))
-        exact, near = copies.of(key)
+        exact, near = copies.of(feed.first + index)
         dropped = np.concatenate([exact, near])
         clean = kept(documents, dropped)
         dirty = documents["dirty"] != 0
@@ -117,10 +117,9 @@ def _joined(feeds: Sequence[Feed], name: str, work: Path) -> Iterator[Piece]:
 
 def _listed(copies: Copies) -> Iterator[Piece]:
     """The first pairs: clean unit and position of the one dropped and the one kept, and their similarity."""
-    keys = list(copies.numbers)
 
     def place(document: int) -> tuple[str, int]:
-        return keys[document >> 32], document & 0xFFFFFFFF
+        return copies.keys[document >> 32], document & 0xFFFFFFFF
 
     for kind, pairs in (("exact", copies.exact), ("near", copies.near)):
         for pair in pairs[:LISTED]:

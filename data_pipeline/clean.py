@@ -31,7 +31,7 @@ from typing import IO, Any
 import numpy as np
 
 from data_pipeline import decontaminate, filters, language, normalize, signatures
-from data_pipeline.commit import commit_unit
+from data_pipeline.commit import check_key, commit_unit, versions
 from data_pipeline.config import DedupConfig, FilterConfig, NormalizeConfig, SourceConfig
 from data_pipeline.content import check_unchanged
 from data_pipeline.decontaminate import EvaluationNgrams
@@ -59,7 +59,7 @@ DOCUMENT = np.dtype([("hash", "<u8"), ("hash2", "<u8"), ("bytes", "<u8"), ("labe
 EXACT = np.dtype([("hash", "<u8"), ("hash2", "<u8"), ("position", "<u4")])
 BAND = np.dtype([("key", "<u8"), ("position", "<u4")])
 # Documents whose MinHash values are computed together.
-BATCH = 256
+BATCH, BATCH_BYTES = 256, 8 * 2**20
 # Dropped documents kept per filter, and characters of each.
 EXAMPLES, EXAMPLE_CHARACTERS = 2, 400
 READ_BLOCK = 1 << 20
@@ -89,12 +89,13 @@ class CleanStage:
     def key(self, unit: Unit) -> str:
         """The unit's content address."""
         source = self.source
-        read = [source.text_column, source.max_documents, source.max_document_bytes]
+        read = [source.text_column, source.max_document_bytes]
         read += [source.text_document_bytes, source.strip_gutenberg]
         rules = [asdict(self.normalize), asdict(self.filters), self._fingerprints(), self.ngrams_sha256]
         rules += [language.language_version()] if self.filters.languages else []
-        versions = [VERSION, normalize.VERSION, filters.VERSION, decontaminate.VERSION]
-        return digest([versions, unit.inputs, read, rules])
+        own = [VERSION, normalize.VERSION, filters.VERSION, decontaminate.VERSION]
+        packages = versions("ftfy") if self.normalize.mojibake else versions()
+        return digest([own, packages, unit.inputs, read, rules])
 
     def _fingerprints(self) -> list[Any]:
         if self.dedup.similarity is None:
@@ -103,8 +104,14 @@ class CleanStage:
         return [signatures.signature_version(), *own]
 
 
-def clean_unit(unit: Unit, stage: CleanStage, work: str) -> dict[str, Any]:
+def clean_unit(unit: Unit, stage: CleanStage, key: str, work: str) -> dict[str, Any]:
     """Make and commit one unit, unless it is committed already.
+
+    Args:
+        unit: its inputs, sealed.
+        stage: what to do with them.
+        key: its content address, as the driver has it.
+        work: the data set's work folder, shared by all workers.
 
     Returns:
         unit.json: ``labels``, and ``counts``: per label, per step ("read", "filter: RULE", "kept"),
@@ -112,7 +119,9 @@ def clean_unit(unit: Unit, stage: CleanStage, work: str) -> dict[str, Any]:
 
     Raises:
         OSError: an input changed or vanished, or the disk is full; nothing is committed then.
+        RuntimeError: this node is not like the driver's.
     """
+    check_key(stage.key(unit), key)
 
     def write(folder: Path) -> dict[str, Any]:
         with ExitStack() as stack:
@@ -120,14 +129,12 @@ def clean_unit(unit: Unit, stage: CleanStage, work: str) -> dict[str, Any]:
             for item in unit.items:
                 for found in read_item(item, stage.source):
                     pass_.take(found)
-                    if pass_.full:
-                        break
             pass_.sign()
         summary = pass_.finish()
         check_unchanged(unit.items)
         return summary
 
-    return commit_unit(work, "clean", stage.key(unit), write)
+    return commit_unit(work, "clean", key, write)
 
 
 @dataclass
@@ -142,6 +149,7 @@ class _Pass:
     documents: list[tuple[int, ...]] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
     examples: dict[str, int] = field(default_factory=dict)
+    waiting: int = 0
     quarantined: int = 0
     contaminated: int = 0
 
@@ -154,19 +162,12 @@ class _Pass:
         compressor = zstandard.ZstdCompressor(level=1)
         self.text = self.stack.enter_context(compressor.stream_writer(self._open(TEXT)))
         self.filters = Filters(self.stage.filters)
-        limit = self.stage.source.max_documents
-        # A budget of documents need not read a whole unit; half of them may yet turn out to be copies.
-        self.limit = None if limit is None else 2 * limit + 1000
         self.ngrams = None
         if self.stage.ngrams is not None:
             self.ngrams = _ngrams(self.stage.ngrams, str(self.stage.ngrams_sha256))
 
     def _open(self, name: str) -> IO[bytes]:
         return self.stack.enter_context(open(self.folder / name, "xb"))
-
-    @property
-    def full(self) -> bool:
-        return self.limit is not None and len(self.documents) >= self.limit
 
     def take(self, found: Document | Quarantined) -> None:
         if isinstance(found, Quarantined):
@@ -197,7 +198,8 @@ class _Pass:
         self.text.write(data)
         if "signatures" in self.files:
             self.texts.append(text)
-            if len(self.texts) == BATCH:
+            self.waiting += len(data)
+            if len(self.texts) == BATCH or self.waiting > BATCH_BYTES:
                 self.sign()
 
     def _contamination(self, found: Document, text: str) -> bool:
@@ -217,6 +219,7 @@ class _Pass:
         self.files["signatures"].write(np.ascontiguousarray(found, "<u4").tobytes())
         self.files["bands.raw"].write(signatures.band_keys(found, self.stage.dedup.bands).tobytes())
         self.texts.clear()
+        self.waiting = 0
 
     def _count(self, label: str, step: str, size: int) -> None:
         sums = self.counts.setdefault(label, {}).setdefault(step, [0, 0])

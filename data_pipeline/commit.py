@@ -8,23 +8,60 @@ the same bytes. That is all there is to it: no journal, no locks between workers
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import platform
+import re
+import sys
+import unicodedata
+from collections.abc import Callable, Iterable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from trellis_dist.files import REAL, commit_directory, read_json, remove_temporaries, sha256_file, write_json
 
-__all__ = ["STAGES", "clear_attempts", "commit_unit", "read_unit", "read_units", "unit_folder"]
+__all__ = [
+    "STAGES",
+    "check_key",
+    "clear_attempts",
+    "commit_unit",
+    "read_unit",
+    "unit_folder",
+    "versions",
+    "whole_unit",
+]
 
-STAGES = ("fetch", "clean", "exact", "near", "tokens")
+STAGES = ("fetch", "ngrams", "clean", "exact", "near", "tokenizer", "tokens")
 ENTRY, HASHES = "unit.json", "sha256"
+KEY = re.compile(r"[0-9a-f]{64}")
+TRASH = ".attempts-"
 
 
 def unit_folder(work: Path | str, stage: str, key: str) -> Path:
-    """Where the unit of that key is, or will be."""
+    """Where the unit of that key is, or will be. Raises ValueError: the key is no hash."""
+    if not KEY.fullmatch(key):
+        raise ValueError(f"{key!r} is no key of a work unit")
     return Path(work, stage, key)
+
+
+def versions(*packages: str) -> list[str]:
+    """Versions of what decides a unit's output beside our own code; Python's Unicode tables always count."""
+    found = [f"Python {sys.version_info[0]}.{sys.version_info[1]}", unicodedata.unidata_version]
+    return found + [f"{package} {metadata.version(package)}" for package in packages]
+
+
+def check_key(own: str, expected: str) -> None:
+    """Refuse to make a unit where its address comes out another one than the driver's.
+
+    Raises:
+        RuntimeError: this node's packages or code differ.
+    """
+    if own != expected:
+        raise RuntimeError(
+            f"node {platform.node()} has another Python, other packages or other code than the driver: give "
+            "all nodes of the cluster one environment"
+        )
 
 
 def commit_unit(
@@ -73,34 +110,50 @@ def _settle(attempt: Path, final: Path) -> None:
 
 
 def read_unit(folder: Path) -> dict[str, Any] | None:
-    """Summary of a committed unit whose files match their hashes; otherwise None, the folder removed."""
+    """Summary of a committed unit whose files match their hashes; otherwise None, the folder removed.
+
+    Raises:
+        OSError: it cannot be read now, which says nothing about what it holds: it stays.
+    """
     if not folder.is_dir():
         return None
+    entry = whole_unit(folder)
+    if entry is None:
+        REAL.remove_tree(folder)
+    return entry
+
+
+def whole_unit(folder: Path) -> dict[str, Any] | None:
+    """Summary of a committed unit, or None where a file is missing or is not what was committed.
+
+    Raises:
+        OSError: it cannot be read now.
+    """
     try:
         entry = read_json(folder / ENTRY)
-        if all(sha256_file(folder / name) == known for name, known in entry[HASHES].items()):
-            return entry  # type: ignore[no-any-return]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        pass
-    REAL.remove_tree(folder)
-    return None
-
-
-def read_units(folders: Sequence[Path], *, threads: int) -> list[dict[str, Any] | None]:
-    """`read_unit` of each; hashing leaves the interpreter's lock, so threads share the work."""
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        return list(pool.map(read_unit, folders))
+        whole = all(sha256_file(folder / name) == known for name, known in entry[HASHES].items())
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    return entry if whole else None
 
 
 def clear_attempts(work: Path, folders: Iterable[Path] = ()) -> None:
     """Make the work folders; what killed runs left half done goes, what was committed stays.
 
+    A worker that outlived its driver may still be writing: its attempt is moved away whole before anything in
+    it is removed, so that it can be committed whole or not at all.
+
     Args:
-        work: the work folder, nobody working in it.
+        work: the work folder.
         folders: others in which `atomic_write` may have left temporary files.
     """
-    REAL.remove_tree(work / "attempts")
-    for name in ("attempts", "tokenizers", "plans", "shards", *STAGES):
+    work.mkdir(parents=True, exist_ok=True)
+    if (work / "attempts").exists():
+        REAL.rename(work / "attempts", work / f"{TRASH}{os.getpid()}-{os.urandom(4).hex()}")
+    for trash in work.glob(f"{TRASH}*"):
+        with contextlib.suppress(OSError):  # someone still writes there: the next run has another try
+            REAL.remove_tree(trash)
+    for name in ("attempts", "plans", "shards", *STAGES):
         (work / name).mkdir(parents=True, exist_ok=True)
-    for folder in (work / "tokenizers", work / "plans", work / "shards", *folders):
+    for folder in (work / "plans", work / "shards", *folders):
         remove_temporaries(folder)

@@ -15,6 +15,8 @@ Therefore more text at the end of the corpus never changes what is kept before i
 
 from __future__ import annotations
 
+import hashlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +25,19 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.clean import BAND, EXACT
-from data_pipeline.commit import commit_unit
+from data_pipeline.commit import commit_unit, unit_folder
 from data_pipeline.signatures import similarity
-from trellis_dist.files import digest, read_json
+from trellis_dist.files import atomic_write, digest, read_json
 
-__all__ = ["PAIR", "Partition", "dropped_positions", "partitions", "read_pairs", "run_partition"]
+__all__ = [
+    "PAIR",
+    "Partition",
+    "dropped_positions",
+    "partitions",
+    "read_pairs",
+    "run_partition",
+    "write_copies",
+]
 
 # Records of one partition: about 40 bytes of memory each while they are sorted.
 PARTITION_RECORDS = 2**22
@@ -35,6 +45,8 @@ PARTITION_RECORDS = 2**22
 PAIR = np.dtype([("dropped", "<i8"), ("kept", "<i8"), ("similarity", "<f4")])
 # Signatures compared at a time.
 COMPARED = 1 << 14
+# Files of pairs in memory at a time.
+TOGETHER = 16
 # Documents of one bucket that others are compared with; in a bucket of more, the rest goes uncompared.
 HEADS = 64
 VERSION = 1
@@ -48,7 +60,7 @@ class Partition:
         kind: "exact" or "near".
         plan: file with the clean units' folders in corpus order (JSON), the same for all partitions.
         index, count: the range is [index, index + 1) * 2**64 / count.
-        exact: folders of the committed exact partitions, whose documents take no part in "near".
+        copies: file with the ids of the exact copies, sorted (`write_copies`), which take no part in "near".
         permutations, bands, threshold: of "near" (`DedupConfig`).
     """
 
@@ -56,16 +68,15 @@ class Partition:
     plan: str
     index: int
     count: int
-    exact: tuple[str, ...] = ()
+    copies: str = ""
     permutations: int = 0
     bands: int = 0
     threshold: float = 0.0
 
     @property
     def key(self) -> str:
-        """Content address: the plan's name is the hash of its content."""
-        exact = [Path(folder).name for folder in self.exact]
-        own = [self.kind, Path(self.plan).stem, self.index, self.count, exact]
+        """Content address: the names of both files are hashes of their content."""
+        own = [self.kind, Path(self.plan).stem, self.index, self.count, Path(self.copies).stem]
         return digest([VERSION, *own, self.permutations, self.bands, self.threshold])
 
 
@@ -82,7 +93,7 @@ def run_partition(partition: Partition, work: str) -> dict[str, Any]:
     """
 
     def write(folder: Path) -> dict[str, Any]:
-        units = [Path(work, "clean", name) for name in read_json(Path(partition.plan))]
+        units = [unit_folder(work, "clean", key) for key in read_json(Path(partition.plan))]
         pairs = _exact(partition, units) if partition.kind == "exact" else _near(partition, units)
         pairs.tofile(folder / "pairs")
         return {"pairs": len(pairs)}
@@ -92,8 +103,20 @@ def run_partition(partition: Partition, work: str) -> dict[str, Any]:
 
 def read_pairs(folders: Sequence[Path]) -> np.ndarray:
     """PAIR [n] of several partitions, one per dropped document (the earliest it is a copy of), sorted."""
-    found = [np.fromfile(folder / "pairs", PAIR) for folder in folders]
-    return _earliest(np.concatenate([np.empty(0, PAIR), *found]))
+    found = np.empty(0, PAIR)
+    # A near copy is found in every band that agrees: never all of them at once in memory.
+    for start in range(0, len(folders), TOGETHER):
+        more = [np.fromfile(folder / "pairs", PAIR) for folder in folders[start : start + TOGETHER]]
+        found = _earliest(np.concatenate([found, *more]))
+    return found
+
+
+def write_copies(pairs: np.ndarray, plans: Path) -> str:
+    """Write the ids of dropped documents, sorted, under the hash of them; the path."""
+    ids = pairs["dropped"].astype("<i8").tobytes()
+    path = plans / f"{hashlib.sha256(ids).hexdigest()}.ids"
+    atomic_write(path, ids)
+    return str(path)
 
 
 def _earliest(pairs: np.ndarray) -> np.ndarray:
@@ -121,7 +144,7 @@ def _exact(partition: Partition, units: Sequence[Path]) -> np.ndarray:
 
 def _near(partition: Partition, units: Sequence[Path]) -> np.ndarray:
     records, ids = _gather(partition, units, "bands", BAND, "key")
-    alive = ~np.isin(ids, read_pairs([Path(folder) for folder in partition.exact])["dropped"])
+    alive = ~_listed(ids, Path(partition.copies))
     keys, ids = records["key"][alive], ids[alive]
     order = np.lexsort((ids, keys))
     keys, ids = keys[order], ids[order]
@@ -139,6 +162,15 @@ def _near(partition: Partition, units: Sequence[Path]) -> np.ndarray:
     return _earliest(np.concatenate(found))
 
 
+def _listed(ids: np.ndarray, path: Path) -> np.ndarray:
+    """bool [n]: whether each id is among those in the file, which is searched and not read."""
+    if not path.stat().st_size:
+        return np.zeros(len(ids), bool)
+    stored = np.memmap(path, "<i8", "r")
+    found: np.ndarray = stored[np.minimum(np.searchsorted(stored, ids), len(stored) - 1)] == ids
+    return found
+
+
 def _gather(
     partition: Partition, units: Sequence[Path], name: str, dtype: np.dtype, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +180,9 @@ def _gather(
     for number, unit in enumerate(units):
         if (unit / name).stat().st_size:
             stored = np.memmap(unit / name, dtype, "r")
-            start = np.searchsorted(stored[key], np.uint64(low))
-            stop = len(stored) if high == 1 << 64 else np.searchsorted(stored[key], np.uint64(high))
+            # By hand: the column is not aligned, and numpy would copy all of it to search in it.
+            column = stored[key]
+            start, stop = (bisect_left(range(len(column)), edge, key=column.item) for edge in (low, high))
             records.append(np.array(stored[start:stop]))
             ids.append((np.int64(number) << 32) | records[-1]["position"].astype(np.int64))
     return np.concatenate(records), np.concatenate(ids)
@@ -174,9 +207,9 @@ def _similarities(units: Sequence[Path], a: np.ndarray, b: np.ndarray, permutati
 def _signatures(units: Sequence[Path], ids: np.ndarray, permutations: int) -> np.ndarray:
     """uint32 [n, permutations], read from the units that hold them."""
     found = np.empty((len(ids), permutations), np.uint32)
-    numbers = ids >> 32
-    for number in np.unique(numbers):
+    order = np.argsort(ids >> 32, kind="stable")
+    numbers, first = np.unique(ids[order] >> 32, return_index=True)
+    for number, chosen in zip(numbers, np.split(order, first[1:])):
         stored = np.memmap(units[number] / "signatures", "<u4", "r").reshape(-1, permutations)
-        chosen = numbers == number
         found[chosen] = stored[ids[chosen] & 0xFFFFFFFF]
     return found

@@ -16,11 +16,26 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import clean, dedup, fetch, filters, merge, normalize, pipeline, tokenise, tokenizer
+from data_pipeline import (
+    clean,
+    decontaminate,
+    dedup,
+    fetch,
+    filters,
+    language,
+    merge,
+    normalize,
+    pipeline,
+    signatures,
+    tokenise,
+    tokenizer,
+    vocabulary,
+)
 from data_pipeline.account import account_for
-from data_pipeline.commit import clear_attempts
+from data_pipeline.commit import clear_attempts, commit_unit, read_unit, unit_folder
 from data_pipeline.config import CORPUS, DataConfig
 from data_pipeline.decontaminate import EvaluationNgrams
+from data_pipeline.holdout import SPLITS
 from data_pipeline.manifest import (
     CONFIG,
     MANIFEST,
@@ -33,7 +48,7 @@ from data_pipeline.manifest import (
     verify_files,
     write_manifest,
 )
-from data_pipeline.merge import committed_shard, plan_shards, remove_stale, write_planned
+from data_pipeline.merge import Plan, committed_shard, plan_shards, remove_stale, write_planned
 from data_pipeline.pipeline import Copies, Feed, taken
 from data_pipeline.progress import Bar, say
 from data_pipeline.report import write_report
@@ -45,12 +60,15 @@ from data_pipeline.tokenise import TokenStage
 from data_pipeline.tokenizer import Tokenizer
 from data_pipeline.vocabulary import given_tokenizer, obtain_tokenizer
 from data_pipeline.workers import Workers, default_workers
-from trellis_dist.files import digest, remove_temporaries, sha256_file, write_json
+from trellis_dist.files import REAL, atomic_write, digest, remove_temporaries, sha256_file, write_json
 
-__all__ = ["config_digest", "prepare"]
+__all__ = ["config_digest", "locked", "prepare"]
 
 # Of the code that decides the shards' bytes.
-VERSIONS = [part.VERSION for part in (fetch, normalize, filters, clean, dedup, tokenizer, tokenise, merge)]
+VERSIONS = [
+    part.VERSION
+    for part in (fetch, normalize, filters, language, decontaminate, signatures, clean, dedup, vocabulary)
+] + [part.VERSION for part in (tokenizer, tokenise, merge)]
 
 
 def prepare(
@@ -84,7 +102,7 @@ def prepare(
     _check_apart(config, directory)
     directory.mkdir(parents=True, exist_ok=True)
     threads = workers or default_workers()
-    with _locked(directory), Workers(workers, ray_address) as pool:
+    with locked(directory), Workers(workers, ray_address) as pool:
         run = Run(directory, pool, threads, progress)
         manifest = _finished(config, directory)
         if manifest is not None:
@@ -105,8 +123,13 @@ def _check_apart(config: DataConfig, directory: Path) -> None:
             )
 
 
-def config_digest(config: DataConfig) -> str:
-    """Hash of what decides the shards: not of places, nor of how rows are later cut and ordered."""
+def config_digest(config: DataConfig, made: Manifest | None = None) -> str:
+    """Hash of what decides the shards: not of places, nor of how rows are later cut and ordered.
+
+    Args:
+        config: the data section.
+        made: a finished data set: where the given tokenizer is gone, it is the one stored there.
+    """
     fields = asdict(config)
     for name in ("directory", "sequence_length", "packing", "chunk_aligned", "seed", "source", "mixture"):
         del fields[name]
@@ -117,7 +140,8 @@ def config_digest(config: DataConfig) -> str:
     if any(source.kind == "stdlib" for source in config.sources.values()):
         fields["python"] = platform.python_version()
     if config.tokenizer.path is not None:
-        fields["tokenizer"] = given_tokenizer(config.tokenizer).sha256
+        stored = made is not None and not Path(config.tokenizer.path).is_file() and made.tokenizer["sha256"]
+        fields["tokenizer"] = stored or given_tokenizer(config.tokenizer).sha256
     fields["decontaminate"]["paths"] = _evaluation_files(config)
     return digest([VERSIONS, fields])
 
@@ -133,8 +157,7 @@ def _evaluation_files(config: DataConfig) -> list[str]:
 
 def _make(config: DataConfig, run: Run) -> Manifest:
     with run.stage("plan"):
-        clear_attempts(run.work, [run.directory])
-        write_json(run.directory / CONFIG, asdict(config))
+        clear_attempts(run.work, [run.directory, run.directory / "index"])
         if config.tokenizer.path is not None:
             given_tokenizer(config.tokenizer)  # an error now, and not after hours
         files = _listing(config)  # first: what changes from here on is not taken for what was read
@@ -142,13 +165,18 @@ def _make(config: DataConfig, run: Run) -> Manifest:
         feeds = pipeline.plan_feeds(config, ngrams=ngrams[0], ngrams_sha256=ngrams[1])
     stage, copies = _rounds(config, feeds, run)
     with run.stage("shards"):
-        shards = _shards(config, feeds, copies, stage, run)
+        plans = _plan_shards(config, feeds, copies, stage, run)
+        # From here the old data set is no longer whole: its manifest goes first.
+        REAL.unlink(run.directory / MANIFEST)
+        REAL.fsync_directory(run.directory)
+        shards = _shards(plans, run)
+        _publish(config, stage, run)
     with run.stage("account"):
         account = account_for(run, feeds, copies, stage)
     own = config_digest(config)
     codec = Tokenizer.load(stage.tokenizer)
     identity = {"sha256": codec.sha256, "vocab_size": codec.vocab_size}
-    splits = _splits(config, shards)
+    splits = _splits(shards)
     manifest = Manifest(
         fingerprint=fingerprint_of(own, codec.sha256, splits),
         config_digest=own,
@@ -182,9 +210,9 @@ def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenS
         if stage is None:
             with run.stage("tokenizer"):
                 holdout = pipeline.hold_out(feeds, copies, config, run)
-                codec = obtain_tokenizer(config.tokenizer, feeds, copies, holdout, run)
-            path = str(run.directory / "tokenizer.model")
-            stage = TokenStage(holdout, path, codec.sha256)
+                path = obtain_tokenizer(config.tokenizer, copies, holdout, run)
+                codec = Tokenizer.load(path)
+            stage = TokenStage(holdout, str(path), codec.sha256, codec.library)
         with run.stage("tokenise"):
             pipeline.tokens(feeds, copies, stage, run)
         if not pipeline.open_more(feeds):
@@ -196,25 +224,47 @@ def _evaluation_ngrams(config: DataConfig, run: Run) -> tuple[Path | None, str |
     if not config.decontaminate.paths:
         return None, None
     found = EvaluationNgrams.build(config.decontaminate.paths, config.decontaminate.ngram_words)
-    path = run.work / "plans" / f"{found.sha256}.ngrams"
-    if not path.is_file():
-        found.save(path)
-    return path, found.sha256
+    folder = unit_folder(run.work, "ngrams", found.sha256)
+
+    def write(attempt: Path) -> dict[str, Any]:
+        found.save(attempt / "ngrams")
+        return {}
+
+    if read_unit(folder) is None:
+        commit_unit(run.work, "ngrams", found.sha256, write)
+    return folder / "ngrams", found.sha256
 
 
-def _shards(
+def _plan_shards(
     config: DataConfig, feeds: Sequence[Feed], copies: Copies, stage: TokenStage, run: Run
-) -> list[ShardInfo]:
+) -> list[Plan]:
+    """The shards to be. Raises ValueError: a split is left without documents."""
     size = Tokenizer.load(stage.tokenizer).vocab_size
     plans = []
     for feed in feeds:
         documents = list(taken(feed, copies, stage, run.work))
         plans += plan_shards(feed.name, documents, shard_tokens=config.shard_tokens, vocab_size=size)
+    found = {plan.name.partition("-")[0] for plan in plans}
+    for split in SPLITS if config.test_fraction else SPLITS[:-1]:
+        if split not in found:
+            raise ValueError(
+                f"no document fell in the {split} split: use more documents or a larger "
+                f"data.{'test' if split == 'test' else 'validation'}_fraction"
+            )
+    return plans
+
+
+def _publish(config: DataConfig, stage: TokenStage, run: Run) -> None:
+    """What stands beside the shards and belongs to their manifest."""
+    codec = Tokenizer.load(stage.tokenizer)
+    atomic_write(run.directory / "tokenizer.vocab", codec.vocabulary())
+    atomic_write(run.directory / "tokenizer.model", codec.model)
+    write_json(run.directory / CONFIG, asdict(config))
+
+
+def _shards(plans: Sequence[Plan], run: Run) -> list[ShardInfo]:
     known = {plan.name: committed_shard(run.directory, plan) for plan in plans}
     missing = [plan for plan in plans if known[plan.name] is None]
-    if missing:
-        # From here the old data set is no longer whole: its manifest goes first.
-        (run.directory / MANIFEST).unlink(missing_ok=True)
     calls = [(plan, str(run.directory)) for plan in missing]
     with Bar("shards", len(calls), shown=run.progress and bool(calls)) as bar:
         for position, shard in run.workers.run(write_planned, calls):
@@ -223,19 +273,10 @@ def _shards(
     return [shard for shard in known.values() if shard is not None]
 
 
-def _splits(config: DataConfig, shards: Iterable[ShardInfo]) -> dict[str, SplitInfo]:
-    """Shards by split. Raises ValueError: a split is left without documents."""
-    found: dict[str, list[ShardInfo]] = {"train": [], "validation": []}
-    if config.test_fraction:
-        found["test"] = []
+def _splits(shards: Iterable[ShardInfo]) -> dict[str, SplitInfo]:
+    found: dict[str, list[ShardInfo]] = {}
     for shard in shards:
-        found[shard.name.partition("-")[0]].append(shard)
-    for name, chosen in found.items():
-        if not chosen:
-            raise ValueError(
-                f"no document fell in the {name} split: use more documents or a larger "
-                f"data.{'test' if name == 'test' else 'validation'}_fraction"
-            )
+        found.setdefault(shard.name.partition("-")[0], []).append(shard)
     return {
         name: SplitInfo(
             documents=sum(shard.documents for shard in chosen),
@@ -243,7 +284,7 @@ def _splits(config: DataConfig, shards: Iterable[ShardInfo]) -> dict[str, SplitI
             bytes=sum(shard.bytes for shard in chosen),
             shards=tuple(chosen),
         )
-        for name, chosen in found.items()
+        for name, chosen in sorted(found.items(), key=lambda item: SPLITS.index(item[0]))
     }
 
 
@@ -284,7 +325,7 @@ def _listing(config: DataConfig) -> str | None:
 
 
 @contextmanager
-def _locked(directory: Path) -> Iterator[None]:
+def locked(directory: Path) -> Iterator[None]:
     """One job per data set; the lock goes with the process, however it ends."""
     with open(directory / ".lock", "a") as file:
         try:
@@ -302,7 +343,7 @@ def _finished(config: DataConfig, directory: Path) -> Manifest | None:
         manifest = load_manifest(directory)
     except (FileNotFoundError, ValueError):
         return None
-    if manifest.config_digest != config_digest(config) or manifest.source != _describe(config):
+    if manifest.config_digest != config_digest(config, manifest) or manifest.source != _describe(config):
         return None
     now = _listing(config)
     if now is not None and now != manifest.listing:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipeline.commit import read_unit, unit_folder
+from data_pipeline.commit import unit_folder, whole_unit
 from data_pipeline.config import CORPUS
 from data_pipeline.holdout import SPLITS
 from data_pipeline.manifest import SHARD, Manifest, ShardInfo
@@ -169,10 +169,11 @@ def remake_shard(directory: Path, name: str) -> bool:
     try:
         fields = read_json(_entry(directory, name))["plan"]
         plan = Plan(**(fields | {"parts": tuple(Part(**part) for part in fields["parts"])}))
+        units = {unit_folder(directory / "work", "tokens", part.unit) for part in plan.parts}
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    units = {part.unit for part in plan.parts}
-    if any(read_unit(unit_folder(directory / "work", "tokens", unit)) is None for unit in units):
+    # The file says what to write where, and nothing vouches for it.
+    if plan.name != name or any(whole_unit(unit) is None for unit in units):
         return False
     write_planned(plan, str(directory))
     return True
@@ -185,7 +186,7 @@ def _entry(directory: Path, name: str) -> Path:
 def _documents(plan: Plan, work: Path, dtype: np.dtype) -> Iterator[np.ndarray]:
     split = plan.name.partition("-")[0]
     for part in plan.parts:
-        folder = work / "tokens" / part.unit
+        folder = unit_folder(work, "tokens", part.unit)
         records = read_records(folder)
         lengths = records[records[:, SPLIT] == SPLITS.index(split)][part.start : part.stop, TOKENS]
         tokens = np.fromfile(

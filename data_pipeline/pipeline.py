@@ -10,7 +10,7 @@ of a streamed source more may have been fetched than is opened, which is nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,14 @@ from data_pipeline import tokenise
 from data_pipeline.clean import QUARANTINE, CleanStage, clean_unit, read_documents
 from data_pipeline.commit import read_unit, unit_folder
 from data_pipeline.config import DataConfig, SourceConfig
-from data_pipeline.dedup import Partition, dropped_positions, partitions, read_pairs, run_partition
+from data_pipeline.dedup import (
+    Partition,
+    dropped_positions,
+    partitions,
+    read_pairs,
+    run_partition,
+    write_copies,
+)
 from data_pipeline.fetch import Fetched, Want, fetch, plan_stream
 from data_pipeline.holdout import SPLITS, Holdout, choose_holdout
 from data_pipeline.merge import Taken
@@ -63,6 +70,7 @@ class Feed:
         cleaned: the clean units; its leading ones are open.
         keys: number -> key of the clean units.
         tokenised: the token units of the leading clean units.
+        first: number of its first open unit among those of all sources.
         fetched: what is here of a streamed source.
     """
 
@@ -73,6 +81,7 @@ class Feed:
     cleaned: Lead
     keys: dict[int, str] = field(default_factory=dict)
     tokenised: Lead = field(default_factory=lambda: Lead({}, _token_sums))
+    first: int = 0
     fetched: Fetched | None = None
 
     @property
@@ -94,20 +103,26 @@ class Feed:
 
 @dataclass(frozen=True)
 class Copies:
-    """Pairs of copies (dedup.PAIR), exact and near, and the number of each clean unit."""
+    """Pairs of copies (dedup.PAIR), exact and near.
+
+    Units go by number, in corpus order: two of them may have one key, where sources hold the same file.
+
+    Attributes:
+        exact, near: the pairs.
+        keys: of the open clean units of all sources, by number.
+    """
 
     exact: np.ndarray
     near: np.ndarray
-    numbers: Mapping[str, int]
+    keys: Sequence[str]
 
-    def of(self, key: str) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Positions dropped in a clean unit: as exact copies, as near ones."""
-        number = self.numbers[key]
         return dropped_positions(self.exact, number), dropped_positions(self.near, number)
 
-    def dropped(self, key: str) -> np.ndarray:
+    def dropped(self, number: int) -> np.ndarray:
         """All positions dropped in a clean unit, sorted."""
-        return np.sort(np.concatenate(self.of(key)))
+        return np.sort(np.concatenate(self.of(number)))
 
 
 def _clean_sums(entry: dict[str, Any]) -> dict[str, float]:
@@ -179,7 +194,7 @@ def _clean_units(feeds: Sequence[Feed], run: Run) -> None:
             feed.keys[index] = feed.stage.key(unit)
             entry = feed.cleaned.entries.get(index)
             entry = entry or read_unit(unit_folder(run.work, "clean", feed.keys[index]))
-            return index, (unit, feed.stage, str(run.work)), entry
+            return index, (unit, feed.stage, feed.keys[index], str(run.work)), entry
 
         todo = (index for index in range(len(feed.units)) if index not in feed.cleaned.entries)
         return Line(feed.cleaned, ahead(known, todo, threads=run.threads))
@@ -190,19 +205,25 @@ def _clean_units(feeds: Sequence[Feed], run: Run) -> None:
 
 def find_copies(feeds: Sequence[Feed], config: DataConfig, run: Run) -> Copies:
     """Which documents of the open units are copies of earlier ones."""
-    keys = [key for feed in feeds for key in feed.open_keys]
+    keys: list[str] = []
+    for feed in feeds:
+        feed.first = len(keys)
+        keys += feed.open_keys
     documents = sum(entry["documents"] for feed in feeds for entry in feed.cleaned.leading())
     plan = run.work / "plans" / f"{digest(keys)}.json"
     write_json(plan, keys)
-    dedup, exact, near = config.dedup, [], []
+    dedup, near = config.dedup, read_pairs([])
+    exact = near
     if dedup.exact or dedup.similarity is not None:
         count = partitions(documents)
-        exact = _run_partitions([Partition("exact", str(plan), i, count) for i in range(count)], run)
+        parts = [Partition("exact", str(plan), i, count) for i in range(count)]
+        exact = read_pairs(_run_partitions(parts, run))
     if dedup.similarity is not None:
         count = partitions(documents * dedup.bands)
-        own = (tuple(map(str, exact)), dedup.permutations, dedup.bands, dedup.similarity)
-        near = _run_partitions([Partition("near", str(plan), i, count, *own) for i in range(count)], run)
-    return Copies(read_pairs(exact), read_pairs(near), {key: number for number, key in enumerate(keys)})
+        own = (write_copies(exact, run.work / "plans"), dedup.permutations, dedup.bands, dedup.similarity)
+        parts = [Partition("near", str(plan), i, count, *own) for i in range(count)]
+        near = read_pairs(_run_partitions(parts, run))
+    return Copies(exact, near, keys)
 
 
 def _run_partitions(parts: Sequence[Partition], run: Run) -> list[Path]:
@@ -219,11 +240,14 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
     if not any(entry["documents"] for feed in feeds for entry in feed.cleaned.leading()):
         raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
     hashes, size = [np.empty(0, np.uint64)], 0
-    for key in (key for feed in feeds for key in feed.open_keys):
-        documents = read_documents(unit_folder(run.work, "clean", key))
-        chosen = documents[tokenise.kept(documents, copies.dropped(key))]
-        size += int(chosen["bytes"].sum())
-        hashes.append(chosen["hash"])
+    for feed in feeds:
+        room = feed.source.max_documents  # those that its budget can take, so that one of them is held out
+        for index, key in enumerate(feed.open_keys):
+            documents = read_documents(unit_folder(run.work, "clean", key))
+            chosen = documents[tokenise.kept(documents, copies.dropped(feed.first + index))][:room]
+            room = None if room is None else room - len(chosen)
+            size += int(chosen["bytes"].sum())
+            hashes.append(chosen["hash"])
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     return choose_holdout(np.concatenate(hashes), size, **fractions)
 
@@ -250,9 +274,10 @@ def tokens(feeds: Sequence[Feed], copies: Copies, stage: TokenStage, run: Run) -
     def line(feed: Feed) -> Line:
         def known(index: int) -> tuple[int, tuple[Any, ...], dict[str, Any] | None]:
             key = feed.keys[index]
-            dropped = copies.dropped(key)
-            entry = read_unit(unit_folder(run.work, "tokens", stage.key(key, dropped)))
-            return index, (key, dropped, stage, str(run.work)), entry
+            dropped = copies.dropped(feed.first + index)
+            own = stage.key(key, dropped)
+            entry = read_unit(unit_folder(run.work, "tokens", own))
+            return index, (key, dropped, stage, own, str(run.work)), entry
 
         feed.tokenised = Lead(feed.budget, _token_sums)
         return Line(feed.tokenised, ahead(known, iter(range(feed.cleaned.count)), threads=run.threads))
@@ -283,7 +308,7 @@ def taken(feed: Feed, copies: Copies, stage: TokenStage, work: Path) -> Iterator
     limit, room = feed.source.max_documents, feed.source.max_tokens
     for index in range(feed.tokenised.count):
         key = feed.keys[index]
-        folder = unit_folder(work, "tokens", stage.key(key, copies.dropped(key)))
+        folder = unit_folder(work, "tokens", stage.key(key, copies.dropped(feed.first + index)))
         records = read_records(folder)[:limit]
         train = np.where(records[:, SPLIT] == SPLITS.index("train"), records[:, TOKENS], 0)
         if room is not None and train.sum() >= room:

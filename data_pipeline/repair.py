@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.config import DataConfig
-from data_pipeline.job import prepare
+from data_pipeline.job import locked, prepare
 from data_pipeline.manifest import CONFIG, MANIFEST, SHARD, damaged_files, file_hashes, load_manifest
 from data_pipeline.merge import remake_shard
 from data_pipeline.rows import verify_row_index
@@ -45,14 +45,15 @@ def repair_dataset(directory: Path, *, progress: bool = False) -> dict[str, str]
     Raises:
         ValueError, OSError: what `prepare` raises; or the corpus is another one now.
     """
-    problems = examine_dataset(directory)
     left = []
-    for name in problems:
-        stem = Path(name).stem
-        if name.startswith("index/"):
-            (directory / name).unlink()  # the loader, or `prepare`, makes it when it is wanted
-        elif not (SHARD.fullmatch(stem) and remake_shard(directory, stem)):
-            left.append(name)
+    with locked(directory):
+        problems = examine_dataset(directory)
+        for name in problems:
+            stem = Path(name).stem
+            if name.startswith("index/"):
+                (directory / name).unlink()  # the loader, or `prepare`, makes it when it is wanted
+            elif not (SHARD.fullmatch(stem) and remake_shard(directory, stem)):
+                left.append(name)
     if left:
         _prepare_again(directory, left, progress=progress)
     if still := examine_dataset(directory):
@@ -66,9 +67,19 @@ def _prepare_again(directory: Path, names: list[str], *, progress: bool) -> None
         before = load_manifest(directory).fingerprint
     except (OSError, ValueError):
         before = None
-    for name in names:
-        (directory / name).unlink(missing_ok=True)
-    made = prepare(config, progress=progress)
+    aside = {directory / name: directory / f".{name}.damaged" for name in names}
+    for path, damaged in aside.items():
+        if path.exists():
+            path.rename(damaged)
+    try:
+        made = prepare(config, progress=progress)
+    except BaseException:
+        for path, damaged in aside.items():
+            if damaged.exists() and not path.exists():
+                damaged.rename(path)
+        raise
+    for damaged in aside.values():
+        damaged.unlink(missing_ok=True)
     if before is not None and made.fingerprint != before:
         raise ValueError(
             f"{directory}: the corpus or the code changed, so it is another data set now: fingerprint "

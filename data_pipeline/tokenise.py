@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipeline import tokenizer
 from data_pipeline.clean import read_documents, read_texts
-from data_pipeline.commit import commit_unit
+from data_pipeline.commit import check_key, commit_unit, unit_folder, versions
 from data_pipeline.holdout import SPLITS, Holdout
 from data_pipeline.shard import token_dtype
 from data_pipeline.tokenizer import Tokenizer
@@ -37,21 +37,22 @@ class TokenStage:
     """What decides a unit's output besides its text and the documents dropped.
 
     Attributes:
-        holdout: which documents are held out.
+        held_out: which documents are held out.
         tokenizer: path of the tokenizer.
         tokenizer_sha256: identity of it.
+        library: the package that encodes with it.
     """
 
-    holdout: Holdout
+    held_out: Holdout
     tokenizer: str
     tokenizer_sha256: str
+    library: str = "sentencepiece"
 
     def key(self, clean: str, dropped: np.ndarray) -> str:
         """Content address of the tokens of the clean unit with that key."""
         copies = hashlib.sha256(dropped.tobytes()).hexdigest()
-        return digest(
-            [VERSION, tokenizer.VERSION, clean, copies, self.holdout.address(), self.tokenizer_sha256]
-        )
+        own = [VERSION, tokenizer.VERSION, *versions(self.library)]
+        return digest([own, clean, copies, self.held_out.address(), self.tokenizer_sha256])
 
 
 def kept(documents: np.ndarray, dropped: np.ndarray) -> np.ndarray:
@@ -66,13 +67,14 @@ def kept(documents: np.ndarray, dropped: np.ndarray) -> np.ndarray:
     return chosen
 
 
-def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, work: str) -> dict[str, Any]:
+def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, key: str, work: str) -> dict[str, Any]:
     """Make and commit the tokens of one clean unit, unless they are committed already.
 
     Args:
         clean: key of the clean unit.
         dropped: uint32, positions of its copies, sorted.
         stage: what to do.
+        key: the unit's content address, as the driver has it.
         work: the data set's work folder, shared by all workers.
 
     Returns:
@@ -80,15 +82,17 @@ def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, work: str) ->
 
     Raises:
         OSError: the disk is full, ...; nothing is committed then.
+        RuntimeError: this node is not like the driver's.
     """
+    check_key(stage.key(clean, dropped), key)
 
     def write(folder: Path) -> dict[str, Any]:
         codec = _tokenizer(stage.tokenizer, stage.tokenizer_sha256)
-        unit = Path(work, "clean", clean)
+        unit = unit_folder(work, "clean", clean)
         documents = read_documents(unit)
         chosen = kept(documents, dropped)
         records = np.zeros((int(chosen.sum()), 4), RECORD)
-        records[:, SPLIT] = stage.holdout.splits(documents["hash"][chosen])
+        records[:, SPLIT] = stage.held_out.splits(documents["hash"][chosen])
         records[:, LABEL], records[:, SIZE] = documents["label"][chosen], documents["bytes"][chosen]
         with ExitStack() as stack:
             files = [stack.enter_context(open(folder / f"{name}.tokens", "xb")) for name in SPLITS]
@@ -97,7 +101,7 @@ def token_unit(clean: str, dropped: np.ndarray, stage: TokenStage, work: str) ->
         records.tofile(folder / DOCUMENTS)
         return _sums(records)
 
-    return commit_unit(work, "tokens", stage.key(clean, dropped), write)
+    return commit_unit(work, "tokens", key, write)
 
 
 def _write_tokens(file: IO[bytes], text: str, codec: Tokenizer) -> int:

@@ -25,6 +25,7 @@ class _Codec(Protocol):
     bos_id: int
     eos_id: int
     lossless: bool
+    library: str
 
     def encode(self, text: str) -> np.ndarray: ...
     def decode(self, ids: list[int]) -> str: ...
@@ -39,6 +40,7 @@ class Tokenizer:
             is, a tokenizer.json together with the names of BOS and EOS.
         sha256: hash of `model`, which is the tokenizer's identity.
         vocab_size: ids lie below it; byte pieces and control tokens included.
+        library: the package that does the work.
         bos_id, eos_id: ids put around a stored document, possibly the same; `encode` never returns them.
         lossless: ``decode(encode(text)) == text``: for all text UTF-8 can hold with SentencePiece, which is
             refused otherwise; for a probe of spaces, accents and compatible letters with a tokenizer.json.
@@ -67,6 +69,7 @@ class Tokenizer:
         self.model = self._codec.model
         self.sha256 = hashlib.sha256(self.model).hexdigest()
         self.vocab_size, self.lossless = self._codec.vocab_size, self._codec.lossless
+        self.library = self._codec.library
         self.bos_id, self.eos_id = self._codec.bos_id, self._codec.eos_id
 
     @classmethod

@@ -45,6 +45,7 @@ class HuggingFaceCodec:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         fields = {"bos": bos, "eos": eos, "tokenizer": text}
         self.model = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        self.library = "tokenizers"
         self.lossless = self.decode(2 * self.encode(PROBE).tolist()) == 2 * PROBE
 
     def _names(self, bos: str | None, eos: str | None, name: str) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.config import TokenizerConfig
+from data_pipeline.tokenizers_hf import PROBE
 
 __all__ = ["SentencePieceCodec", "train_tokenizer"]
 
@@ -23,13 +24,12 @@ AROUND = re.compile("([\u2581\0])")
 # No piece holds a space after another character, so text cut there encodes the same; and a long document is
 # encoded several times as fast as in one piece, because BPE keeps a queue of all symbols of its text.
 WORD_START = re.compile("(?<! ) ")
-PROBE = "\tdef f(x):\n\n        return  'y'\n"
 
 
 class SentencePieceCodec:
     """A serialised model as `data_pipeline.tokenizer.Tokenizer` uses it: ``decode(encode(text)) == text``."""
 
-    lossless = True
+    lossless, library = True, "sentencepiece"
 
     def __init__(self, model: bytes, name: str) -> None:
         """ValueError (naming `name`) if `model` is none or cannot serve."""
@@ -49,8 +49,9 @@ class SentencePieceCodec:
         # Twice: a model that puts a space before every text cannot be given a text in parts.
         if self.decode(2 * self.encode(PROBE).tolist()) != 2 * PROBE:
             raise ValueError(
-                f"{name} does not give back tabs, newlines and spaces: train it with identity normalisation, "
-                "byte_fallback, remove_extra_whitespaces=False and add_dummy_prefix=False"
+                f"{name} does not give text back as it was (spaces, newlines, capitals, accents): train it "
+                "with identity normalisation, byte_fallback, remove_extra_whitespaces=False and "
+                "add_dummy_prefix=False"
             )
 
     def _bytes_of(self, char: str, name: str) -> np.ndarray:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_pipeline import tokenizer
 from data_pipeline.clean import read_documents, read_texts
-from data_pipeline.commit import unit_folder
+from data_pipeline.commit import commit_unit, read_unit, unit_folder, versions
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.holdout import SPLITS, Holdout
-from data_pipeline.pipeline import Copies, Feed
+from data_pipeline.pipeline import Copies
 from data_pipeline.progress import say
 from data_pipeline.run import Run
 from data_pipeline.tokenise import kept
@@ -24,6 +26,9 @@ __all__ = ["given_tokenizer", "obtain_tokenizer"]
 
 # A tokenizer's sample takes no less than this from a work unit that it draws on.
 SAMPLE_PAGE = 65536
+MODEL = "tokenizer.model"
+# Raise when the code below draws another sample.
+VERSION = 1
 
 
 def given_tokenizer(options: TokenizerConfig) -> Tokenizer:
@@ -34,45 +39,51 @@ def given_tokenizer(options: TokenizerConfig) -> Tokenizer:
     return Tokenizer.load(path, bos_token=options.bos_token, eos_token=options.eos_token)
 
 
-def obtain_tokenizer(
-    options: TokenizerConfig, feeds: Sequence[Feed], copies: Copies, holdout: Holdout, run: Run
-) -> Tokenizer:
-    """The given tokenizer, the one trained before on the same sample, or a new one; also in the directory."""
+def obtain_tokenizer(options: TokenizerConfig, copies: Copies, holdout: Holdout, run: Run) -> Path:
+    """Path of the given tokenizer, of the one trained before on the same sample, or of a new one.
+
+    It is a committed unit's file: what stands in the data set's folder belongs to its manifest, and is
+    replaced together with it.
+    """
     if options.path is not None:
-        tokenizer = given_tokenizer(options)
-    else:
-        tokenizer = _trained(options, _sample(options, feeds, copies, holdout, run), run)
-    atomic_write(run.directory / "tokenizer.vocab", tokenizer.vocabulary())
-    atomic_write(run.directory / "tokenizer.model", tokenizer.model)
-    return tokenizer
+        codec = given_tokenizer(options)
+        return _committed(run, codec.sha256, lambda: codec.model)
+    chosen = _sample(options, copies, holdout, run)
+    content = [[folder.name, hashlib.sha256(wanted.tobytes()).hexdigest()] for folder, wanted in chosen]
+    own = [VERSION, tokenizer.VERSION, *versions("sentencepiece")]
+
+    def train() -> bytes:
+        say(run.progress, f"training a {options.model_type} tokenizer of {options.vocab_size} pieces")
+        return train_tokenizer(options, _texts(chosen, options.sample_bytes))
+
+    return _committed(run, digest([own, content, asdict(options)]), train)
+
+
+def _committed(run: Run, key: str, make: Callable[[], bytes]) -> Path:
+    def write(folder: Path) -> dict[str, Any]:
+        atomic_write(folder / MODEL, make())
+        return {}
+
+    folder = unit_folder(run.work, "tokenizer", key)
+    if read_unit(folder) is None:
+        commit_unit(run.work, "tokenizer", key, write)
+    return folder / MODEL
 
 
 # A clean unit, and which of its documents may be read: bool [n].
 Chosen = tuple[Path, np.ndarray]
 
 
-def _sample(
-    options: TokenizerConfig, feeds: Sequence[Feed], copies: Copies, holdout: Holdout, run: Run
-) -> list[Chosen]:
+def _sample(options: TokenizerConfig, copies: Copies, holdout: Holdout, run: Run) -> list[Chosen]:
     """Units that the sample draws on: all, or of a huge corpus some, spread evenly over it."""
-    keys = [key for feed in feeds for key in feed.open_keys]
     most = max(1, options.sample_bytes // SAMPLE_PAGE)
     chosen = []
-    for key in keys[:: -(-len(keys) // most)]:
-        folder = unit_folder(run.work, "clean", key)
+    for number in range(0, len(copies.keys), -(-len(copies.keys) // most)):
+        folder = unit_folder(run.work, "clean", copies.keys[number])
         documents = read_documents(folder)
         train = holdout.splits(documents["hash"]) == SPLITS.index("train")
-        chosen.append((folder, train & kept(documents, copies.dropped(key))))
+        chosen.append((folder, train & kept(documents, copies.dropped(number))))
     return chosen
-
-
-def _trained(options: TokenizerConfig, chosen: Sequence[Chosen], run: Run) -> Tokenizer:
-    content = [[folder.name, hashlib.sha256(wanted.tobytes()).hexdigest()] for folder, wanted in chosen]
-    path = run.work / "tokenizers" / f"{digest([content, asdict(options)])}.model"
-    if not path.is_file():
-        say(run.progress, f"training a {options.model_type} tokenizer of {options.vocab_size} pieces")
-        atomic_write(path, train_tokenizer(options, _texts(chosen, options.sample_bytes)))
-    return Tokenizer.load(path)
 
 
 def _texts(chosen: Sequence[Chosen], budget: int) -> Iterator[str]:

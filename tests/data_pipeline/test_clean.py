@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -28,6 +29,7 @@ from data_pipeline.sources import Unit, plan_units
 from tests.data_pipeline.texts import prose, rows
 
 NEAR = DedupConfig(similarity=0.8)
+KEY = "0" * 64
 
 
 def stage_of(source: SourceConfig, **changes: Any) -> CleanStage:
@@ -39,6 +41,10 @@ def stage_of(source: SourceConfig, **changes: Any) -> CleanStage:
 def work(tmp_path: Path) -> Path:
     clear_attempts(tmp_path / "work")
     return tmp_path / "work"
+
+
+def made(unit: Unit, stage: CleanStage, work: Path) -> dict[str, Any]:
+    return clean_unit(unit, stage, stage.key(unit), str(work))
 
 
 def sealed(source: SourceConfig, unit_bytes: int = 2**24) -> list[Unit]:
@@ -69,10 +75,10 @@ def test_an_input_that_changes_while_it_is_read_is_not_committed(
     changed = 0
     for old, new in zip(units, sealed(source, 2000)):
         if old.inputs == new.inputs:
-            clean_unit(old, stage_of(source), str(work))
+            made(old, stage_of(source), work)
             continue
         with pytest.raises(OSError, match=rf"{path.name} changed while the job ran: run prepare again"):
-            clean_unit(old, stage_of(source), str(work))
+            made(old, stage_of(source), work)
         changed += 1
     assert changed == 1
     assert len(list((work / "clean").iterdir())) == len(units) - 1
@@ -84,7 +90,7 @@ def test_a_source_that_vanishes_is_named_and_nothing_is_committed(tmp_path: Path
     (unit,) = sealed(source)
     (tmp_path / "a.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"a\.jsonl"):
-        clean_unit(unit, stage_of(source), str(work))
+        made(unit, stage_of(source), work)
     assert not list((work / "clean").iterdir())
 
 
@@ -95,7 +101,7 @@ def test_lines_added_while_the_job_runs_are_not_read(tmp_path: Path, work: Path)
     (unit,) = sealed(source)
     with open(path, "a") as file:
         file.write(" \n" + rows(range(3, 4))[0])
-    assert clean_unit(unit, stage_of(source), str(work))["documents"] == 3
+    assert made(unit, stage_of(source), work)["documents"] == 3
 
 
 @pytest.mark.parametrize("other", [None, "Another text"])
@@ -111,7 +117,7 @@ def test_a_node_with_other_topics_is_named(
         del changed["compound"]
     monkeypatch.setattr(topics, "topics", changed)
     with pytest.raises(OSError, match=r"topic compound changed .*another Python.*run prepare again"):
-        clean_unit(Unit((item,)), stage_of(source), str(work))
+        made(Unit((item,)), stage_of(source), work)
 
 
 def test_a_unit_gives_back_its_texts_and_what_a_driver_holds_does_not_grow(
@@ -122,7 +128,7 @@ def test_a_unit_gives_back_its_texts_and_what_a_driver_holds_does_not_grow(
     source = SourceConfig(kind="path", path=str(path))
     (unit,) = sealed(source)
     stage = stage_of(source, dedup=NEAR)
-    entry = clean_unit(unit, stage, str(work))
+    entry = made(unit, stage, work)
     folder = unit_folder(work, "clean", stage.key(unit))
     assert (entry["documents"], entry["quarantined"]) == (200, 50)
     assert len(json.dumps(entry)) < 2000
@@ -145,7 +151,7 @@ def test_every_step_is_counted_and_examples_are_kept(tmp_path: Path, work: Path)
     source = of_lines(tmp_path / "a.jsonl", texts)
     (unit,) = sealed(source)
     stage = stage_of(source, filters=FilterConfig(min_words=10))
-    entry = clean_unit(unit, stage, str(work))
+    entry = made(unit, stage, work)
     counts = entry["counts"]["jsonl"]
     assert counts["read"] == [27, sum(len(text.encode()) for text in texts)]
     assert counts["filter: min_words"] == [5, 25]
@@ -174,7 +180,7 @@ def test_evaluation_text_is_flagged_with_its_ngram_and_source(tmp_path: Path, wo
     source = of_lines(tmp_path / "a.jsonl", texts)
     (unit,) = sealed(source)
     stage = stage_of(source, ngrams=str(tmp_path / "n"), ngrams_sha256=ngrams.sha256)
-    assert clean_unit(unit, stage, str(work))["contaminated"] == 1
+    assert made(unit, stage, work)["contaminated"] == 1
     folder = unit_folder(work, "clean", stage.key(unit))
     assert read_documents(folder)["dirty"].tolist() == [0, 1, 0]
     (hit,) = [json.loads(line) for line in (folder / CONTAMINATION).read_text().splitlines()]
@@ -209,9 +215,9 @@ def test_what_decides_a_unit_is_in_its_address(tmp_path: Path, change: Change) -
 def test_two_workers_may_make_one_unit(tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = of_lines(tmp_path / "a.jsonl", [prose(1)])
     (unit,) = sealed(source)
-    first = clean_unit(unit, stage_of(source), str(work))
+    first = made(unit, stage_of(source), work)
     monkeypatch.setattr("os.path.lexists", lambda path: False)  # both found nothing there
-    assert clean_unit(unit, stage_of(source), str(work)) == first
+    assert made(unit, stage_of(source), work) == first
     assert not list((work / "attempts").iterdir())
 
 
@@ -220,13 +226,13 @@ def test_half_a_unit_of_a_killed_run_does_not_stand_in_for_a_whole_one(work: Pat
 
     def write(folder: Path) -> dict[str, Any]:
         (folder / "data").write_bytes(b"all of it")
-        late = unit_folder(work, "clean", "k")
+        late = unit_folder(work, "clean", KEY)
         late.mkdir()
         (late / "data").write_bytes(b"all of it")  # unit.json is gone
         return {"n": 1}
 
-    assert commit_unit(work, "clean", "k", write)["n"] == 1
-    assert read_unit(unit_folder(work, "clean", "k")) is not None
+    assert commit_unit(work, "clean", KEY, write)["n"] == 1
+    assert read_unit(unit_folder(work, "clean", KEY)) is not None
 
 
 def test_a_full_disk_commits_nothing(tmp_path: Path, work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -239,10 +245,10 @@ def test_a_full_disk_commits_nothing(tmp_path: Path, work: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(commit, "write_json", full)
         with pytest.raises(OSError, match="No space left"):
-            clean_unit(unit, stage_of(source), str(work))
+            made(unit, stage_of(source), work)
     assert not list((work / "clean").iterdir())
     assert not list((work / "attempts").iterdir())
-    assert clean_unit(unit, stage_of(source), str(work))["documents"] == 1
+    assert made(unit, stage_of(source), work)["documents"] == 1
 
 
 def test_a_books_header_and_licence_are_left_out(tmp_path: Path, work: Path) -> None:
@@ -253,7 +259,7 @@ def test_a_books_header_and_licence_are_left_out(tmp_path: Path, work: Path) -> 
         source = SourceConfig(kind="path", path=str(tmp_path), strip_gutenberg=True, text_document_bytes=cut)
         texts = []
         for unit in sealed(source, 4096):
-            clean_unit(unit, stage_of(source), str(work))
+            made(unit, stage_of(source), work)
             texts += read_texts(unit_folder(work, "clean", stage_of(source).key(unit)))
         assert "".join(texts) == body + "\n"
         assert (len(texts) > 10) == (cut is not None)
@@ -266,8 +272,54 @@ def test_a_text_of_many_units_is_cut_at_lines_or_characters(tmp_path: Path, work
     units = sealed(source, 20_000)
     texts = []
     for unit in units:
-        clean_unit(unit, stage_of(source), str(work))
+        made(unit, stage_of(source), work)
         texts += read_texts(unit_folder(work, "clean", stage_of(source).key(unit)))
     assert "".join(texts) == text
     assert len(units) > 5
     assert max(unit.size for unit in units) < 4 * 2**20
+
+
+def test_a_file_that_cannot_be_read_now_costs_no_committed_unit(
+    work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit_unit(work, "clean", KEY, lambda folder: {"size": (folder / "data").write_bytes(b"x")})
+    folder = unit_folder(work, "clean", KEY)
+
+    def stale(*_: object) -> str:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "sha256_file", stale)
+        with pytest.raises(OSError, match="Stale file handle"):
+            read_unit(folder)
+    assert read_unit(folder) == {"size": 1, "sha256": {"data": commit.sha256_file(folder / "data")}}
+    (folder / "data").unlink()
+    assert read_unit(folder) is None
+    assert not folder.exists()
+
+
+def test_an_attempt_is_cleared_whole_though_its_worker_lives_on(work: Path) -> None:
+    def outlives_its_driver(folder: Path) -> dict[str, Any]:
+        (folder / "first").write_bytes(b"1")
+        clear_attempts(work)
+        (folder / "second").write_bytes(b"2")
+        return {}
+
+    with pytest.raises(FileNotFoundError):
+        commit_unit(work, "clean", KEY, outlives_its_driver)
+    assert not unit_folder(work, "clean", KEY).exists()
+    clear_attempts(work)
+    assert not [path for path in work.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("key", ["../../etc", "/etc", "k", "0" * 63 + "/", ""])
+def test_a_key_is_a_hash_and_no_path(work: Path, key: str) -> None:
+    with pytest.raises(ValueError, match="is no key of a work unit"):
+        unit_folder(work, "clean", key)
+
+
+def test_a_node_with_other_packages_is_named(tmp_path: Path, work: Path) -> None:
+    source = of_lines(tmp_path / "a.jsonl", [prose(1)])
+    (unit,) = sealed(source)
+    with pytest.raises(RuntimeError, match="other packages or other code than the driver"):
+        clean_unit(unit, stage_of(source), "1" * 64, str(work))

@@ -12,7 +12,7 @@ from data_pipeline import dedup
 from data_pipeline.clean import clean_unit
 from data_pipeline.commit import clear_attempts, unit_folder
 from data_pipeline.config import DedupConfig
-from data_pipeline.dedup import Partition, dropped_positions, read_pairs, run_partition
+from data_pipeline.dedup import Partition, dropped_positions, read_pairs, run_partition, write_copies
 from tests.data_pipeline.test_clean import of_lines, sealed, stage_of
 from tests.data_pipeline.texts import prose
 from trellis_dist.files import digest, write_json
@@ -26,7 +26,7 @@ def clean(work: Path, texts: list[str], config: DedupConfig) -> str:
     source = of_lines(work / f"{digest(texts)[:16]}.jsonl", texts)
     (unit,) = sealed(source)
     stage = stage_of(source, dedup=config)
-    clean_unit(unit, stage, str(work))
+    clean_unit(unit, stage, stage.key(unit), str(work))
     return stage.key(unit)
 
 
@@ -34,23 +34,16 @@ def copies(work: Path, keys: list[str], config: DedupConfig, *, count: int = 1) 
     """Pairs of the exact and the near stage over these units."""
     plan = work / "plans" / f"{digest(keys)}.json"
     write_json(plan, keys)
-    exact = [Partition("exact", str(plan), i, count) for i in range(count)]
-    own = (config.permutations, config.bands, config.similarity)
-    found = {}
-    for kind, parts in (
-        ("exact", exact),
-        (
-            "near",
-            [
-                Partition("near", str(plan), i, count, tuple(map(str, folders(work, exact))), *own)
-                for i in range(count)
-            ],
-        ),
-    ):
-        for part in parts:
-            run_partition(part, str(work))
-        found[kind] = read_pairs(folders(work, parts))
-    return found
+    exact = run_all(work, [Partition("exact", str(plan), i, count) for i in range(count)])
+    own = (write_copies(exact, work / "plans"), config.permutations, config.bands, config.similarity)
+    near = run_all(work, [Partition("near", str(plan), i, count, *own) for i in range(count)])
+    return {"exact": exact, "near": near}
+
+
+def run_all(work: Path, parts: list[Partition]) -> np.ndarray:
+    for part in parts:
+        run_partition(part, str(work))
+    return read_pairs(folders(work, parts))
 
 
 def folders(work: Path, parts: list[Partition]) -> list[Path]:
@@ -141,6 +134,27 @@ def test_more_text_at_the_end_changes_nothing_before(work: Path, seeds: list[int
         assert all(kept < dropped for dropped, kept in pairs(both[kind]))
 
 
-def test_memory_is_bounded_by_the_partition(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_partition_reads_its_range_and_holds_no_more(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedup, "PARTITION_RECORDS", 1000)
     assert [dedup.partitions(count) for count in (0, 1, 1000, 1001, 16_000)] == [1, 1, 1, 2, 16]
+    keys = [clean(work, [prose(seed, words=50) for seed in range(300)], NEAR)]
+    plan = work / "plans" / f"{digest(keys)}.json"
+    write_json(plan, keys)
+    units = [unit_folder(work, "clean", key) for key in keys]
+    found = [
+        dedup._gather(Partition("near", str(plan), i, 8), units, "bands", dedup.BAND, "key")[0]
+        for i in range(8)
+    ]
+    assert sum(map(len, found)) == 300 * NEAR.bands
+    assert max(map(len, found)) < 300 * NEAR.bands / 5
+    for index, part in enumerate(found):
+        assert (part["key"] >> np.uint64(61) == index).all()
+
+
+def test_a_copy_that_many_bands_find_is_one_pair(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dedup, "TOGETHER", 3)
+    texts = [prose(seed, words=400) for seed in range(6)]
+    planted = texts + [changed(text, 0.02, 1) for text in texts]
+    found = copies(work, [clean(work, planted, NEAR)], NEAR, count=16)
+    assert pairs(found["near"]) == {((0, 6 + n), (0, n)) for n in range(6)}
+    assert len(found["near"]) == 6

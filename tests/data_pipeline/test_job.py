@@ -220,7 +220,7 @@ def test_what_killed_runs_left_half_written_goes(
     shutil.copytree(prepared[0], directory)
     litter = [
         directory / ".train-00000.bin.17-0123abcd.tmp",
-        directory / "work/tokenizers/.a.model.1-00000000.tmp",
+        directory / "work/plans/.a.json.1-00000000.tmp",
     ]
     for path in litter:
         path.write_bytes(b"half")

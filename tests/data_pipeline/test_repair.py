@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from data_pipeline import pipeline, repair, workers
+from data_pipeline import job, merge, pipeline, repair, workers
 from data_pipeline.manifest import Manifest
 from data_pipeline.repair import examine_dataset, repair_dataset, stored_config
 from launch.cli import main
@@ -97,3 +98,28 @@ def test_what_cannot_be_made_again_is_said_and_nothing_is_lost(
 def test_the_stored_config_is_the_one_prepared_with(copy: Path, prepared: Prepared, corpus: Path) -> None:
     assert stored_config(prepared[0]) == settings(prepared[0], corpus)
     assert stored_config(copy) == settings(copy, corpus)
+
+
+@pytest.mark.parametrize("unit", ["../../../victim", "VICTIM"])
+def test_a_forged_plan_of_a_shard_touches_nothing(copy: Path, tmp_path: Path, unit: str) -> None:
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "precious").write_text("kept")
+    entry = copy / "work" / "shards" / "train-00000.json"
+    fields = json.loads(entry.read_text())
+    fields["plan"]["parts"][0]["unit"] = str(victim) if unit == "VICTIM" else unit
+    entry.write_text(json.dumps(fields))
+    assert not merge.remake_shard(copy, "train-00000")
+    fields["plan"]["name"] = "../../../victim/train-00000"
+    entry.write_text(json.dumps(fields))
+    assert not merge.remake_shard(copy, "train-00000")
+    assert [path.name for path in victim.iterdir()] == ["precious"]
+
+
+def test_doctor_waits_for_no_job_and_disturbs_none(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    flip(copy / "train-00000.bin")
+    before = hashes(copy)
+    with job.locked(copy):
+        assert main(["doctor", str(copy)]) == 1
+    assert "another job is preparing" in capsys.readouterr().out
+    assert hashes(copy) == before

@@ -163,6 +163,7 @@ def disk_full() -> None:
         (job, "write_planned", 2),
         (job, "write_report", 1),
         (vocabulary, "train_tokenizer", 1),
+        (job, "_publish", 1),
         (job, "write_manifest", 1),
     ],
 )
@@ -292,3 +293,38 @@ def test_a_small_corpus_holds_one_out_for_every_share() -> None:
         choose_holdout(hashes[:2], 100, validation=0.1, test=0.1)
     large = choose_holdout(hashes, 2**40, validation=0.25, test=0.125)
     assert (large.validation, large.test) == (2**62, 2**62 + 2**61)
+
+
+def test_two_sources_may_hold_the_same_file(tmp_path: Path, ray_cluster: object) -> None:
+    """Equal names and bytes give equal units: one copy of each document is kept, the first."""
+    texts = [prose(seed) for seed in range(20)]
+    sources = {name: written(tmp_path / name / "same.jsonl", texts) for name in ("first", "second")}
+    sources["third"] = written(tmp_path / "third" / "other.jsonl", [*texts[:5], prose(99), prose(98)])
+    config = settings(tmp_path / "out", tmp_path, mixture=sources)
+    made = prepare(config, workers=2, progress=False)
+    found = [text for split in made.splits for text in documents(tmp_path / "out", split)]
+    assert sorted(found) == sorted([*texts, prose(99), prose(98)])
+    left = {name: steps["left"]["documents"] for name, steps in made.stages.items()}
+    assert left == {"first": 20, "second": 0, "third": 2}
+
+
+def test_a_run_that_fails_leaves_the_finished_data_set_as_it_was(
+    full: tuple[DataConfig, Manifest], tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tmp_path / "copy"
+    shutil.copytree(full[0].directory, directory)
+    files = {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    other = replace(full[0], directory=str(directory), tokenizer=TokenizerConfig(vocab_size=500, threads=1))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "token_unit", fails_at(pipeline.token_unit, tmp_path / "marks", 2, disk_full))
+        with pytest.raises(OSError, match="No space left"):
+            prepare(other, workers=1, progress=False)
+    gone = {"web": replace(full[0].mixture["web"], path=str(tmp_path / "nowhere"))}
+    moved = replace(other, mixture=dict(full[0].mixture) | gone)
+    with pytest.raises(ValueError, match="nowhere"):
+        prepare(moved, workers=1, progress=False)
+    assert files == {path.name: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+    assert verify_dataset(directory) == []
+    changed_set = prepare(other, workers=1, progress=False)
+    assert changed_set.tokenizer["vocab_size"] == 500
+    assert verify_dataset(directory) == []
