@@ -21,7 +21,7 @@ import psutil
 
 from data_pipeline.config import DataConfig
 
-__all__ = ["Kills", "kill_until_done", "output_hashes"]
+__all__ = ["TASKS", "Kills", "kill_until_done", "output_hashes"]
 
 DRIVER = """
 import sys
@@ -37,7 +37,7 @@ prepare(config, ray_address=sys.argv[2], progress=False)
 NOT_COMPARED = (".lock", "timings.json", "config.json", "report.html")
 LONGEST_RUN = 300.0
 # Ray's own agents bear such titles too; without them a node ends.
-TASKS = ("clean_unit", "run_partition", "token_unit", "write_planned")
+TASKS = ("fetch_shard", "clean_unit", "run_partition", "token_unit", "write_planned")
 
 
 @dataclass

@@ -9,6 +9,8 @@ from types import TracebackType
 
 import psutil
 
+from benchmarks.data.kills import TASKS
+
 __all__ = ["PeakMemory"]
 
 INTERVAL = 0.1
@@ -57,5 +59,5 @@ class PeakMemory:
 
     def of_tasks(self) -> int:
         """MiB of the largest worker while it ran a task of ours."""
-        tasks = ("ray::clean_unit", "ray::token_unit", "ray::run_partition", "ray::write_planned")
+        tasks = ("ray::fetch_shard", "ray::clean_unit", "ray::token_unit", "ray::run_partition", "ray::write_planned")
         return round(max(self.peaks.get(task, 0) for task in tasks) / 2**20)
