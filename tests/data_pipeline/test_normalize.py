@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import sys
+import time
 import unicodedata
 
 import pytest
@@ -9,7 +11,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data_pipeline.config import NormalizeConfig
-from data_pipeline.normalize import CONTROL, normalize
+from data_pipeline.normalize import CONTROL, LONG_RUN, MARK, RUN, normalize
 
 CONFIGS = [NormalizeConfig(form=form, mojibake=moji) for form in ("NFC", "NFKC", "none") for moji in (0, 1)]
 # Line ends, controls, mojibake and its halves, letters that compose.
@@ -54,6 +56,51 @@ def test_what_the_default_changes(text: str, expected: str) -> None:
 def test_controls_are_what_ftfy_removes() -> None:
     ours = {code for code in range(sys.maxunicode + 1) if CONTROL.match(chr(code))}
     assert ours == {code for code in range(sys.maxunicode + 1) if not fixes.remove_control_chars(chr(code))}
+
+
+# Marks of several classes, one beyond the BMP, letters with marks, what decomposes to marks alone, starters.
+MARKS = "\u0301\u0323\u0345\u05b0\u302a\U0001d165\u0344\u0f73\u0f75\u0f81\uff9e\u0f71"
+STARTERS = "e\u00e9\u01d6\u1ea1\u0958\ufb2c\uac00\U00010330"
+
+
+@pytest.mark.parametrize("form", ["NFC", "NFKC"])
+@given(
+    text=st.lists(
+        st.one_of(
+            st.text(alphabet=MARKS, min_size=RUN - 3, max_size=3 * RUN),
+            st.text(alphabet=STARTERS, max_size=4),
+        ),
+        max_size=6,
+    ).map("".join)
+)
+def test_long_runs_of_marks_are_normalised_as_unicode_says(form: str, text: str) -> None:
+    normal = normalize(text, NormalizeConfig(form=form))
+    assert normal == unicodedata.normalize(form, text)
+    assert normalize(normal, NormalizeConfig(form=form)) == normal
+
+
+def test_every_mark_counts_in_a_run() -> None:
+    decomposed = ((chr(code), unicodedata.normalize("NFKD", chr(code))) for code in range(sys.maxunicode + 1))
+    marks = "".join(char for char, parts in decomposed if unicodedata.combining(parts[0]))
+    assert re.fullmatch(f"{MARK}*", marks)
+    assert LONG_RUN.fullmatch(marks)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize(
+    "text",
+    [
+        "e" + "\u0301" * 500_000 + "\u0323" * 500_000,
+        "e" + "\u0301\u0323" * 500_000,
+        "\u0f71\u0f73" * 500_000,
+        ("\u0301" * 29 + "\u0323a") * 50_000,
+    ],
+    ids=["two", "turns", "decomposed", "short"],
+)
+def test_megabytes_of_marks_take_linear_time(config: NormalizeConfig, text: str) -> None:
+    start = time.process_time()
+    normalize(text, config)
+    assert time.process_time() - start < 10
 
 
 def test_forms() -> None:
