@@ -206,7 +206,9 @@ def _packed(shard: Shard, packing: Packing, width: int) -> tuple[int, int, int]:
     """Rows, positions that predict, and documents in more than one row; nothing aligned."""
     starts = shard.starts
     if packing == "concat":  # the rows of `StreamRows`
-        cut = starts[:-1] // width != (starts[1:] - 1) // width
+        # A document's tokens but its last are positions; one of fewer than two tokens has none.
+        last = np.maximum(starts[:-1], starts[1:] - 2)
+        cut = starts[:-1] // width != last // width
         return num_rows(len(shard.tokens), width), len(shard.tokens) - shard.documents, int(cut.sum())
     table = pack(starts, packing=packing, sequence_length=width, align=1)
     return table.num_rows, int(table.positions.sum()), table.cut

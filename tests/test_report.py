@@ -1,6 +1,7 @@
 """The report builder: self-contained, escaped, and its charts place points where the axes say."""
 
 import math
+import os
 import re
 import xml.etree.ElementTree as ElementTree
 
@@ -39,6 +40,17 @@ def test_the_page_is_self_contained():
     page = full_report()
     assert "Content-Security-Policy" in page
     assert not re.search(r'(src|href)\s*=\s*["\']?(https?:)?//', page)
+
+
+def test_what_is_not_utf8_is_shown_escaped_and_can_be_saved():
+    name = os.fsdecode(b"caf\xe9 \xed\xa0\x80.txt")
+    report = Report(name, name)
+    report.text(name)
+    report.table([name], [[name]])
+    report.beside({name: "\ud800 caf\u00e9"})
+    page = report.render().encode().decode()
+    assert page.count(r"caf\udce9 \udced\udca0\udc80.txt") == 7
+    assert "\\ud800 caf\u00e9" in page
 
 
 def test_a_ragged_table_is_refused():

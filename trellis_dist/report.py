@@ -145,14 +145,16 @@ class Report:
         self._parts.append(f"<pre>{escape(text)}</pre>")
 
     def render(self) -> str:
-        """The whole page as one self-contained HTML document."""
+        """The whole page as one self-contained HTML document; lone surrogates are shown as ``\\udce9``."""
         head = (
             '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<meta http-equiv="Content-Security-Policy" content="{escape(CSP)}">'
             f"<title>{escape(self._title)}</title><style>{STYLE}</style>"
         )
         body = "\n".join(self._parts)
-        return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        page = f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{body}\n</body></html>\n'
+        # A file name that is not UTF-8 has lone surrogates in Python: they would fail when the page is saved.
+        return page.encode(errors="backslashreplace").decode()
 
 
 def _is_number(cell: object) -> bool:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import re
 from html.parser import HTMLParser
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from data_pipeline.config import DataConfig, DecontaminateConfig, DedupConfig, FilterConfig, SourceConfig
@@ -15,12 +17,16 @@ from data_pipeline.filters import Filters
 from data_pipeline.job import prepare
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import Manifest, load_manifest
-from data_pipeline.report import _what, write_report
+from data_pipeline.pack import IGNORED
+from data_pipeline.report import _packed, _what, write_report
 from data_pipeline.report_drops import HISTOGRAM_PAIRS, _threshold
+from data_pipeline.shard import Shard
 from data_pipeline.sources import describe
 from tests.data_pipeline.texts import MARKUP, prose, settings
+from tests.data_pipeline.written import VOCAB, write_dataset, write_one
 
 HOSTILE = "<img src=x onerror=alert(2)>"
+LATIN = os.fsdecode(b"caf\xe9.txt")
 GOPHER = FilterConfig(
     languages=("en", "de"),
     min_words=50,
@@ -91,6 +97,7 @@ def planted(
     records = [json.dumps({"text": text}) + "\n" for text in texts]
     (root / "web" / "a.jsonl").write_text("".join(records) + "{no json\n")
     (root / "web" / f"{HOSTILE}.txt").write_bytes(b"\xff")
+    (root / "web" / LATIN).write_bytes(b"\xff")
     for seed in range(60, 90):
         (root / "books" / f"{seed}.txt").write_text(prose(seed))
     web = SourceConfig(kind="path", path=str(root / "web"), licence=HOSTILE, weight=0.25)
@@ -188,6 +195,7 @@ def test_contamination_and_quarantine_name_the_place(planted: tuple[Path, Manife
     assert "question0 question1" in page.sections["Evaluation text"]
     assert "evaluation.jsonl:1" in page.sections["Evaluation text"]
     assert f"{HOSTILE}.txt" in page.sections["Quarantined"]
+    assert r"caf\udce9.txt" in page.sections["Quarantined"]
     assert "not JSON" in page.sections["Quarantined"]
 
 
@@ -197,6 +205,30 @@ def test_the_packing_is_the_loaders(prepared: tuple[Path, Manifest], packing: st
     data = TokenDataset(directory, "train", sequence_length=64, seed=0, packing=packing)
     section = re.sub(r"\n+", " ", page_of(directory).sections["Packed in rows of 64 tokens"])
     assert f"train {packing} {data.num_samples:,} {data.utilisation:.2%}" in section
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_documents_cut_are_those_that_the_loader_cuts(seed: int, tmp_path: Path) -> None:
+    draw = np.random.default_rng(seed)
+    ids = iter(range(3, VOCAB))
+    lengths = [17, 17, 16, 1, 0, 33, 34, 2, *draw.integers(0, 40, 20).tolist()]
+    shard = [[next(ids) for _ in range(length)] for length in lengths]
+    write_dataset(tmp_path, {"train": {"corpus": [shard]}})
+    data = TokenDataset(tmp_path, "train", sequence_length=16, seed=0)
+    rows_of: dict[int, set[int]] = {}
+    for row in range(data.num_samples):
+        tokens, labels = np.empty((2, 16), np.int64)
+        data.read(row, tokens, labels)
+        for token in tokens[labels != IGNORED].tolist():
+            number = next(i for i, document in enumerate(shard) if token in document)
+            rows_of.setdefault(number, set()).add(row)
+    cut = sum(len(rows) > 1 for rows in rows_of.values())
+    assert _packed(Shard(tmp_path / "train-corpus-00000"), "concat", 16)[2] == cut
+
+
+def test_a_document_of_as_many_positions_as_a_row_lies_in_one(tmp_path: Path) -> None:
+    write_one(tmp_path, "a", "corpus", [list(range(3, 20))])
+    assert _packed(Shard(tmp_path / "a"), "concat", 16) == (1, 16, 0)
 
 
 def test_a_page_made_again_is_the_same(planted: tuple[Path, Manifest, DataConfig]) -> None:
