@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, Decimal
 from fractions import Fraction
 
 import numpy as np
@@ -118,7 +119,8 @@ def shares(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, 
     its number of rows for one, so without any every row is taken once.
 
     Raises:
-        ValueError: a weight for a source that is not there, that has no rows, or that is no number above 0.
+        ValueError: a weight for a source that is not there, that has no rows, or that is no number above 0,
+            or a source with rows whose share is rounded to none of the samples.
     """
     for name, weight in weights.items():
         if name not in sizes:
@@ -136,4 +138,20 @@ def shares(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, 
     by_remainder = sorted(range(len(exact)), key=lambda k: counts[k] - exact[k])
     for k in by_remainder[: sum(sizes.values()) - sum(counts)]:
         counts[k] += 1
+    for name, own, count in zip(sizes, given, counts):
+        if sizes[name] and not count:
+            others = sum(given, start=-own)
+            raise ValueError(_never_seen(name, own, others, sum(sizes.values())))
     return dict(zip(sizes, counts))
+
+
+def _never_seen(name: str, weight: Fraction, others: Fraction, samples: int) -> str:
+    """What is wrong with a weight that gives less than one sample: N w / (w + others) >= 1 needs more."""
+    least = Decimal(others.numerator) / Decimal(others.denominator) / (samples - 1)
+    step = Decimal(1).scaleb(least.adjusted() - 2)
+    enough = float(least.quantize(step, rounding=ROUND_CEILING))
+    return (
+        f"data.mixture.{name}.weight = {float(weight):g} beside {float(others):g} of the other sources gives "
+        f"none of the {samples:,} rows of an epoch, so it would never be read: use {enough:g} or more, or "
+        "leave it out"
+    )

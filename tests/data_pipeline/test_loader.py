@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import shutil
+import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +17,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import data_pipeline.loader
+import data_pipeline.rows
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
+from data_pipeline.manifest import verify_files
 from data_pipeline.order import EpochOrder, MixtureOrder, shares
+from data_pipeline.pack import PieceTable, pack
 from tests.data_pipeline.written import BOS, EOS, documents, write_dataset
+from tests.distributed import gloo_pool
+from tests.training import small_run
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
+from trellis_dist.training.job import Job
+from trellis_dist.training.setup import _open_data
 
 WIDTH, CHUNK = 64, 8
 TRAIN = {
@@ -254,6 +266,9 @@ def test_a_mixture_keeps_its_shares_and_walks_through_each_source(
 ) -> None:
     named = {f"s{k}": size for k, size in enumerate(sizes)}
     given_weights = {f"s{k}": w for k, w in enumerate(weights[: len(sizes)]) if w is not None}
+    if refusal := refusal_of(named, given_weights):
+        check_the_least_weight(refusal, named, given_weights)
+        return
     order = MixtureOrder("f", 0, named, given_weights)
     total, epochs = sum(sizes), 3
     rows = order.rows(np.arange(epochs * total)).reshape(epochs, total)
@@ -271,6 +286,37 @@ def test_a_mixture_keeps_its_shares_and_walks_through_each_source(
         first += size
     if not given_weights:
         assert all(sorted(epoch_rows) == list(range(total)) for epoch_rows in rows)
+
+
+def check_the_least_weight(refusal: str, sizes: dict[str, int], weights: dict[str, float]) -> None:
+    """The weight that a refusal names gives the source a row (another may be refused then), and not many."""
+    found = re.search(r"data\.mixture\.(\w+)\.weight = .* use (\S+) or more, or leave it out", refusal)
+    assert found, refusal
+    name, enough = found[1], float(found[2])
+    total = {source: weights.get(source, size) for source, size in sizes.items()}
+    assert total[name] < enough
+    share = sum(sizes.values()) * enough / (sum(total.values()) - total[name] + enough)
+    assert 1 <= share < 1.01
+    assert f"data.mixture.{name}." not in refusal_of(sizes, weights | {name: enough})
+
+
+def refusal_of(sizes: dict[str, int], weights: dict[str, float]) -> str:
+    try:
+        assert all(shares(sizes, weights).values())
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_weight_that_gives_no_row_is_refused_with_the_least_that_does() -> None:
+    sizes = {"web": 100, "books": 100}
+    with pytest.raises(
+        ValueError, match=r"data\.mixture\.books\.weight = 0\.001 .* none of the 200 rows .* use 0\.00503 or"
+    ):
+        shares(sizes, {"web": 1.0, "books": 0.001})
+    assert shares(sizes, {"web": 1.0, "books": 0.00503}) == {"web": 199, "books": 1}
+    with pytest.raises(ValueError, match=r"data\.mixture\.books\.weight = 100 beside 1e\+06"):
+        shares(sizes, {"web": 1e6})
 
 
 def test_weights_change_the_order_and_wrong_ones_are_one_line(mixed: Path) -> None:
@@ -303,6 +349,44 @@ def test_a_corrupt_shard_is_refused_by_name_with_the_remedy(
     with pytest.raises(ValueError, match=rf"train-corpus-00000\.{suffix} is damaged.*delete it and run"):
         TokenDataset(tmp_path / "copy", "train", sequence_length=WIDTH, seed=0)
     TokenDataset(tmp_path / "copy", "validation", sequence_length=WIDTH, seed=0)
+
+
+def test_all_cores_hash_the_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[int] = []
+
+    def spy(directory: Path, hashes: dict[str, str], *, threads: int = 1) -> list[str]:
+        found.append(threads)
+        return verify_files(directory, hashes, threads=threads)
+
+    monkeypatch.setattr(data_pipeline.loader, "verify_files", spy)
+    monkeypatch.setattr(data_pipeline.loader, "default_workers", lambda: 5)
+    TokenDataset(folder, "train", sequence_length=WIDTH, seed=0)
+    assert found == [5]
+
+
+def packed_case(job: Job) -> tuple[int, int]:
+    """Tables that this rank packs when a run opens its data, and rows of the training split."""
+    made = 0
+
+    def slow(*args: Any, **options: Any) -> PieceTable:
+        nonlocal made
+        made += 1
+        time.sleep(0.2)  # a rank that does not wait would find the file missing too
+        return pack(*args, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(data_pipeline.rows, "pack", slow)
+        train, _ = _open_data(job)
+    return made, train.num_samples
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_one_rank_makes_the_row_indexes_and_the_others_find_them(ranks: int, tmp_path: Path) -> None:
+    job = small_run.make_job(small_run.write_dataset(tmp_path / "set"))
+    job = dataclasses.replace(job, data=dataclasses.replace(job.data, packing="best_fit"))
+    found = [packed_case(job)] if ranks == 1 else gloo_pool(ranks).run(packed_case, job)
+    assert [made for made, _ in found] == [2, 0][:ranks]  # train and validation
+    assert len({rows for _, rows in found}) == 1
 
 
 def test_a_missing_data_set_or_split_is_one_line(folder: Path, tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def open_session(
         ValueError, FileNotFoundError: what a user can put right, in one line; on every rank.
     """
     root = run_dir / "checkpoints"
-    train, validation = together(lambda: _open_data(job), what="opening the data")
+    train, validation = _open_data(job)
     on_main(lock.take)
     found = on_main(lambda: find_resume(root, resume))
     if found is not None:
@@ -124,7 +124,13 @@ def open_session(
 
 
 def _open_data(job: Job) -> tuple[TokenDataset, TokenDataset]:
-    """Open both splits; rank 0 checks the files' hashes, for all."""
+    """Open both splits: rank 0 checks the files' hashes and makes missing row indexes, then the others."""
+    what = "opening the data"
+    first = together(lambda: _open_splits(job) if env.is_main() else None, what=what)
+    return together(lambda: first or _open_splits(job), what=what)
+
+
+def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
     folder = Path(job.data.directory)
     vocabulary = int(load_manifest(folder).tokenizer["vocab_size"])
     if vocabulary > job.model.vocab_size:
