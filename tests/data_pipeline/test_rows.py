@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,6 +28,7 @@ from data_pipeline.shard import Shard
 from tests.data_pipeline.written import Documents, documents, write_dataset, write_one
 from trellis_dist.files import REAL
 
+ROOT = Path(__file__).resolve().parents[2]
 KEY = {"packing": "best_fit", "sequence_length": 64, "align": 1}
 
 
@@ -141,12 +146,48 @@ def test_alignment_and_what_needs_an_index(tmp_path: Path, shard: ShardInfo) -> 
         check_alignment(10, 16)
 
 
-def test_every_process_makes_the_same_bytes(shard: ShardInfo, tmp_path: Path) -> None:
-    copy = tmp_path / "copy"
-    copy.mkdir()
+OPEN = """
+import hashlib, sys
+from pathlib import Path
+import data_pipeline.rows
+from data_pipeline.manifest import ShardInfo
+
+real = data_pipeline.rows.pack
+
+def at_the_barrier(*args, **options):
+    print("missing", flush=True)
+    sys.stdin.readline()
+    return real(*args, **options)
+
+data_pipeline.rows.pack = at_the_barrier
+table = data_pipeline.rows.open_row_index(Path(sys.argv[1]), eval(sys.argv[2]), **eval(sys.argv[3]))
+arrays = (table.first, table.starts, table.positions)
+print(hashlib.sha256(b"".join(array.tobytes() for array in arrays)).hexdigest())
+"""
+
+
+def test_processes_that_make_one_at_the_same_time_make_the_same_bytes(
+    shard: ShardInfo, tmp_path: Path
+) -> None:
+    """Each has found it missing before any writes it; then all do."""
+    alone = tmp_path / "alone"
+    alone.mkdir()
     for path in tmp_path.glob("train-*"):
-        shutil.copy(path, copy)
-    for folder in (tmp_path, copy):
-        build_row_index(folder, shard, **KEY)
-    ours, theirs = (row_index_path(folder, shard.name, **KEY).read_bytes() for folder in (tmp_path, copy))
-    assert ours == theirs
+        shutil.copy(path, alone)
+    table = open_row_index(alone, shard, **KEY)
+    expected = hashlib.sha256(b"".join(a.tobytes() for a in (table.first, table.starts, table.positions)))
+    command = [sys.executable, "-c", OPEN, str(tmp_path), repr(shard), repr(KEY)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with contextlib.ExitStack() as stack:
+        processes = [stack.enter_context(subprocess.Popen(command, cwd=ROOT, **pipes)) for _ in range(4)]
+        for process in processes:
+            stack.callback(process.kill)
+        assert [process.stdout.readline() for process in processes] == ["missing\n"] * 4
+        for process in processes:
+            process.stdin.write("go\n")
+            process.stdin.flush()
+        found = [process.communicate(timeout=30)[0] for process in processes]
+        assert found == [expected.hexdigest() + "\n"] * 4
+    path = row_index_path(tmp_path, shard.name, **KEY)
+    assert path.read_bytes() == row_index_path(alone, shard.name, **KEY).read_bytes()
+    assert list(path.parent.iterdir()) == [path]
