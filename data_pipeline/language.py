@@ -8,9 +8,11 @@ from typing import Any
 __all__ = ["VERSION", "identify", "language_version", "languages"]
 
 # Part of the content address: raise it when `identify` changes what it returns.
-VERSION = 1
+VERSION = 2
 # Characters looked at: as sure as a whole page, and a long document costs no more than a short one.
 EXCERPT = 1000
+# White space is collapsed in this much of the text: to the model, a page of empty lines is a language.
+PREFIX = 8 * EXCERPT
 
 
 @cache
@@ -28,10 +30,13 @@ def languages() -> frozenset[str]:
 def identify(text: str) -> tuple[str, float]:
     """Most probable language of the first 1,000 characters and its probability, rounded to 1e-3.
 
+    Any run of white space counts as one character, and none at the beginning.
+
     Rounded because the last bits of the scores depend on the machine's matrix product. A title page or a
     table of contents gives a low probability: judge documents, not their first lines, by language.
     """
-    code, probability = _identifier().classify(text[:EXCERPT])
+    excerpt = " ".join(text.lstrip()[:PREFIX].split())[:EXCERPT]
+    code, probability = _identifier().classify(excerpt)
     return code, round(probability, 3)
 
 

@@ -243,7 +243,17 @@ def test_languages_and_their_confidence() -> None:
 def test_the_language_is_that_of_the_beginning() -> None:
     start = (ENGLISH * 10)[:1000]
     assert identify(start + GERMAN * 100) == identify(start)
-    assert language_version().startswith("1 py3langid ")
+    assert language_version().startswith("2 py3langid ")
+
+
+@pytest.mark.parametrize("space", ["\n" * 1000, " " * 10**6, "\n \u3000\t" * 5000])
+def test_white_space_is_no_language(space: str) -> None:
+    prose = (ENGLISH + " ") * 20
+    expected = identify(prose)
+    assert expected == ("en", 1.0)
+    assert identify(space + prose) == expected
+    assert identify(prose.replace(" ", space[:7])) == expected
+    assert identify(f"{prose[:30]}{space[:1000]}{prose[30:]}")[0] == "en"
 
 
 def test_an_unknown_language_is_refused() -> None:
