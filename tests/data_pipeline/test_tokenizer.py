@@ -85,17 +85,41 @@ def test_a_file_that_is_no_model_is_named(tmp_path) -> None:
         Tokenizer.load(path)
 
 
-def test_a_lossy_model_is_refused(tmp_path) -> None:
+EXACT = {"normalization_rule_name": "identity", "remove_extra_whitespaces": False, "add_dummy_prefix": False}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"normalization_rule_name": "nfkc"},
+        {"normalization_rule_name": "nfkc_cf"},
+        {"normalization_rule_name": "nmt_nfkc"},
+        {"remove_extra_whitespaces": True},
+        {"add_dummy_prefix": True},
+    ],
+    ids=str,
+)
+def test_a_lossy_model_is_refused(changed: dict[str, object]) -> None:
+    assert Tokenizer(sentencepiece_model(**EXACT), "exact").lossless
+    with pytest.raises(ValueError, match="lossy does not give text back as it was"):
+        Tokenizer(sentencepiece_model(**{**EXACT, **changed}), "lossy")
+
+
+def sentencepiece_model(**options: object) -> bytes:
     import io
 
     import sentencepiece
 
-    lossy = io.BytesIO()
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(TEXTS), model_writer=lossy, vocab_size=400, byte_fallback=True, minloglevel=2
+        sentence_iterator=iter(TEXTS),
+        model_writer=model,
+        vocab_size=400,
+        byte_fallback=True,
+        minloglevel=2,
+        **options,
     )
-    with pytest.raises(ValueError, match="does not give back tabs, newlines and spaces"):
-        Tokenizer(lossy.getvalue(), "lossy")
+    return model.getvalue()
 
 
 def test_ids_outside_the_vocabulary_are_refused(tokenizer: Tokenizer) -> None:
