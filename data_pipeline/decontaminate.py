@@ -1,8 +1,9 @@
 """Documents that hold text of the evaluation sets: n words in a row in common (13 in GPT-3's appendix C).
 
-A word is a run of letters, digits or underscores, lower case; punctuation is left out.
+A word is a run of letters or digits, lower case. Punctuation and "_" (emphasis in plain text) part words;
+soft hyphens and characters without width do not. Documents come normalised, so evaluation sets are too.
 
-    evaluation file -> strings -> numbers of the words -> hash of every n words -> table
+    evaluation file -> strings, normalised -> numbers of the words -> hash of every n words -> table
     document -> numbers of the words (0: no evaluation set has it) -> hashes -> look-up -> words compared
 
 `EvaluationNgrams.save` writes JSON: the vocabulary, and of each string its source and its words' numbers.
@@ -14,6 +15,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,14 +25,19 @@ from typing import Any
 
 import numpy as np
 
-from data_pipeline.words import WORD, windows
+from data_pipeline.config import NormalizeConfig
+from data_pipeline.normalize import normalize as normalized
+from data_pipeline.words import windows
 from trellis_dist.files import atomic_write
 
 __all__ = ["VERSION", "EvaluationNgrams", "Match"]
 
 # Part of the content address: raise it when `find` or the file changes.
-VERSION = 1
+VERSION = 2
 
+WORD = re.compile(r"[^\W_]+")
+# Soft hyphen, zero-width space and joiners, word joiner: nobody sees them inside a word.
+UNSEEN = re.compile("[\u00ad\u200b-\u200d\u2060]")
 SUFFIXES = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".json", ".txt", ".parquet")
 # Odd, so that a word at any place changes the hash (Knuth's constant for 64 bits).
 BASE = np.uint64(6364136223846793005)
@@ -53,7 +60,7 @@ class EvaluationNgrams:
     Attributes:
         ngram_words: n.
         sources: where each string comes from: file, relative to the folder given, and row (from 1).
-        skipped: strings of fewer than n words.
+        skipped: strings of fewer than n words, or with a lone surrogate, which no document can hold.
     """
 
     def __init__(
@@ -91,10 +98,17 @@ class EvaluationNgrams:
         return np.searchsorted(self._ends, at, side="right")
 
     @classmethod
-    def build(cls, paths: Sequence[str | Path], ngram_words: int) -> EvaluationNgrams:
+    def build(
+        cls, paths: Sequence[str | Path], ngram_words: int, normalize: NormalizeConfig
+    ) -> EvaluationNgrams:
         """Read evaluation sets: files, or folders of files in the order of their names.
 
         Every string in a record counts, at any depth, each by itself; in a .txt file, the whole file.
+
+        Args:
+            paths: files and folders.
+            ngram_words: n.
+            normalize: how the documents to compare were normalised.
 
         Raises:
             ValueError: a path that is missing, a folder without evaluation sets, a file that cannot be read.
@@ -103,7 +117,10 @@ class EvaluationNgrams:
         texts: list[tuple[str, list[int]]] = []
         skipped = 0
         for source, text in _read_all(paths):
-            words = WORD.findall(text.lower())
+            try:
+                words = _words(normalized(text, normalize))
+            except UnicodeEncodeError:  # a lone surrogate
+                words = []
             if len(words) < ngram_words:
                 skipped += 1
             else:
@@ -149,7 +166,7 @@ class EvaluationNgrams:
         """The first n-gram of `text` that an evaluation set has, or None. Equal hashes are compared."""
         kept = np.zeros(0, np.uint64)
         for window in windows(text):
-            words = WORD.findall(window.lower())
+            words = _words(window)
             numbers = np.fromiter(map(self._numbers.get, words, repeat(0)), np.uint64, len(words))
             ids = np.concatenate([kept, numbers])
             match = self._find(ids)
@@ -174,6 +191,10 @@ class EvaluationNgrams:
     def _slots(self, hashes: np.ndarray) -> np.ndarray:
         slots: np.ndarray = hashes >> np.uint64(64 - self._bits)
         return slots
+
+
+def _words(text: str) -> list[str]:
+    return WORD.findall((text if text.isascii() else UNSEEN.sub("", text)).lower())
 
 
 def _rolling(ids: np.ndarray, n: int) -> np.ndarray:

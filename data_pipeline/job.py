@@ -223,7 +223,9 @@ def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenS
 def _evaluation_ngrams(config: DataConfig, run: Run) -> tuple[Path | None, str | None]:
     if not config.decontaminate.paths:
         return None, None
-    found = EvaluationNgrams.build(config.decontaminate.paths, config.decontaminate.ngram_words)
+    found = EvaluationNgrams.build(
+        config.decontaminate.paths, config.decontaminate.ngram_words, config.normalize
+    )
     folder = unit_folder(run.work, "ngrams", found.sha256)
 
     def write(attempt: Path) -> dict[str, Any]:

@@ -206,7 +206,7 @@ def _clean_parts(bench: Bench, corpus: Path) -> dict[str, float]:
         "MinHash": lambda: band_keys(signatures(texts, dedup), dedup.bands),
     }
     if bench.evaluations is not None:
-        ngrams = EvaluationNgrams.build([bench.evaluations], 13)
+        ngrams = EvaluationNgrams.build([bench.evaluations], 13, NormalizeConfig())
         parts["decontaminate"] = lambda: [ngrams.find(text) for text in texts]
     size = sum(len(text.encode()) for text in texts) / 1e6
     found = {}

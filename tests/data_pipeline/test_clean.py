@@ -174,7 +174,7 @@ def rows_of(texts: list[str]) -> list[str]:
 def test_evaluation_text_is_flagged_with_its_ngram_and_source(tmp_path: Path, work: Path) -> None:
     question = " ".join(f"q{n}" for n in range(20))
     (tmp_path / "eval.jsonl").write_text(json.dumps({"id": 1, "deep": [{"question": question}]}) + "\n")
-    ngrams = EvaluationNgrams.build([str(tmp_path / "eval.jsonl")], 13)
+    ngrams = EvaluationNgrams.build([str(tmp_path / "eval.jsonl")], 13, NormalizeConfig())
     ngrams.save(tmp_path / "n")
     texts = [prose(1), prose(2) + question.upper().replace(" ", ", ") + prose(3), prose(4)]
     source = of_lines(tmp_path / "a.jsonl", texts)

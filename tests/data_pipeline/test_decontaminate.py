@@ -4,7 +4,9 @@ import gzip
 import json
 import random
 import re
-from collections.abc import Iterable
+import time
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +16,9 @@ from hypothesis import strategies as st
 
 from data_pipeline import decontaminate
 from data_pipeline import words as words_module
+from data_pipeline.config import NormalizeConfig
 from data_pipeline.decontaminate import EvaluationNgrams, Match
+from data_pipeline.normalize import normalize
 
 REAL = Path(__file__).resolve().parents[3] / "shared/data/evals"
 PHRASE = "a meteorite makes the planet rotate faster so that its days become rather shorter than before"
@@ -33,9 +37,13 @@ def jsonl(path: Path, records: Iterable[object]) -> Path:
     return path
 
 
+def built(paths: Sequence[str | Path], n: int, config: NormalizeConfig | None = None) -> EvaluationNgrams:
+    return EvaluationNgrams.build(paths, n, config or NormalizeConfig())
+
+
 @pytest.fixture
 def evals(tmp_path: Path) -> EvaluationNgrams:
-    return EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", HAND_WRITTEN)], 13)
+    return built([jsonl(tmp_path / "set.jsonl", HAND_WRITTEN)], 13)
 
 
 def planted(phrase: str) -> str:
@@ -49,7 +57,7 @@ def test_an_ngram_is_found_with_its_source(evals: EvaluationNgrams) -> None:
         assert evals.find(planted(ngram)) == Match(ngram, "set.jsonl:2")
     assert evals.find(planted(OTHER)) == Match(" ".join(OTHER.split()[:13]), "set.jsonl:1")
     assert evals.find(planted(OTHER) + planted(PHRASE)).source == "set.jsonl:1"
-    assert len(evals) == (17 - 12) + (16 - 12) + (15 - 12)
+    assert len(evals) == (17 - 12) + (16 - 12) + (16 - 12)
     assert evals.skipped == 4
 
 
@@ -66,8 +74,72 @@ def test_twelve_words_or_one_changed_are_no_match(evals: EvaluationNgrams, at: i
 def test_case_punctuation_and_lines_make_no_difference(evals: EvaluationNgrams) -> None:
     loud = re.sub(" ", ",\n-- ", PHRASE.title())
     assert evals.find(planted(loud)) == Match(" ".join(PHRASE.split()[:13]), "set.jsonl:2")
-    plain = "two she said and then one two_three four five six seven eight s nine ten"
+    plain = "two she said and then one two three four five six seven eight s nine ten"
     assert evals.find(plain) == Match(" ".join(plain.split()[:13]), "set.jsonl:3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: re.sub(r"(\w+)", r"_\1_", text),
+        lambda text: text.replace(" ", "_"),
+        *(
+            lambda text, char=char: re.sub(r"\b(\w)(\w)", rf"\1{char}\2{char}", text)
+            for char in "\u00ad\u200b\u200c\u200d\u2060"
+        ),
+    ],
+    ids=["emphasis", "joined", "soft hyphen", "space", "non-joiner", "joiner", "word joiner"],
+)
+def test_underscores_and_what_nobody_sees_hide_nothing(tmp_path: Path, change: Callable[[str], str]) -> None:
+    expected = Match(" ".join(PHRASE.split()[:13]), "set.jsonl:1")
+    assert change(PHRASE) != PHRASE
+    for there, here in ((PHRASE, change(PHRASE)), (change(PHRASE), PHRASE)):
+        evals = built([jsonl(tmp_path / "set.jsonl", [there])], 13)
+        assert evals.find(normalize(planted(here))) == expected
+
+
+FRENCH = (
+    "\u00c9t\u00e9 pr\u00e9c\u00e9dent d\u00e9j\u00e0 pass\u00e9 \u00e0 l\u2019\u00e9cole; "
+    "\ufb01n \u00e9l\u00e8ve o\u00f9 \u00eatre t\u00f4t ou tard"
+)
+
+
+@pytest.mark.parametrize(
+    "form, there, here", [("NFC", "NFD", "NFC"), ("NFC", "NFC", "NFD"), ("NFKC", "NFKC", "NFD")]
+)
+def test_the_sets_are_normalised_as_documents_are(tmp_path: Path, form: str, there: str, here: str) -> None:
+    config, none = NormalizeConfig(form=form), NormalizeConfig(form="none")
+    files = [jsonl(tmp_path / "set.jsonl", [unicodedata.normalize(there, FRENCH)])]
+    document = planted(unicodedata.normalize(here, FRENCH))
+    found = built(files, 13, config).find(normalize(document, config))
+    assert found == Match(found.ngram, "set.jsonl:1")
+    assert built(files, 13, none).find(normalize(document, none)) is None
+
+
+def test_mojibake_in_a_set_is_undone_as_in_documents(tmp_path: Path) -> None:
+    config = NormalizeConfig(mojibake=True)
+    broken = FRENCH.encode().decode("latin-1")
+    evals = built([jsonl(tmp_path / "set.jsonl", [broken])], 13, config)
+    assert evals.find(normalize(FRENCH, config)) is not None
+
+
+def test_a_lone_surrogate_in_a_set_is_skipped(tmp_path: Path) -> None:
+    evals = built([jsonl(tmp_path / "set.jsonl", [OTHER + "\ud800", {"a": PHRASE, "b": "\udfff"}])], 13)
+    assert (evals.skipped, evals.sources) == (2, ["set.jsonl:2"])
+    assert evals.find(PHRASE) is not None
+    assert evals.find(OTHER) is None
+    evals.save(tmp_path / "ngrams.json")
+
+
+def test_ten_megabytes_take_a_second(evals: EvaluationNgrams) -> None:
+    """Three are allowed here, where other tests run."""
+    text = (
+        "na\u00efve \u00ad"
+        + "the planet rotates \u201cfaster\u201d so that its days become rather shorter. " * 40_000
+    )
+    start = time.process_time()
+    assert evals.find(text) is None
+    assert time.process_time() - start < 3 * len(text.encode()) / 1e7
 
 
 def test_strings_are_not_joined(tmp_path: Path) -> None:
@@ -75,7 +147,7 @@ def test_strings_are_not_joined(tmp_path: Path) -> None:
         {"a": " ".join(OTHER.split()[:8]), "b": " ".join(OTHER.split()[8:])},
         {"a": OTHER + " x", "b": PHRASE},
     ]
-    evals = EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", halves)], 13)
+    evals = built([jsonl(tmp_path / "set.jsonl", halves)], 13)
     assert evals.skipped == 2
     assert evals.find(OTHER).source == "set.jsonl:2"
     assert evals.find("water x a meteorite makes the planet rotate faster so that its days become") is None
@@ -112,10 +184,10 @@ def test_every_format_and_folder_is_read(tmp_path: Path) -> None:
         "g.parquet:2",
     )
     expected = dict(zip("abcdefg", sources))
-    evals = EvaluationNgrams.build([folder], 13)
+    evals = built([folder], 13)
     assert {name: evals.find(phrase).source for name, phrase in phrases.items()} == expected
     assert evals.find(OTHER) is None
-    alone = EvaluationNgrams.build([str(folder / "deep" / "b.jsonl.gz")], 13)
+    alone = built([str(folder / "deep" / "b.jsonl.gz")], 13)
     assert alone.find(phrases["b"]).source == "b.jsonl.gz:2"
     assert alone.find(phrases["a"]) is None
 
@@ -141,7 +213,7 @@ def test_what_cannot_be_read_is_refused_in_one_line(tmp_path: Path, name, conten
         path.write_bytes(content)
     given = path.parent if path.parent != tmp_path else path
     with pytest.raises(ValueError, match=r"^data\.decontaminate\.paths: " + message) as error:
-        EvaluationNgrams.build([given], 13)
+        built([given], 13)
     assert "\n" not in str(error.value)
 
 
@@ -151,7 +223,7 @@ def test_a_zstd_file_that_ends_early_is_refused(tmp_path: Path) -> None:
     whole = zstandard.compress(json.dumps(random.Random(0).random()).encode() * 999)
     (tmp_path / "set.jsonl.zst").write_bytes(whole[:-5])
     with pytest.raises(ValueError, match="ends inside a frame"):
-        EvaluationNgrams.build([tmp_path], 13)
+        built([tmp_path], 13)
 
 
 def test_saved_and_loaded_it_finds_the_same(evals: EvaluationNgrams, tmp_path: Path) -> None:
@@ -167,7 +239,7 @@ def test_saved_and_loaded_it_finds_the_same(evals: EvaluationNgrams, tmp_path: P
 def test_the_hash_covers_words_sources_and_n(tmp_path: Path) -> None:
     def sha256(name: str, records: list, n: int = 13) -> str:
         (tmp_path / name).mkdir(exist_ok=True)
-        return EvaluationNgrams.build([jsonl(tmp_path / name / f"{name[0]}.jsonl", records)], n).sha256
+        return built([jsonl(tmp_path / name / f"{name[0]}.jsonl", records)], n).sha256
 
     base = sha256("a1", [OTHER, PHRASE])
     assert base == sha256("a2", [OTHER, PHRASE])  # where the folder lies makes no difference
@@ -184,12 +256,12 @@ def test_another_file_is_refused(tmp_path: Path, content: str) -> None:
 
 def test_the_first_source_is_named(tmp_path: Path) -> None:
     records = [PHRASE, *[OTHER, PHRASE] * 50]
-    evals = EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", records)], 13)
+    evals = built([jsonl(tmp_path / "set.jsonl", records)], 13)
     assert (evals.find(PHRASE).source, evals.find(OTHER).source) == ("set.jsonl:1", "set.jsonl:2")
 
 
 def test_no_evaluation_text_finds_nothing(tmp_path: Path) -> None:
-    evals = EvaluationNgrams.build([jsonl(tmp_path / "set.jsonl", ["too short"])], 13)
+    evals = built([jsonl(tmp_path / "set.jsonl", ["too short"])], 13)
     assert (len(evals), evals.skipped) == (0, 1)
     assert evals.find(OTHER) is None
     assert evals.find("") is None
@@ -231,13 +303,13 @@ def _strings(value: object) -> list[str]:
 def test_every_row_of_real_evaluation_sets_is_found(tmp_path: Path) -> None:
     """All strings of 13 words or more, of the real sets where they are at hand."""
     files = sorted(REAL.glob("*.jsonl")) or [jsonl(tmp_path / "set.jsonl", HAND_WRITTEN)]
-    evals = EvaluationNgrams.build(files, 13)
+    evals = built(files, 13)
     found = 0
     for file in files:
         for line in file.read_text().splitlines():
             for text in _strings(json.loads(line)):
                 match = evals.find(f"before it, {text}, and after")
-                long = len(re.findall(r"\w+", text)) >= 13
+                long = len(re.findall(r"[^\W_]+", text)) >= 13
                 assert not long or match is not None
                 found += long
     assert found + evals.skipped == sum(len(_strings(json.loads(line))) for f in files for line in f.open())
