@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 __all__ = ["WORD", "windows"]
 
-# Letters, digits and underscores of any script: punctuation parts words and belongs to none. (Decontamination,
-# which has a word of its own, parts them at underscores too.)
+# Letters, digits and underscores of any script: punctuation parts words and belongs to none. Decontamination
+# has a word of its own, which underscores part too.
 WORD = re.compile(r"\w+")
 WINDOW = 2**18
 SPACE = re.compile(r"\s")
