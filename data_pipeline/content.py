@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.readers import Item, open_parquet
+from data_pipeline.readers import Item, book_span, open_parquet
 from trellis_dist.files import digest, sha256_file
 
 __all__ = ["check_unchanged", "content_of"]
@@ -20,6 +20,9 @@ def content_of(reader: str, path: str, start: int, stop: int) -> str:
         return digest(topics.get(path))
     if reader == "parquet" and not isinstance(file := open_parquet(path), str):
         return _row_group(path, file.metadata, start)
+    if reader == "book":  # marks elsewhere in the file decide what of the range is text
+        span = book_span(path, start, stop)
+        return digest([*span, sha256_file(Path(path), start=span[0], stop=span[1])])
     if reader == "text" or path.endswith(".jsonl"):
         return sha256_file(Path(path), start=start, stop=stop)
     return sha256_file(Path(path))
@@ -40,7 +43,7 @@ def _row_group(path: str, metadata: Any, index: int) -> str:
 def check_unchanged(items: Iterable[Item]) -> None:
     """Compare inputs that were read with their hashes in the plan.
 
-    A part of a streamed data set was verified when it was looked up, and its reader sees damage.
+    A part of a stream was verified when it was looked up, and its reader sees damage.
 
     Raises:
         OSError: an input is another one than was planned, or is gone; the message names it.

@@ -29,13 +29,14 @@ from data_pipeline.dedup import (
     run_partition,
     write_copies,
 )
-from data_pipeline.fetch import Fetched, Want, fetch, plan_stream
+from data_pipeline.fetch import Fetched, Want, fetch
 from data_pipeline.holdout import SPLITS, Holdout, choose_holdout
 from data_pipeline.merge import Taken
 from data_pipeline.progress import Bar
 from data_pipeline.run import Run
-from data_pipeline.sources import Unit, plan_units
+from data_pipeline.sources import Unit
 from data_pipeline.stages import Lead, Line, ahead, run_lines
+from data_pipeline.streams import plan_source
 from data_pipeline.tokenise import SPLIT, TOKENS, TokenStage, read_records, token_unit
 from trellis_dist.files import digest, write_json
 
@@ -54,6 +55,8 @@ __all__ = [
 # Text opened for a budget of one token, in bytes: about what a token of 32,000 pieces holds. Too little opens
 # more in a second round, too much cleans text for nothing.
 BYTES_PER_TOKEN = 4.5
+# Documents that thresholds are checked on, and the fewest where a budget is smaller than one document.
+ENOUGH_HASHES, LEAST_HASHES = 200_000, 3
 # Fetched for each byte that is missing, so that one round does; and at most for each that is there, however
 # much of it was dropped.
 FETCH_MORE, FETCH_MOST = 1.2, 4.0
@@ -65,13 +68,13 @@ class Feed:
 
     Attributes:
         name, source: as in the recipe.
-        units: all there are, in order; of a streamed source as many as are fetched.
+        units: all there are, in order; up to the first stream that is not all fetched.
         stage: what "clean" does.
         cleaned: the clean units; its leading ones are open.
         keys: number -> key of the clean units.
         tokenised: the token units of the leading clean units.
         first: number of its first open unit among those of all sources.
-        fetched: what is here of a streamed source.
+        fetched: what is here of its streams.
     """
 
     name: str
@@ -145,10 +148,8 @@ def plan_feeds(config: DataConfig, *, ngrams: Path | None, ngrams_sha256: str | 
         if source.max_documents is not None:
             limits["documents"] = source.max_documents
         feed = Feed(name, source, [], stage, Lead(limits, _clean_sums))
-        if source.kind == "huggingface":
-            feed.fetched = Fetched(plan_stream(source, config.unit_bytes))
-        else:
-            feed.units = plan_units(source, config.unit_bytes)
+        feed.fetched = Fetched(plan_source(source, config.unit_bytes))
+        feed.units = feed.fetched.units(Path())  # those before the first stream; no part is known yet
         feeds.append(feed)
     return feeds
 
@@ -174,7 +175,7 @@ def _hungry(feed: Feed) -> bool:
 
 def _wanted(feed: Feed, fetched: Fetched, work: Path) -> Want:
     """What is missing in the lead, and more as a share of the text is dropped."""
-    limits, before = {}, fetched.sums()
+    limits, before = {}, fetched.sums(feed.cleaned.entries)
     for name, limit in feed.cleaned.limits.items():
         kept = feed.cleaned.sums.get(name, 0)
         limits[name] = (limit - kept) * FETCH_MORE
@@ -239,17 +240,30 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
     """Thresholds over the documents that are kept. Raises ValueError: the corpus is too small."""
     if not any(entry["documents"] for feed in feeds for entry in feed.cleaned.leading()):
         raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
-    hashes, size = [np.empty(0, np.uint64)], 0
-    for feed in feeds:
-        room = feed.source.max_documents  # those that its budget can take, so that one of them is held out
-        for index, key in enumerate(feed.open_keys):
-            documents = read_documents(unit_folder(run.work, "clean", key))
-            chosen = documents[tokenise.kept(documents, copies.dropped(feed.first + index))][:room]
-            room = None if room is None else room - len(chosen)
-            size += int(chosen["bytes"].sum())
-            hashes.append(chosen["hash"])
+    hashes = [_surely_taken(feed, copies, run.work) for feed in feeds]
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
-    return choose_holdout(np.concatenate(hashes), size, **fractions)
+    return choose_holdout(np.concatenate(hashes), **fractions)
+
+
+def _surely_taken(feed: Feed, copies: Copies, work: Path) -> np.ndarray:
+    """Hashes of the first documents that the budget takes whatever their tokens are: one of them is held out.
+
+    A document has at most as many tokens as bytes, and BOS and EOS. The shares alone decide over many.
+    """
+    found, room = [np.empty(0, np.uint64)], feed.source.max_tokens
+    most = min(ENOUGH_HASHES, feed.source.max_documents or ENOUGH_HASHES)
+    for index, key in enumerate(feed.open_keys):
+        documents = read_documents(unit_folder(work, "clean", key))
+        chosen = documents[tokenise.kept(documents, copies.dropped(feed.first + index))][:most]
+        if room is not None:
+            ends = np.cumsum(chosen["bytes"] + 2)
+            chosen = chosen[: max(LEAST_HASHES, int(np.searchsorted(ends, room, side="right")))]
+            room -= int((chosen["bytes"] + 2).sum())
+        found.append(chosen["hash"])
+        most -= len(chosen)
+        if most <= 0 or (room is not None and room <= 0):
+            break
+    return np.concatenate(found)
 
 
 def _why_none(feeds: Sequence[Feed], run: Run) -> str:

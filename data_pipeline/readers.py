@@ -1,4 +1,4 @@
-"""Readers: one input (a file, a range of one, a topic, a part of a streamed data set) to documents.
+"""Readers: one input (a file, a range of one, a topic, a part of a stream) to documents.
 
 They never raise on bad text: a record that cannot be a document is yielded as `Quarantined` with file, offset
 and reason, and reading goes on.
@@ -10,10 +10,10 @@ import gzip
 import io
 import json
 import re
-import sys
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from typing import IO, Any
 
 from data_pipeline.config import SourceConfig
@@ -22,10 +22,12 @@ __all__ = [
     "Document",
     "Item",
     "Quarantined",
+    "book_span",
     "checked",
     "load_streaming",
     "open_parquet",
     "read_item",
+    "read_lines",
     "skip_line",
 ]
 
@@ -69,7 +71,8 @@ class Item:
     """One input of a work unit.
 
     Attributes:
-        reader: "text", "jsonl", "parquet", "topic" or "part" (of a streamed data set, fetch.py).
+        reader: "text", "book" (a text in the marks of Project Gutenberg), "jsonl", "parquet", "topic" or
+            "part" (of a stream, fetch.py).
         name: what the user sees: path relative to the corpus, topic, data set.
         source: label of its documents.
         path: where it lies on this machine; no part of the content address.
@@ -101,7 +104,8 @@ def read_item(item: Item, source: SourceConfig) -> Iterator[Document | Quarantin
     """
     return {
         "text": _read_text,
-        "jsonl": _read_jsonl,
+        "book": _read_text,
+        "jsonl": read_lines,
         "parquet": _read_parquet,
         "topic": _read_topic,
         "part": _read_part,
@@ -124,15 +128,15 @@ def checked(item: Item, text: object, offset: int, source: SourceConfig) -> Docu
 
 
 def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
-    start, stop = _book(item.path) if source.strip_gutenberg else (0, sys.maxsize)
-    offset = max(start, item.start)
-    limit, size = source.max_document_bytes, min(stop, item.stop) - offset
+    span = (item.start, item.stop)
+    offset, stop = book_span(item.path, *span) if item.reader == "book" else span
+    limit, size = source.max_document_bytes, stop - offset
     if source.text_document_bytes is None and size > limit:
         yield Quarantined(item.name, 0, f"{size} bytes, more than {limit}")
         return
     with open(item.path, "rb") as file:
         file.seek(offset)
-        data = file.read(max(0, size))
+        data = file.read(size)
     for part in _cut(data, source.text_document_bytes):
         try:
             yield checked(item, part.decode(), offset, source)
@@ -141,15 +145,19 @@ def _read_text(item: Item, source: SourceConfig) -> Iterator[Document | Quaranti
         offset += len(part)
 
 
-def _book(path: str) -> tuple[int, int]:
-    """Bytes [start, stop) between the marks that Project Gutenberg sets around a book; all without marks."""
+def book_span(path: str, start: int, stop: int) -> tuple[int, int]:
+    """Of the bytes [start, stop) those between the marks that Project Gutenberg sets around a book.
+
+    The marks are looked for in the whole file, whatever range is read; without marks it is all book.
+    """
     with open(path, "rb") as file:
         head = file.read(GUTENBERG_SPAN)
         base = max(0, file.seek(0, io.SEEK_END) - GUTENBERG_SPAN)
         file.seek(base)
         tail = file.read()
     begin, end = GUTENBERG_START.search(head), GUTENBERG_END.search(tail)
-    return (begin.end() if begin else 0), (base + end.start() if end else base + len(tail))
+    first = max(start, begin.end()) if begin else start
+    return first, max(first, min(stop, base + end.start())) if end else max(first, stop)
 
 
 def _cut(data: bytes, limit: int | None) -> Iterator[bytes]:
@@ -170,7 +178,18 @@ def _cut(data: bytes, limit: int | None) -> Iterator[bytes]:
     yield data[start:]
 
 
-def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarantined]:
+def read_lines(item: Item, source: SourceConfig, skip: int = 0) -> Iterator[Document | Quarantined]:
+    """Records of a .jsonl file, compressed or not; the first `skip` of them are read, but not looked into.
+
+    Raises:
+        OSError: as `read_item`.
+    """
+    for found in islice(_lines(item, source), skip, None):
+        yield found if isinstance(found, Quarantined) else _parse_line(item, *found, source)
+
+
+def _lines(item: Item, source: SourceConfig) -> Iterator[tuple[bytes, int] | Quarantined]:
+    """Lines that are not blank and where they begin, or what is wrong with them before they are parsed."""
     # A JSON escape takes up to six bytes per byte of text, and the record has other fields.
     limit = 8 * source.max_document_bytes + 4096
     compressed = not item.path.endswith(".jsonl")
@@ -190,7 +209,7 @@ def _read_jsonl(item: Item, source: SourceConfig) -> Iterator[Document | Quarant
                     size += skip_line(file, line, stop)
                     yield Quarantined(item.name, offset, f"record longer than {limit} bytes")
                 elif line.strip():
-                    yield _parse_line(item, line, offset, source)
+                    yield line, offset
                 offset += size
     except (EOFError, zlib.error, gzip.BadGzipFile, _zstd_error()) as error:
         yield Quarantined(item.name, offset, f"damaged compressed file, rest left out ({error})")

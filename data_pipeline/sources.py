@@ -77,7 +77,8 @@ class Unit:
 def plan_units(source: SourceConfig, unit_bytes: int) -> list[Unit]:
     """The corpus as work units of about `unit_bytes` input bytes, in corpus order.
 
-    For the kinds "stdlib" and "path"; the units of a streamed data set are its parts (fetch.py).
+    For the kinds "stdlib" and "path"; the units of a streamed data set are its parts (fetch.py). An input
+    larger than `unit_bytes` is a unit of its own.
 
     Raises:
         ValueError: the corpus is missing or holds nothing that can be read; the message has the remedy.
@@ -214,8 +215,9 @@ def _walk(root: Path, left_out: frozenset[str] = frozenset()) -> Iterator[Path]:
 
 
 def _file_items(path: Path, name: str, reader: str, source: SourceConfig, unit_bytes: int) -> Iterator[Item]:
+    how = "book" if reader == "text" and source.strip_gutenberg else reader
     for start, stop, size in _ranges(path, reader, source, unit_bytes):
-        yield _item(reader, name, reader, str(path), start, stop, max(1, size))
+        yield _item(how, name, reader, str(path), start, stop, max(1, size))
 
 
 def _ranges(path: Path, reader: str, source: SourceConfig, unit_bytes: int) -> Iterable[tuple[int, int, int]]:

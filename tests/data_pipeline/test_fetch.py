@@ -12,14 +12,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from data_pipeline import fetch, pipeline, readers
-from data_pipeline.commit import clear_attempts, unit_folder
+from data_pipeline import fetch, pipeline, readers, streams
+from data_pipeline.commit import unit_folder
 from data_pipeline.config import FilterConfig, SourceConfig
-from data_pipeline.fetch import RECORDS, Fetched, Stream, Want, fetch_shard, plan_stream
+from data_pipeline.fetch import RECORDS, Fetched, fetch_shard, part_key
 from data_pipeline.job import prepare
 from data_pipeline.readers import Document, Quarantined
+from data_pipeline.streams import RemoteShard, plan_stream
 from data_pipeline.workers import Workers
-from tests.data_pipeline.texts import hashes, prose, rows, settings, unit_documents
+from tests.data_pipeline.fetched import content, failing, found, take
+from tests.data_pipeline.texts import hashes, prose, rows, settings
 
 SEEDS = (range(12), range(12, 20))
 
@@ -32,47 +34,11 @@ def data_set(folder: Path, shards: tuple[range, ...] = SEEDS) -> SourceConfig:
     return SourceConfig(kind="huggingface", name=str(folder))
 
 
-def take(stream: Stream, work: Path, limits: dict[str, float] | None = None) -> Fetched:
-    """Fetch in this process, as `fetch` does with one worker."""
-    clear_attempts(work)
-    want = Want(Fetched(stream), limits or {}, work)
-    for shard in range(stream.shards):
-        if not want.look(shard):
-            for entry in fetch_shard(*want.call(shard)):
-                want.put(shard, entry)
-        if want.full:
-            break
-    return want.fetched
-
-
-def found(fetched: Fetched, work: Path) -> list[Document | Quarantined]:
-    source = fetched.stream.source
-    return [document for unit in fetched.units(work) for document in unit_documents(unit, source)]
-
-
-def content(work: Path) -> dict[str, bytes]:
-    paths = [path for path in (work / "fetch").rglob("*") if path.is_file()]
-    return {str(path.relative_to(work)): path.read_bytes() for path in sorted(paths)}
-
-
-def failing(function: Callable[..., object], number: int) -> Callable[..., object]:
-    """The function, but its call of that number fails."""
-    calls: list[None] = []
-
-    def made(*arguments: object) -> object:
-        calls.append(None)
-        if len(calls) == number:
-            raise OSError(28, "No space left on device")
-        return function(*arguments)
-
-    return made
-
-
 @pytest.mark.parametrize(("unit_bytes", "parts"), [(1, [12, 8]), (4000, [6, 4]), (1 << 30, [1, 1])])
 def test_parts_hold_every_record_once_in_order(tmp_path: Path, unit_bytes: int, parts: list[int]) -> None:
     stream = plan_stream(data_set(tmp_path / "data"), unit_bytes)
     fetched = take(stream, tmp_path)
-    name = stream.source.name
+    name = stream[0].source.name
     places = [(f"{name}[0]", row) for row in range(12)] + [(f"{name}[1]", row) for row in range(8)]
     assert found(fetched, tmp_path) == [
         Document(prose(seed), "huggingface", *place) for seed, place in enumerate(places)
@@ -98,9 +64,9 @@ def test_a_fetch_that_failed_goes_on_behind_what_it_committed(
     before = content(tmp_path)
     assert len(before) == 2 * (number - 1)
     written, read = [], []
-    commit, values = fetch.commit_unit, fetch._values
+    commit, values = fetch.commit_unit, streams._values
     monkeypatch.setattr(fetch, "commit_unit", lambda *a: written.append(a[2]) or commit(*a))
-    monkeypatch.setattr(fetch, "_values", lambda *a: read.append(a[1:]) or values(*a))
+    monkeypatch.setattr(streams, "_values", lambda *a: read.append((a[0].index, a[1])) or values(*a))
     take(stream, tmp_path)
     assert len(written) == 10 - (number - 1)
     assert read == [(0, 2 * (number - 1)), (1, 0)]  # two documents are a part
@@ -112,17 +78,17 @@ def test_a_fetch_that_failed_goes_on_behind_what_it_committed(
 def test_what_is_committed_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = plan_stream(data_set(tmp_path / "data"), 4000)
     first = take(stream, tmp_path)
-    monkeypatch.setattr(fetch, "load_streaming", lambda source: pytest.fail("the stream was opened"))
+    monkeypatch.setattr(streams, "load_streaming", lambda source: pytest.fail("the stream was opened"))
     assert take(stream, tmp_path) == first
     # A task that Ray starts again does not know what its first attempt has committed.
-    assert fetch_shard(stream, 0, 0, 0, {}, str(tmp_path)) == first.entries[0]
+    assert fetch_shard(stream[0], 0, 0, {}, str(tmp_path)) == first.entries[0]
 
 
 def test_a_damaged_part_alone_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stream = plan_stream(data_set(tmp_path / "data"), 4000)
     first = take(stream, tmp_path)
     before = content(tmp_path)
-    damaged = unit_folder(tmp_path, "fetch", stream.key(0, 2)) / RECORDS
+    damaged = unit_folder(tmp_path, "fetch", part_key(stream[0], 2)) / RECORDS
     data = damaged.read_bytes()
     for wrong in (data[:-1] + b"!", data[: len(data) // 2], b""):
         damaged.write_bytes(wrong)
@@ -131,7 +97,7 @@ def test_a_damaged_part_alone_is_made_again(tmp_path: Path, monkeypatch: pytest.
     written, commit = [], fetch.commit_unit
     monkeypatch.setattr(fetch, "commit_unit", lambda *a: written.append(a[2]) or commit(*a))
     take(stream, tmp_path)
-    assert written == [stream.key(0, 2)]
+    assert written == [part_key(stream[0], 2)]
     assert content(tmp_path) == before
 
 
@@ -153,12 +119,13 @@ def test_a_limit_stops_after_the_part_that_reaches_it(tmp_path: Path) -> None:
 def test_addresses_follow_the_files_and_how_they_are_read(tmp_path: Path) -> None:
     source = data_set(tmp_path / "data")
     stream = plan_stream(source, 4000)
-    keys = {stream.key(0, 0), stream.key(0, 1), stream.key(1, 0), plan_stream(source, 4001).key(0, 0)}
-    keys.add(plan_stream(replace(source, text_column="n"), 4000).key(0, 0))
-    keys.add(plan_stream(replace(source, max_document_bytes=10), 4000).key(0, 0))
-    assert plan_stream(replace(source, max_tokens=10, licence="x"), 4000).key(0, 0) in keys
+    keys = {part_key(stream[0], 0), part_key(stream[0], 1), part_key(stream[1], 0)}
+    keys.add(part_key(plan_stream(source, 4001)[0], 0))
+    keys.add(part_key(plan_stream(replace(source, text_column="n"), 4000)[0], 0))
+    keys.add(part_key(plan_stream(replace(source, max_document_bytes=10), 4000)[0], 0))
+    assert part_key(plan_stream(replace(source, max_tokens=10, licence="x"), 4000)[0], 0) in keys
     (tmp_path / "data" / "part0.jsonl").write_text("".join(rows(range(11))))
-    keys.add(plan_stream(source, 4000).key(0, 0))
+    keys.add(part_key(plan_stream(source, 4000)[0], 0))
     assert len(keys) == 7
 
 
@@ -175,7 +142,8 @@ def test_local_files_are_known_by_what_they_hold(tmp_path: Path, kind: str) -> N
             pyarrow.parquet.write_table(table, tmp_path / "data" / "a.parquet")
         else:
             (tmp_path / "data" / "a.jsonl").write_text(json.dumps({"text": text}))
-        contents.append(plan_stream(SourceConfig(kind="huggingface", name=str(tmp_path / "data")), 1).content)
+        source = SourceConfig(kind="huggingface", name=str(tmp_path / "data"))
+        contents.append(plan_stream(source, 1)[0].content)
     assert contents[0] != contents[1]
 
 
@@ -224,7 +192,7 @@ def test_a_json_list_without_known_columns_is_read(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.json").write_text(json.dumps([{"text": prose(seed)} for seed in range(5)]))
     stream = plan_stream(SourceConfig(kind="huggingface", name=str(tmp_path / "data")), 4000)
-    assert readers.load_streaming(stream.source).features is None
+    assert readers.load_streaming(stream[0].source).features is None
     fetched = take(stream, tmp_path)
     assert [d.text for d in found(fetched, tmp_path) if isinstance(d, Document)] == list(map(prose, range(5)))
     assert len(fetched.entries[0]) == 3
@@ -286,14 +254,14 @@ def test_a_network_or_folder_that_vanishes_is_one_line(
         raise LookupError("connection reset\nby peer")  # of a library, and no OSError
 
     with monkeypatch.context() as patch:
-        patch.setattr(fetch, "_value", reset)
+        patch.setattr(streams, "_value", reset)
         with pytest.raises(OSError, match=r"connection reset by peer: run prepare again"):
             take(stream, tmp_path)
     assert len(found(take(stream, tmp_path), tmp_path)) == 20
 
 
 def test_a_data_set_without_files_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "load_streaming", lambda source: SimpleNamespace(num_shards=0))
+    monkeypatch.setattr(streams, "load_streaming", lambda source: SimpleNamespace(num_shards=0))
     with pytest.raises(
         ValueError, match=r"the huggingface corpus is empty: choose a data\.source\.name, subset"
     ):
@@ -319,10 +287,12 @@ def test_a_data_set_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: 
 
 
 def test_more_is_fetched_where_much_is_dropped() -> None:
-    stream = Stream(SourceConfig(kind="huggingface", name="a/b"), "", 3, 100)
+    stream = [RemoteShard(SourceConfig(kind="huggingface", name="a/b"), "", 0, 1, 100)]
     stage = SimpleNamespace()
-    feed = pipeline.Feed("a", stream.source, [], stage, pipeline.Lead({"bytes": 1000}, pipeline._clean_sums))  # type: ignore[arg-type]
-    feed.fetched = Fetched(stream)
+    feed = pipeline.Feed(
+        "a", stream[0].source, [], stage, pipeline.Lead({"bytes": 1000}, pipeline._clean_sums)
+    )  # type: ignore[arg-type]
+    feed.fetched = Fetched([*stream])
     wants = []
     for kept in (100, 50, 0):
         wants.append(pipeline._wanted(feed, feed.fetched, Path()).limits["bytes"])
@@ -403,7 +373,7 @@ def test_a_budget_fetches_what_it_needs_and_a_cache_changes_nothing(
         assert 4000 <= made.splits["train"].tokens < 5500
     stream = plan_stream(whole, 8192)
     fetched = {path.name for path in (tmp_path / "one" / "work" / "fetch").iterdir()}
-    assert fetched == {stream.key(0, part) for part in range(len(fetched))}
+    assert fetched == {part_key(stream[0], part) for part in range(len(fetched))}
     assert len(fetched) < 8
     no_task(monkeypatch)
     (tmp_path / "one" / "manifest.json").unlink()

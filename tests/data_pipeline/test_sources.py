@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from data_pipeline import readers, sources
 from data_pipeline.config import SourceConfig
+from data_pipeline.content import check_unchanged
 from data_pipeline.readers import Document, Quarantined
 from data_pipeline.sources import Unit, describe, listing, plan_units
 from tests.data_pipeline.texts import MARKUP, prose, rows, unit_documents
@@ -124,6 +125,42 @@ def test_a_units_address_follows_content_not_place(tmp_path: Path) -> None:
         (tmp_path / folder / "a.txt").write_text(prose(2))
         assert addresses_of(plan_units(source, 100)) != addresses[-1]
     assert addresses[0] == addresses[1]
+
+
+@pytest.mark.parametrize("mark", ["START", "END"])
+def test_marks_elsewhere_in_a_book_are_in_its_units_addresses(tmp_path: Path, mark: str) -> None:
+    text = "".join(f"line {number} of the book\n" for number in range(400))
+    path, addresses, found = tmp_path / "a.txt", [], []
+    path.write_text(
+        "header\n*** START OF THIS PROJECT GUTENBERG EBOOK A ***\n"
+        + text
+        + "*** END OF THIS PROJECT GUTENBERG EBOOK A ***\nlicence\n"
+    )
+    options = {"strip_gutenberg": True, "text_document_bytes": 1000}
+    source = SourceConfig(kind="path", path=str(path), **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        units = plan_units(source, 1000)
+        addresses.append(addresses_of(units))
+        found.append([list(unit_documents(unit, source)) for unit in units])
+        for unit in units:
+            check_unchanged(unit.sealed().items)
+        path.write_text(path.read_text().replace(f"*** {mark} OF", f"... {mark} OF"))
+    assert len(addresses[0]) == len(addresses[1]) > 5
+    # The one unit whose bytes changed, or no longer end where the book does.
+    same = [one == two for one, two in zip(*found)]
+    assert same == [one == two for one, two in zip(*addresses)]
+    assert same.count(False) == 1
+
+
+def test_a_mark_in_another_units_bytes_changes_the_address(tmp_path: Path) -> None:
+    path, addresses = tmp_path / "a.txt", []
+    source = SourceConfig(kind="path", path=str(path), strip_gutenberg=True, text_document_bytes=100)
+    mark = "*** END OF THIS PROJECT GUTENBERG EBOOK A ***"
+    for first in (mark, mark.replace("*", ".")):
+        path.write_text(first + "\n" + "a line\n" * 100)
+        addresses.append(addresses_of(plan_units(source, 100)))
+    assert len(addresses[0]) == len(addresses[1]) > 5
+    assert all(one != two for one, two in zip(*addresses))
 
 
 def test_bad_records_are_quarantined_and_reading_goes_on(tmp_path: Path) -> None:
