@@ -36,7 +36,7 @@ class Holdout:
         return found
 
 
-def choose_holdout(hashes: np.ndarray, size: int = 0, *, validation: float, test: float) -> Holdout:
+def choose_holdout(hashes: np.ndarray, *, validation: float, test: float) -> Holdout:
     """Thresholds that hold out about these shares of the documents.
 
     Where the shares give no document, as in a small corpus, one is held out for each share above 0, and one
@@ -44,7 +44,6 @@ def choose_holdout(hashes: np.ndarray, size: int = 0, *, validation: float, test
 
     Args:
         hashes: uint64 [n], of all documents kept.
-        size: not looked at: sixty novels are many bytes and few documents.
         validation, test: shares, each below 0.5.
 
     Raises:

@@ -59,5 +59,4 @@ class PeakMemory:
 
     def of_tasks(self) -> int:
         """MiB of the largest worker while it ran a task of ours."""
-        tasks = ("ray::fetch_shard", "ray::clean_unit", "ray::token_unit", "ray::run_partition", "ray::write_planned")
-        return round(max(self.peaks.get(task, 0) for task in tasks) / 2**20)
+        return round(max(self.peaks.get(f"ray::{task}", 0) for task in TASKS) / 2**20)

@@ -86,7 +86,6 @@ def test_twenty_kills_change_nothing(
     assert min(done.drivers, done.workers) >= 3
     folders = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert all(output_hashes(folder) == straight for folder in folders)
-    assert not any(list((folder / "work" / "attempts").iterdir()) for folder in folders)
 
 
 @pytest.mark.parametrize("workers", [1, 4])

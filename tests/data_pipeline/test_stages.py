@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
 import pytest
 
 from data_pipeline import job, pipeline, vocabulary
@@ -23,7 +22,6 @@ from data_pipeline.config import (
     SourceConfig,
     TokenizerConfig,
 )
-from data_pipeline.holdout import choose_holdout
 from data_pipeline.job import prepare
 from data_pipeline.manifest import Manifest, verify_dataset
 from data_pipeline.stages import Lead
@@ -283,16 +281,15 @@ def test_a_lead_counts_only_what_follows_from_the_first() -> None:
     assert (lead.count, lead.full) == (4, True)
 
 
-def test_a_small_corpus_holds_one_out_for_every_share() -> None:
-    hashes = np.sort(np.random.default_rng(1).integers(0, 2**64, 6, np.uint64))
-    for validation, test in ((1e-9, 0.0), (1e-9, 1e-9), (0.49, 0.49), (0.49, 0.0)):
-        splits = choose_holdout(hashes, 100, validation=validation, test=test).splits(hashes)
-        assert set(splits) == ({0, 1, 2} if test else {0, 1})
-        assert (np.diff([{1: 0, 2: 1, 0: 2}[s] for s in splits]) >= 0).all()
-    with pytest.raises(ValueError, match=r"2 different document.* needs 3"):
-        choose_holdout(hashes[:2], 100, validation=0.1, test=0.1)
-    large = choose_holdout(hashes, 2**40, validation=0.25, test=0.125)
-    assert (large.validation, large.test) == (2**62, 2**62 + 2**61)
+@pytest.mark.parametrize("limits", [{"max_tokens": 3000}, {"max_documents": 4}])
+def test_a_small_budget_holds_one_out_of_what_it_takes(
+    tmp_path: Path, ray_cluster: object, prepared: tuple[Path, Manifest], limits: dict[str, int]
+) -> None:
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    source = replace(written(tmp_path / "a.jsonl", [prose(seed) for seed in range(60)]), **limits)
+    config = settings(tmp_path / "out", tmp_path, source=source, tokenizer=model, validation_fraction=0.001)
+    made = prepare(config, workers=2, progress=False)
+    assert made.splits["validation"].documents == 1
 
 
 def test_two_sources_may_hold_the_same_file(tmp_path: Path, ray_cluster: object) -> None:

@@ -123,7 +123,7 @@ def test_one_line_names_key_value_and_remedy(override: str, words: str) -> None:
 
 def test_sequence_ranks_are_refused_with_the_packing_as_the_reason() -> None:
     (line,) = refusal(BASE, "mesh.dp=1", "mesh.sp=2", "training.engine=local")
-    assert 'mesh.sp = 2 cuts rows at multiples of the chunk size, and with data.chunk_aligned = false' in line
+    assert "mesh.sp = 2 cuts rows at multiples of the chunk size, and with data.chunk_aligned = false" in line
 
 
 def test_an_engine_that_cannot_be_is_refused() -> None:
