@@ -60,7 +60,7 @@ class Plan:
     """
 
     bpe_bytes: int = 10**9
-    unigram_bytes: int = 24 * 10**8
+    unigram_bytes: int = 22 * 10**8
     stages_bytes: int = 10**9
     document_bytes: int = 8192
     unit_bytes: int = 8 * 2**20
