@@ -252,8 +252,9 @@ def _memory(bench: Bench) -> dict[str, Any]:
 
 def _kills(bench: Bench) -> dict[str, Any]:
     """SIGKILLs at random moments on the books, and 1, 2 and 4 workers: the hashes are compared."""
-    config = _full_config(bench, "straight", bench.books, unit_bytes=512 * 1024)
-    config = replace(config, source=replace(config.source, strip_gutenberg=True))
+    config = _full_config(bench, "straight", bench.books)
+    source = replace(config.source, strip_gutenberg=True)
+    config = replace(config, source=source, unit_bytes=512 * 1024)
     folder = bench.work / "killed"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()

@@ -97,7 +97,7 @@ def _one_start(stored: Path, address: str, draw: random.Random, done: Kills, kil
         start = time.monotonic()
         while done.count < kills:
             try:
-                driver.wait(draw.uniform(0.02, 2.0))
+                driver.wait(draw.uniform(0.02, 1.5))
                 break
             except subprocess.TimeoutExpired:
                 pass

@@ -8,13 +8,14 @@ import numpy as np
 import pytest
 
 from benchmarks.data import cases
-from benchmarks.data.__main__ import main, measure
+from benchmarks.data.__main__ import RESULT, ROOT, main, measure
 from benchmarks.data.cases import Bench, Plan, all_cases
 from benchmarks.data.corpus import book_words, write_copies, write_synthetic_documents
 from benchmarks.data.derived import all_targets, extrapolation
 from benchmarks.data.tables import render
 from data_pipeline.workers import ray_session
 from tests.data_pipeline.texts import prose
+from trellis_dist.files import read_json
 
 SMALL = Plan(
     bpe_bytes=300_000,
@@ -97,6 +98,12 @@ def test_thirty_billion_tokens_are_so_many_times_the_measured_ones() -> None:
     assert found["hours_by_cores"] == {"16": pytest.approx(1.25), "256": pytest.approx(0.078125)}
     assert (found["text_gb"], found["disk_gb_total"]) == (100.0, 100.0)
     assert extrapolation({}) == {}
+
+
+def test_the_page_shows_what_was_measured() -> None:
+    """After measuring, put the output of ``python -m benchmarks.data --show`` into the page."""
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert render(read_json(RESULT)).strip() in page
 
 
 def test_copies_differ_in_order_only(bench: Bench, tmp_path: Path) -> None:
