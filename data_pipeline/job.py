@@ -140,10 +140,17 @@ def config_digest(config: DataConfig, made: Manifest | None = None) -> str:
     if any(source.kind == "stdlib" for source in config.sources.values()):
         fields["python"] = platform.python_version()
     if config.tokenizer.path is not None:
-        stored = made is not None and not Path(config.tokenizer.path).is_file() and made.tokenizer["sha256"]
-        fields["tokenizer"] = stored or given_tokenizer(config.tokenizer).sha256
+        fields["tokenizer"] = _stored_sha256(config, made) or given_tokenizer(config.tokenizer).sha256
     fields["decontaminate"]["paths"] = _evaluation_files(config)
     return digest([VERSIONS, fields])
+
+
+def _stored_sha256(config: DataConfig, made: Manifest | None) -> str | None:
+    """Of the tokenizer that a finished data set was made with, where the file of that name is gone."""
+    given = config.tokenizer.path
+    if made is None or made.tokenizer["path"] != given or Path(given or "").is_file():
+        return None
+    return str(made.tokenizer["sha256"])
 
 
 def _evaluation_files(config: DataConfig) -> list[str]:

@@ -349,3 +349,18 @@ def test_a_data_set_inside_its_corpus_is_refused(corpus: Path) -> None:
     with pytest.raises(ValueError, match=r"lies inside the corpus .*choose a folder outside it"):
         prepare(settings(corpus / "out", corpus), progress=False)
     assert not (corpus / "out").exists()
+
+
+def test_a_given_tokenizer_is_not_needed_again_but_another_name_is_no_stand_in(
+    prepared: Prepared, corpus: Path, tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "given.model"
+    shutil.copy(prepared[0] / "tokenizer.model", model)
+    config = settings(tmp_path / "out", corpus, tokenizer=TokenizerConfig(path=str(model)))
+    made = prepare(config, workers=2, progress=False)
+    model.unlink()
+    no_ray(monkeypatch)
+    assert prepare(config, progress=False) == made
+    misspelt = replace(config, tokenizer=TokenizerConfig(path=str(tmp_path / "givn.model")))
+    with pytest.raises(ValueError, match=r"givn\.model' does not exist"):
+        prepare(misspelt, progress=False)
