@@ -201,6 +201,7 @@ def _make(config: DataConfig, run: Run) -> Manifest:
         _verify(manifest, run)
     with run.stage("report"):
         write_report(run.directory, manifest, config)
+    remove_temporaries(run.directory)  # of workers that were killed while this run went on
     write_manifest(run.directory, manifest)
     remove_stale(run.directory, manifest)
     return manifest

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import shutil
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from data_pipeline.config import (
 )
 from data_pipeline.job import prepare
 from data_pipeline.manifest import Manifest, verify_dataset
+from data_pipeline.merge import Plan
 from data_pipeline.stages import Lead
 from tests.data_pipeline.test_dedup import changed
 from tests.data_pipeline.test_job import committed, documents
@@ -325,3 +327,21 @@ def test_a_run_that_fails_leaves_the_finished_data_set_as_it_was(
     changed_set = prepare(other, workers=1, progress=False)
     assert changed_set.tokenizer["vocab_size"] == 500
     assert verify_dataset(directory) == []
+
+
+def test_what_a_killed_worker_began_to_write_does_not_stay(
+    full: tuple[DataConfig, Manifest], tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run goes on with another worker, so nobody comes after it to clear up."""
+    write = job.write_planned
+
+    def dies_once(plan: Plan, directory: str) -> object:
+        litter = Path(directory) / f".{plan.name}.bin.1-0123abcd.tmp"
+        if not list(Path(directory).glob(".*.tmp")):
+            litter.write_bytes(b"half a shard")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return write(plan, directory)
+
+    monkeypatch.setattr(job, "write_planned", dies_once)
+    prepare(replace(full[0], directory=str(tmp_path)), workers=1, progress=False)
+    assert hashes(tmp_path) == hashes(Path(full[0].directory))
