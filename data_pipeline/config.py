@@ -254,6 +254,9 @@ class DataConfig:
             documents longer than a row and fills rows with whole ones; "per_document" starts a row with
             every document.
         chunk_aligned: documents start at multiples of the model's chunk size, which mesh.sp > 1 needs.
+        carry_rows: consecutive rows read by one place of consecutive batches, each layer's state carried from
+            one to the next (without gradients between them), so that it sees documents of up to
+            carry_rows * sequence_length tokens whole; 1 starts every row anew.
         validation_fraction: share of whole documents held out, chosen by document hash (never less than one).
         test_fraction: share of whole documents held out besides, never looked at in training; may be 0.
         unit_bytes: input bytes per Ray task (a work unit).
@@ -269,6 +272,7 @@ class DataConfig:
     sequence_length: int = 2048
     packing: Literal["concat", "best_fit", "per_document"] = "concat"
     chunk_aligned: bool = False
+    carry_rows: int = 1
     validation_fraction: float = 0.02
     test_fraction: float = 0.0
     unit_bytes: int = 2 * 2**20
@@ -294,6 +298,7 @@ class DataConfig:
             0.0 <= self.test_fraction < 0.5,
             f"data.test_fraction = {self.test_fraction}: use a share from 0 to 0.5",
         )
+        require(self.carry_rows >= 1, f"data.carry_rows = {self.carry_rows}: use 1 (off) or more rows")
         require(self.unit_bytes >= 1, f"data.unit_bytes = {self.unit_bytes}: use 1 or more bytes")
         require(self.shard_tokens >= 1, f"data.shard_tokens = {self.shard_tokens}: use 1 or more tokens")
         require(

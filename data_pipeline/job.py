@@ -131,7 +131,16 @@ def config_digest(config: DataConfig, made: Manifest | None = None) -> str:
         made: a finished data set: where the given tokenizer is gone, it is the one stored there.
     """
     fields = asdict(config)
-    for name in ("directory", "sequence_length", "packing", "chunk_aligned", "seed", "source", "mixture"):
+    for name in (
+        "directory",
+        "sequence_length",
+        "packing",
+        "chunk_aligned",
+        "carry_rows",
+        "seed",
+        "source",
+        "mixture",
+    ):
         del fields[name]
     fields["sources"] = {name: asdict(source) for name, source in config.sources.items()}
     for source in fields["sources"].values():

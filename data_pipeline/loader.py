@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from data_pipeline.manifest import Manifest, ShardInfo, load_manifest, verify_files
-from data_pipeline.order import MixtureOrder
+from data_pipeline.order import RunOrder
 from data_pipeline.pack import IGNORED, Packing, StreamRows, TableRows
 from data_pipeline.rows import check_alignment, needs_row_index, open_row_index
 from data_pipeline.shard import Shard
@@ -36,12 +36,17 @@ class Batch:
         cu_seqlens: int32 [n + 1] over the flattened [b * T] stream: where each row, document or piece and the
             fill at a row's end begin, and b * T.
         valid_tokens: labels that count.
+        slot: place of its first row in the global batch.
+        carried: where rows go on from the states of earlier rows, int64 [b]: tokens of each row's first
+            document that this place of the earlier batches has read, 0 where it starts anew; otherwise None.
     """
 
     tokens: torch.Tensor
     labels: torch.Tensor
     cu_seqlens: torch.Tensor
     valid_tokens: int
+    slot: int = 0
+    carried: torch.Tensor | None = None
 
 
 class TokenDataset:
@@ -71,6 +76,7 @@ class TokenDataset:
         packing: Packing = "concat",
         align: int = 1,
         weights: Mapping[str, float] | None = None,
+        carry_rows: int = 1,
         verify: bool = True,
     ) -> None:
         """Open the shards of a split, and the row indexes of the packing, through memory maps.
@@ -86,6 +92,8 @@ class TokenDataset:
             align: documents start at multiples of this many tokens: 1, or the chunk size C for mesh.sp > 1.
             weights: share of a source in the shuffled order, relative to the others'; a source without one
                 has the number of its rows.
+            carry_rows: consecutive rows that one place of consecutive batches reads, for layers that carry
+                their state from one to the next; 1 shuffles the rows one by one.
             verify: compare every shard's sha256 with the manifest (about 1.8 GB/s per core).
 
         Raises:
@@ -97,6 +105,8 @@ class TokenDataset:
         if sequence_length < 2:
             raise ValueError(f"data.sequence_length = {sequence_length}: use 2 or more tokens")
         check_alignment(sequence_length, align)
+        if carry_rows < 1:
+            raise ValueError(f"data.carry_rows = {carry_rows}: use 1 (off) or more rows")
         manifest = load_manifest(directory)
         infos = _shards_of(manifest, split, directory)
         if verify:
@@ -118,7 +128,7 @@ class TokenDataset:
         self.num_tokens = sum(len(shard.tokens) for shard in self._shards)
         self.num_bytes = manifest.splits[split].bytes
         self.utilisation = (self.num_tokens - self.num_documents) / max(1, self.num_samples * sequence_length)
-        self.order = MixtureOrder(self.fingerprint, seed, self.source_rows, weights)
+        self.order = RunOrder(self.fingerprint, seed, self.source_rows, weights, length=carry_rows)
 
     def _open_sources(
         self, directory: Path, infos: tuple[ShardInfo, ...]
@@ -150,11 +160,19 @@ class TokenDataset:
         Returns:
             int64 [n], rising from 0: positions where a segment (document, piece or fill) begins.
         """
+        reader, row = self._found(row)
+        return reader.read(row, tokens, labels)
+
+    def carried(self, row: int, rows: int) -> int:
+        """Tokens of row `row`'s first document that lie in the `rows` rows before it, of the same source."""
+        reader, row = self._found(row)
+        return reader.carried(row, rows)
+
+    def _found(self, row: int) -> tuple[StreamRows | TableRows, int]:
         if not 0 <= row < self.num_samples:
             raise IndexError(f"row {row} of {self.num_samples}")
         source = bisect_right(self._first_row, row) - 1
-        reader = self._readers[source]
-        return reader.read(row - self._first_row[source], tokens, labels)
+        return self._readers[source], row - self._first_row[source]
 
 
 def _shards_of(manifest: Manifest, split: str, directory: Path) -> tuple[ShardInfo, ...]:
@@ -174,7 +192,7 @@ class BatchLoader:
     """The micro-batches of one data-parallel rank, addressed by a counter.
 
     Global batch k holds the samples [k * global_batch, (k + 1) * global_batch); rank r takes the r-th of
-    `dp_size` equal runs of them, cut into micro-batches. Which row sample s is, the data set's order says
+    `dp_size` equal shares of them, cut into micro-batches. Which row sample s is, the data set's order says
     (order.py). There is no other state.
     """
 
@@ -223,18 +241,35 @@ class BatchLoader:
 
     def micro_batches(self, counter: int) -> list[Batch]:
         """This rank's micro-batches of the global batch that begins after `counter` consumed samples."""
+        order, size = self.dataset.order, self.micro_batch
+        carries = self.shuffle and order.length > 1
+        if carries and counter % self.global_batch:
+            raise ValueError(
+                f"a counter of {counter} samples is inside a batch of {self.global_batch}: rows that carry "
+                "states keep their places from batch to batch, so the global batch cannot change on the way"
+            )
         share = self.global_batch // self.dp_size
-        first = counter + self.dp_rank * share
-        samples = np.arange(first, first + share, dtype=np.int64)
-        rows = self.dataset.order.rows(samples) if self.shuffle else samples
-        return [self._batch(rows[i : i + self.micro_batch]) for i in range(0, share, self.micro_batch)]
+        begin = self.dp_rank * share
+        rows = inside = np.arange(counter + begin, counter + begin + share, dtype=np.int64)
+        if self.shuffle:
+            rows, inside = order.rows(rows, self.global_batch)
+        found = []
+        for i in range(0, share, size):
+            batch = self._batch(rows[i : i + size], slot=begin + i)
+            carried = self._carried(rows[i : i + size], inside[i : i + size]) if carries else None
+            found.append(replace(batch, carried=carried))
+        return found
 
-    def _batch(self, rows: np.ndarray) -> Batch:
+    def _carried(self, rows: np.ndarray, inside: np.ndarray) -> torch.Tensor:
+        pairs = zip(rows.tolist(), inside.tolist(), strict=True)
+        return torch.tensor([0 if row < 0 else self.dataset.carried(row, before) for row, before in pairs])
+
+    def _batch(self, rows: np.ndarray, *, slot: int) -> Batch:
         data, width = self.dataset, self.dataset.sequence_length
         tokens, labels = np.empty((2, len(rows), width), np.int64)
         starts = []
         for place, row in enumerate(rows.tolist()):
-            if row < data.num_samples:
+            if 0 <= row < data.num_samples:
                 starts.append(data.read(row, tokens[place], labels[place]) + place * width)
             else:
                 tokens[place], labels[place] = data.eos_id, IGNORED
@@ -245,4 +280,5 @@ class BatchLoader:
             labels=torch.from_numpy(labels),
             cu_seqlens=torch.from_numpy(bounds),
             valid_tokens=int(np.count_nonzero(labels != IGNORED)),
+            slot=slot,
         )

@@ -16,7 +16,7 @@ from fractions import Fraction
 
 import numpy as np
 
-__all__ = ["EpochOrder", "MixtureOrder", "shares"]
+__all__ = ["EpochOrder", "MixtureOrder", "RunOrder", "shares"]
 
 ROUNDS = 6
 
@@ -110,6 +110,49 @@ class MixtureOrder:
             counters = epochs[chosen] * (after - first) + places[chosen] - first
             rows[chosen] = self._sources[k].rows(counters) + self._first_row[k]
         return rows
+
+
+class RunOrder:
+    """Runs of consecutive rows in the order of a mixture, each read by one place of consecutive batches.
+
+    With runs of n rows and batches of G: sample s is at place j = s mod G of batch k = s div G, and reads row
+    k mod n of the run that a `MixtureOrder` of runs has for number (k div n) G + j. Runs of one row are the
+    order of the rows themselves. The last run of a source may be short: its missing rows are empty.
+
+    Attributes:
+        length: n, rows of a run.
+        size: samples of an epoch: n times the runs of all sources.
+        shares: source -> its samples in an epoch of the mixture.
+    """
+
+    def __init__(
+        self,
+        fingerprint: str,
+        seed: int,
+        sizes: Mapping[str, int],
+        weights: Mapping[str, float] | None = None,
+        *,
+        length: int = 1,
+    ) -> None:
+        """Take the rows of each source, in order, and the weights of some (`shares` says how, and raises)."""
+        self.length = length
+        runs = {name: -(-size // length) for name, size in sizes.items()}
+        self._runs = MixtureOrder(fingerprint, seed, runs, weights)
+        self.size = self._runs.size * length
+        self.shares = {name: count * length for name, count in self._runs.shares.items()}
+        self._first_run = np.cumsum([0, *runs.values()])
+        self._first_row = np.cumsum([0, *sizes.values()])
+
+    def rows(self, samples: np.ndarray, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Row of each sample (int64, 1-D), -1 for an empty one, and its place in its run."""
+        if self.length == 1:
+            return self._runs.rows(samples), np.zeros_like(samples)
+        batches, places = samples // global_batch, samples % global_batch
+        inside = batches % self.length
+        runs = self._runs.rows(batches // self.length * global_batch + places)
+        source = np.searchsorted(self._first_run, runs, side="right") - 1
+        rows = self._first_row[source] + (runs - self._first_run[source]) * self.length + inside
+        return np.where(rows < self._first_row[source + 1], rows, -1), inside
 
 
 def shares(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:

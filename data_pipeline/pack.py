@@ -103,6 +103,13 @@ class StreamRows:
         inside = starts[starts < width]
         return np.concatenate([[0], inside[:1], inside[1:][inside[1:] > inside[:-1]]])
 
+    def carried(self, row: int, rows: int) -> int:
+        """Tokens of row `row`'s first document that lie in the `rows` rows before it."""
+        start = row * self._width
+        begin = max(0, start - rows * self._width)
+        found = self._stream.starts_between(begin, start + 1)
+        return start - int(found[-1]) if len(found) else start - begin
+
 
 @dataclass(frozen=True)
 class PieceTable:
@@ -183,6 +190,24 @@ class TableRows:
             self._fill_gaps(tokens, labels, positions, room)
         tokens[used:], labels[used:] = self._fill, IGNORED
         return np.append(places, used) if used < len(tokens) else places
+
+    def carried(self, row: int, rows: int) -> int:
+        """Tokens of row `row`'s first document that lie in the `rows` rows before it.
+
+        A document that goes on in the next row fills its own to the end. So the row before holds its only
+        piece there, or the last of several.
+        """
+        index = bisect_right(self._first, row) - 1
+        table, here, total = self._tables[index], row - self._first[index], 0
+        for place in range(here, max(0, here - rows), -1):
+            first = int(table.first[place])
+            before, filled = int(table.starts[first - 1]), int(table.positions[first - 1])
+            if before + filled != table.starts[first]:
+                break
+            total += filled
+            if int(table.first[place - 1]) != first - 1:
+                break
+        return total
 
     def _fill_gaps(
         self, tokens: np.ndarray, labels: np.ndarray, positions: np.ndarray, room: np.ndarray

@@ -50,12 +50,17 @@ def test_convolution_continues_from_its_tail():
     assert torch.autograd.gradcheck(lambda x, w, t: causal_conv(x, w, tail=t), (rest, weight, tail))
 
 
-def test_carried_tail_reaches_the_first_document_only():
-    x, weight, tail = random(1, 9, 5), random(5, 4, seed=1), random(1, 3, 5, seed=2)
-    edges = document_edges(torch.tensor([0, 2]), total=9, kernel=4)
-    first = plain_conv(torch.cat([tail, x[:, :2]], 1), weight)[:, 3:]
-    expected = torch.cat([first, plain_conv(x[:, 2:], weight)], 1)
-    torch.testing.assert_close(causal_conv(x, weight, tail=tail, edges=edges), expected)
+def test_carried_tails_reach_the_first_document_of_their_row_only():
+    x, weight, tails = random(1, 18, 5), random(5, 4, seed=1), random(2, 3, 5, seed=2)
+    rows = x.view(2, 9, 5)
+    # Row 0 has a document from its token 2 on, row 1 from its last one; each follows three inputs.
+    edges = document_edges(torch.tensor([0, 3 + 2, 12 + 3 + 8]), total=24, kernel=4)
+    expected = []
+    for row, tail, start in zip(rows, tails, (2, 8), strict=True):
+        expected.append(plain_conv(torch.cat([tail, row[:start]])[None], weight)[:, 3:])
+        expected.append(plain_conv(row[None, start:], weight))
+    torch.testing.assert_close(causal_conv(x, weight, tail=tails, edges=edges), torch.cat(expected, 1))
+    assert causal_conv(rows, weight, tail=tails).shape == rows.shape
 
 
 def test_nothing_leaks_between_documents_even_if_it_is_not_a_number():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels import PackedLayout
+from trellis_dist.models.carry import CarriedRows, Carry
 from trellis_dist.models.conv import document_edges
 
 __all__ = ["SequenceContext", "document_starts", "packed_context"]
@@ -24,7 +25,9 @@ class SequenceContext:
         cu_seqlens: int64 [n+1], document boundaries in the flattened stream (row starts included).
         lengths: document lengths in tokens, on the host.
         positions: int64 [B*T], position of each token inside its document.
-        edges: per tap 1..conv_kernel-1, the stream indices whose tap reaches into the previous document.
+        edges: per tap 1..conv_kernel-1, the stream indices whose tap reaches into the previous document; with
+            ``carried``, of the stream in which each row follows its carried inputs.
+        carried: which rows go on from the states of earlier rows; None: every row starts anew.
     """
 
     layout: PackedLayout | None = None
@@ -32,6 +35,7 @@ class SequenceContext:
     lengths: tuple[int, ...] | None = None
     positions: Tensor | None = None
     edges: tuple[Tensor, ...] | None = None
+    carried: CarriedRows | None = None
 
     @property
     def packed(self) -> bool:
@@ -40,7 +44,13 @@ class SequenceContext:
 
 
 def packed_context(
-    cu_seqlens: Tensor, *, rows: int, length: int, chunk_size: int, conv_kernel: int
+    cu_seqlens: Tensor,
+    *,
+    rows: int,
+    length: int,
+    chunk_size: int,
+    conv_kernel: int,
+    carry: Carry | None = None,
 ) -> SequenceContext:
     """Context of ``rows`` x ``length`` tokens whose documents start at ``cu_seqlens`` and at every row start.
 
@@ -48,6 +58,7 @@ def packed_context(
         cu_seqlens: int32 or int64 [n+1], non-decreasing from 0 to rows * length over the flattened stream.
         chunk_size: C; each document has its own chunk grid.
         conv_kernel: taps of the short convolution.
+        carry: states that rows take over and leave.
 
     Raises:
         ValueError: ``cu_seqlens`` is no such tensor.
@@ -57,14 +68,31 @@ def packed_context(
     boundaries = torch.cat([starts, starts.new_tensor([total])])
     lengths = boundaries.diff()
     positions = torch.arange(total) - starts.repeat_interleave(lengths)
-    edges = document_edges(starts, total=total, kernel=conv_kernel)
     device = cu_seqlens.device
+    carried, offsets = None, [0] * len(starts)
+    if carry is None:
+        edges = document_edges(starts, total=total, kernel=conv_kernel)
+    else:
+        carried = CarriedRows.of(carry, starts, length=length, conv_kernel=conv_kernel)
+        offsets = carried.offsets(len(starts), chunk_size)
+        edges = _edges_between_tails(starts, rows=rows, length=length, kernel=conv_kernel)
     return SequenceContext(
-        layout=PackedLayout.from_cu_seqlens(boundaries, chunk_size).to(device),
+        layout=PackedLayout.from_cu_seqlens(boundaries, chunk_size, offsets=offsets).to(device),
         cu_seqlens=boundaries.to(device),
         lengths=tuple(lengths.tolist()),
         positions=positions.to(device),
         edges=tuple(index.to(device) for index in edges),
+        carried=None if carried is None else carried.to(device),
+    )
+
+
+def _edges_between_tails(starts: Tensor, *, rows: int, length: int, kernel: int) -> tuple[Tensor, ...]:
+    """``document_edges`` of the stream in which each row follows its tail, which says what is before it."""
+    reach = max(kernel - 1, 0)
+    row = starts // length
+    inner = (starts + reach * (row + 1))[starts % length > 0]
+    return document_edges(
+        torch.cat([inner.new_zeros(1), inner]), total=rows * (length + reach), kernel=kernel
     )
 
 

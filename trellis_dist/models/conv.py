@@ -39,17 +39,22 @@ def causal_conv(
     Args:
         x: [B, T, F].
         weight: [F, K]; ``weight[:, K-1]`` multiplies the current token.
-        edges: from ``document_edges`` when the row holds several documents (B = 1).
-        tail: [B, K-1, F], the inputs before the first token; None means a document starts there.
+        edges: from ``document_edges`` when the row holds several documents (B = 1); with a tail, of the
+            stream in which each row follows its tail.
+        tail: [R, K-1, F], the inputs before the first token of each of the R rows of x (B = R, or B = 1 with
+            edges, the rows end to end); None means documents start there.
 
     Returns:
         [B, T, F].
     """
     if tail is None:
         return _ShiftedSum.apply(x, weight, edges)  # type: ignore[no-any-return, no-untyped-call]
-    before = tail.shape[1]
-    moved = None if edges is None else tuple(index + before for index in edges)
-    return _ShiftedSum.apply(torch.cat([tail, x], dim=1), weight, moved)[:, before:]  # type: ignore[no-any-return, no-untyped-call]
+    rows, before, width = tail.shape
+    stream = torch.cat([tail, x.view(rows, -1, width)], dim=1)
+    if edges is not None:
+        stream = stream.view(1, -1, width)
+    y: Tensor = _ShiftedSum.apply(stream, weight, edges)  # type: ignore[no-untyped-call]
+    return y.view(rows, -1, width)[:, before:].reshape(x.shape)  # the tails' own outputs are dropped
 
 
 def document_edges(starts: Tensor, *, total: int, kernel: int) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trellis_dist.models.block import Block
+from trellis_dist.models.carry import Carry
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext, packed_context
 from trellis_dist.models.init import Normal, initialise, new_parameter
@@ -93,7 +94,13 @@ class LanguageModel(nn.Module):
         return self.project(hidden, self.output_weight).view(*tokens.shape, -1)
 
     def loss_sum(
-        self, tokens: Tensor, labels: Tensor, *, cu_seqlens: Documents = None, z_loss: float = 0.0
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Documents = None,
+        z_loss: float = 0.0,
+        carry: Carry | None = None,
     ) -> Tensor:
         """Sum of the token losses: an fp32 scalar (fp64 for an fp64 model).
 
@@ -101,11 +108,16 @@ class LanguageModel(nn.Module):
             tokens, cu_seqlens: as in ``forward``.
             labels: int64 [B, T], the token each position should predict; -100 is ignored.
             z_loss: adds z_loss * logsumexp(logits)^2 per labelled token.
+            carry: states that rows take over from earlier rows; what the layers leave is filled in. Needs
+                boundaries in ``cu_seqlens``.
 
         Raises:
-            ValueError: as ``forward``; labels of another shape or outside the vocabulary.
+            ValueError: as ``forward``; labels of another shape or outside the vocabulary; a carry of another
+                number of rows, or for layers that cannot take a state.
         """
         self._check_labels(tokens, labels)
+        if carry is not None:
+            cu_seqlens = self._carried_documents(tokens, cu_seqlens, carry)
         hidden = self._hidden(tokens, cu_seqlens)
         return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
 
@@ -147,6 +159,27 @@ class LanguageModel(nn.Module):
             length=length,
             chunk_size=options.chunk_size,
             conv_kernel=options.conv_kernel,
+        )
+
+    def _carried_documents(self, tokens: Tensor, cu_seqlens: Documents, carry: Carry) -> SequenceContext:
+        rows, length = tokens.shape
+        if not isinstance(cu_seqlens, Tensor):
+            raise ValueError("a carry needs the boundaries of documents in cu_seqlens: pass their tensor")
+        if len(carry.before) != rows:
+            raise ValueError(f"{rows} rows of tokens and a carry of {len(carry.before)}: they should agree")
+        if set(self.config.pattern) != {"trellis"}:
+            raise ValueError(
+                f"model.pattern = {list(self.config.pattern)}: only trellis layers have a state of fixed "
+                "size that rows can take over"
+            )
+        options = self.config.trellis
+        return packed_context(
+            cu_seqlens,
+            rows=rows,
+            length=length,
+            chunk_size=options.chunk_size,
+            conv_kernel=options.conv_kernel,
+            carry=carry,
         )
 
     def init_state(self, batch: int) -> LMState:

@@ -61,10 +61,8 @@ class HaloConvolution:
             halo = _without_other_documents(halo, self._segments.before(rows, at_most=reach))
         if edges is None:
             return self._dense(by_row, weight, tail=tail if self._segments.mesh.left is None else halo)
-        # One packed row again, each of its rows now preceded by its halo; the halo's own outputs are dropped.
-        stream = torch.cat([halo, by_row], dim=1).flatten(0, 1).unsqueeze(0)
-        y = self._dense(stream, weight, edges=self._segments.edges(reach + 1, x.device))
-        return y.view(rows, -1, x.shape[-1])[:, reach:].reshape(x.shape)
+        edges = self._segments.edges(reach + 1, x.device)
+        return self._dense(by_row.reshape(x.shape), weight, edges=edges, tail=halo)
 
 
 def _without_other_documents(halo: Tensor, before: tuple[int, ...]) -> Tensor:

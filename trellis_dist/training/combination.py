@@ -52,6 +52,8 @@ def check_combination(
         conv_kernel=model.trellis.conv_kernel,
         pattern=model.pattern,
     )
+    if data.carry_rows > 1:
+        _check_carried(filled, model, data, training)
     if data.chunk_aligned:
         check_alignment(data.sequence_length, model.trellis.chunk_size)
     check_engine(training)
@@ -62,7 +64,28 @@ def check_combination(
         model=model,
         training=training,
         global_rows=global_rows,
+        carried=data.carry_rows > 1,
     )
     for together in uncovered(engine_of(training), asked):
         raise ValueError(f"no row of the parity matrix has {together} together: change one of them")
     return filled
+
+
+def _check_carried(mesh: MeshConfig, model: ModelConfig, data: DataConfig, training: TrainingConfig) -> None:
+    """Refuse what cannot hand states from row to row, with the reason."""
+    asked = f"data.carry_rows = {data.carry_rows}"
+    if mesh.sp > 1:
+        raise ValueError(
+            f"{asked} with mesh.sp = {mesh.sp}: the last segment of a row would have to hand its states to "
+            "the first one before its next step could begin; set data.carry_rows = 1, or mesh.sp = 1"
+        )
+    if set(model.pattern) != {"trellis"}:
+        raise ValueError(
+            f"{asked} with model.pattern = {list(model.pattern)}: an attention layer's state grows with "
+            "every token; set data.carry_rows = 1, or use trellis layers alone"
+        )
+    if training.compile != "none":
+        raise ValueError(
+            f'{asked} with training.compile = "{training.compile}": states leave the layers beside their '
+            'outputs, which no graph holds; set data.carry_rows = 1, or training.compile = "none"'
+        )

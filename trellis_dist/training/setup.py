@@ -22,6 +22,7 @@ from trellis_dist.models.language_model import build_language_model
 from trellis_dist.parallel import env
 from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.mesh import Mesh, build_mesh
+from trellis_dist.training.carry import RowStates
 from trellis_dist.training.collectives import on_main, together
 from trellis_dist.training.engines.base import Engine
 from trellis_dist.training.engines.factory import build_engine, uses_bf16
@@ -146,7 +147,7 @@ def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
         "verify": env.is_main(),
     }
     weights = {name: part.weight for name, part in job.data.mixture.items() if part.weight is not None}
-    train = TokenDataset(folder, "train", weights=weights, **options)
+    train = TokenDataset(folder, "train", weights=weights, carry_rows=job.data.carry_rows, **options)
     return train, TokenDataset(folder, "validation", **options)
 
 
@@ -156,7 +157,13 @@ def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> 
     segments = apply_parallelism(
         model, mesh, recompute=job.training.activation_checkpointing, compile_backend=job.training.compile
     )
-    engine = build_engine(model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments)
+    states = None
+    if job.data.carry_rows > 1:
+        rows = job.global_rows
+        states = RowStates(global_rows=rows, micro_batch=job.training.micro_batch, mesh=mesh)
+    engine = build_engine(
+        model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments, states=states
+    )
     if found is not None:
         path, state = found
         engine.load(CheckpointReader(path), optimizer_steps=int(state["optimizer_steps"]))
@@ -223,7 +230,9 @@ def _describe_rows(job: Job, train: TokenDataset) -> list[str]:
     if job.data.packing != "concat" or job.data.chunk_aligned:
         where = ", documents start at multiples of a chunk" if job.data.chunk_aligned else ""
         lines.append(f"packing: {job.data.packing}{where}; {train.utilisation:.1%} of the positions predict")
+    if job.data.carry_rows > 1:
+        lines.append(f"states: carried through {job.data.carry_rows} consecutive rows")
     if len(train.source_rows) > 1:
-        parts = [f"{name} {count / train.num_samples:.1%}" for name, count in train.order.shares.items()]
+        parts = [f"{name} {count / train.order.size:.1%}" for name, count in train.order.shares.items()]
         lines.append(f"mixture: {', '.join(parts)} of the rows")
     return lines

@@ -45,7 +45,13 @@ def run_state(job: Job, progress: Progress, *, optimizer_steps: int, fingerprint
 
 
 # What a state says nothing of when it was saved before there was a choice.
-_DATA_DEFAULTS: dict[str, Any] = {"packing": "concat", "chunk_aligned": False, "mixture": {}}
+_DATA_DEFAULTS: dict[str, Any] = {
+    "packing": "concat",
+    "chunk_aligned": False,
+    "mixture": {},
+    "carry_rows": 1,
+    "rows per step": None,
+}
 
 
 def _data_identity(job: Job, fingerprint: str) -> dict[str, Any]:
@@ -58,6 +64,9 @@ def _data_identity(job: Job, fingerprint: str) -> dict[str, Any]:
         "packing": data.packing,
         "chunk_aligned": data.chunk_aligned,
         "mixture": {name: source.weight for name, source in data.mixture.items()},
+        "carry_rows": data.carry_rows,
+        # Rows that carry states keep their places from step to step.
+        "rows per step": job.global_rows if data.carry_rows > 1 else None,
     }
 
 

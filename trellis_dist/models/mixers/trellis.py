@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import CompressState, compress_kv, decode_step
+from trellis_dist.models.carry import CarriedRows
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv
@@ -91,6 +92,7 @@ class TrellisMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.config, self.options, self.gate = config, config.trellis, config.gate(layer)
+        self.layer = layer
         self.operation: Callable[..., tuple[Tensor, CompressState | None]] = compress_kv
         self.convolution: ConvFunction = causal_conv
         self.column: ColumnFunction = linear_joined
@@ -151,6 +153,8 @@ class TrellisMixer(nn.Module):
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; B = 1 when ``context`` holds several documents."""
+        if context.carried is not None:
+            return self._continue(x, context, context.carried)
         inputs, output_gate = self.region(self._before, x, context)
         documents = len(output_gate) if context.cu_seqlens is None else context.cu_seqlens.shape[0] - 1
         learned = self.options.learned_initial_memory
@@ -166,6 +170,34 @@ class TrellisMixer(nn.Module):
         """What the operation takes per token, and the output gate [B, T, F]."""
         projected = self._project(x)
         return self._inputs(projected, edges=context.edges), projected.output_gate
+
+    def _continue(self, x: Tensor, context: SequenceContext, rows: CarriedRows) -> Tensor:
+        """As ``forward``, where rows take over states from rows before them and leave their own."""
+        inputs, output_gate, tail = self.region(self._before_carried, x, context)
+        assert context.layout is not None, "rows that carry states are packed"
+        offsets = context.layout.offsets
+        y, final = self.operation(
+            **inputs,
+            **self._settings(),
+            initial_state=rows.memory(self.layer, self._first_memory(len(offsets)), offsets),
+            layout=context.layout,
+            output_final_state=True,
+        )
+        assert final is not None, "the operation returned no state although one was asked for"
+        rows.leave(self.layer, final, tail)
+        return self.region(self._output, y, output_gate)  # type: ignore[no-any-return]
+
+    def _before_carried(
+        self, x: Tensor, context: SequenceContext
+    ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
+        """As ``_before``, and the last inputs of the convolution [R, K-1, 2F] in each of the R rows."""
+        projected = self._project(x)
+        if self.options.conv_kernel == 0:
+            return self._inputs(projected), projected.output_gate, None
+        assert context.carried is not None, "asked for where rows take over states"
+        tail = context.carried.tail(self.layer, projected.query_key)
+        inputs = self._inputs(projected, edges=context.edges, tail=tail)
+        return inputs, projected.output_gate, _last_inputs(tail, projected.query_key)
 
     def init_state(self, batch: int) -> TrellisState:
         """The state before the first token of ``batch`` rows."""
@@ -275,8 +307,14 @@ class TrellisMixer(nn.Module):
         """The state after the tokens whose projected inputs are ``query_key`` [B, T, 2F]."""
         if state.tail is None:
             return replace(state, memory=memory)
-        inputs = torch.cat([state.tail, query_key], dim=1)
-        return TrellisState(memory=memory, tail=inputs[:, inputs.shape[1] - state.tail.shape[1] :].clone())
+        return TrellisState(memory=memory, tail=_last_inputs(state.tail, query_key))
+
+
+def _last_inputs(tail: Tensor, inputs: Tensor) -> Tensor:
+    """The last K-1 inputs of each row: of ``tail`` [R, K-1, F] and the rows after it, [R, T, F] or as one."""
+    rows, reach, width = tail.shape
+    joined = torch.cat([tail, inputs.view(rows, -1, width)], dim=1)
+    return joined[:, joined.shape[1] - reach :].clone()
 
 
 def _log_decay(logits: Tensor, bias: Tensor) -> Tensor:

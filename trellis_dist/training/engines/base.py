@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from checkpoints.state import CheckpointReader
     from data_pipeline.loader import Batch
     from trellis_dist.parallel.segments import Segments
+    from trellis_dist.training.carry import RowStates
 
 __all__ = ["Engine", "EngineOptions", "Inspector", "LossModule", "StepResult"]
 
@@ -37,6 +38,7 @@ class EngineOptions:
         offload: optimizer state and master weights in host memory, updated there.
         forwards_first: micro-batches whose forward passes run before their backward passes.
         persistence_threshold: at ZeRO 3, parameters of fewer elements stay whole on every rank.
+        states: what rows hand to the rows after them; None: every row starts anew.
     """
 
     optimizer: OptimizerConfig
@@ -47,6 +49,7 @@ class EngineOptions:
     offload: bool = False
     forwards_first: int = 1
     persistence_threshold: int = 100_000
+    states: RowStates | None = None
 
 
 @dataclass(frozen=True)
@@ -115,11 +118,11 @@ class Engine(Protocol):
 class LossModule(nn.Module):
     """The forward pass as one call, because wrappers hook ``forward`` and nothing else."""
 
-    def __init__(self, model: Any, *, segments: Segments | None) -> None:
+    def __init__(self, model: Any, *, segments: Segments | None, states: RowStates | None = None) -> None:
         """Hold ``model``; ``segments`` cuts each batch when the sequence is split over ranks."""
         super().__init__()
         self.model: Any = model
-        self._segments = segments
+        self._segments, self._states = segments, states
 
     def forward(self, batch: Batch, device: torch.device, z_loss: float) -> Tensor:
         """Return the sum of the token losses of this rank's part of ``batch`` (fp32 scalar)."""
@@ -127,5 +130,9 @@ class LossModule(nn.Module):
         # Right before the forward pass: the split layers ask about the batch that was cut last.
         cut = parts if self._segments is None else self._segments.cut(*parts)
         tokens, labels, cu_seqlens = (x if x is None else x.to(device, non_blocking=True) for x in cut)
-        loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss)
+        carry = None if self._states is None else self._states.enter(batch)
+        options: dict[str, Any] = {} if carry is None else {"carry": carry}
+        loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss, **options)
+        if self._states is not None and carry is not None:
+            self._states.leave(batch, carry)
         return loss

@@ -41,7 +41,7 @@ class CommonEngine(ABC):
         self.inspector: Inspector | None = None
         self._options, self._mesh = options, options.mesh
         self._held = held_parameters(model)
-        self._loss = LossModule(self.model, segments=options.segments)
+        self._loss = LossModule(self.model, segments=options.segments, states=options.states)
         # The library's wrapper of ``_loss``, where it has one.
         self._module: nn.Module = self._loss
         # Whether every rank holds its local tensors whole: the weights, whatever becomes of their masters.
@@ -64,6 +64,8 @@ class CommonEngine(ABC):
             self.inspector(list(self._gradients()))
         result = self._update(loss, lr)
         self.optimizer_steps += result.applied
+        if self._options.states is not None and not result.applied:
+            self._options.states.forget()
         return result
 
     def _averaged_over(self) -> int:
@@ -115,7 +117,7 @@ class CommonEngine(ABC):
         return float(total), tokens
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
-        """Yield the slices of weights, fp32 masters (where they differ) and moments that this rank owns."""
+        """Yield this rank's slices of weights, fp32 masters (where they differ), moments and row states."""
         if self._whole_weights:
             yield from weight_tensors(self._held, self._mesh)
         if self._writes_fragments():
@@ -125,6 +127,8 @@ class CommonEngine(ABC):
                 weights=not self._whole_weights,
                 masters=self._separate_masters(),
             )
+        if self._options.states is not None:
+            yield from self._options.states.logical_tensors()
 
     def _separate_masters(self) -> bool:
         """Whether masters hold more digits than the weights."""
@@ -136,4 +140,6 @@ class CommonEngine(ABC):
         self._loaded()
         set_step_count(*self._optimized(), optimizer_steps)
         load_moments(reader, self._fragments())
+        if self._options.states is not None:
+            self._options.states.load(reader)
         self.optimizer_steps = optimizer_steps

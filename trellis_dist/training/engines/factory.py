@@ -6,6 +6,7 @@ from torch import nn
 
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
+from trellis_dist.training.carry import RowStates
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
 from trellis_dist.training.engines.base import Engine, EngineOptions
 
@@ -51,11 +52,12 @@ def build_engine(
     mesh: Mesh,
     segments: Segments,
     bf16: bool | None = None,
+    states: RowStates | None = None,
 ) -> Engine:
     """Wrap ``model`` in its engine; ``segments`` is what ``apply_parallelism(model, mesh)`` returned.
 
-    ``bf16`` holds where it is given, on a CPU too; otherwise ``uses_bf16`` decides. Raises ``ValueError`` as
-    ``check_engine`` does.
+    ``bf16`` holds where it is given, on a CPU too; otherwise ``uses_bf16`` decides. ``states`` are those that
+    rows hand on, where they do. Raises ``ValueError`` as ``check_engine`` does.
     """
     check_engine(training)
     options = EngineOptions(
@@ -67,6 +69,7 @@ def build_engine(
         offload=training.offload_optimizer,
         forwards_first=training.forwards_first,
         persistence_threshold=training.zero3_persistence_threshold,
+        states=states,
     )
     if training.engine == "local":
         from trellis_dist.training.engines.local import LocalEngine

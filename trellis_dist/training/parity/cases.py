@@ -14,7 +14,7 @@ from data_pipeline.loader import Batch
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.parallel.config import SequenceMode
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
-from trellis_dist.training.parity.batches import global_batch
+from trellis_dist.training.parity.batches import Documents, global_batch
 
 __all__ = [
     "BF16",
@@ -106,6 +106,7 @@ class Case:
         accumulation: micro-batches of a step.
         packed: documents start at multiples of the chunk size inside rows, and cross segments; otherwise
             every row is one document.
+        carried: documents start anywhere, and rows go on from the states of the step before.
         model, optimizer: keys of ``MODELS`` and ``OPTIMIZERS``.
         steps: optimizer steps.
         same_bits_as: name of a case, run on the same ranks, whose losses, norms and gradients this one's must
@@ -127,6 +128,7 @@ class Case:
     forwards_first: int = 1
     accumulation: int = 1
     packed: bool = False
+    carried: bool = False
     model: ModelName = "trellis"
     optimizer: OptimizerName = "sgd"
     steps: int = STEPS
@@ -151,8 +153,13 @@ class Case:
         """The batch of ``step``, ``rows`` rows."""
         vocab_size = self.model_config.vocab_size
         return global_batch(
-            step, rows=rows, length=self.row_tokens, vocab_size=vocab_size, packed=self.packed
+            step, rows=rows, length=self.row_tokens, vocab_size=vocab_size, documents=self.documents
         )
+
+    @property
+    def documents(self) -> Documents:
+        """Where documents start."""
+        return "carried" if self.carried else "packed" if self.packed else "rows"
 
     @property
     def model_config(self) -> ModelConfig:

@@ -40,6 +40,7 @@ def features(
     model: ModelConfig,
     training: TrainingConfig,
     global_rows: int,
+    carried: bool = False,
 ) -> Features:
     """What a run asks for beside its engine, as a recipe says it; ``mesh.dp`` is filled in."""
     assert mesh.dp is not None, "features are those of a filled mesh"
@@ -56,6 +57,7 @@ def features(
         "training.offload_optimizer = true": training.offload_optimizer,
         "accumulation": global_rows > training.micro_batch * mesh.dp,
         "training.forwards_first > 1": training.forwards_first > 1,
+        "data.carry_rows > 1": carried,
     }
     return frozenset(words for words, wanted in asked.items() if wanted)
 
@@ -92,5 +94,6 @@ def row_features(case: Case) -> tuple[str, Features]:
         model=case.model_config,
         training=training,
         global_rows=training.global_batch_tokens // case.row_tokens,
+        carried=case.carried,
     )
     return engine_of(training), found

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from data_pipeline.loader import Batch
+from trellis_dist.models.carry import Carry
 from trellis_dist.models.language_model import LanguageModel, build_language_model
 from trellis_dist.parallel import env
 from trellis_dist.training.config import OptimizerConfig
@@ -43,11 +45,11 @@ class References:
 
     def __init__(self, *, rows: int, steps: int, device: torch.device) -> None:
         self._rows, self._steps, self._device = rows, steps, device
-        self._known: dict[tuple[str, str, bool, int], Reference] = {}
+        self._known: dict[tuple[str, str, str, int], Reference] = {}
 
     def of(self, case: Case) -> Reference:
         """The reference of ``case``; called by all ranks in the same order."""
-        key = (case.model, case.optimizer, case.packed, case.row_tokens)
+        key = (case.model, case.optimizer, case.documents, case.row_tokens)
         if key not in self._known:
             made = self._compute(case) if env.is_main() else None
             received = env.broadcast_object(made)
@@ -59,13 +61,25 @@ class References:
         model = build_language_model(case.model_config, seed=SEED, device=self._device)
         config = case.optimizer_config
         optimizer = build_optimizer(parameter_groups(model.named_parameters(), config.weight_decay), config)
-        return tuple(self._step(model, optimizer, case, index) for index in range(self._steps))
+        steps, states = [], None
+        for index in range(self._steps):
+            batch = case.global_batch(index, rows=self._rows)
+            carry = None if batch.carried is None else Carry(batch.carried.tolist(), states)
+            steps.append(self._step(model, optimizer, case, batch, carry))
+            states = None if carry is None else carry.states()
+        return tuple(steps)
 
-    def _step(self, model: LanguageModel, optimizer: torch.optim.Optimizer, case: Case, index: int) -> Step:
-        batch = case.global_batch(index, rows=self._rows)
+    def _step(
+        self,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        case: Case,
+        batch: Batch,
+        carry: Carry | None,
+    ) -> Step:
         tokens, labels, bounds = (x.to(self._device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
         optimizer.zero_grad()
-        loss = model.loss_sum(tokens, labels, cu_seqlens=bounds) / batch.valid_tokens
+        loss = model.loss_sum(tokens, labels, cu_seqlens=bounds, carry=carry) / batch.valid_tokens
         loss.backward()
         named = dict(model.named_parameters())
         gradients = {name: _kept(p.grad) for name, p in named.items() if p.grad is not None}

@@ -74,6 +74,7 @@ def _local() -> list[Case]:
         ),
         Case(name="sp2 accumulation 4", sp=2, packed=True, accumulation=4),
         Case(name="sp2 adamw", sp=2, packed=True, optimizer="adamw"),
+        Case(name="dp carried", replicas=2, carried=True),
         Case(name="tp2 adamw", tp=2, sequence_parallel=True, packed=True, optimizer="adamw"),
     ]
 
@@ -139,13 +140,15 @@ _OFFLOAD: _Settings = {"offload_optimizer": True}
 _AHEAD: _Settings = {"accumulation": 2, "forwards_first": 2}
 _ATTENTION: _Settings = {"model": "hybrid"}
 _ADAMW: _Settings = {"optimizer": "adamw"}
+_CARRIED: _Settings = {"carried": True}
 _BF16: _Settings = {"precision": "bf16", "tolerance": BF16}
 
 # Any two of these things meet in one row. Half of the rows are plain SGD, where no gradient's scale can hide.
 _MIXES: dict[str, _Settings] = {
-    "dp, tp2 sequence-parallel": _DP | _TOKENS,
+    "dp, tp2 sequence-parallel, selective, carried": _DP | _TOKENS | _SELECTIVE | _CARRIED,
     "sp2 all-to-all, tp2": _HEADS | _TP,
     "dp, sp2 all-to-all, full, adamw": _DP | _HEADS | _FULL | _ADAMW,
+    "dp, tp2, full, offload, ahead, carried": _DP | _TP | _FULL | _OFFLOAD | _AHEAD | _CARRIED,
     "sp2, tp2, selective": _SP | _TP | _SELECTIVE,
     "dp, sp2, selective, compile, attention": _DP | _SP | _SELECTIVE | _COMPILE | _ATTENTION,
     "sp2, tp2 sequence-parallel, full, offload, ahead": _SP | _TOKENS | _FULL | _OFFLOAD | _AHEAD,
@@ -160,7 +163,7 @@ _COMPILED_EVERYWHERE = "dp, sp2, selective, compile, attention"
 # bf16 with each of them, in rows of its own: its rounding hides what is small.
 _BF16_MIXES: dict[str, _Settings] = {
     "dp, sp2, full, offload, ahead, bf16": _DP | _SP | _FULL | _OFFLOAD | _AHEAD | _BF16,
-    "dp, tp2 sequence-parallel, adamw, bf16": _DP | _TOKENS | _ADAMW | _BF16,
+    "dp, tp2 sequence-parallel, adamw, carried, bf16": _DP | _TOKENS | _ADAMW | _CARRIED | _BF16,
     "sp2 all-to-all, tp2, selective, compile, attention, bf16": (
         _HEADS | _TP | _SELECTIVE | _COMPILE | _ATTENTION | _BF16
     ),

@@ -17,6 +17,7 @@ from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.transfers import Transfers
+from trellis_dist.training.carry import RowStates
 from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.parity.batches import micro_batches
 from trellis_dist.training.parity.cases import STEPS, Case, OperationCase, global_rows
@@ -185,7 +186,12 @@ class Matrix:
         )
         optimizer = case.optimizer_config
         bf16 = case.precision == "bf16"
-        engine = build_engine(model, training, optimizer=optimizer, mesh=mesh, segments=segments, bf16=bf16)
+        states = None
+        if case.carried:
+            states = RowStates(global_rows=self._rows, micro_batch=training.micro_batch, mesh=mesh)
+        engine = build_engine(
+            model, training, optimizer=optimizer, mesh=mesh, segments=segments, bf16=bf16, states=states
+        )
         engine.inspector = comparison.gradients
         for step in range(min(self._steps, case.steps)):
             batch = case.global_batch(step, rows=self._rows)
@@ -194,7 +200,7 @@ class Matrix:
                 dp=mesh.dp,
                 dp_rank=mesh.dp_rank,
                 accumulation=case.accumulation,
-                packed=case.packed,
+                documents=case.documents,
             )
             comparison.result(engine.train_step(mine, lr=optimizer.lr, valid_tokens=batch.valid_tokens))
         comparison.weights(engine.logical_tensors())
