@@ -20,7 +20,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -49,7 +49,7 @@ COMPARED = 1 << 14
 TOGETHER = 16
 # Documents of one bucket that others are compared with; in a bucket of more, the rest goes uncompared.
 HEADS = 64
-VERSION = 1
+VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ class Partition:
 
     Attributes:
         kind: "exact" or "near".
-        plan: file with the clean units' folders in corpus order (JSON), the same for all partitions.
+        plan: file with the clean units in corpus order, and how many documents of each are searched (JSON),
+            the same for all partitions.
         index, count: the range is [index, index + 1) * 2**64 / count.
         copies: file with the ids of the exact copies, sorted (`write_copies`), which take no part in "near".
         permutations, bands, threshold: of "near" (`DedupConfig`).
@@ -80,6 +81,13 @@ class Partition:
         return digest([VERSION, *own, self.permutations, self.bands, self.threshold])
 
 
+class Searched(NamedTuple):
+    """The first `documents` documents of a clean unit."""
+
+    folder: Path
+    documents: int
+
+
 def partitions(records: int) -> int:
     """How many partitions hold `records` keys."""
     return max(1, -(-records // PARTITION_RECORDS))
@@ -93,7 +101,8 @@ def run_partition(partition: Partition, work: str) -> dict[str, Any]:
     """
 
     def write(folder: Path) -> dict[str, Any]:
-        units = [unit_folder(work, "clean", key) for key in read_json(Path(partition.plan))]
+        plan = read_json(Path(partition.plan))
+        units = [Searched(unit_folder(work, "clean", key), count) for key, count in plan]
         pairs = _exact(partition, units) if partition.kind == "exact" else _near(partition, units)
         pairs.tofile(folder / "pairs")
         return {"pairs": len(pairs)}
@@ -132,7 +141,7 @@ def dropped_positions(pairs: np.ndarray, unit: int) -> np.ndarray:
     return (pairs["dropped"][first:last] & 0xFFFFFFFF).astype("<u4")
 
 
-def _exact(partition: Partition, units: Sequence[Path]) -> np.ndarray:
+def _exact(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     records, ids = _gather(partition, units, "exact", EXACT, "hash")
     order = np.lexsort((ids, records["hash2"], records["hash"]))
     records, ids = records[order], ids[order]
@@ -142,7 +151,7 @@ def _exact(partition: Partition, units: Sequence[Path]) -> np.ndarray:
     return _pairs(ids[1:][same], kept[1:][same], np.ones(int(same.sum())))
 
 
-def _near(partition: Partition, units: Sequence[Path]) -> np.ndarray:
+def _near(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     records, ids = _gather(partition, units, "bands", BAND, "key")
     alive = ~_listed(ids, Path(partition.copies))
     keys, ids = records["key"][alive], ids[alive]
@@ -172,18 +181,20 @@ def _listed(ids: np.ndarray, path: Path) -> np.ndarray:
 
 
 def _gather(
-    partition: Partition, units: Sequence[Path], name: str, dtype: np.dtype, key: str
+    partition: Partition, units: Sequence[Searched], name: str, dtype: np.dtype, key: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """The partition's records of all units, and the ids of their documents."""
     low, high = (-(-(index << 64) // partition.count) for index in (partition.index, partition.index + 1))
     records, ids = [np.empty(0, dtype)], [np.empty(0, np.int64)]
     for number, unit in enumerate(units):
-        if (unit / name).stat().st_size:
-            stored = np.memmap(unit / name, dtype, "r")
+        path = unit.folder / name
+        if unit.documents and path.stat().st_size:
+            stored = np.memmap(path, dtype, "r")
             # By hand: the column is not aligned, and numpy would copy all of it to search in it.
             column = stored[key]
             start, stop = (bisect_left(range(len(column)), edge, key=column.item) for edge in (low, high))
-            records.append(np.array(stored[start:stop]))
+            part = np.array(stored[start:stop])
+            records.append(part[part["position"] < unit.documents])
             ids.append((np.int64(number) << 32) | records[-1]["position"].astype(np.int64))
     return np.concatenate(records), np.concatenate(ids)
 
@@ -194,7 +205,7 @@ def _pairs(dropped: np.ndarray, kept: np.ndarray, near: np.ndarray) -> np.ndarra
     return pairs
 
 
-def _similarities(units: Sequence[Path], a: np.ndarray, b: np.ndarray, permutations: int) -> np.ndarray:
+def _similarities(units: Sequence[Searched], a: np.ndarray, b: np.ndarray, permutations: int) -> np.ndarray:
     """Estimated Jaccard similarities of the documents a[i] and b[i], float32 [n]."""
     found = np.empty(len(a), np.float32)
     for start in range(0, len(a), COMPARED):
@@ -204,12 +215,12 @@ def _similarities(units: Sequence[Path], a: np.ndarray, b: np.ndarray, permutati
     return found
 
 
-def _signatures(units: Sequence[Path], ids: np.ndarray, permutations: int) -> np.ndarray:
+def _signatures(units: Sequence[Searched], ids: np.ndarray, permutations: int) -> np.ndarray:
     """uint32 [n, permutations], read from the units that hold them."""
     found = np.empty((len(ids), permutations), np.uint32)
     order = np.argsort(ids >> 32, kind="stable")
     numbers, first = np.unique(ids[order] >> 32, return_index=True)
     for number, chosen in zip(numbers, np.split(order, first[1:])):
-        stored = np.memmap(units[number] / "signatures", "<u4", "r").reshape(-1, permutations)
+        stored = np.memmap(units[number].folder / "signatures", "<u4", "r").reshape(-1, permutations)
         found[chosen] = stored[ids[chosen] & 0xFFFFFFFF]
     return found

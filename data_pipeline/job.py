@@ -232,9 +232,11 @@ def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenS
             stage = TokenStage(holdout, str(path), codec.sha256, codec.library)
         with run.stage("tokenise"):
             pipeline.tokens(feeds, copies, stage, run)
-        if not pipeline.open_more(feeds):
+            moved = pipeline.note_reach(feeds, copies, stage, run.work)
+        if pipeline.open_more(feeds):
+            say(run.progress, "the budget is not filled: opening more of the corpus")
+        elif not moved:
             return stage, copies
-        say(run.progress, "the budget is not filled: opening more of the corpus")
 
 
 def _evaluation_ngrams(config: DataConfig, run: Run) -> tuple[Path | None, str | None]:

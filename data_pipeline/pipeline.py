@@ -5,6 +5,10 @@
 A source with a budget opens as many units as it needs: the stages before "shards" are repeated with more
 units until the budget is filled or the source is at its end. How many that takes depends on the text alone:
 of a streamed source more may have been fetched than is opened, which is nothing but a cache.
+
+A document is a copy of an earlier one that is in the data set, not of one that was merely opened: where the
+budget of a source ends, its copies in later sources begin to count. So the stages are repeated until no
+budget ends elsewhere than the search for copies supposed, first the first source's, then the second's, ...
 """
 
 from __future__ import annotations
@@ -46,6 +50,7 @@ __all__ = [
     "clean",
     "find_copies",
     "hold_out",
+    "note_reach",
     "open_more",
     "plan_feeds",
     "taken",
@@ -74,6 +79,7 @@ class Feed:
         keys: number -> key of the clean units.
         tokenised: the token units of the leading clean units.
         first: number of its first open unit among those of all sources.
+        reach: documents of each open unit that the budget reached in the last round; None: all.
         fetched: what is here of its streams.
     """
 
@@ -85,6 +91,7 @@ class Feed:
     keys: dict[int, str] = field(default_factory=dict)
     tokenised: Lead = field(default_factory=lambda: Lead({}, _token_sums))
     first: int = 0
+    reach: list[int] | None = None
     fetched: Fetched | None = None
 
     @property
@@ -205,14 +212,17 @@ def _clean_units(feeds: Sequence[Feed], run: Run) -> None:
 
 
 def find_copies(feeds: Sequence[Feed], config: DataConfig, run: Run) -> Copies:
-    """Which documents of the open units are copies of earlier ones."""
+    """Which documents of the open units, as far as budgets reach, are copies of earlier ones."""
     keys: list[str] = []
+    counts: list[int] = []
     for feed in feeds:
         feed.first = len(keys)
         keys += feed.open_keys
-    documents = sum(entry["documents"] for feed in feeds for entry in feed.cleaned.leading())
-    plan = run.work / "plans" / f"{digest(keys)}.json"
-    write_json(plan, keys)
+        counts += feed.reach or [entry["documents"] for entry in feed.cleaned.leading()]
+    documents = sum(counts)
+    searched = list(zip(keys, counts, strict=True))
+    plan = run.work / "plans" / f"{digest(searched)}.json"
+    write_json(plan, searched)
     dedup, near = config.dedup, read_pairs([])
     exact = near
     if dedup.exact or dedup.similarity is not None:
@@ -248,19 +258,22 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
 def _surely_taken(feed: Feed, copies: Copies, work: Path) -> np.ndarray:
     """Hashes of the first documents that the budget takes whatever their tokens are: one of them is held out.
 
-    A document has at most as many tokens as bytes, and BOS and EOS. The shares alone decide over many.
+    A document has at most as many tokens as bytes, and BOS and EOS; and one that is dropped now may be taken
+    once budgets have ended (`note_reach`), so it takes its room as well. The shares alone decide over many.
     """
     found, room = [np.empty(0, np.uint64)], feed.source.max_tokens
     most = min(ENOUGH_HASHES, feed.source.max_documents or ENOUGH_HASHES)
     for index, key in enumerate(feed.open_keys):
         documents = read_documents(unit_folder(work, "clean", key))
-        chosen = documents[tokenise.kept(documents, copies.dropped(feed.first + index))][:most]
+        places = np.flatnonzero(tokenise.kept(documents, copies.dropped(feed.first + index)))
+        sure = min(most, len(documents))
         if room is not None:
-            ends = np.cumsum(chosen["bytes"] + 2)
-            chosen = chosen[: max(LEAST_HASHES, int(np.searchsorted(ends, room, side="right")))]
-            room -= int((chosen["bytes"] + 2).sum())
-        found.append(chosen["hash"])
-        most -= len(chosen)
+            ends = np.cumsum(documents["bytes"] + 2)
+            sure = min(sure, int(np.searchsorted(ends, room, side="right")))
+            room -= int(ends[-1]) if len(ends) else 0
+        count = max(min(most, LEAST_HASHES), int(np.searchsorted(places, sure)))
+        found.append(documents["hash"][places[:count]])
+        most -= len(documents)
         if most <= 0 or (room is not None and room <= 0):
             break
     return np.concatenate(found)
@@ -298,6 +311,27 @@ def tokens(feeds: Sequence[Feed], copies: Copies, stage: TokenStage, run: Run) -
 
     bar = Bar("tokenise", sum(feed.cleaned.count for feed in feeds), shown=run.progress)
     run_lines(run.workers, token_unit, [line(feed) for feed in feeds], bar)
+
+
+def note_reach(feeds: Sequence[Feed], copies: Copies, stage: TokenStage, work: Path) -> bool:
+    """Note how far each budget reaches; True where the search for copies supposed something else.
+
+    The last source's is of no account: nothing after it could be a copy of what it does not take.
+    """
+    before = [feed.reach for feed in feeds]
+    for feed in feeds[:-1]:
+        feed.reach = _reach(feed, copies, stage, work) if feed.tokenised.full else None
+    return before != [feed.reach for feed in feeds]
+
+
+def _reach(feed: Feed, copies: Copies, stage: TokenStage, work: Path) -> list[int]:
+    counts = [entry["documents"] for entry in feed.cleaned.leading()]
+    parts = list(taken(feed, copies, stage, work))
+    last = len(parts) - 1
+    documents = read_documents(unit_folder(work, "clean", feed.keys[last]))
+    places = np.flatnonzero(tokenise.kept(documents, copies.dropped(feed.first + last)))
+    end = int(places[parts[last].documents - 1]) + 1 if parts[last].documents else 0
+    return [*counts[:last], end, *[0] * (len(counts) - last - 1)]
 
 
 def open_more(feeds: Sequence[Feed]) -> bool:

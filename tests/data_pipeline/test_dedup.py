@@ -30,10 +30,13 @@ def clean(work: Path, texts: list[str], config: DedupConfig) -> str:
     return stage.key(unit)
 
 
-def copies(work: Path, keys: list[str], config: DedupConfig, *, count: int = 1) -> dict[str, np.ndarray]:
-    """Pairs of the exact and the near stage over these units."""
-    plan = work / "plans" / f"{digest(keys)}.json"
-    write_json(plan, keys)
+def copies(
+    work: Path, keys: list[str], config: DedupConfig, *, count: int = 1, limits: list[int] | None = None
+) -> dict[str, np.ndarray]:
+    """Pairs of the exact and the near stage over these units, or the first documents of each."""
+    searched = list(zip(keys, limits or [10**6] * len(keys), strict=True))
+    plan = work / "plans" / f"{digest(searched)}.json"
+    write_json(plan, searched)
     exact = run_all(work, [Partition("exact", str(plan), i, count) for i in range(count)])
     own = (write_copies(exact, work / "plans"), config.permutations, config.bands, config.similarity)
     near = run_all(work, [Partition("near", str(plan), i, count, *own) for i in range(count)])
@@ -134,13 +137,25 @@ def test_more_text_at_the_end_changes_nothing_before(work: Path, seeds: list[int
         assert all(kept < dropped for dropped, kept in pairs(both[kind]))
 
 
+def test_what_a_budget_does_not_reach_is_the_original_of_nothing(work: Path) -> None:
+    """Of three copies over two units the first is out of reach: the second is the original of the third."""
+    texts = [prose(seed) for seed in range(4)]
+    first = clean(work, texts, NEAR)
+    second = clean(work, [texts[1], texts[3], changed(texts[3], 0.01, 1), texts[3]], NEAR)
+    found = copies(work, [first, second], NEAR, limits=[3, 4])
+    assert pairs(found["exact"]) == {((1, 0), (0, 1)), ((1, 3), (1, 1))}
+    assert pairs(found["near"]) == {((1, 2), (1, 1))}
+    whole = copies(work, [first, second], NEAR)
+    assert pairs(whole["exact"]) == {((1, 0), (0, 1)), ((1, 1), (0, 3)), ((1, 3), (0, 3))}
+
+
 def test_a_partition_reads_its_range_and_holds_no_more(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dedup, "PARTITION_RECORDS", 1000)
     assert [dedup.partitions(count) for count in (0, 1, 1000, 1001, 16_000)] == [1, 1, 1, 2, 16]
     keys = [clean(work, [prose(seed, words=50) for seed in range(300)], NEAR)]
     plan = work / "plans" / f"{digest(keys)}.json"
-    write_json(plan, keys)
-    units = [unit_folder(work, "clean", key) for key in keys]
+    write_json(plan, [(key, 300) for key in keys])
+    units = [dedup.Searched(unit_folder(work, "clean", key), 300) for key in keys]
     found = [
         dedup._gather(Partition("near", str(plan), i, 8), units, "bands", dedup.BAND, "key")[0]
         for i in range(8)

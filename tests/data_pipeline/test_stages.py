@@ -307,6 +307,41 @@ def test_two_sources_may_hold_the_same_file(tmp_path: Path, ray_cluster: object)
     assert left == {"first": 20, "second": 0, "third": 2}
 
 
+@pytest.mark.parametrize("similarity", [None, 0.8])
+def test_a_copy_is_one_of_what_the_budgets_before_it_take(
+    tmp_path: Path, ray_cluster: object, similarity: float | None, prepared: tuple[Path, Manifest]
+) -> None:
+    """Each source opens more documents than it takes; what it leaves, a later one may hold."""
+    a, b, c = ([prose(100 * number + seed) for seed in range(14)] for number in range(3))
+    near = changed(a[10], 0.01, 1)
+    sources = {
+        "a": (a, 10),
+        "b": ([a[3], a[10], b[0], a[10], near, *b[1:8], a[11], b[8]], 7),
+        "c": ([b[2], a[10], b[7], c[0], b[8], a[11], b[7], *c[1:4]], None),
+    }
+    taken: list[str] = []
+    for texts, budget in sources.values():
+        own: list[str] = []
+        for text in texts:
+            copy = text in taken or text in own or (similarity is not None and text == near)
+            if not copy and len(own) < (budget or 99):
+                own.append(text)
+        taken += own
+    assert {a[10], b[7], b[8], a[11]} <= set(taken), "each was opened before a budget ended"
+    mixture = {
+        name: replace(written(tmp_path / name / "x.jsonl", texts), max_documents=budget)
+        for name, (texts, budget) in sources.items()
+    }
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    near_copies = DedupConfig(similarity=similarity)
+    config = settings(tmp_path / "out", tmp_path, mixture=mixture, tokenizer=model, dedup=near_copies)
+    made = prepare(config, workers=2, progress=False)
+    found = [text for split in made.splits for text in documents(tmp_path / "out", split)]
+    assert sorted(found) == sorted(taken)
+    again = replace(config, directory=str(tmp_path / "again"))
+    assert prepare(again, workers=1, progress=False).fingerprint == made.fingerprint
+
+
 def test_a_run_that_fails_leaves_the_finished_data_set_as_it_was(
     full: tuple[DataConfig, Manifest], tmp_path: Path, ray_cluster: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
