@@ -34,6 +34,7 @@ def estimate_memory(recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig
         "gradients": state.gradients(),
         "master_weights": 0 if offloaded else state.masters(),
         "optimizer_moments": 0 if offloaded else state.moments(),
+        "carried_states": _carried_states(recipe, mesh),
         "activations_estimate": _activations(recipe, mesh),
     }
     host = state.masters() + state.moments() if offloaded else 0
@@ -93,6 +94,20 @@ class _State:
 
     def moments(self) -> int:
         return self._held(1) * (8 if self.recipe.optimizer.kind == "adamw" else 0)
+
+
+def _carried_states(recipe: Recipe, mesh: MeshConfig) -> int:
+    """What rows hand on between two steps, of every row of a replica and every layer.
+
+    Both memories (fp32), the same at the start of the chunk that the row ends in, the convolution's inputs.
+    """
+    if recipe.data.carry_rows == 1:
+        return 0
+    model, width = recipe.model, 2 if recipe.training.precision == "bf16" else 4
+    rows = recipe.global_rows // (mesh.dp or 1)
+    memories = 2 * 2 * model.trellis.slots * model.dim * 4
+    tail = max(model.trellis.conv_kernel - 1, 0) * 2 * model.dim * width
+    return rows * model.num_layers * (memories + tail) // mesh.tp
 
 
 def _activations(recipe: Recipe, mesh: MeshConfig) -> int:

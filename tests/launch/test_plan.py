@@ -11,6 +11,7 @@ from launch.plan import defaults, make_plan
 from launch.recipe import load_recipe
 from tests.distributed import gloo_pool
 from tests.training.engine_cases import ADAM, build, train
+from trellis_dist.models.carry import Carry
 from trellis_dist.models.language_model import build_language_model
 
 BASE = str(Path(__file__).with_name("base.toml"))
@@ -63,6 +64,21 @@ def test_state_is_divided_as_the_engine_divides_it(setting: str) -> None:
     assert {part: memory[part] for part in expected} == pytest.approx(expected, abs=16)
     assert (memory["gathered_weights"] > 0) == (setting in ("zero_stage=3", "engine=fsdp2"))
     assert memory["host_state"] == 0
+
+
+@pytest.mark.parametrize("carry_rows", [1, 4])
+def test_carried_states_are_those_that_a_run_keeps(carry_rows: int) -> None:
+    settings = ["mesh.dp=1", "training.precision=fp32", f"data.carry_rows={carry_rows}"]
+    recipe = load_recipe(BASE, [*settings, "training.global_batch_tokens=8192"])
+    rows, length = recipe.global_rows, recipe.data.sequence_length
+    model = build_language_model(recipe.model, seed=0)
+    tokens, carry = torch.zeros(rows, length, dtype=torch.long), Carry([0] * rows)
+    with torch.no_grad():
+        bounds = torch.arange(0, rows * length + 1, length)
+        model.loss_sum(tokens, tokens, cu_seqlens=bounds, carry=carry)
+    kept = [x for state in carry.states() for x in vars(state).values()]
+    measured = sum(x.numel() * x.element_size() for x in kept) if carry_rows > 1 else 0
+    assert make_plan(recipe)["memory_per_rank_bytes"]["carried_states"] == measured
 
 
 @pytest.mark.parametrize("setting, host", [("engine=local", 12), ("zero_stage=1", 3), ("engine=fsdp2", 8)])

@@ -217,6 +217,19 @@ def _recomputed_in_other_bits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run, "apply_parallelism", apply)
 
 
+def _states_of_other_rows(patch: pytest.MonkeyPatch) -> None:
+    """Every row goes on from its neighbour's state."""
+    real = run.RowStates.leave
+
+    def leave(self: Any, batch: Any, carry: Any) -> None:
+        for layer, state in carry.leaving.items():
+            parts = {name: x.roll(1, dims=0) for name, x in vars(state).items()}
+            carry.leaving[layer] = replace(state, **parts)
+        real(self, batch, carry)
+
+    patch.setattr(run.RowStates, "leave", leave)
+
+
 FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no sum over tp": _no_tensor_sum,
     "no hooks over tp": _no_tensor_hooks,
@@ -232,4 +245,5 @@ FAULTS: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "no update": _no_update,
     "a refusal": _refused,
     "recomputation in other bits": _recomputed_in_other_bits,
+    "states of other rows": _states_of_other_rows,
 }

@@ -112,6 +112,7 @@ NEGATIVE = [
     (2, "sp2 packed", "a gradient that is not shown", "gradient/norm.weight"),
     (2, "dp packed", "no update", "model/embedding_weight"),
     (2, "sp2 packed full", "recomputation in other bits", "bits of "),
+    (2, "dp carried", "states of other rows", "loss"),
     (2, "dp", "a refusal", "error"),
 ]
 
