@@ -1,6 +1,6 @@
 """Rows that carry states: what a step costs, and what a model trained so does beyond the length of a row.
 
-    python -m benchmarks.carry --books DIR --work DIR     writes benchmarks/results/carry.json, some 12 minutes
+    python -m benchmarks.carry --books DIR --work DIR     writes benchmarks/results/carry.json, 12 minutes
 
 The same small model is trained on the same novels at T = 128, with every row anew and with states carried
 through 16 rows; then both read windows of 4096 tokens of a novel that was held out, with their state. Small

@@ -255,8 +255,8 @@ class DataConfig:
             every document.
         chunk_aligned: documents start at multiples of the model's chunk size, which mesh.sp > 1 needs.
         carry_rows: consecutive rows read by one place of consecutive batches, each layer's state carried from
-            one to the next (without gradients between them), so that it sees documents of up to
-            carry_rows * sequence_length tokens whole; 1 starts every row anew.
+            one to the next (without gradients between them), so that a document inside such a run is seen
+            whole; 1 starts every row anew.
         validation_fraction: share of whole documents held out, chosen by document hash (never less than one).
         test_fraction: share of whole documents held out besides, never looked at in training; may be 0.
         unit_bytes: input bytes per Ray task (a work unit).

@@ -10,7 +10,9 @@ units like any other: pure, committed, the same for any number of workers.
 A document is dropped if an *earlier* one is equal (exact), or agrees with it in a band and has an estimated
 Jaccard similarity of at least ``data.dedup.similarity`` (near; Broder 1997, "On the resemblance and
 containment of documents"; bands: Leskovec, Rajaraman and Ullman, "Mining of Massive Datasets", 3.4).
-Therefore more text at the end of the corpus never changes what is kept before it.
+Therefore more text at the end of the corpus never changes what is kept before it. Where the budget of a
+source ends before its documents do, those beyond are the originals of nothing but each other: the data set
+will not hold them.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 # Records of one partition: about 40 bytes of memory each while they are sorted.
-PARTITION_RECORDS = 2**22
+PARTITION_RECORDS = 2**20
 # A dropped document, the earlier one it is a copy of, and their similarity.
 PAIR = np.dtype([("dropped", "<i8"), ("kept", "<i8"), ("similarity", "<f4")])
 # Signatures compared at a time.
@@ -58,8 +60,8 @@ class Partition:
 
     Attributes:
         kind: "exact" or "near".
-        plan: file with the clean units in corpus order, and how many documents of each are searched (JSON),
-            the same for all partitions.
+        plan: file with the clean units in corpus order, the source of each by number, and how many of its
+            documents the budget reaches (JSON), the same for all partitions.
         index, count: the range is [index, index + 1) * 2**64 / count.
         copies: file with the ids of the exact copies, sorted (`write_copies`), which take no part in "near".
         permutations, bands, threshold: of "near" (`DedupConfig`).
@@ -82,10 +84,32 @@ class Partition:
 
 
 class Searched(NamedTuple):
-    """The first `documents` documents of a clean unit."""
+    """A clean unit, the number of its source, and how many of its documents the source's budget reaches."""
 
     folder: Path
-    documents: int
+    source: int
+    reach: int
+
+
+class _Originals:
+    """Which documents count as the original of which later ones, by their ids."""
+
+    def __init__(self, units: Sequence[Searched]) -> None:
+        self._source = np.array([unit.source for unit in units], np.int64)
+        self._reach = np.array([unit.reach for unit in units], np.int64)
+
+    def source(self, ids: np.ndarray) -> np.ndarray:
+        found: np.ndarray = self._source[ids >> 32]
+        return found
+
+    def reached(self, ids: np.ndarray) -> np.ndarray:
+        found: np.ndarray = (ids & 0xFFFFFFFF) < self._reach[ids >> 32]
+        return found
+
+    def allowed(self, originals: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """bool [n]: whether the data set, or the same source at least, holds originals[i] before ids[i]."""
+        found: np.ndarray = self.reached(originals) | (self.source(originals) == self.source(ids))
+        return found
 
 
 def partitions(records: int) -> int:
@@ -102,7 +126,7 @@ def run_partition(partition: Partition, work: str) -> dict[str, Any]:
 
     def write(folder: Path) -> dict[str, Any]:
         plan = read_json(Path(partition.plan))
-        units = [Searched(unit_folder(work, "clean", key), count) for key, count in plan]
+        units = [Searched(unit_folder(work, "clean", key), source, reach) for key, source, reach in plan]
         pairs = _exact(partition, units) if partition.kind == "exact" else _near(partition, units)
         pairs.tofile(folder / "pairs")
         return {"pairs": len(pairs)}
@@ -146,9 +170,23 @@ def _exact(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     order = np.lexsort((ids, records["hash2"], records["hash"]))
     records, ids = records[order], ids[order]
     same = (records["hash"][1:] == records["hash"][:-1]) & (records["hash2"][1:] == records["hash2"][:-1])
-    first = np.flatnonzero(np.concatenate([[True], ~same]))[: len(ids)]
-    kept = np.repeat(ids[first], np.diff(np.append(first, len(ids))))
-    return _pairs(ids[1:][same], kept[1:][same], np.ones(int(same.sum())))
+    group = np.cumsum(np.concatenate([[True], ~same])[: len(ids)]) - 1
+    originals = _Originals(units)
+    # The first that is reached, whatever its source, or the first of the same source: which comes earlier.
+    reached = _first_of(group, ids, originals.reached(ids))
+    own = _first_of(group * len(units) + originals.source(ids), ids, np.ones(len(ids), bool))
+    kept = np.minimum(reached, own)
+    dropped = kept < ids
+    return _pairs(ids[dropped], kept[dropped], np.ones(int(dropped.sum())))
+
+
+def _first_of(groups: np.ndarray, ids: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int64 [n]: the smallest id of those `chosen` in the group of each, or a larger one than any."""
+    _, where = np.unique(groups, return_inverse=True)
+    least = np.full(int(where.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(least, where[chosen], ids[chosen])
+    found: np.ndarray = least[where]
+    return found
 
 
 def _near(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
@@ -157,14 +195,14 @@ def _near(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     keys, ids = records["key"][alive], ids[alive]
     order = np.lexsort((ids, keys))
     keys, ids = keys[order], ids[order]
-    found = [np.empty(0, PAIR)]
+    found, originals = [np.empty(0, PAIR)], _Originals(units)
     for _ in range(HEADS):
         first = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
         if first.all():
             break
         heads = np.repeat(ids[first], np.diff(np.append(np.flatnonzero(first), len(ids))))
         near = _similarities(units, ids[~first], heads[~first], partition.permutations)
-        hit = near >= partition.threshold
+        hit = (near >= partition.threshold) & originals.allowed(heads[~first], ids[~first])
         found.append(_pairs(ids[~first][hit], heads[~first][hit], near[hit]))
         # What is not similar to the first of its bucket is compared with the first of what is left.
         keys, ids = keys[~first][~hit], ids[~first][~hit]
@@ -188,13 +226,12 @@ def _gather(
     records, ids = [np.empty(0, dtype)], [np.empty(0, np.int64)]
     for number, unit in enumerate(units):
         path = unit.folder / name
-        if unit.documents and path.stat().st_size:
+        if path.stat().st_size:
             stored = np.memmap(path, dtype, "r")
             # By hand: the column is not aligned, and numpy would copy all of it to search in it.
             column = stored[key]
             start, stop = (bisect_left(range(len(column)), edge, key=column.item) for edge in (low, high))
-            part = np.array(stored[start:stop])
-            records.append(part[part["position"] < unit.documents])
+            records.append(np.array(stored[start:stop]))
             ids.append((np.int64(number) << 32) | records[-1]["position"].astype(np.int64))
     return np.concatenate(records), np.concatenate(ids)
 

@@ -235,7 +235,12 @@ def _rounds(config: DataConfig, feeds: Sequence[Feed], run: Run) -> tuple[TokenS
             moved = pipeline.note_reach(feeds, copies, stage, run.work)
         if pipeline.open_more(feeds):
             say(run.progress, "the budget is not filled: opening more of the corpus")
-        elif not moved:
+        elif moved:
+            say(
+                run.progress,
+                "a budget ends before its copies: later sources may hold them, once more from there",
+            )
+        else:
             return stage, copies
 
 

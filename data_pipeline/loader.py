@@ -54,7 +54,7 @@ class TokenDataset:
 
     Attributes:
         fingerprint: identity of the data set; together with `seed` and `weights` it decides the order.
-        num_samples: rows per epoch: those of all sources.
+        num_samples: rows of all sources; a shuffled epoch has `order.size` samples, as many or a few more.
         source_rows: source -> its rows, in the order in which they are numbered.
         order: which row each sample of a shuffled epoch is.
         num_tokens: stored tokens of the split (BOS and EOS included).
@@ -262,14 +262,14 @@ class BatchLoader:
 
     def _carried(self, rows: np.ndarray, inside: np.ndarray) -> torch.Tensor:
         pairs = zip(rows.tolist(), inside.tolist(), strict=True)
-        return torch.tensor([0 if row < 0 else self.dataset.carried(row, before) for row, before in pairs])
+        return torch.tensor([self.dataset.carried(row, before) for row, before in pairs])
 
     def _batch(self, rows: np.ndarray, *, slot: int) -> Batch:
         data, width = self.dataset, self.dataset.sequence_length
         tokens, labels = np.empty((2, len(rows), width), np.int64)
         starts = []
         for place, row in enumerate(rows.tolist()):
-            if 0 <= row < data.num_samples:
+            if row < data.num_samples:
                 starts.append(data.read(row, tokens[place], labels[place]) + place * width)
             else:
                 tokens[place], labels[place] = data.eos_id, IGNORED

@@ -88,10 +88,12 @@ class MixtureOrder:
         seed: int,
         sizes: Mapping[str, int],
         weights: Mapping[str, float] | None = None,
+        *,
+        unit: str = "rows",
     ) -> None:
         """Take the rows of each source, in order, and the weights of some (`shares` says how, and raises)."""
         self.size = sum(sizes.values())
-        self.shares = shares(sizes, weights or {})
+        self.shares = shares(sizes, weights or {}, unit=unit)
         self._whole = EpochOrder(fingerprint, seed, self.size)
         self._alone = len(sizes) == 1
         self._sources = [EpochOrder(f"{fingerprint}/{name}", seed, size) for name, size in sizes.items()]
@@ -117,7 +119,8 @@ class RunOrder:
 
     With runs of n rows and batches of G: sample s is at place j = s mod G of batch k = s div G, and reads row
     k mod n of the run that a `MixtureOrder` of runs has for number (k div n) G + j. Runs of one row are the
-    order of the rows themselves. The last run of a source may be short: its missing rows are empty.
+    order of the rows themselves. The last run of a source ends with its last row: where n does not divide the
+    rows, some of it is in the run before as well.
 
     Attributes:
         length: n, rows of a run.
@@ -134,28 +137,43 @@ class RunOrder:
         *,
         length: int = 1,
     ) -> None:
-        """Take the rows of each source, in order, and the weights of some (`shares` says how, and raises)."""
+        """Take the rows of each source, in order, and the weights of some (`shares` says how, and raises).
+
+        Raises:
+            ValueError: a source has rows, but fewer than n.
+        """
         self.length = length
+        for name, size in sizes.items():
+            if 0 < size < length:
+                raise ValueError(
+                    f"data.carry_rows = {length}, but source {name!r} has {size} rows: use {size} or fewer"
+                )
         runs = {name: -(-size // length) for name, size in sizes.items()}
-        self._runs = MixtureOrder(fingerprint, seed, runs, weights)
+        if weights and length > 1:
+            weights = {name: size for name, size in sizes.items() if size} | dict(weights)
+        self._runs = MixtureOrder(fingerprint, seed, runs, weights, unit=_unit(length))
         self.size = self._runs.size * length
         self.shares = {name: count * length for name, count in self._runs.shares.items()}
         self._first_run = np.cumsum([0, *runs.values()])
-        self._first_row = np.cumsum([0, *sizes.values()])
+        self._first_row, self._sizes = np.cumsum([0, *sizes.values()]), np.array(list(sizes.values()))
 
     def rows(self, samples: np.ndarray, global_batch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row of each sample (int64, 1-D), -1 for an empty one, and its place in its run."""
+        """Row of each sample (int64, 1-D), and its place in its run."""
         if self.length == 1:
             return self._runs.rows(samples), np.zeros_like(samples)
         batches, places = samples // global_batch, samples % global_batch
         inside = batches % self.length
         runs = self._runs.rows(batches // self.length * global_batch + places)
         source = np.searchsorted(self._first_run, runs, side="right") - 1
-        rows = self._first_row[source] + (runs - self._first_run[source]) * self.length + inside
-        return np.where(rows < self._first_row[source + 1], rows, -1), inside
+        begin = np.minimum((runs - self._first_run[source]) * self.length, self._sizes[source] - self.length)
+        return self._first_row[source] + begin + inside, inside
 
 
-def shares(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, int]:
+def _unit(length: int) -> str:
+    return "rows" if length == 1 else f"runs of data.carry_rows = {length} rows"
+
+
+def shares(sizes: Mapping[str, int], weights: Mapping[str, float], *, unit: str = "rows") -> dict[str, int]:
     """How many of an epoch's N = sum(sizes) samples come from each source: N w_k / sum(w), rounded.
 
     The rounding keeps the sum (largest remainder, the earlier source first). A source without a weight has
@@ -184,17 +202,17 @@ def shares(sizes: Mapping[str, int], weights: Mapping[str, float]) -> dict[str, 
     for name, own, count in zip(sizes, given, counts):
         if sizes[name] and not count:
             others = sum(given, start=-own)
-            raise ValueError(_never_seen(name, own, others, sum(sizes.values())))
+            raise ValueError(_never_seen(name, own, others, sum(sizes.values()), unit))
     return dict(zip(sizes, counts))
 
 
-def _never_seen(name: str, weight: Fraction, others: Fraction, samples: int) -> str:
+def _never_seen(name: str, weight: Fraction, others: Fraction, samples: int, unit: str) -> str:
     """What is wrong with a weight that gives less than one sample: N w / (w + others) >= 1 needs more."""
     least = Decimal(others.numerator) / Decimal(others.denominator) / (samples - 1)
     step = Decimal(1).scaleb(least.adjusted() - 2)
     enough = float(least.quantize(step, rounding=ROUND_CEILING))
     return (
         f"data.mixture.{name}.weight = {float(weight):g} beside {float(others):g} of the other sources gives "
-        f"none of the {samples:,} rows of an epoch, so it would never be read: use {enough:g} or more, or "
+        f"none of the {samples:,} {unit} of an epoch, so it would never be read: use {enough:g} or more, or "
         "leave it out"
     )

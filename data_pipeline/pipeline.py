@@ -130,6 +130,11 @@ class Copies:
         """Positions dropped in a clean unit: as exact copies, as near ones."""
         return dropped_positions(self.exact, number), dropped_positions(self.near, number)
 
+    def elsewhere(self, first: int, number: int) -> np.ndarray:
+        """Positions dropped in a clean unit as copies of what is before unit `first`, its source's."""
+        pairs = [pairs[pairs["kept"] < (first << 32)] for pairs in (self.exact, self.near)]
+        return np.concatenate([dropped_positions(found, number) for found in pairs])
+
     def dropped(self, number: int) -> np.ndarray:
         """All positions dropped in a clean unit, sorted."""
         return np.sort(np.concatenate(self.of(number)))
@@ -170,7 +175,9 @@ def clean(feeds: Sequence[Feed], run: Run) -> None:
         for feed in feeds:
             if feed.fetched:
                 feed.units = feed.fetched.units(run.work)
-        _clean_units([feed for feed in feeds if not feed.cleaned.full], run)
+        _clean_units(
+            [feed for feed in feeds if not feed.cleaned.full and feed.cleaned.count < len(feed.units)], run
+        )
         if not any(map(_hungry, feeds)):
             return
 
@@ -212,15 +219,15 @@ def _clean_units(feeds: Sequence[Feed], run: Run) -> None:
 
 
 def find_copies(feeds: Sequence[Feed], config: DataConfig, run: Run) -> Copies:
-    """Which documents of the open units, as far as budgets reach, are copies of earlier ones."""
+    """Which documents of the open units are copies of earlier ones."""
     keys: list[str] = []
-    counts: list[int] = []
-    for feed in feeds:
+    searched: list[tuple[str, int, int]] = []
+    for source, feed in enumerate(feeds):
         feed.first = len(keys)
         keys += feed.open_keys
-        counts += feed.reach or [entry["documents"] for entry in feed.cleaned.leading()]
-    documents = sum(counts)
-    searched = list(zip(keys, counts, strict=True))
+        reach = feed.reach or [entry["documents"] for entry in feed.cleaned.leading()]
+        searched += [(key, source, count) for key, count in zip(feed.open_keys, reach, strict=True)]
+    documents = sum(entry["documents"] for feed in feeds for entry in feed.cleaned.leading())
     plan = run.work / "plans" / f"{digest(searched)}.json"
     write_json(plan, searched)
     dedup, near = config.dedup, read_pairs([])
@@ -250,33 +257,39 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
     """Thresholds over the documents that are kept. Raises ValueError: the corpus is too small."""
     if not any(entry["documents"] for feed in feeds for entry in feed.cleaned.leading()):
         raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
-    hashes = [_surely_taken(feed, copies, run.work) for feed in feeds]
+    found = [_first_hashes(feed, copies, run.work) for feed in feeds]
+    hashes = np.concatenate([hashes[:sure] for hashes, sure in found])
+    if len(np.unique(hashes)) < LEAST_HASHES:  # budgets of a document or two: likely the first ones
+        hashes = np.concatenate([hashes for hashes, _ in found])
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
-    return choose_holdout(np.concatenate(hashes), **fractions)
+    return choose_holdout(hashes, **fractions)
 
 
-def _surely_taken(feed: Feed, copies: Copies, work: Path) -> np.ndarray:
-    """Hashes of the first documents that the budget takes whatever their tokens are: one of them is held out.
+def _first_hashes(feed: Feed, copies: Copies, work: Path) -> tuple[np.ndarray, int]:
+    """Hashes of the first documents that are kept, and how many of them the budget surely takes.
 
-    A document has at most as many tokens as bytes, and BOS and EOS; and one that is dropped now may be taken
-    once budgets have ended (`note_reach`), so it takes its room as well. The shares alone decide over many.
+    One of those is held out; over many the shares alone decide. A document has at most as many tokens as
+    bytes, and BOS and EOS; and a copy of another source's document may be taken yet, once that source's
+    budget has ended (`note_reach`), so it takes its room as well.
     """
-    found, room = [np.empty(0, np.uint64)], feed.source.max_tokens
-    most = min(ENOUGH_HASHES, feed.source.max_documents or ENOUGH_HASHES)
+    found, sure = [np.empty(0, np.uint64)], 0
+    used = np.zeros(2, np.int64)  # documents and tokens at most, so far
+    limits = [feed.source.max_documents or ENOUGH_HASHES, feed.source.max_tokens or np.iinfo(np.int64).max]
     for index, key in enumerate(feed.open_keys):
         documents = read_documents(unit_folder(work, "clean", key))
-        places = np.flatnonzero(tokenise.kept(documents, copies.dropped(feed.first + index)))
-        sure = min(most, len(documents))
-        if room is not None:
-            ends = np.cumsum(documents["bytes"] + 2)
-            sure = min(sure, int(np.searchsorted(ends, room, side="right")))
-            room -= int(ends[-1]) if len(ends) else 0
-        count = max(min(most, LEAST_HASHES), int(np.searchsorted(places, sure)))
-        found.append(documents["hash"][places[:count]])
-        most -= len(documents)
-        if most <= 0 or (room is not None and room <= 0):
+        kept = tokenise.kept(documents, copies.dropped(feed.first + index))
+        counted = kept.copy()
+        counted[copies.elsewhere(feed.first, feed.first + index)] = True
+        sizes = np.stack([counted, counted * (documents["bytes"].astype(np.int64) + 2)])
+        ends = used[:, None] + np.cumsum(sizes, axis=1)
+        fits = (ends <= np.array(limits)[:, None]).all(axis=0)
+        used = ends[:, -1] if len(documents) else used
+        sure += int((kept & fits).sum())
+        found.append(documents["hash"][kept])
+        if (sure >= ENOUGH_HASHES or (used >= limits).any()) and sum(map(len, found)) >= LEAST_HASHES:
             break
-    return np.concatenate(found)
+    hashes = np.concatenate(found)
+    return hashes[: max(sure, LEAST_HASHES)], sure
 
 
 def _why_none(feeds: Sequence[Feed], run: Run) -> str:

@@ -10,7 +10,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["Workers", "default_workers", "ray_session", "run_tasks"]
 
 RETRIES = 3
+NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
 
@@ -102,20 +103,53 @@ def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
         yield ray
         return
     local: dict[str, Any] = {"num_cpus": workers, "include_dashboard": False, "_node_ip_address": "127.0.0.1"}
+    with nullcontext() if ray_address else _on_loopback():
+        try:
+            ray.init(
+                address=ray_address or "local",
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                **({} if ray_address else local),
+            )
+        except (ConnectionError, RuntimeError, OSError, ValueError) as error:
+            where = f"the Ray cluster at {ray_address}" if ray_address else "Ray on this machine"
+            raise ValueError(f"cannot start {where}: {error}") from error
+        try:
+            if ray_address is None:
+                _check_loopback(ray)
+            yield ray
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Have Ray stay on this machine.
+
+    It takes the machine's address in the network for "127.0.0.1", and then listens on all of them, unless it
+    is told that there are no clusters. Its processes read that in the environment (the name is a relic: they
+    do on every system), this one read it when ray was imported.
+    """
+    from ray._private import ray_constants
+
+    before = os.environ.get(NO_CLUSTER), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[NO_CLUSTER], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
-        ray.init(
-            address=ray_address or "local",
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            **({} if ray_address else local),
-        )
-    except (ConnectionError, RuntimeError, OSError, ValueError) as error:
-        where = f"the Ray cluster at {ray_address}" if ray_address else "Ray on this machine"
-        raise ValueError(f"cannot start {where}: {error}") from error
-    try:
-        yield ray
+        yield
     finally:
-        ray.shutdown()
+        if before[0] is None:
+            del os.environ[NO_CLUSTER]
+        else:
+            os.environ[NO_CLUSTER] = before[0]
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+
+
+def _check_loopback(ray: Any) -> None:
+    if any(node["NodeManagerAddress"] != "127.0.0.1" for node in ray.nodes()):
+        raise ValueError(
+            f"this version of Ray would listen on the network: set {NO_CLUSTER}=0 in the environment, which "
+            "keeps it on this machine, or install the version that constraints.txt names"
+        )
 
 
 def run_tasks(

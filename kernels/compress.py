@@ -13,6 +13,7 @@ are fp32 (fp64 for fp64 inputs) whatever the inputs are.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from types import ModuleType
@@ -180,8 +181,14 @@ def stale_pair(state: CompressState, memories: Memories) -> Memories | None:
     key, value = state.key_chunk_start.to(memories.key), state.value_chunk_start.to(memories.value)
     if isinstance(state.offset, int):
         return Memories(key, value)
-    inside = torch.tensor([o > 0 for o in state.offset], device=key.device).view(-1, 1, 1, 1)
+    inside = _inside_chunk(tuple(offset > 0 for offset in state.offset), key.device)
     return Memories(torch.where(inside, key, memories.key), torch.where(inside, value, memories.value))
+
+
+@functools.lru_cache(maxsize=16)
+def _inside_chunk(documents: tuple[bool, ...], device: torch.device) -> Tensor:
+    """[N, 1, 1, 1], made once for all layers: a GPU waits for the copy."""
+    return torch.tensor(documents, device=device).view(-1, 1, 1, 1)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, rule: Rule) -> str:

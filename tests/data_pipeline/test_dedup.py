@@ -31,10 +31,11 @@ def clean(work: Path, texts: list[str], config: DedupConfig) -> str:
 
 
 def copies(
-    work: Path, keys: list[str], config: DedupConfig, *, count: int = 1, limits: list[int] | None = None
+    work: Path, keys: list[str], config: DedupConfig, *, count: int = 1, reach: list[int] | None = None
 ) -> dict[str, np.ndarray]:
-    """Pairs of the exact and the near stage over these units, or the first documents of each."""
-    searched = list(zip(keys, limits or [10**6] * len(keys), strict=True))
+    """Pairs of the exact and the near stage over these units, each a source where `reach` is given."""
+    sources = [0] * len(keys) if reach is None else range(len(keys))
+    searched = list(zip(keys, sources, reach or [10**6] * len(keys), strict=True))
     plan = work / "plans" / f"{digest(searched)}.json"
     write_json(plan, searched)
     exact = run_all(work, [Partition("exact", str(plan), i, count) for i in range(count)])
@@ -140,13 +141,15 @@ def test_more_text_at_the_end_changes_nothing_before(work: Path, seeds: list[int
 def test_what_a_budget_does_not_reach_is_the_original_of_nothing(work: Path) -> None:
     """Of three copies over two units the first is out of reach: the second is the original of the third."""
     texts = [prose(seed) for seed in range(4)]
-    first = clean(work, texts, NEAR)
+    first = clean(work, [*texts, texts[3]], NEAR)
     second = clean(work, [texts[1], texts[3], changed(texts[3], 0.01, 1), texts[3]], NEAR)
-    found = copies(work, [first, second], NEAR, limits=[3, 4])
-    assert pairs(found["exact"]) == {((1, 0), (0, 1)), ((1, 3), (1, 1))}
+    found = copies(work, [first, second], NEAR, reach=[3, 4])
+    # Beyond its reach a source still counts its own copies.
+    assert pairs(found["exact"]) == {((0, 4), (0, 3)), ((1, 0), (0, 1)), ((1, 3), (1, 1))}
     assert pairs(found["near"]) == {((1, 2), (1, 1))}
-    whole = copies(work, [first, second], NEAR)
-    assert pairs(whole["exact"]) == {((1, 0), (0, 1)), ((1, 1), (0, 3)), ((1, 3), (0, 3))}
+    whole = copies(work, [first, second], NEAR, reach=[5, 4])
+    others = {((1, 0), (0, 1)), ((1, 1), (0, 3)), ((1, 3), (0, 3))}
+    assert pairs(whole["exact"]) == {((0, 4), (0, 3))} | others
 
 
 def test_a_partition_reads_its_range_and_holds_no_more(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,8 +157,8 @@ def test_a_partition_reads_its_range_and_holds_no_more(work: Path, monkeypatch: 
     assert [dedup.partitions(count) for count in (0, 1, 1000, 1001, 16_000)] == [1, 1, 1, 2, 16]
     keys = [clean(work, [prose(seed, words=50) for seed in range(300)], NEAR)]
     plan = work / "plans" / f"{digest(keys)}.json"
-    write_json(plan, [(key, 300) for key in keys])
-    units = [dedup.Searched(unit_folder(work, "clean", key), 300) for key in keys]
+    write_json(plan, [(key, 0, 300) for key in keys])
+    units = [dedup.Searched(unit_folder(work, "clean", key), 0, 300) for key in keys]
     found = [
         dedup._gather(Partition("near", str(plan), i, 8), units, "bands", dedup.BAND, "key")[0]
         for i in range(8)

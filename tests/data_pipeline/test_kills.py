@@ -22,6 +22,7 @@ from tests.data_pipeline.test_dedup import changed
 from tests.data_pipeline.texts import prose
 
 BOOKS = Path(__file__).resolve().parents[3] / "shared/data/books"
+BUDGET = 450_000
 PLANTED = "one two three four five six seven eight nine ten eleven twelve thirteen fourteen"
 
 
@@ -33,15 +34,21 @@ def book_texts() -> list[str]:
 
 @pytest.fixture(scope="module")
 def books(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    """Books in documents of 8 kB, two of them planted again, one nearly so, and one evaluation n-gram."""
+    """Books in documents of 8 kB, two of them planted again, one nearly so, and one evaluation n-gram.
+
+    Two books have a budget, which ends inside the second: so rounds are repeated.
+    """
     place = tmp_path_factory.mktemp("books")
     root = place / "text"
-    root.mkdir()
     for number, text in enumerate(book_texts()):
-        (root / f"{number}.txt").write_text(text)
-    middle = (root / "1.txt").read_text()[300_000:306_000]
+        folder = root / ("first" if number < 2 else "second")
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{number}.txt").write_text(text)
+    middle = (root / "first" / "1.txt").read_text()[300_000:306_000]
     planted = [middle, middle, changed(middle, 0.04, 1), prose(1) + PLANTED + prose(2)]
-    (root / "planted.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in planted))
+    (root / "second" / "planted.jsonl").write_text(
+        "".join(json.dumps({"text": text}) + "\n" for text in planted)
+    )
     evaluation = place / "set.json"
     evaluation.write_text(json.dumps([{"question": PLANTED}]))
     return DataConfig(
@@ -51,13 +58,17 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
         packing="best_fit",
         shard_tokens=300_000,
         test_fraction=0.02,
-        source=SourceConfig(
-            kind="path",
-            path=str(root),
-            strip_gutenberg=True,
-            text_document_bytes=8192,
-            licence="public domain",
-        ),
+        mixture={
+            name: SourceConfig(
+                kind="path",
+                path=str(root / name),
+                strip_gutenberg=True,
+                text_document_bytes=8192,
+                licence="public domain",
+                max_tokens=BUDGET if name == "first" else None,
+            )
+            for name in ("first", "second")
+        },
         filters=FilterConfig(min_words=20, max_duplicate_lines=0.5),
         dedup=DedupConfig(similarity=0.8),
         decontaminate=DecontaminateConfig(paths=(str(evaluation),)),
@@ -69,7 +80,9 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
 def straight(books: DataConfig, ray_cluster: object) -> dict[str, str]:
     """Hashes of an undisturbed run."""
     made = prepare(books, workers=2, progress=False)
-    steps = made.stages["corpus"]
+    taken = sum(sums["tokens"] for label, sums in made.sources.items() if label.startswith("first/"))
+    assert BUDGET <= taken < 1.2 * BUDGET
+    steps = made.stages["second"]
     assert steps["evaluation text"]["documents"] == 1
     assert steps["exact duplicates"]["documents"] == 1
     assert steps["near duplicates"]["documents"] == 1

@@ -294,6 +294,38 @@ def test_a_small_budget_holds_one_out_of_what_it_takes(
     assert made.splits["validation"].documents == 1
 
 
+def test_a_first_unit_of_copies_leaves_enough_to_hold_out(
+    tmp_path: Path, ray_cluster: object, prepared: tuple[Path, Manifest]
+) -> None:
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    (tmp_path / "text").mkdir()
+    written(tmp_path / "text" / "a.jsonl", [prose(1)] * 12)
+    written(tmp_path / "text" / "b.jsonl", [prose(seed, words=40) for seed in range(200)])
+    source = SourceConfig(kind="path", path=str(tmp_path / "text"), max_tokens=15_000)
+    config = settings(tmp_path / "out", tmp_path, source=source, tokenizer=model, unit_bytes=30_000)
+    made = prepare(config, workers=2, progress=False)
+    assert made.splits["validation"].documents > 3
+    assert made.splits["train"].tokens >= 15_000
+
+
+@pytest.mark.parametrize("draw", range(3))
+def test_what_is_held_out_is_in_the_data_set_though_copies_come_back(
+    tmp_path: Path, ray_cluster: object, prepared: tuple[Path, Manifest], draw: int
+) -> None:
+    """Documents of b that are copies of what a opened and left come first in the end, and fill its budget."""
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    a, b = ([prose(1000 * draw + 100 * number + seed, words=40) for seed in range(30)] for number in range(2))
+    mixture = {
+        "a": replace(written(tmp_path / "a" / "x.jsonl", a), max_documents=3),
+        "b": replace(written(tmp_path / "b" / "x.jsonl", [*a[10:20], *b]), max_documents=3),
+    }
+    config = settings(tmp_path / "out", tmp_path, mixture=mixture, tokenizer=model, validation_fraction=0.001)
+    made = prepare(config, workers=2, progress=False)
+    found = {name: split.documents for name, split in made.splits.items()}
+    assert sum(found.values()) == 6
+    assert min(found["validation"], found["train"]) >= 1
+
+
 def test_two_sources_may_hold_the_same_file(tmp_path: Path, ray_cluster: object) -> None:
     """Equal names and bytes give equal units: one copy of each document is kept, the first."""
     texts = [prose(seed) for seed in range(20)]

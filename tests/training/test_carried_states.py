@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from checkpoints.state import CheckpointReader
-from data_pipeline.loader import BatchLoader, TokenDataset
+from checkpoints.logical import LogicalTensor
+from checkpoints.state import CheckpointReader, save_checkpoint
+from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 from tests.distributed import gloo_pool
 from tests.training.small_run import ROW, exact_rows, make_job, state, write_dataset
+from trellis_dist.models.carry import CarriedState, Carry
 from trellis_dist.models.language_model import build_language_model
+from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.parallel.mesh import build_mesh
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.training.carry import RowStates
@@ -93,7 +97,7 @@ def run_case(job: Job, folder: Path, stop_at_step: int | None) -> TrainResult:
 
 MESHES: dict[str, dict[str, Any]] = {
     "zero1 dp": {"training": {"engine": "deepspeed", "zero_stage": 1, "micro_batch": 1}},
-    "zero3 dp": {"training": {"engine": "deepspeed", "zero_stage": 3}},
+    "zero3 dp": {"training": {"engine": "deepspeed", "zero_stage": 3, "zero3_persistence_threshold": 0}},
     "fsdp2 dp, full": {"training": {"engine": "fsdp2", "activation_checkpointing": "full"}},
     "local tp": {"mesh": {"tp": 2}, "training": {"activation_checkpointing": "selective"}},
 }
@@ -153,6 +157,37 @@ def test_what_cannot_hand_states_on_is_refused(data: Path, tmp_path: Path, secti
     assert not (tmp_path / "checkpoints").exists()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_convolution_inputs_come_back_in_their_own_type(dtype: torch.dtype, tmp_path: Path):
+    """Memories are fp32 whatever the weights are; two micro-batches are loaded as four."""
+    mesh = build_mesh(MeshConfig())
+    states = RowStates(global_rows=4, micro_batch=2, mesh=mesh)
+    generator = torch.Generator().manual_seed(0)
+    for slot in (0, 2):
+        memories = [torch.randn(2, 2, 3, 4, generator=generator) for _ in range(4)]
+        carry = Carry([0, 0])
+        carry.leaving[0] = CarriedState(*memories, tail=torch.randn(2, 3, 16, generator=generator).to(dtype))
+        tokens = torch.zeros(2, 1, dtype=torch.long)
+        states.leave(Batch(tokens, tokens, torch.tensor([0, 1, 2]), 2, slot, torch.zeros(2)), carry)
+    path = save_checkpoint(tmp_path, step=1, tensors=states.logical_tensors(), run_state={})
+    loaded = RowStates(global_rows=4, micro_batch=1, mesh=mesh)
+    loaded.load(CheckpointReader(path))
+    ours, theirs = (joined(rows.logical_tensors()) for rows in (states, loaded))
+    assert ours["carry/0/query_tail"].dtype == dtype
+    assert ours["carry/0/key_memory"].dtype == torch.float32
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    with pytest.raises(ValueError, match="states of 4 rows, a step has 8"):
+        RowStates(global_rows=8, micro_batch=2, mesh=mesh).load(CheckpointReader(path))
+
+
+def joined(parts: Iterable[LogicalTensor]) -> dict[str, torch.Tensor]:
+    found: dict[str, list[torch.Tensor]] = {}
+    for part in parts:
+        found.setdefault(part.name, []).append(part.local)
+    return {name: torch.cat(pieces) for name, pieces in found.items()}
+
+
 def test_states_of_a_skipped_step_are_dropped(data: Path):
     job = job_of(data)
     mesh = build_mesh(job.mesh)
@@ -171,8 +206,11 @@ def test_states_of_a_skipped_step_are_dropped(data: Path):
         return engine.train_step(batches, lr=0.01, valid_tokens=valid).applied
 
     assert step(0)
-    kept = {item.name: item for item in states.logical_tensors()}
+    kept = {(item.name, item.offset): item for item in states.logical_tensors()}
     assert {item.global_shape[0] for item in kept.values()} == {PLACES}
+    engine.evaluate(loader.micro_batches(3 * PLACES))
+    for item in states.logical_tensors():
+        assert torch.equal(item.local, kept[item.name, item.offset].local)
     assert all(bool(item.local.isfinite().all()) for item in kept.values())
     with torch.no_grad():
         model.norm.weight.fill_(float("inf"))

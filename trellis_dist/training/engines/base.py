@@ -130,7 +130,8 @@ class LossModule(nn.Module):
         # Right before the forward pass: the split layers ask about the batch that was cut last.
         cut = parts if self._segments is None else self._segments.cut(*parts)
         tokens, labels, cu_seqlens = (x if x is None else x.to(device, non_blocking=True) for x in cut)
-        carry = None if self._states is None else self._states.enter(batch)
+        # An evaluation between two steps must leave the states alone.
+        carry = self._states.enter(batch) if self._states and torch.is_grad_enabled() else None
         options: dict[str, Any] = {} if carry is None else {"carry": carry}
         loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss, **options)
         if self._states is not None and carry is not None:
