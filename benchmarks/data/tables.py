@@ -74,8 +74,8 @@ def _others(cases: dict[str, Any]) -> Iterator[str]:
     rows = []
     if "found" in (case := cases.get("deduplicate", {})):
         seconds = case["stages"]["deduplicate"]
-        rows.append((f"{case['documents']:,} documents, copies planted", case["planted"]))
-        rows.append(("found", case["found"]))
+        rows.append((f"{case['documents']:,} documents, copies planted", _copies(case["planted"])))
+        rows.append(("found", _copies(case["found"])))
         rows.append(
             (
                 "seconds: fingerprints with the text's cleaning, then the search",
@@ -96,8 +96,18 @@ def _others(cases: dict[str, Any]) -> Iterator[str]:
                 f"{case['equal']} of {case['data_sets']}",
             )
         )
-        rows.append(("equal with 1 and 4 workers", case["same_for_workers"]))
+        same = case["same_for_workers"]
+        rows.append(
+            (
+                f"equal with {' and '.join(same)} workers",
+                ", ".join("yes" if equal else "no" for equal in same.values()),
+            )
+        )
     yield from _table("Duplicates, memory, kills", ("what", "measured"), rows)
+
+
+def _copies(counts: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {kind}" for kind, count in counts.items())
 
 
 def _loader(cases: dict[str, Any]) -> Iterator[str]:
@@ -111,6 +121,9 @@ def _loader(cases: dict[str, Any]) -> Iterator[str]:
         )
         for name, row in cases.get("loader", {}).get("packings", {}).items()
     ]
+    if checked := cases.get("loader", {}).get("first_batch_with_hashes_checked_seconds"):
+        both = "{without_imports:.2f} / {with_start_and_imports:.2f} s".format(**checked)
+        rows.append(("after every shard's hash was checked", "", "", "", both))
     head = (
         "packing, multiples of",
         "Mtok/s per core",

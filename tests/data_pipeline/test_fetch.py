@@ -286,6 +286,18 @@ def test_a_data_set_that_cannot_be_opened_is_named(tmp_path: Path, monkeypatch: 
         readers.load_streaming(source)
 
 
+def test_a_repository_with_a_loading_script_is_refused_and_nothing_runs(tmp_path: Path) -> None:
+    folder = tmp_path / "scripted"
+    folder.mkdir()
+    (folder / "scripted.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(
+        ValueError, match=r"cannot open data set .*scripts are no longer supported"
+    ) as refused:
+        plan_stream(SourceConfig(kind="huggingface", name=str(folder)), 1)
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "ran").exists()
+
+
 def test_more_is_fetched_where_much_is_dropped() -> None:
     stream = [RemoteShard(SourceConfig(kind="huggingface", name="a/b"), "", 0, 1, 100)]
     stage = SimpleNamespace()

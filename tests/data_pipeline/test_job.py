@@ -105,6 +105,7 @@ def test_a_second_run_re_uses_everything(
     assert prepare(settings(directory, corpus)) == made
     # Rows and their order are the loader's: they do not make another data set.
     assert prepare(settings(directory, corpus, sequence_length=32, seed=9), progress=False) == made
+    assert prepare(settings(directory, corpus, carry_rows=4), progress=False) == made
     assert before == {path: path.stat().st_mtime_ns for path in directory.iterdir() if path.name != ".lock"}
     assert f"re-using the data set in {directory}" in capsys.readouterr().err
 
