@@ -1,6 +1,7 @@
 """Rows that carry states: what a step costs, and what a model trained so does beyond the length of a row.
 
     python -m benchmarks.carry --books DIR --work DIR     writes benchmarks/results/carry.json, 12 minutes
+    python -m benchmarks.carry --show                     its table, as docs/data.md has it
 
 The same small model is trained on the same novels at T = 128, with every row anew and with states carried
 through 16 rows; then both read windows of 4096 tokens of a novel that was held out, with their state. Small
@@ -24,6 +25,7 @@ from benchmarks.machine import machine, versions
 from data_pipeline.config import DataConfig, SourceConfig, TokenizerConfig
 from data_pipeline.job import prepare
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
+from trellis_dist.files import read_json
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import LanguageModel, build_language_model
 from trellis_dist.parallel.config import MeshConfig
@@ -136,15 +138,35 @@ def measure(data: Path, *, carry_rows: int, seeds: Sequence[int], steps: int) ->
     return {"nats": mean, "nats_by_seed": runs}
 
 
+def table(found: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    spans = [f"{begin}-{end}" for begin, end in SPANS]
+    lines = [
+        "| " + " | ".join(["nats per token at position", *spans]) + " |",
+        "|---" * (len(spans) + 1) + "|",
+    ]
+    for name, result in found["trained"].items():
+        seeds = ([f"{run[span]:.2f}" for run in result["nats_by_seed"]] for span in spans)
+        cells = [f"{result['nats'][span]:.2f} ({', '.join(each)})" for span, each in zip(spans, seeds)]
+        lines.append("| " + " | ".join([f"`{name.replace(' ', ' = ')}`", *cells]) + " |")
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--books", type=Path, required=True, help="folder of long .txt documents")
-    parser.add_argument("--work", type=Path, required=True, help="where they are prepared")
+    parser.add_argument("--books", type=Path, help="folder of long .txt documents")
+    parser.add_argument("--work", type=Path, help="where they are prepared")
+    parser.add_argument("--show", action="store_true", help="print the table of the result there is")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--output", type=Path, default=RESULT)
     options = parser.parse_args(arguments)
+    if options.show:
+        print(table(read_json(options.output)))
+        return
+    if options.books is None or options.work is None:
+        parser.error("give --books and --work")
     torch.set_num_threads(2)
     data = prepared(options.books, options.work)
     found: dict[str, Any] = {"machine": machine(), "versions": versions(), "steps": options.steps}
