@@ -35,13 +35,14 @@ __all__ = [
     "PAIR",
     "Partition",
     "dropped_positions",
+    "pairs_of",
     "partitions",
     "read_pairs",
     "run_partition",
     "write_copies",
 ]
 
-# Records of one partition: about 40 bytes of memory each while they are sorted.
+# Records of one partition: about 100 bytes of memory each while they are sorted.
 PARTITION_RECORDS = 2**20
 # A dropped document, the earlier one it is a copy of, and their similarity.
 PAIR = np.dtype([("dropped", "<i8"), ("kept", "<i8"), ("similarity", "<f4")])
@@ -91,25 +92,16 @@ class Searched(NamedTuple):
     reach: int
 
 
-class _Originals:
-    """Which documents count as the original of which later ones, by their ids."""
+def _sources(units: Sequence[Searched], ids: np.ndarray) -> np.ndarray:
+    """int64 [n]: number of the source of each document."""
+    found: np.ndarray = np.array([unit.source for unit in units], np.int64)[ids >> 32]
+    return found
 
-    def __init__(self, units: Sequence[Searched]) -> None:
-        self._source = np.array([unit.source for unit in units], np.int64)
-        self._reach = np.array([unit.reach for unit in units], np.int64)
 
-    def source(self, ids: np.ndarray) -> np.ndarray:
-        found: np.ndarray = self._source[ids >> 32]
-        return found
-
-    def reached(self, ids: np.ndarray) -> np.ndarray:
-        found: np.ndarray = (ids & 0xFFFFFFFF) < self._reach[ids >> 32]
-        return found
-
-    def allowed(self, originals: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """bool [n]: whether the data set, or the same source at least, holds originals[i] before ids[i]."""
-        found: np.ndarray = self.reached(originals) | (self.source(originals) == self.source(ids))
-        return found
+def _reached(units: Sequence[Searched], ids: np.ndarray) -> np.ndarray:
+    """bool [n]: whether each document is within the reach of its source's budget."""
+    found: np.ndarray = (ids & 0xFFFFFFFF) < np.array([unit.reach for unit in units], np.int64)[ids >> 32]
+    return found
 
 
 def partitions(records: int) -> int:
@@ -161,31 +153,42 @@ def _earliest(pairs: np.ndarray) -> np.ndarray:
 
 def dropped_positions(pairs: np.ndarray, unit: int) -> np.ndarray:
     """uint32: positions in the unit of that number whose documents are dropped; `pairs` sorted."""
+    return (pairs_of(pairs, unit)["dropped"] & 0xFFFFFFFF).astype("<u4")
+
+
+def pairs_of(pairs: np.ndarray, unit: int) -> np.ndarray:
+    """PAIR of the documents dropped in the unit of that number; `pairs` sorted."""
     first, last = np.searchsorted(pairs["dropped"], [unit << 32, (unit + 1) << 32])
-    return (pairs["dropped"][first:last] & 0xFFFFFFFF).astype("<u4")
+    found: np.ndarray = pairs[first:last]
+    return found
 
 
 def _exact(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     records, ids = _gather(partition, units, "exact", EXACT, "hash")
     order = np.lexsort((ids, records["hash2"], records["hash"]))
     records, ids = records[order], ids[order]
-    same = (records["hash"][1:] == records["hash"][:-1]) & (records["hash2"][1:] == records["hash2"][:-1])
-    group = np.cumsum(np.concatenate([[True], ~same])[: len(ids)]) - 1
-    originals = _Originals(units)
+    other = (records["hash"][1:] != records["hash"][:-1]) | (records["hash2"][1:] != records["hash2"][:-1])
+    sources = _sources(units, ids)
     # The first that is reached, whatever its source, or the first of the same source: which comes earlier.
-    reached = _first_of(group, ids, originals.reached(ids))
-    own = _first_of(group * len(units) + originals.source(ids), ids, np.ones(len(ids), bool))
+    reached = _firsts(_groups(other), ids, _reached(units, ids))
+    own = _firsts(_groups(other | (sources[1:] != sources[:-1])), ids, np.ones(len(ids), bool))
     kept = np.minimum(reached, own)
     dropped = kept < ids
     return _pairs(ids[dropped], kept[dropped], np.ones(int(dropped.sum())))
 
 
-def _first_of(groups: np.ndarray, ids: np.ndarray, chosen: np.ndarray) -> np.ndarray:
-    """int64 [n]: the smallest id of those `chosen` in the group of each, or a larger one than any."""
-    _, where = np.unique(groups, return_inverse=True)
-    least = np.full(int(where.max(initial=-1)) + 1, np.iinfo(np.int64).max)
-    np.minimum.at(least, where[chosen], ids[chosen])
-    found: np.ndarray = least[where]
+def _groups(begins: np.ndarray) -> np.ndarray:
+    """int64 [n]: group number of each of n sorted records; `begins` [n - 1]: the next one is of another."""
+    found: np.ndarray = np.concatenate([[0], np.cumsum(begins)]).astype(np.int64)
+    return found
+
+
+def _firsts(groups: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
+    """int64 [n]: the least value of those `chosen` in the group of each; without one, more than any."""
+    groups = groups[: len(values)]
+    least = np.full(int(groups.max(initial=-1)) + 1, np.iinfo(np.int64).max)
+    np.minimum.at(least, groups[chosen], values[chosen])
+    found: np.ndarray = least[groups]
     return found
 
 
@@ -195,18 +198,44 @@ def _near(partition: Partition, units: Sequence[Searched]) -> np.ndarray:
     keys, ids = records["key"][alive], ids[alive]
     order = np.lexsort((ids, keys))
     keys, ids = keys[order], ids[order]
-    found, originals = [np.empty(0, PAIR)], _Originals(units)
+    found, left = _compared(partition, units, ids, _groups(keys[1:] != keys[:-1]), _reached(units, ids))
+    # What a budget does not reach may be copies of each other, source by source.
+    rest = left[~_reached(units, ids[left])]
+    keys, ids = keys[rest], ids[rest]
+    sources = _sources(units, ids)
+    groups = _groups((keys[1:] != keys[:-1]) | (sources[1:] != sources[:-1]))
+    more, _ = _compared(partition, units, ids, groups, np.ones(len(ids), bool))
+    return _earliest(np.concatenate([found, more]))
+
+
+def _compared(
+    partition: Partition, units: Sequence[Searched], ids: np.ndarray, groups: np.ndarray, leads: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Compare the documents of each group with those before them that lead.
+
+    Args:
+        ids: int64 [n], rising inside each group.
+        groups: int64 [n], rising: a bucket of a band, or a part of one.
+        leads: bool [n], which may be the original of others.
+
+    Returns:
+        PAIR of those similar enough to one, and the rows of those that are not and led nothing.
+    """
+    found, rows = [np.empty(0, PAIR)], np.arange(len(ids))
     for _ in range(HEADS):
-        first = np.concatenate([[True], keys[1:] != keys[:-1]])[: len(keys)]
-        if first.all():
+        heads = _firsts(groups[rows], rows, leads[rows])
+        after = heads < rows
+        if not after.any():
             break
-        heads = np.repeat(ids[first], np.diff(np.append(np.flatnonzero(first), len(ids))))
-        near = _similarities(units, ids[~first], heads[~first], partition.permutations)
-        hit = (near >= partition.threshold) & originals.allowed(heads[~first], ids[~first])
-        found.append(_pairs(ids[~first][hit], heads[~first][hit], near[hit]))
+        later, before = ids[rows[after]], ids[heads[after]]
+        near = _similarities(units, later, before, partition.permutations)
+        hit = near >= partition.threshold
+        found.append(_pairs(later[hit], before[hit], near[hit]))
         # What is not similar to the first of its bucket is compared with the first of what is left.
-        keys, ids = keys[~first][~hit], ids[~first][~hit]
-    return _earliest(np.concatenate(found))
+        gone = heads == rows
+        gone[np.flatnonzero(after)[hit]] = True
+        rows = rows[~gone]
+    return np.concatenate(found), rows
 
 
 def _listed(ids: np.ndarray, path: Path) -> np.ndarray:

@@ -98,8 +98,9 @@ class TokenDataset:
 
         Raises:
             FileNotFoundError: there is no prepared data set.
-            ValueError: no such split, a weight for a source that is not there, a missing or damaged file, or
-                a row index that cannot be written; one line, with the remedy.
+            ValueError: no such split, a weight for a source that is not there, a source of fewer rows than
+                `carry_rows`, a missing or damaged file, or a row index that cannot be written; one line, with
+                the remedy.
         """
         directory = Path(directory)
         if sequence_length < 2:

@@ -28,6 +28,7 @@ from data_pipeline.config import DataConfig, SourceConfig
 from data_pipeline.dedup import (
     Partition,
     dropped_positions,
+    pairs_of,
     partitions,
     read_pairs,
     run_partition,
@@ -132,8 +133,9 @@ class Copies:
 
     def elsewhere(self, first: int, number: int) -> np.ndarray:
         """Positions dropped in a clean unit as copies of what is before unit `first`, its source's."""
-        pairs = [pairs[pairs["kept"] < (first << 32)] for pairs in (self.exact, self.near)]
-        return np.concatenate([dropped_positions(found, number) for found in pairs])
+        found = [pairs_of(pairs, number) for pairs in (self.exact, self.near)]
+        chosen = [pairs["dropped"][pairs["kept"] < (first << 32)] & 0xFFFFFFFF for pairs in found]
+        return np.concatenate(chosen).astype("<u4")
 
     def dropped(self, number: int) -> np.ndarray:
         """All positions dropped in a clean unit, sorted."""
@@ -259,14 +261,16 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
         raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
     found = [_first_hashes(feed, copies, run.work) for feed in feeds]
     hashes = np.concatenate([hashes[:sure] for hashes, sure in found])
-    if len(np.unique(hashes)) < LEAST_HASHES:  # budgets of a document or two: likely the first ones
+    if len(np.unique(hashes)) < 2 + (
+        config.test_fraction > 0
+    ):  # one document's budget: likely the first ones
         hashes = np.concatenate([hashes for hashes, _ in found])
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     return choose_holdout(hashes, **fractions)
 
 
 def _first_hashes(feed: Feed, copies: Copies, work: Path) -> tuple[np.ndarray, int]:
-    """Hashes of the first documents that are kept, and how many of them the budget surely takes.
+    """Hashes of the first documents that are kept, and how many of them the budget takes as far as is known.
 
     One of those is held out; over many the shares alone decide. A document has at most as many tokens as
     bytes, and BOS and EOS; and a copy of another source's document may be taken yet, once that source's
@@ -289,7 +293,7 @@ def _first_hashes(feed: Feed, copies: Copies, work: Path) -> tuple[np.ndarray, i
         if (sure >= ENOUGH_HASHES or (used >= limits).any()) and sum(map(len, found)) >= LEAST_HASHES:
             break
     hashes = np.concatenate(found)
-    return hashes[: max(sure, LEAST_HASHES)], sure
+    return hashes[: max(sure, min(LEAST_HASHES, limits[0]))], sure
 
 
 def _why_none(feeds: Sequence[Feed], run: Run) -> str:
@@ -333,7 +337,8 @@ def note_reach(feeds: Sequence[Feed], copies: Copies, stage: TokenStage, work: P
     """
     before = [feed.reach for feed in feeds]
     for feed in feeds[:-1]:
-        feed.reach = _reach(feed, copies, stage, work) if feed.tokenised.full else None
+        found = _reach(feed, copies, stage, work) if feed.tokenised.full else None
+        feed.reach = None if found == [entry["documents"] for entry in feed.cleaned.leading()] else found
     return before != [feed.reach for feed in feeds]
 
 

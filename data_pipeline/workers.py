@@ -132,16 +132,15 @@ def _on_loopback() -> Iterator[None]:
     """
     from ray._private import ray_constants
 
-    before = os.environ.get(NO_CLUSTER), ray_constants.ENABLE_RAY_CLUSTER
+    given, known = os.environ.get(NO_CLUSTER), getattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
     os.environ[NO_CLUSTER], ray_constants.ENABLE_RAY_CLUSTER = "0", False
     try:
         yield
     finally:
-        if before[0] is None:
-            del os.environ[NO_CLUSTER]
-        else:
-            os.environ[NO_CLUSTER] = before[0]
-        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        os.environ.pop(NO_CLUSTER, None)
+        if given is not None:
+            os.environ[NO_CLUSTER] = given
+        ray_constants.ENABLE_RAY_CLUSTER = known
 
 
 def _check_loopback(ray: Any) -> None:

@@ -188,7 +188,8 @@ def stale_pair(state: CompressState, memories: Memories) -> Memories | None:
 @functools.lru_cache(maxsize=16)
 def _inside_chunk(documents: tuple[bool, ...], device: torch.device) -> Tensor:
     """[N, 1, 1, 1], made once for all layers: a GPU waits for the copy."""
-    return torch.tensor(documents, device=device).view(-1, 1, 1, 1)
+    with torch.inference_mode(False):  # whoever asks first does so for everybody
+        return torch.tensor(documents, device=device).view(-1, 1, 1, 1)
 
 
 def choose_backend(name: str, device: torch.device, dtype: torch.dtype, rule: Rule) -> str:

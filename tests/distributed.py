@@ -6,18 +6,18 @@
     def test_it():
         assert gloo_pool(2).run(case, 3) == [0, 3]
 
-A rank start costs seconds of imports, so a test module keeps its cases in the pool and compares what comes
-back.
+Starting ranks costs a second, and their first collectives more, so a test module keeps its cases in the pool
+and compares what comes back.
 """
 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import faulthandler
 import importlib
 import multiprocessing
 import multiprocessing.connection
+import multiprocessing.context
 import os
 import pickle
 import signal
@@ -25,11 +25,11 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "close_tired_pools", "gloo_pool"]
+__all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "close_tired_pools", "fork_server", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
 START_TIMEOUT_S = 120.0
@@ -37,6 +37,14 @@ START_TIMEOUT_S = 120.0
 GRACE_S = 3.0
 MANY_THREADS = 500  # a mesh takes about 55
 ROOT = Path(__file__).resolve().parents[1]
+# What takes a process seconds to import, and starts no thread.
+PRELOADED = [
+    "tests.distributed",
+    "tests.checkpoints.helpers",
+    "trellis_dist.training.engines.factory",
+    "megatron.core.tensor_parallel",
+    "deepspeed",
+]
 
 _pools: dict[int, GlooPool] = {}
 
@@ -64,6 +72,13 @@ def close_tired_pools() -> None:
             pool.close()
 
 
+def fork_server() -> multiprocessing.context.ForkServerContext:
+    """Starts processes as forks of one that has imported what they need, and copies no thread of this one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
 @atexit.register
 def _close_all() -> None:
     for pool in _pools.values():
@@ -71,7 +86,7 @@ def _close_all() -> None:
 
 
 class GlooPool:
-    """``world_size`` spawned processes that share one gloo process group on this machine."""
+    """``world_size`` processes that share one gloo process group on this machine."""
 
     def __init__(self, world_size: int) -> None:
         import torch.distributed as dist
@@ -85,18 +100,22 @@ class GlooPool:
         self._collect(time.monotonic() + START_TIMEOUT_S, "the start of the ranks")
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = fork_server()
         pipes = [context.Pipe() for _ in range(self.world_size)]
         self._pipes = [ours for ours, _ in pipes]
         self._ranks = [
-            context.Process(target=_serve, args=(theirs, str(self._log(rank))), daemon=True)
+            context.Process(
+                target=_serve, args=(theirs, str(self._log(rank)), self._variables(rank)), daemon=True
+            )
             for rank, (_, theirs) in enumerate(pipes)
         ]
-        for rank, process in enumerate(self._ranks):
-            with _environment(_torchrun_variables(rank, self.world_size, self._store.port)):
-                process.start()
+        for process in self._ranks:
+            process.start()
         for _, theirs in pipes:
             theirs.close()  # so that a rank that dies is seen as the end of its pipe
+
+    def _variables(self, rank: int) -> dict[str, str]:
+        return _torchrun_variables(rank, self.world_size, self._store.port)
 
     @property
     def alive(self) -> bool:
@@ -199,22 +218,9 @@ def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]
     }
 
 
-@contextlib.contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Set variables for a process that is about to be spawned, then put the old ones back."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-def _serve(pipe: multiprocessing.connection.Connection, log: str) -> None:
+def _serve(pipe: multiprocessing.connection.Connection, log: str, variables: dict[str, str]) -> None:
     """A rank: join the group, then run what the pipe asks for until it closes."""
+    os.environ.update(variables)
     stream = open(log, "w", buffering=1)  # noqa: SIM115 - lives as long as the process
     os.dup2(stream.fileno(), 1)
     os.dup2(stream.fileno(), 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import random
 import signal
@@ -15,6 +14,7 @@ import torch
 from checkpoints.commit import list_steps
 from checkpoints.state import latest_verified, load_run_state
 from tests.checkpoints.helpers import assert_holds, saved
+from tests.distributed import fork_server
 from trellis_dist.files import REAL
 
 KILLS = 8
@@ -34,9 +34,7 @@ def save_for_ever(root: Path, first: int, said: Connection) -> None:
 
 
 def test_sigkill_at_random_moments(tmp_path: Path) -> None:
-    # A fork server: PyTorch is imported once, and no thread of the test process is copied.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["checkpoints.state", "tests.checkpoints.helpers"])
+    context = fork_server()
     chance = random.Random(7)
     step = 0
     for _ in range(KILLS):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,10 +32,16 @@ def clean(work: Path, texts: list[str], config: DedupConfig) -> str:
 
 
 def copies(
-    work: Path, keys: list[str], config: DedupConfig, *, count: int = 1, reach: list[int] | None = None
+    work: Path,
+    keys: list[str],
+    config: DedupConfig,
+    *,
+    count: int = 1,
+    reach: list[int] | None = None,
+    sources: Sequence[int] | None = None,
 ) -> dict[str, np.ndarray]:
-    """Pairs of the exact and the near stage over these units, each a source where `reach` is given."""
-    sources = [0] * len(keys) if reach is None else range(len(keys))
+    """Pairs of the exact and the near stage over these units, by default of one source."""
+    sources = sources or [0] * len(keys)
     searched = list(zip(keys, sources, reach or [10**6] * len(keys), strict=True))
     plan = work / "plans" / f"{digest(searched)}.json"
     write_json(plan, searched)
@@ -123,6 +130,20 @@ def test_a_bucket_of_others_does_not_hide_a_copy(work: Path, monkeypatch: pytest
     assert pairs(found["near"]) == {((0, 12 + n), (0, n)) for n in range(12)}
 
 
+def test_what_is_out_of_reach_takes_no_place_in_a_bucket(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, over two sources of two units: the first reaches two of twelve, all in one bucket."""
+    monkeypatch.setattr(dedup, "HEADS", 16)
+    texts = [prose(seed, words=300) for seed in range(24)]
+    first = [*texts[:12], changed(texts[5], 0.05, 9)]
+    second = [*texts[12:], *(changed(text, 0.05, 9) for text in [*texts[12:], texts[0], texts[5], texts[5]])]
+    crude = DedupConfig(similarity=0.7, permutations=128, bands=128)
+    keys = [clean(work, part, crude) for part in (first[:6], first[6:], second[:12], second[12:])]
+    found = copies(work, keys, crude, reach=[2, 0, 12, 15], sources=[0, 0, 1, 1])
+    # Its own copy out of reach, the second's own, and the copies of what is in reach, or came first.
+    expected = {((1, 6), (0, 5)), ((3, 12), (0, 0)), ((3, 14), (3, 13))}
+    assert pairs(found["near"]) | pairs(found["exact"]) == expected | {((3, n), (2, n)) for n in range(12)}
+
+
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(seeds=st.lists(st.integers(0, 12), min_size=2, max_size=24), cut=st.integers(1, 23))
 def test_more_text_at_the_end_changes_nothing_before(work: Path, seeds: list[int], cut: int) -> None:
@@ -143,11 +164,11 @@ def test_what_a_budget_does_not_reach_is_the_original_of_nothing(work: Path) -> 
     texts = [prose(seed) for seed in range(4)]
     first = clean(work, [*texts, texts[3]], NEAR)
     second = clean(work, [texts[1], texts[3], changed(texts[3], 0.01, 1), texts[3]], NEAR)
-    found = copies(work, [first, second], NEAR, reach=[3, 4])
+    found = copies(work, [first, second], NEAR, reach=[3, 4], sources=[0, 1])
     # Beyond its reach a source still counts its own copies.
     assert pairs(found["exact"]) == {((0, 4), (0, 3)), ((1, 0), (0, 1)), ((1, 3), (1, 1))}
     assert pairs(found["near"]) == {((1, 2), (1, 1))}
-    whole = copies(work, [first, second], NEAR, reach=[5, 4])
+    whole = copies(work, [first, second], NEAR, reach=[5, 4], sources=[0, 1])
     others = {((1, 0), (0, 1)), ((1, 1), (0, 3)), ((1, 3), (0, 3))}
     assert pairs(whole["exact"]) == {((0, 4), (0, 3))} | others
 

