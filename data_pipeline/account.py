@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ def account_for(run: Run, feeds: Sequence[Feed], copies: Copies, stage: TokenSta
         _count_labels(account.labels, feed, copies, stage, run.work)
     for name in (QUARANTINE, CONTAMINATION, DROPPED):
         atomic_write(run.directory / name, _joined(feeds, name, run.work))
-    atomic_write(run.directory / DUPLICATES, _listed(copies))
+    atomic_write(run.directory / DUPLICATES, _listed(feeds, copies))
     account.logs = {name: sha256_file(run.directory / name) for name in LOGS}
     return account
 
@@ -115,14 +116,22 @@ def _joined(feeds: Sequence[Feed], name: str, work: Path) -> Iterator[Piece]:
             unit += 1
 
 
-def _listed(copies: Copies) -> Iterator[Piece]:
-    """The first pairs: clean unit and position of the one dropped and the one kept, and their similarity."""
+def _listed(feeds: Sequence[Feed], copies: Copies) -> Iterator[Piece]:
+    """The first pairs: where the one dropped and the earlier one lie, and their similarity."""
+    firsts = [feed.first for feed in feeds]
 
-    def place(document: int) -> tuple[str, int]:
-        return copies.keys[document >> 32], document & 0xFFFFFFFF
+    def place(document: int) -> dict[str, Any]:
+        number = document >> 32
+        feed = feeds[bisect_right(firsts, number) - 1]
+        unit = feed.units[number - feed.first]
+        where = {"corpus": feed.name, "input": unit.name, "unit": copies.keys[number]}
+        return where | {"document": document & 0xFFFFFFFF}
 
     for kind, pairs in (("exact", copies.exact), ("near", copies.near)):
         for pair in pairs[:LISTED]:
-            record: dict[str, Any] = {name: place(int(pair[name])) for name in ("dropped", "kept")}
+            record: dict[str, Any] = {
+                "dropped": place(int(pair["dropped"])),
+                "original": place(int(pair["kept"])),
+            }
             record |= {"kind": kind, "similarity": round(float(pair["similarity"]), 4)}
             yield json.dumps(record, sort_keys=True).encode() + b"\n"

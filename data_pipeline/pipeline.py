@@ -261,9 +261,8 @@ def hold_out(feeds: Sequence[Feed], copies: Copies, config: DataConfig, run: Run
         raise ValueError(f"data.source: no document of the corpus could be read{_why_none(feeds, run)}")
     found = [_first_hashes(feed, copies, run.work) for feed in feeds]
     hashes = np.concatenate([hashes[:sure] for hashes, sure in found])
-    if len(np.unique(hashes)) < 2 + (
-        config.test_fraction > 0
-    ):  # one document's budget: likely the first ones
+    # Budgets of one document: likely the first ones.
+    if len(np.unique(hashes)) < 2 + (config.test_fraction > 0):
         hashes = np.concatenate([hashes for hashes, _ in found])
     fractions = {"validation": config.validation_fraction, "test": config.test_fraction}
     return choose_holdout(hashes, **fractions)

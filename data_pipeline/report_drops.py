@@ -123,7 +123,7 @@ def _copies(page: Report, manifest: Manifest, directory: Path) -> None:
     pairs.sort(key=lambda pair: pair["similarity"])
     chosen = [pairs[int(i)] for i in np.linspace(0, len(pairs) - 1, min(PAIRS, len(pairs)))]
     for pair in chosen:
-        kept, dropped = (_text_of(directory, pair[which]) for which in ("kept", "dropped"))
+        kept, dropped = (_text_of(directory, pair[which]) for which in ("original", "dropped"))
         if kept is None or dropped is None:
             continue
         page.subsection(f"Similarity {pair['similarity']:.2f}")
@@ -141,10 +141,9 @@ def _similarities(page: Report, values: Sequence[float]) -> None:
     page.bar_chart(f"Similarity of the first {len(values):,} near duplicates to what was kept", bars)
 
 
-def _text_of(directory: Path, place: tuple[str, int]) -> str | None:
-    """Text of document [key of its clean unit, position]; None where it lies too deep in its unit."""
-    key, position = place
-    folder = unit_folder(directory / "work", "clean", key)
+def _text_of(directory: Path, place: dict[str, Any]) -> str | None:
+    """Text of a document that the log names; None where it lies too deep in its unit."""
+    folder, position = unit_folder(directory / "work", "clean", place["unit"]), place["document"]
     sizes = read_documents(folder)["bytes"]
     if sizes[:position].sum() > PAIR_DEPTH:
         return None
