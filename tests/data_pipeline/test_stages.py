@@ -90,6 +90,10 @@ def test_everything_planted_is_found_and_nothing_else(full: tuple[DataConfig, Ma
     (hit,) = [json.loads(line) for line in (directory / "contamination.jsonl").read_text().splitlines()]
     assert hit["evaluation"].startswith("eval.jsonl:1")
     assert (hit["corpus"], hit["ngram"] in QUESTION) == ("books", True)
+    copies = [json.loads(line) for line in (directory / "duplicates.jsonl").read_text().splitlines()]
+    ends = [[pair[which]["corpus"] for which in ("dropped", "original")] for pair in copies]
+    assert sorted(ends) == [["books", "books"], ["web", "books"], ["web", "books"], ["web", "web"]]
+    assert {pair["original"]["input"].partition(" ")[0] for pair in copies} == {"books.jsonl", "web.jsonl"}
     assert verify_dataset(directory) == []
 
 
