@@ -8,18 +8,19 @@ import pytest
 import torch
 
 from kernels import compress_kv
-from tests.kernels.helpers import ROOT, TRITON_CASES, in_own_process, make_operands
+from tests.kernels import beside
+from tests.kernels.helpers import ROOT, in_own_process, make_operands
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
 def test_kernels_equal_fp64_in_the_interpreter() -> None:
-    in_own_process(["-m", "pytest", str(TRITON_CASES), "-p", "no:cacheprovider"], TRITON_INTERPRET="1")
+    beside.finish("test_kernels_equal_fp64_in_the_interpreter")
 
 
 def test_kernels_run_without_triton() -> None:
     script = (
         "import sys; sys.modules['triton'] = None\n"
-        "from tests.kernels.helpers import ROOT, TRITON_CASES, in_own_process, make_operands, run\n"
+        "from tests.kernels.helpers import make_operands, run\n"
         "run(make_operands(1, 9), chunk_size=4)\n"
         "assert 'kernels.triton.compress' not in sys.modules\n"
     )

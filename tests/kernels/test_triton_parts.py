@@ -15,7 +15,7 @@ import torch
 from benchmarks import tune_kernels
 from kernels.triton import launch
 from kernels.triton.launch import KERNELS, SHARED_KIB, Launch, Row, Size
-from tests.kernels.helpers import TRITON_CASES, in_own_process
+from tests.kernels import beside
 
 ROW = Row(
     Size("sm_90", 64, 64, 64, 64, True, 2), dict.fromkeys(KERNELS, Launch(64, 64, 4, 1)), {"kind": "offline"}
@@ -24,8 +24,7 @@ ROW = Row(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="triton exists for Linux only")
 def test_parts_equal_fp64_in_the_interpreter() -> None:
-    parts = TRITON_CASES.with_name("on_triton_parts.py")
-    in_own_process(["-m", "pytest", str(parts), "-p", "no:cacheprovider"], TRITON_INTERPRET="1")
+    beside.finish("test_parts_equal_fp64_in_the_interpreter")
 
 
 def test_the_committed_table_is_valid_and_obeyed() -> None:
