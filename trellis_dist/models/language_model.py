@@ -146,7 +146,9 @@ class LanguageModel(nn.Module):
             x = block(x, context)
         return self.norm(x)  # type: ignore[no-any-return]
 
-    def documents(self, cu_seqlens: Tensor, *, rows: int, length: int) -> SequenceContext:
+    def documents(
+        self, cu_seqlens: Tensor, *, rows: int, length: int, carry: Carry | None = None
+    ) -> SequenceContext:
         """``cu_seqlens`` of [rows, length] tokens, checked and prepared for this model's layers.
 
         Raises:
@@ -159,6 +161,7 @@ class LanguageModel(nn.Module):
             length=length,
             chunk_size=options.chunk_size,
             conv_kernel=options.conv_kernel,
+            carry=carry,
         )
 
     def _carried_documents(self, tokens: Tensor, cu_seqlens: Documents, carry: Carry) -> SequenceContext:
@@ -172,15 +175,7 @@ class LanguageModel(nn.Module):
                 f"model.pattern = {list(self.config.pattern)}: only trellis layers have a state of fixed "
                 "size that rows can take over"
             )
-        options = self.config.trellis
-        return packed_context(
-            cu_seqlens,
-            rows=rows,
-            length=length,
-            chunk_size=options.chunk_size,
-            conv_kernel=options.conv_kernel,
-            carry=carry,
-        )
+        return self.documents(cu_seqlens, rows=rows, length=length, carry=carry)
 
     def init_state(self, batch: int) -> LMState:
         """The state before the first token of ``batch`` rows.
