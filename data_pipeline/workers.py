@@ -18,6 +18,7 @@ from typing import Any
 __all__ = ["Workers", "default_workers", "ray_session", "run_tasks"]
 
 RETRIES = 3
+ENDING_S = 10.0
 NO_CLUSTER = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 
@@ -158,7 +159,7 @@ def run_tasks(
 
     Where `workers` is None, or all the cores there are, as many tasks again wait in Ray, so that no worker
     ever does.
-    Closing the iterator cancels what has not begun.
+    Closing the iterator waits some seconds for what is in flight, and leaves the rest to itself.
 
     Raises:
         Exception: what a task raised, as it raised it; RuntimeError when a worker was lost again and again.
@@ -177,8 +178,10 @@ def run_tasks(
             done, _ = ray.wait(list(running), num_returns=1)
             yield running.pop(done[0]), _result(ray, done[0])
     finally:
-        for reference in running:
-            ray.cancel(reference)
+        # Not cancelled: Ray 2.60 aborts the driver where a task ends while it is being cancelled. What is
+        # left behind commits itself, or nothing.
+        if running:
+            ray.wait(list(running), num_returns=len(running), timeout=ENDING_S)
 
 
 def _result(ray: Any, reference: Any) -> Any:
