@@ -185,7 +185,7 @@ def _groups(begins: np.ndarray) -> np.ndarray:
 
 def _firsts(groups: np.ndarray, values: np.ndarray, chosen: np.ndarray) -> np.ndarray:
     """int64 [n]: the least value of those `chosen` in the group of each; without one, more than any."""
-    groups = groups[: len(values)]
+    groups = groups[: len(values)]  # of no record `_groups` makes one group: it cannot tell none from one
     least = np.full(int(groups.max(initial=-1)) + 1, np.iinfo(np.int64).max)
     np.minimum.at(least, groups[chosen], values[chosen])
     found: np.ndarray = least[groups]

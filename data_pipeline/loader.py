@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -241,7 +241,11 @@ class BatchLoader:
         return -(-self.dataset.num_samples // self.global_batch)
 
     def micro_batches(self, counter: int) -> list[Batch]:
-        """This rank's micro-batches of the global batch that begins after `counter` consumed samples."""
+        """This rank's micro-batches of the global batch that begins after `counter` consumed samples.
+
+        Raises:
+            ValueError: rows carry states, and `counter` is no multiple of the global batch.
+        """
         order, size = self.dataset.order, self.micro_batch
         carries = self.shuffle and order.length > 1
         if carries and counter % self.global_batch:
@@ -254,18 +258,21 @@ class BatchLoader:
         rows = inside = np.arange(counter + begin, counter + begin + share, dtype=np.int64)
         if self.shuffle:
             rows, inside = order.rows(rows, self.global_batch)
-        found = []
-        for i in range(0, share, size):
-            batch = self._batch(rows[i : i + size], slot=begin + i)
-            carried = self._carried(rows[i : i + size], inside[i : i + size]) if carries else None
-            found.append(replace(batch, carried=carried))
-        return found
+        parts = [slice(i, i + size) for i in range(0, share, size)]
+        return [
+            self._batch(
+                rows[part],
+                slot=begin + part.start,
+                carried=self._carried(rows[part], inside[part]) if carries else None,
+            )
+            for part in parts
+        ]
 
     def _carried(self, rows: np.ndarray, inside: np.ndarray) -> torch.Tensor:
         pairs = zip(rows.tolist(), inside.tolist(), strict=True)
         return torch.tensor([self.dataset.carried(row, before) for row, before in pairs])
 
-    def _batch(self, rows: np.ndarray, *, slot: int) -> Batch:
+    def _batch(self, rows: np.ndarray, *, slot: int, carried: torch.Tensor | None) -> Batch:
         data, width = self.dataset, self.dataset.sequence_length
         tokens, labels = np.empty((2, len(rows), width), np.int64)
         starts = []
@@ -282,4 +289,5 @@ class BatchLoader:
             cu_seqlens=torch.from_numpy(bounds),
             valid_tokens=int(np.count_nonzero(labels != IGNORED)),
             slot=slot,
+            carried=carried,
         )

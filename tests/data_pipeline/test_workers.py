@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from data_pipeline.workers import NO_CLUSTER, ray_session
+from data_pipeline.workers import NO_CLUSTER, ray_session, run_tasks
 
 CLUSTER = "10.1.2.3:6379"
 
@@ -93,6 +94,22 @@ def test_ray_on_this_machine_listens_on_loopback_and_has_no_dashboard(
     assert options["num_cpus"] == 3
     assert (os.environ.get(NO_CLUSTER), ray_constants.ENABLE_RAY_CLUSTER) == before
     assert os.environ["RAY_USAGE_STATS_ENABLED"] == "0"
+
+
+def test_what_is_in_flight_is_waited_for_when_a_run_ends_early(ray_cluster: Any, tmp_path: Path) -> None:
+    """And never cancelled: Ray can abort this process over a task that ends while it is being cancelled."""
+
+    def work(number: int, folder: str) -> int:
+        time.sleep(0.2 * number)
+        (Path(folder) / str(number)).touch()
+        return number
+
+    results = run_tasks(ray_cluster, work, ((n, str(tmp_path)) for n in range(100)), workers=2)
+    assert next(results) == (0, 0)
+    results.close()
+    done = {int(path.name) for path in tmp_path.iterdir()}
+    assert {0, 1} <= done
+    assert len(done) <= 4, "nothing was begun after the end"
 
 
 def test_nothing_of_a_session_listens_on_the_network(ray_cluster: Any) -> None:

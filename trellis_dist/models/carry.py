@@ -24,6 +24,9 @@ __all__ = ["CarriedRows", "CarriedState", "Carry"]
 class CarriedState:
     """What one layer keeps of B rows, detached.
 
+    Unlike a ``CompressState`` it does not say where in a chunk it stands: the data of the next rows do
+    (``Carry.before``), also where a state was lost or read from a checkpoint.
+
     Attributes:
         key_memory, value_memory: after the rows' last tokens, [B, H, M, D] and [B, H, M, V].
         key_chunk_start, value_chunk_start: before the chunk that those tokens are in, of the same shapes.

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels import PackedLayout
 from trellis_dist.models.carry import CarriedRows, Carry
-from trellis_dist.models.conv import document_edges
+from trellis_dist.models.conv import document_edges, edges_between_tails
 
 __all__ = ["SequenceContext", "document_starts", "packed_context"]
 
@@ -75,7 +75,7 @@ def packed_context(
     else:
         carried = CarriedRows.of(carry, starts, length=length, conv_kernel=conv_kernel)
         offsets = carried.offsets(len(starts), chunk_size)
-        edges = _edges_between_tails(starts, rows=rows, length=length, kernel=conv_kernel)
+        edges = edges_between_tails(starts, rows=rows, length=length, kernel=conv_kernel)
     return SequenceContext(
         layout=PackedLayout.from_cu_seqlens(boundaries, chunk_size, offsets=offsets).to(device),
         cu_seqlens=boundaries.to(device),
@@ -83,16 +83,6 @@ def packed_context(
         positions=positions.to(device),
         edges=tuple(index.to(device) for index in edges),
         carried=None if carried is None else carried.to(device),
-    )
-
-
-def _edges_between_tails(starts: Tensor, *, rows: int, length: int, kernel: int) -> tuple[Tensor, ...]:
-    """``document_edges`` of the stream in which each row follows its tail, which says what is before it."""
-    reach = max(kernel - 1, 0)
-    row = starts // length
-    inner = (starts + reach * (row + 1))[starts % length > 0]
-    return document_edges(
-        torch.cat([inner.new_zeros(1), inner]), total=rows * (length + reach), kernel=kernel
     )
 
 

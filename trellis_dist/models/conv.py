@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ConvFunction", "causal_conv", "document_edges"]
+__all__ = ["ConvFunction", "causal_conv", "document_edges", "edges_between_tails"]
 
 
 class ConvFunction(Protocol):
@@ -69,6 +69,21 @@ def document_edges(starts: Tensor, *, total: int, kernel: int) -> tuple[Tensor, 
     reach = torch.arange(max(kernel - 1, 0), device=starts.device)
     touched = starts[1:, None] + reach
     return tuple(torch.unique(touched[:, :tap][touched[:, :tap] < total]) for tap in range(1, kernel))
+
+
+def edges_between_tails(starts: Tensor, *, rows: int, length: int, kernel: int) -> tuple[Tensor, ...]:
+    """``document_edges`` of the stream in which each row follows its tail of kernel-1 inputs.
+
+    Args:
+        starts: int64 [n], document starts in the stream of rows without their tails, rising. Those of rows
+            change nothing: what is before a row, its tail says.
+        rows, length, kernel: R, T and K.
+    """
+    reach = max(kernel - 1, 0)
+    inner = (starts + reach * (starts // length + 1))[starts % length > 0]
+    return document_edges(
+        torch.cat([inner.new_zeros(1), inner]), total=rows * (length + reach), kernel=kernel
+    )
 
 
 class _ShiftedSum(torch.autograd.Function):

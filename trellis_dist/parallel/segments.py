@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trellis_dist.models.context import SequenceContext, document_starts, packed_context
-from trellis_dist.models.conv import document_edges
+from trellis_dist.models.conv import edges_between_tails
 from trellis_dist.parallel.mesh import Mesh
 
 __all__ = ["Segments", "row_ends"]
@@ -121,7 +121,7 @@ class Segments:
         return tuple(min(tokens, at_most) for tokens in before)
 
     def edges(self, kernel: int, device: torch.device) -> tuple[Tensor, ...]:
-        """``conv.document_edges`` of the stream in which each row follows its kernel-1 halo tokens.
+        """``conv.edges_between_tails`` of the documents, the halo of each row being its tail.
 
         Made when first asked for, so that layers share them: the copy to the device waits for it.
         """
@@ -132,10 +132,10 @@ class Segments:
         return known[kernel, device]
 
     def _find_edges(self, documents: _Documents, kernel: int, device: torch.device) -> tuple[Tensor, ...]:
-        stride = documents.length + kernel - 1
-        starts = [0] + [row * stride + kernel - 1 + column for row, column in documents.inner]
-        total = len(documents.before) * stride
-        return document_edges(torch.tensor(starts, device=device), total=total, kernel=kernel)
+        rows, length = len(documents.before), documents.length
+        starts = [row * length + column for row, column in documents.inner]
+        placed = torch.tensor(starts, dtype=torch.int64, device=device)
+        return edges_between_tails(placed, rows=rows, length=length, kernel=kernel)
 
     def whole_rows(self, rows: int, device: torch.device) -> SequenceContext:
         """The documents of the whole rows, for a layer that is given them all; tables on ``device``.

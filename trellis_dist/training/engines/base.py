@@ -131,9 +131,10 @@ class LossModule(nn.Module):
         cut = parts if self._segments is None else self._segments.cut(*parts)
         tokens, labels, cu_seqlens = (x if x is None else x.to(device, non_blocking=True) for x in cut)
         # An evaluation between two steps must leave the states alone.
-        carry = self._states.enter(batch) if self._states and torch.is_grad_enabled() else None
+        states = self._states if torch.is_grad_enabled() else None
+        carry = None if states is None else states.enter(batch)
         options: dict[str, Any] = {} if carry is None else {"carry": carry}
         loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss, **options)
-        if self._states is not None and carry is not None:
-            self._states.leave(batch, carry)
+        if states is not None and carry is not None:
+            states.leave(batch, carry)
         return loss
