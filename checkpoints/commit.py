@@ -21,6 +21,7 @@ from trellis_dist.files import FileSystem, commit_directory
 
 __all__ = [
     "CheckpointWarning",
+    "attempt_name",
     "begin_attempt",
     "commit_attempt",
     "find_attempt",
@@ -66,8 +67,23 @@ def list_steps(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def begin_attempt(root: Path, step: int, *, file_system: FileSystem) -> Path:
+def attempt_name(step: int, *, number: int | None = None) -> str:
+    """Name of an attempt at `step` by this process; `number` (0 to 2^32 - 1) tells apart several of them.
+
+    Without a number it is drawn. Rank 0's names, handed to all ranks, say where to write without a search.
+    """
+    last = os.urandom(4).hex() if number is None else f"{number:08x}"
+    return f".attempt-{step_name(step)}-{_host()}-{os.getpid()}-{PROCESS}-{last}"
+
+
+def begin_attempt(root: Path, step: int, *, file_system: FileSystem, name: str | None = None) -> Path:
     """Clear what dead processes left in `root` and create the directory this save is written into.
+
+    Args:
+        root: folder of the checkpoints; made if it is not there.
+        step: the step to be saved.
+        file_system: what does the work.
+        name: of the directory, an `attempt_name`; drawn unless given.
 
     Raises:
         OSError: the directory cannot be made.
@@ -76,7 +92,7 @@ def begin_attempt(root: Path, step: int, *, file_system: FileSystem) -> Path:
         file_system.make_directory(folder)
         file_system.fsync_directory(folder.parent)
     remove_leftovers(root, step=step, file_system=file_system)
-    attempt = root / f".attempt-{step_name(step)}-{_host()}-{os.getpid()}-{PROCESS}-{os.urandom(4).hex()}"
+    attempt = root / (name or attempt_name(step))
     file_system.make_directory(attempt)
     return attempt
 

@@ -28,17 +28,18 @@ __all__ = [
     "TensorRecord",
     "TensorSlice",
     "assemble",
+    "description_file",
     "digest_line",
     "load_manifest",
-    "rank_files",
     "records_from_json",
     "records_to_json",
+    "tensor_file",
 ]
 
 MANIFEST_FILE, DIGEST_FILE, STATE_FILE = "manifest.json", "manifest.sha256", "state.json"
 FORMAT, VERSION = "trellis-checkpoint", 1
 MAX_MANIFEST = 256 << 20
-FILE_NAME = re.compile(r"state\.json|rank-[0-9]{5}\.(json|safetensors)")
+FILE_NAME = re.compile(r"state\.json|rank-[0-9]{5}\.json|rank-[0-9]{5}(-[0-9]{3,5})?\.safetensors")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 DIGEST_LINE = re.compile(rf"({SHA256.pattern})  {re.escape(MANIFEST_FILE)}\n")
 
@@ -90,7 +91,7 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class RankPart:
-    """What one rank wrote: its safetensors file and the slices in it."""
+    """What one rank wrote: its safetensors files and the slices in them."""
 
     files: Mapping[str, FileRecord]
     tensors: Mapping[str, TensorRecord]
@@ -141,9 +142,14 @@ def records_from_json(value: Any) -> dict[str, FileRecord]:
     return {name: _file_record(record) for name, record in value.items()}
 
 
-def rank_files(rank: int) -> tuple[str, str]:
-    """Names of a rank's tensor file and of its description."""
-    return f"rank-{rank:05d}.safetensors", f"rank-{rank:05d}.json"
+def description_file(rank: int) -> str:
+    """Name of a rank's description of its tensor files."""
+    return f"rank-{rank:05d}.json"
+
+
+def tensor_file(rank: int, index: int) -> str:
+    """Name of a rank's tensor file number `index`."""
+    return f"rank-{rank:05d}-{index:03d}.safetensors" if index else f"rank-{rank:05d}.safetensors"
 
 
 def digest_line(manifest: bytes) -> bytes:
@@ -163,7 +169,7 @@ def assemble(directory: Path, *, step: int, world_size: int, state: FileRecord) 
     files = {STATE_FILE: state}
     tensors: dict[str, TensorRecord] = {}
     for rank in range(world_size):
-        description = directory / rank_files(rank)[1]
+        description = directory / description_file(rank)
         part = RankPart.from_json(read_json(description))
         data = description.read_bytes()
         files[description.name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())

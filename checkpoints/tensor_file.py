@@ -70,8 +70,17 @@ def dtype_name(dtype: torch.dtype) -> str:
     return NAMES[dtype]
 
 
-def write_tensors(path: Path, entries: Sequence[Entry], *, file_system: FileSystem) -> FileRecord:
-    """Write `entries` to the new file `path`, fsync it, return its size and digest. Raises OSError."""
+def write_tensors(
+    path: Path,
+    entries: Sequence[Entry],
+    *,
+    file_system: FileSystem,
+    proceed: Callable[[], None] | None = None,
+) -> FileRecord:
+    """Write `entries` to the new file `path`, fsync it, return its size and digest.
+
+    `proceed` is called before each piece of 16 MiB or less; what it raises ends the write. Raises OSError.
+    """
     # Wide types first, as the library does: every tensor then starts at a multiple of its element size.
     ordered = sorted(entries, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.key))
     header = _header(ordered)
@@ -79,6 +88,8 @@ def write_tensors(path: Path, entries: Sequence[Entry], *, file_system: FileSyst
 
     def pieces() -> Iterator[bytes | memoryview]:
         for piece in _chain(header, ordered):
+            if proceed is not None:
+                proceed()
             state.update(piece)
             yield piece
 

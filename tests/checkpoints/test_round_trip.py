@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints import save as save_module
 from checkpoints.commit import CheckpointWarning, list_steps
 from checkpoints.logical import Box, LogicalTensor, check_cover
 from checkpoints.state import (
@@ -24,6 +25,7 @@ from checkpoints.state import (
     verify_checkpoint,
 )
 from tests.checkpoints.helpers import STATE, assert_holds, assert_same, contents, save, saved
+from trellis_dist.files import FileSystem
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
@@ -256,3 +258,20 @@ def test_check_cover_on_grids() -> None:
         check_cover("w", (3, 4), grid[1:])
     with pytest.raises(ValueError, match="overlap"):
         check_cover("w", (3, 4), [Box((0, 1), (3, 2)), *grid])
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_large_ranks_are_cut_into_several_files(
+    tmp_path: Path, world: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(save_module, "FILE_BYTES", 64)
+    path = saved(tmp_path, 3, world=world, file_systems=FileSystem())
+    files = sorted(file.name for file in path.glob("rank-00000*.safetensors"))
+    assert files[:3] == [
+        "rank-00000-001.safetensors",
+        "rank-00000-002.safetensors",
+        "rank-00000-003.safetensors",
+    ]
+    assert "rank-00000.safetensors" in files
+    assert verify_checkpoint(path) == []
+    assert_holds(path, contents(3))
