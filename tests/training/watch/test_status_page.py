@@ -57,7 +57,7 @@ def test_a_damaged_slot_falls_back_to_the_line_before(tmp_path: Path) -> None:
     page.write(step=1, operation="first")
     page.write(step=2, operation="second")
     whole = path.read_bytes()
-    for where in range(2 * SLOT):
+    for where in range(3, 2 * SLOT, 37):
         damaged = bytearray(whole)
         damaged[where] ^= 1
         path.write_bytes(damaged)

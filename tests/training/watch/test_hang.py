@@ -1,0 +1,150 @@
+from __future__ import annotations
+
+import socket
+import time
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tests.training.watch import hang_cases
+from tests.training.watch.hang_cases import VICTIM_STEP, alone_main, log, ranks, reports, the_message, until
+from trellis_dist.training.watch import hang
+from trellis_dist.training.watch.hang import HangWatch
+from trellis_dist.training.watch.heartbeat import Heartbeat, bounded
+from trellis_dist.training.watch.status_page import read_status, status_path
+
+
+def ended(processes: list) -> bool:
+    return all(process.exitcode is not None for process in processes)
+
+
+@pytest.mark.parametrize("own_store, victim", [(False, 1), (True, 0)])
+def test_a_stopped_rank_is_named_in_time_also_when_it_keeps_the_store(
+    tmp_path: Path, own_store: bool, victim: int
+) -> None:
+    others = [rank for rank in range(3) if rank != victim]
+    with ranks(3, tmp_path, f"stop {victim}", own_store=own_store) as processes:
+        until(lambda: ended([processes[rank] for rank in others]))
+        assert [processes[rank].exitcode for rank in others] == [1, 1]
+    found = reports(tmp_path, 3)
+    assert sorted(found) == others
+    assert [echo for _, echo in found.values()].count(False) == 1
+    expected = (
+        f"rank {victim} ({socket.gethostname()}, pid {processes[victim].pid}) has not been heard of for"
+    )
+    if own_store:
+        expected = "rank 0, which keeps it, is stopped or gone"
+    assert all(expected in message for message, _ in found.values()), found
+    for rank in others:
+        assert "rank_main" in log(tmp_path, rank)  # its stack
+    status = read_status(status_path(tmp_path, victim))
+    assert status is not None
+    assert (status.step, status.operation) == (VICTIM_STEP, "gradient reduction")
+
+
+def test_a_rank_is_named_within_five_seconds_of_the_timeout_however_slow_the_store() -> None:
+    claim_and_two_readings = 3 * hang.READ_LIMIT_S + hang.BEATS_APART * 1.0
+    assert 0.25 + claim_and_two_readings < 5.0 < hang.GRACE_S
+
+
+def test_a_skipped_collective_is_named_with_rank_and_operation_and_all_ranks_end(tmp_path: Path) -> None:
+    with ranks(3, tmp_path, "skip 1") as processes:
+        until(lambda: ended(processes))
+        assert [process.exitcode for process in processes] == [1, 1, 1]
+    message = the_message(reports(tmp_path, 3))
+    assert "rank 1 (" in message
+    assert "is not in all_reduce #" in message
+    assert "in which 2 other ranks wait; it is in step 4, a detour" in message
+    for rank in range(3):
+        assert "stacks of all threads" in log(tmp_path, rank)
+        assert "rank_main" in log(tmp_path, rank)
+
+
+def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:
+    with ranks(2, tmp_path, "finish") as processes:
+        until(lambda: ended(processes))
+        assert [process.exitcode for process in processes] == [0, 0]
+    assert reports(tmp_path, 2) == {}
+    assert [log(tmp_path, rank) for rank in range(2)] == ["", ""]
+
+
+@pytest.mark.parametrize("holds_the_lock", [False, True])
+def test_a_single_process_ends_with_its_stacks(tmp_path: Path, holds_the_lock: bool) -> None:
+    with hang_cases.started([(alone_main, (tmp_path, holds_the_lock))]) as processes:
+        until(lambda: ended(processes))
+        assert processes[0].exitcode == 1
+    assert "alone_main" in log(tmp_path, 0)
+    # A thread that cannot run cannot report: there the C timer ends the process.
+    expected = "no progress on rank 0 (step 3, forward pass: more than 0.5 s)"
+    assert reports(tmp_path, 1) == ({} if holds_the_lock else {0: (expected, False)})
+
+
+def test_deadlines_count_from_arm_and_disarm_and_close_end_them() -> None:
+    now, ends, said = [0.0], [], []
+    watch = HangWatch(
+        rank=0, report=lambda *what: said.append(what), poll_s=0.01, clock=lambda: now[0], end=ends.append
+    )
+    watch.arm(5.0, step=1, operation="a")
+    now[0] = 4.0
+    watch.enter("b")
+    watch.arm(5.0, step=2, operation="c")
+    now[0] = 8.0
+    time.sleep(0.1)
+    watch.disarm()
+    now[0] = 100.0
+    time.sleep(0.1)
+    watch.arm(0.0, step=3, operation="no limit")
+    now[0] = 1e6
+    time.sleep(0.1)
+    assert (ends, said) == ([], [])
+    watch.arm(5.0, step=4, operation="d")
+    watch.enter("e")
+    now[0] += 5.0
+    until(lambda: bool(ends))
+    assert (ends, said) == ([1], [("no progress on rank 0 (step 4, e: more than 5 s)", False)])
+    watch.close()
+    watch.close()
+
+
+def test_a_report_that_fails_does_not_keep_the_process(capfd: pytest.CaptureFixture[str]) -> None:
+    def fail(message: str, echo: bool) -> None:
+        raise OSError("disk full")
+
+    now, ends = [0.0], []
+    watch = HangWatch(rank=0, report=fail, poll_s=0.01, clock=lambda: now[0], end=ends.append)
+    watch.arm(1.0, step=1, operation="a")
+    now[0] = 2.0
+    until(lambda: ends == [1])
+    watch.close()
+    assert "the hang could not be recorded (disk full): no progress on rank 0" in capfd.readouterr().err
+
+
+def test_beats_say_what_ranks_do_and_that_they_ended() -> None:
+    store = dist.HashStore()
+    one, other = (Heartbeat(store, rank=rank, world_size=3, interval_s=0.05) for rank in (0, 2))
+    one.note(7, "backward pass")
+    until(lambda: one.read(1.0)[0].step == 7)
+    found = one.read(1.0)
+    assert (found[0].operation, found[1], found[2].operation) == ("backward pass", None, "start")
+    count = found[2].count
+    until(lambda: one.read(1.0)[2].count > count + 2)
+    assert [one.claim(1.0), other.claim(1.0), one.claim(1.0)] == [True, False, True]
+    one.publish("rank 1 did it", 1.0)
+    until(lambda: other.verdict == "rank 1 did it")
+    other.close()
+    assert one.read(1.0)[2].ended
+    assert not one.read(1.0)[0].ended
+    one.close()
+
+
+def test_a_store_that_does_not_answer_costs_no_more_than_the_limit() -> None:
+    start = time.monotonic()
+    assert bounded(lambda: time.sleep(5), 0.05) is None
+    assert time.monotonic() - start < 4
+    assert bounded(lambda: 1 // 1, 5.0) == 1
+
+    def lost() -> None:
+        raise dist.DistNetworkError("connection reset")
+
+    assert bounded(lost, 5.0) is None
