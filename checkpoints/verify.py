@@ -2,23 +2,49 @@
 
 from __future__ import annotations
 
+import json
+import re
 import stat
+import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 from checkpoints.commit import CheckpointWarning, list_steps, step_of
-from checkpoints.manifest import Manifest, load_manifest
+from checkpoints.manifest import DIGEST_FILE, MANIFEST_FILE, STATE_FILE, Manifest, load_manifest
+from checkpoints.pins import list_pins
 from checkpoints.tensor_file import FileRecord, read_header
 from trellis_dist.files import sha256_file
 
-__all__ = ["check_file", "check_header", "latest_verified", "quick_problems", "verify_checkpoint"]
+__all__ = [
+    "check_file",
+    "check_header",
+    "latest_verified",
+    "leftovers",
+    "quick_problems",
+    "stray_files",
+    "verify_checkpoint",
+]
+
+# Names beside the steps in a run's folder of checkpoints, and what they are.
+LEFTOVERS = {
+    re.compile(
+        r"\.attempt-step-.+"
+    ): "a save that did not finish, or one in progress; the next save clears it",
+    re.compile(r"\.removed-step-.+"): "a removal that did not finish; the next save clears it",
+    re.compile(
+        r"\.removing-step-.+"
+    ): "the mark of a removal in progress or killed; the next removal clears it",
+    re.compile(r"damaged-step-.+"): "set aside because it was damaged; remove it once you have looked at it",
+}
 
 
 def verify_checkpoint(path: Path) -> list[str]:
     """Everything that is wrong with the checkpoint `path`; empty when every byte is as it was saved.
 
     The manifest is checked against its digest, each file against the manifest (size, SHA-256, and for tensors
-    the header), and the slices against the shapes of their tensors. Nothing is deserialised but JSON.
+    the header), the slices against the shapes of their tensors, and that state.json is an object. Nothing is
+    deserialised but JSON. Files that the manifest does not list are no damage: `stray_files` has them.
     """
     return _problems(path, full=True)
 
@@ -52,9 +78,49 @@ def _problems(path: Path, *, full: bool) -> list[str]:
             check_file(path / name, record, hashed=full)
             if full and name.endswith(".safetensors"):
                 check_header(path, name, manifest)
+            elif full and name == STATE_FILE:
+                _check_state(path / name)
         except (OSError, ValueError) as error:
             found.append(str(error))
     return found
+
+
+def stray_files(path: Path) -> list[str]:
+    """One line for each thing in the checkpoint `path` that its manifest does not list; sorted.
+
+    A checkpoint is never written to after its commit, so somebody else put it there. It is never read.
+
+    Raises:
+        OSError, ValueError: as `load_manifest`.
+    """
+    listed = {MANIFEST_FILE, DIGEST_FILE, *load_manifest(path).files}
+    found = sorted(item for item in path.iterdir() if item.name not in listed)
+    return [f"{item} is not listed in {MANIFEST_FILE}: it is no part of the checkpoint" for item in found]
+
+
+def leftovers(root: Path) -> list[str]:
+    """One line for each thing in a run's folder of checkpoints that is no step, and for each pin; sorted."""
+    return [*_remains(root), *_pin_lines(root)]
+
+
+def _remains(root: Path) -> Iterator[str]:
+    for path in sorted(root.iterdir()) if root.is_dir() else ():
+        for pattern, meaning in LEFTOVERS.items():
+            if pattern.fullmatch(path.name):
+                yield f"{path} is {meaning}"
+
+
+def _pin_lines(root: Path) -> Iterator[str]:
+    present = list_steps(root)
+    for item in list_pins(root):
+        by = f"{item.owner!r} (process {item.pid} on {item.host})"
+        hours = max(0.0, (time.time() - item.time) / 3600)
+        if item.step not in present:
+            yield f"step {item.step} was pinned by {by} and is gone; the next removal clears the pin"
+        elif item.expired:
+            yield f"step {item.step} was pinned by {by} {hours:.0f} hours ago, which holds no longer"
+        else:
+            yield f"step {item.step} is kept by a pin of {by}, {hours:.1f} hours old"
 
 
 def check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
@@ -74,6 +140,16 @@ def check_file(path: Path, record: FileRecord, *, hashed: bool) -> None:
         raise ValueError(f"{path} is damaged: {status.st_size} bytes where {record.size} were saved")
     if hashed and sha256_file(path) != record.sha256:
         raise ValueError(f"{path} is damaged: its SHA-256 is not the one in the manifest")
+
+
+def _check_state(path: Path) -> None:
+    """Check that the run state is a JSON object. Raises ValueError."""
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is malformed ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a {type(value).__name__}, not an object")
 
 
 def check_header(directory: Path, name: str, manifest: Manifest) -> None:

@@ -5,6 +5,7 @@ Of a data set, what is damaged is also made again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,14 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
         repair: make the damaged files of a data set again, and nothing else.
 
     Returns:
-        ``{"path", "kind", "examined": [paths], "problems": [lines], "repaired": [lines]}``; the kind is
-        "checkpoint", "run", "dataset" or "export".
+        What ``trellis doctor PATH --json`` prints, always with these keys:
+
+        - "path": as it was given. "kind": "checkpoint", "run", "dataset" or "export".
+        - "examined": the paths whose bytes were compared; of a run its data set and each of its checkpoints.
+        - "problems": one line per damage, naming the file; none: exit status 0, else 1.
+        - "repaired": one line per file of a data set that was damaged and made again.
+        - "notes": one line per thing worth knowing that is no damage: of a checkpoint, files that its manifest
+          does not list; of a run also pins, and what unfinished saves and removals and damaged steps left.
 
     Raises:
         FileNotFoundError: no such path.
@@ -29,26 +36,29 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "recipe.json").is_file():
-        return _report(path, "run", _run_parts(path))
+        return _report(path, "run", _run_parts(path), notes=_run_notes(path))
     if (path / "export.json").is_file():
         return _report(path, "export", {path: _export_problems(path)})
     if (path / "tokenizer.model").is_file() or any(path.glob("*.idx")):
         return _repaired(path) if repair else _report(path, "dataset", {path: _dataset_problems(path)})
     if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
-        return _report(path, "checkpoint", {path: _checkpoint_problems(path)})
+        return _report(path, "checkpoint", {path: _checkpoint_problems(path)}, notes=_stray(path))
     raise ValueError(
         f"{path} is no checkpoint (step-N), no run (recipe.json), no export (export.json) and no data "
         "set (tokenizer.model)"
     )
 
 
-def _report(path: Path, kind: str, parts: dict[Path, list[str]]) -> dict[str, Any]:
+def _report(
+    path: Path, kind: str, parts: dict[Path, list[str]], *, notes: Sequence[str] = ()
+) -> dict[str, Any]:
     return {
         "path": str(path),
         "kind": kind,
         "examined": [str(part) for part in parts],
         "problems": [line for problems in parts.values() for line in problems],
         "repaired": [],
+        "notes": list(notes),
     }
 
 
@@ -94,6 +104,24 @@ def _checkpoint_problems(path: Path) -> list[str]:
     from checkpoints.state import verify_checkpoint
 
     return verify_checkpoint(path)
+
+
+def _stray(checkpoint: Path) -> list[str]:
+    from checkpoints.verify import stray_files
+
+    try:
+        return stray_files(checkpoint)
+    except (ValueError, OSError):  # without a whole manifest, which is a problem, nothing is stray
+        return []
+
+
+def _run_notes(run_dir: Path) -> list[str]:
+    from checkpoints.commit import list_steps
+    from checkpoints.verify import leftovers
+
+    root = run_dir / "checkpoints"
+    strays = [line for path in sorted(list_steps(root).values()) for line in _stray(path)]
+    return [*strays, *leftovers(root)]
 
 
 def _dataset_problems(path: Path) -> list[str]:
