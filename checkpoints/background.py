@@ -108,16 +108,24 @@ class BackgroundSaver:
         """Host memory that snapshots take."""
         return self._buffers.size
 
-    def start(self, step: int, tensors: Sequence[LogicalTensor], run_state: Mapping[str, Any]) -> None:
+    def start(
+        self,
+        step: int,
+        tensors: Sequence[LogicalTensor],
+        run_state: Mapping[str, Any],
+        *,
+        copy: bool = True,
+    ) -> None:
         """Begin to save ``step``; the values of ``tensors`` must not change before ``wait_copied`` returns.
 
-        A save that is in flight must be settled first, on all ranks.
+        Without ``copy`` no memory is taken for a snapshot, and they must not change before it is settled. A
+        save that is in flight must be settled first, on all ranks.
         """
         assert self._flight is None, f"step {step}: the save of step {self.in_flight} is still in flight"
         save = RankSave(
             self._root, step, rank=self._rank, world_size=self._world, file_system=self._file_system
         )
-        snapshot = Snapshot(tensors, self._buffers)
+        snapshot = Snapshot(tensors, self._buffers if copy else None)
         before, name = self._last, self._name(step)
         self._flight = _Flight(save, snapshot, run_state, name, before=before, afterwards=self._afterwards)
         self._last = self._flight.thread

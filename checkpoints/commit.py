@@ -26,6 +26,7 @@ __all__ = [
     "commit_attempt",
     "find_attempt",
     "list_steps",
+    "process_name",
     "remove_checkpoint",
     "remove_leftovers",
     "step_name",
@@ -67,13 +68,21 @@ def list_steps(root: Path) -> dict[int, Path]:
     return dict(sorted(found.items(), reverse=True))
 
 
-def attempt_name(step: int, *, number: int | None = None) -> str:
-    """Name of an attempt at `step` by this process; `number` (0 to 2^32 - 1) tells apart several of them.
+def process_name() -> str:
+    """What tells this process from all others in the names of attempts: host, process id, a drawn token."""
+    return f"{_host()}-{os.getpid()}-{PROCESS}"
 
-    Without a number it is drawn. Rank 0's names, handed to all ranks, say where to write without a search.
+
+def attempt_name(step: int, *, process: str | None = None, number: int | None = None) -> str:
+    """Name of an attempt at `step`.
+
+    Args:
+        step: the step to be saved.
+        process: `process_name` of rank 0, whose attempt it is; this process unless given.
+        number: tells apart the attempts of one process, 0 to 2^32 - 1; drawn unless given.
     """
     last = os.urandom(4).hex() if number is None else f"{number:08x}"
-    return f".attempt-{step_name(step)}-{_host()}-{os.getpid()}-{PROCESS}-{last}"
+    return f".attempt-{step_name(step)}-{process or process_name()}-{last}"
 
 
 def begin_attempt(root: Path, step: int, *, file_system: FileSystem, name: str | None = None) -> Path:

@@ -45,38 +45,47 @@ class HostBuffers:
 class Snapshot:
     """One snapshot. The thread that trains makes it and calls ``wait``, the one that writes ``finish``."""
 
-    def __init__(self, tensors: Sequence[LogicalTensor], buffers: HostBuffers) -> None:
-        """Take over ``tensors``, whose values must not change before ``wait`` has returned."""
+    def __init__(self, tensors: Sequence[LogicalTensor], buffers: HostBuffers | None) -> None:
+        """Take over ``tensors``, whose values must not change before ``wait`` has returned.
+
+        Without ``buffers`` nothing is copied: the values must not change before they are written.
+        """
         self._tensors, self._buffers = tensors, buffers
         self._copied = threading.Event()
-        self._on_device = [item for item in tensors if item.local.is_cuda]
-        self._event: torch.cuda.Event | None = self._copy_from_device() if self._on_device else None
+        self._event: torch.cuda.Event | None = None
+        if buffers is not None and any(item.local.is_cuda for item in tensors):
+            self._event = self._copy_from_device(buffers)
 
-    def _copy_from_device(self) -> torch.cuda.Event:
+    def _copy_from_device(self, buffers: HostBuffers) -> torch.cuda.Event:
         stream, event = torch.cuda.Stream(), torch.cuda.Event()
         stream.wait_stream(torch.cuda.current_stream())  # after the update that made these values
         with torch.cuda.stream(stream), torch.no_grad():
-            for item in self._on_device:
-                self._buffers.like(item).copy_(item.local, non_blocking=True)
+            for item in self._tensors:
+                if item.local.is_cuda:
+                    buffers.like(item).copy_(item.local, non_blocking=True)
             event.record(stream)
         return event
 
     @torch.no_grad()
-    def finish(self) -> list[LogicalTensor]:
+    def finish(self) -> Sequence[LogicalTensor]:
         """Copy what is in host memory, wait for the rest; returns the same slices in host memory."""
+        if self._buffers is None:
+            return self._tensors
         try:
-            copies = []
-            for item in self._tensors:
-                copy = self._buffers.like(item)
-                if not item.local.is_cuda:
-                    copy.copy_(item.local)
-                copies.append(dataclasses.replace(item, local=copy))
+            copies = [self._in_host_memory(item, self._buffers) for item in self._tensors]
         finally:
             self._copied.set()
         if self._event is not None:
             self._event.synchronize()
-        self._tensors, self._on_device = (), []  # the originals may go
+        self._tensors = ()  # the originals may go
         return copies
+
+    @staticmethod
+    def _in_host_memory(item: LogicalTensor, buffers: HostBuffers) -> LogicalTensor:
+        copy = buffers.like(item)
+        if not item.local.is_cuda:
+            copy.copy_(item.local)
+        return dataclasses.replace(item, local=copy)
 
     def wait(self) -> None:
         """Return once the originals may change: on a GPU, once what is queued from now on may change them."""

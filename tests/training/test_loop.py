@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.state import latest_verified, save_checkpoint
+from checkpoints.state import latest_verified
 from data_pipeline.config import SourceConfig
 from data_pipeline.loader import BatchLoader
 from data_pipeline.manifest import load_manifest
@@ -246,10 +246,14 @@ def test_what_cannot_work_is_refused_before_training(data: Path, tmp_path: Path)
 
 
 class FullDisk(FileSystem):
-    """A disk that has no room for tensors."""
+    """A disk that has no room for tensors: for so many files, or for good."""
+
+    def __init__(self, refusals: int | None = None):
+        self.left = refusals
 
     def write(self, path, pieces):
-        if path.suffix == ".safetensors":
+        if self.left != 0 and path.suffix == ".safetensors":
+            self.left = None if self.left is None else self.left - 1
             raise OSError(28, "No space left on device")
         super().write(path, pieces)
 
@@ -258,10 +262,8 @@ def test_a_full_disk_while_saving_costs_no_checkpoint_and_no_step(
     data: Path, whole: Path, tmp_path: Path, monkeypatch, capsys
 ):
     run(make_job(data), tmp_path, stop_at_step=5)
-    full = functools.partial(save_checkpoint, file_system=FullDisk())
     with monkeypatch.context() as patch:
-        patch.setattr(saving, "save_checkpoint", full)
-        after_step(patch, 12, lambda: patch.setattr(saving, "save_checkpoint", save_checkpoint))
+        patch.setattr(saving, "FILE_SYSTEM", FullDisk(refusals=2))
         assert run(make_job(data), tmp_path).step == 20
     captured = capsys.readouterr().err
     assert captured.count("alert: checkpoint of step") == 2
@@ -276,7 +278,7 @@ def test_a_full_disk_at_the_end_is_an_error_with_the_earlier_checkpoint_intact(
     data: Path, tmp_path: Path, monkeypatch
 ):
     run(make_job(data), tmp_path, stop_at_step=5)
-    monkeypatch.setattr(saving, "save_checkpoint", functools.partial(save_checkpoint, file_system=FullDisk()))
+    monkeypatch.setattr(saving, "FILE_SYSTEM", FullDisk())
     with pytest.raises(OSError, match=r"step 7 not saved .*No space left"):
         run(make_job(data), tmp_path, stop_at_step=7)
     assert latest_verified(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000005"
@@ -334,14 +336,14 @@ def full_disk_case(job: Job, run_dir: Path) -> tuple[str, bool]:
     """The disk of rank 1 is full: both ranks learn of it and raise."""
     from trellis_dist.parallel import env
 
-    real = saving.save_checkpoint
+    real = saving.FILE_SYSTEM
     if env.rank() == 1:
-        saving.save_checkpoint = functools.partial(real, file_system=FullDisk())
+        saving.FILE_SYSTEM = FullDisk()
     try:
         with pytest.raises(OSError) as failed:
             run(job, run_dir, stop_at_step=2)
     finally:
-        saving.save_checkpoint = real
+        saving.FILE_SYSTEM = real
     return str(failed.value), isinstance(failed.value, EchoError)
 
 

@@ -13,7 +13,7 @@ from trellis_dist.training.errors import EchoError
 
 T = TypeVar("T")
 
-__all__ = ["PeerFailedError", "on_main", "sum_scalars", "together"]
+__all__ = ["PeerFailedError", "gather_scalars", "on_main", "sum_scalars", "together"]
 
 
 class PeerFailedError(EchoError, ValueError):
@@ -30,6 +30,17 @@ def sum_scalars(values: Sequence[float], group: dist.ProcessGroup | None = None)
     buffer = torch.tensor(list(values), dtype=torch.float64)
     dist.all_reduce(buffer, group=group)
     return [float(value) for value in buffer.tolist()]
+
+
+def gather_scalars(values: Sequence[float]) -> list[list[float]]:
+    """The values of every rank in fp64, by rank; the same on all ranks, in one call."""
+    own = torch.tensor(list(values), dtype=torch.float64)
+    if not dist.is_initialized():
+        return [own.tolist()]
+    rows = torch.empty(env.world_size(), len(own), dtype=torch.float64)
+    dist.all_gather_into_tensor(rows.view(-1), own)
+    gathered: list[list[float]] = rows.tolist()
+    return gathered
 
 
 def together(work: Callable[[], T], *, what: str) -> T:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 from trellis_dist.parallel import env
-from trellis_dist.training.collectives import sum_scalars
+from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
@@ -98,6 +98,7 @@ class _Loop:
         self.budget = SkipBudget(session.job.training.max_skipped_steps)
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
+        self.measured: dict[str, float] = {}  # at the last step
         self.first_loss: float | None = None
         self._seconds = self._steps = 0.0  # of training, since the last row
 
@@ -108,7 +109,7 @@ class _Loop:
             while session.progress.step < last and not terminated:
                 terminated = self._step(request)
             session.watchdog.arm(long=True)
-            session.saver.save(session.engine, session.progress, final=True)
+            session.saver.finish(session.engine, session.progress, measured=self.measured)
         finished = session.progress.step >= session.job.training.steps
         outcome: Outcome = "terminated" if terminated else "finished" if finished else "stopped"
         if terminated:
@@ -121,14 +122,17 @@ class _Loop:
         session.watchdog.arm(long=self.first_loss is None)
         batches = session.loader.micro_batches(session.progress.samples)
         counted = sum(batch.valid_tokens for batch in batches)
-        valid, asked = sum_scalars([counted, request.received])
-        if asked:
+        valid, asked, statuses = zip(
+            *gather_scalars([counted, request.received, session.saver.status]), strict=True
+        )
+        session.saver.settle(statuses)
+        if any(asked):
             return True
         step = session.progress.step + 1
         rate = self._rate(step)
         # Every sequence and tensor rank counts the whole rows, so each token was counted sp * tp times.
         copies = session.mesh.sp * session.mesh.tp
-        result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(valid) // copies))
+        result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(sum(valid)) // copies))
         self._advance(step, result, time.monotonic() - begin)
         self._afterwards(step, rate, result)
         return False
@@ -163,11 +167,13 @@ class _Loop:
             row = row or self._row(step, rate, result)
             self.validation = session.validator.run(session.engine)
             row |= self.validation
+        kept = {key: value for key, value in row.items() if key.startswith(("loss/", "validation/"))}
+        self.measured = {"loss/train": result.loss, **kept}
         if row:
             session.metrics.write(row)
         if step % job.checkpoint.interval == 0 and not last:
             session.watchdog.arm(long=True)
-            session.saver.save(session.engine, session.progress, final=False)
+            session.saver.save(session.engine, session.progress, measured=self.measured)
 
     def _row_due(self, step: int) -> bool:
         job = self.session.job
@@ -190,9 +196,7 @@ class _Loop:
         if self.first_loss is None:
             self.first_loss = time.monotonic() - session.started
             row["perf/seconds_to_first_loss"] = self.first_loss
-        if session.saver.last_seconds is not None:
-            row["perf/save_seconds"] = session.saver.last_seconds
-            session.saver.last_seconds = None
+        row |= session.saver.times()
         if session.progress.skipped:
             row["health/skipped_steps"] = session.progress.skipped
         if session.saver.failures:

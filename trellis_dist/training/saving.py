@@ -1,20 +1,38 @@
-"""Saving a run: what a failed save means while training, and what it means at the end."""
+"""Saving a run: in the background while it trains, waited for at the end, and what a failure means.
+
+save      a snapshot is begun; training goes on with the next step's passes and waits for the copies, if it
+          must, before the update that changes weights
+settle    once a step, with the statuses of all ranks: the step is committed, or lost, or still being written
+finish    the last save of a start, and whatever is still in flight, to its end
+"""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import deque
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from checkpoints.state import SaveError, save_checkpoint
+from checkpoints.background import BackgroundSaver, Settled
+from checkpoints.commit import attempt_name, process_name
+from checkpoints.retention import keep_newest
+from checkpoints.save import SaveError
+from trellis_dist.files import REAL, FileSystem
 from trellis_dist.parallel import env
+from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.engines.base import Engine
 from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job
 from trellis_dist.training.metrics import MetricsWriter
+from trellis_dist.training.rng import random_states
 from trellis_dist.training.state import Progress, run_state
 
 __all__ = ["PeerSaveError", "Saver"]
+
+POLL_S = 0.1
+# Replaced by tests.
+FILE_SYSTEM: FileSystem = REAL
 
 
 class PeerSaveError(EchoError, SaveError):
@@ -27,51 +45,140 @@ class Saver:
     def __init__(
         self, root: Path, job: Job, *, fingerprint: str, metrics: MetricsWriter, saved_step: int
     ) -> None:
-        """Save into ``root``; ``saved_step`` is there already (0: nothing)."""
+        """Save into ``root``; ``saved_step`` is there already (0: nothing). Every rank calls this."""
         self._root, self._job, self._fingerprint, self._metrics = root, job, fingerprint, metrics
         self.saved_step = saved_step
         self.failures = 0
-        self.last_seconds: float | None = None
-
-    def save(self, engine: Engine, progress: Progress, *, final: bool) -> None:
-        """Save ``progress.step`` unless it is saved.
-
-        A failure (a full disk, say) while training is announced and training goes on, with the earlier
-        checkpoints intact; the ``final`` save of a start raises ``OSError`` instead.
-        """
-        if progress.step == self.saved_step:
-            return
-        start = time.monotonic()
-        try:
-            self._write(engine, progress)
-        except SaveError as error:
-            self.failures += 1
-            if final and error.__cause__ is None:
-                raise PeerSaveError(str(error)) from None
-            if final:
-                raise
-            self._alert(error)
-        else:
-            self.saved_step = progress.step
-            self.last_seconds = time.monotonic() - start
-
-    def _write(self, engine: Engine, progress: Progress) -> None:
-        state = run_state(
-            self._job, progress, optimizer_steps=engine.optimizer_steps, fingerprint=self._fingerprint
-        )
-        save_checkpoint(
-            self._root,
-            step=progress.step,
-            tensors=engine.logical_tensors(),
-            run_state=state,
+        self._process, self._started = env.broadcast_object(process_name()), 0
+        self._messages: deque[str] = deque()  # from the thread that removes old checkpoints
+        self._blocked = 0.0  # seconds that training waited for the save in flight
+        self._times: dict[str, float] = {}
+        self._saver = BackgroundSaver(
+            root,
             rank=env.rank(),
             world_size=env.world_size(),
-            agree=env.agree,
-            keep=self._job.checkpoint.keep,
+            name=self._attempt,
+            afterwards=self._retain,
+            file_system=FILE_SYSTEM,
         )
 
-    def _alert(self, error: SaveError) -> None:
+    def _attempt(self, step: int) -> str:
+        return attempt_name(step, process=self._process, number=self._started)
+
+    @property
+    def status(self) -> int:
+        """Where this rank's share of the save in flight is, for ``settle`` on all ranks."""
+        return int(self._saver.status)
+
+    def save(self, engine: Engine, progress: Progress, *, measured: Mapping[str, float]) -> None:
+        """Begin to save ``progress.step`` unless it is saved; without ``checkpoint.background`` wait for it.
+
+        ``measured`` is what a retention by metric may go by: numbers of this very step. A failure (a full
+        disk, say) is announced when it is settled, and training goes on with the earlier checkpoints intact.
+        """
+        if self._begin(engine, progress, measured) and not self._job.checkpoint.background:
+            self._drain()
+
+    def finish(self, engine: Engine, progress: Progress, *, measured: Mapping[str, float]) -> None:
+        """Bring the save in flight to its end and save ``progress.step`` unless it is saved.
+
+        Raises:
+            SaveError: it failed, here or (``PeerSaveError``) on another rank; on every rank.
+        """
+        self._drain()
+        if not self._begin(engine, progress, measured):
+            return
+        result = self._drain(last=True)
+        assert result is not None, "a save in flight ends"
+        if result.error is not None:
+            raise result.error
+        if result.failed:
+            raise PeerSaveError(_not_saved(result))
+
+    def settle(self, statuses: Sequence[float]) -> None:
+        """Take note of a save that ended, given what all ranks said of theirs at the same moment."""
+        self._take(self._saver.settle([int(status) for status in statuses]))
+        while self._messages:
+            self._metrics.say(self._messages.popleft())
+
+    def _begin(self, engine: Engine, progress: Progress, measured: Mapping[str, float]) -> bool:
+        """Start the save of this step; False when it is there already."""
+        self._drain()  # with saves this slow, training waits for them
+        if progress.step == self.saved_step:
+            return False
+        state = run_state(
+            self._job,
+            progress,
+            optimizer_steps=engine.optimizer_steps,
+            fingerprint=self._fingerprint,
+            measured=measured,
+        )
+        began = time.monotonic()
+        self._started += 1
+        self._saver.start(
+            progress.step,
+            [*engine.logical_tensors(), *random_states()],
+            state,
+            copy=self._job.checkpoint.background,
+        )
+        engine.before_update = self._wait_copied
+        self._blocked += time.monotonic() - began
+        return True
+
+    def _wait_copied(self) -> None:
+        began = time.monotonic()
+        self._saver.wait_copied()
+        self._blocked += time.monotonic() - began
+
+    def _drain(self, *, last: bool = False) -> Settled | None:
+        """Wait, on all ranks together, until the save in flight is settled; the ``last`` is not announced."""
+        began, result = time.monotonic(), None
+        while self._saver.in_flight is not None:
+            self._saver.wait(POLL_S)
+            result = self._saver.settle([int(row[0]) for row in gather_scalars([self._saver.status])])
+            if result is not None:
+                self._blocked += time.monotonic() - began
+                self._take(result, announce=not last)
+        return result
+
+    def _take(self, result: Settled | None, *, announce: bool = True) -> None:
+        if result is None:
+            return
+        if result.failed:
+            self.failures += 1
+            if announce:
+                self._alert(result)
+        else:
+            self.saved_step = result.step
+            self._times = {"perf/save_seconds": result.seconds}
+        self._times["perf/save_blocked_seconds"], self._blocked = self._blocked, 0.0
+
+    def times(self) -> dict[str, float]:
+        """Seconds the last save took, and training waited for it; empty when that was told before."""
+        told, self._times = self._times, {}
+        return told
+
+    def _alert(self, result: Settled) -> None:
         if env.is_main():
-            self._metrics.say(f"alert: {error}; training goes on")
-        elif error.__cause__ is not None:  # rank 0 only knows that another rank failed
-            print(f"alert: {error}", file=sys.stderr, flush=True)
+            self._metrics.say(f"alert: {result.error or _not_saved(result)}; training goes on")
+        elif result.error is not None:  # rank 0 only knows which rank failed
+            print(f"alert: {result.error}", file=sys.stderr, flush=True)
+
+    def _retain(self, committed: Path) -> None:
+        """The new step is in; failing to remove an old one must not turn that into an error."""
+        try:
+            keep_newest(self._root, self._job.checkpoint.keep, file_system=FILE_SYSTEM)
+        except OSError as error:
+            self._messages.append(f"alert: an old checkpoint in {self._root} could not be removed: {error}")
+
+    def close(self) -> None:
+        """Drop a save in flight; wait for what the last one still removes."""
+        self._saver.close()
+
+
+def _not_saved(result: Settled) -> str:
+    ranks = ", ".join(map(str, result.failed))
+    return (
+        f"checkpoint of step {result.step} not saved: another rank failed (rank {ranks}), which says why; "
+        "earlier ones are intact"
+    )

@@ -29,6 +29,7 @@ from trellis_dist.training.engines.factory import build_engine, uses_bf16
 from trellis_dist.training.evaluate import Validator
 from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
+from trellis_dist.training.rng import restore_random_states, seed_generators
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.saving import Saver
 from trellis_dist.training.state import Progress, check_same_run, find_resume
@@ -54,8 +55,9 @@ class Session:
     started: float
 
     def close(self) -> None:
-        """Stop the watchdog and the loader's thread, close files."""
+        """Stop the watchdog, the saver's and the loader's threads, close files."""
         self.watchdog.disarm()
+        self.saver.close()
         self.loader.close()
         self.metrics.close()
 
@@ -153,6 +155,7 @@ def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
 
 def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> Engine:
     """Build the model, split it over the mesh, wrap it, and restore ``found``."""
+    seed_generators(job.training.seed)
     model = build_language_model(job.model, seed=job.training.seed, device=mesh.device)
     segments = apply_parallelism(
         model, mesh, recompute=job.training.activation_checkpointing, compile_backend=job.training.compile
@@ -166,7 +169,9 @@ def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> 
     )
     if found is not None:
         path, state = found
-        engine.load(CheckpointReader(path), optimizer_steps=int(state["optimizer_steps"]))
+        reader = CheckpointReader(path)
+        engine.load(reader, optimizer_steps=int(state["optimizer_steps"]))
+        restore_random_states(reader)
     return engine
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,21 @@ class Progress:
         return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})
 
 
-def run_state(job: Job, progress: Progress, *, optimizer_steps: int, fingerprint: str) -> dict[str, Any]:
-    """Return the JSON state of a checkpoint."""
+def run_state(
+    job: Job,
+    progress: Progress,
+    *,
+    optimizer_steps: int,
+    fingerprint: str,
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """Return the JSON state of a checkpoint; ``measured`` are metrics of this very step."""
     return {
         **dataclasses.asdict(progress),
         "optimizer_steps": optimizer_steps,
+        "metrics": {key: float(value) for key, value in (measured or {}).items() if math.isfinite(value)},
+        "optimizer": _plain(dataclasses.asdict(job.optimizer)),
+        "schedule": _plain(dataclasses.asdict(job.schedule)),
         "data": _data_identity(job, fingerprint),
         "model": _plain(dataclasses.asdict(job.model)),
         "mesh": dataclasses.asdict(job.mesh),

@@ -85,11 +85,13 @@ class Engine(Protocol):
         optimizer_steps: updates applied, those of earlier starts included.
         inspector: when set, called once per step with this rank's slices "gradient/<parameter>": reduced over
             all ranks, not clipped yet, of the mean over the tokens. For tests and debugging.
+        before_update: when set, called in every step before weights and optimizer state change.
     """
 
     model: nn.Module
     optimizer_steps: int
     inspector: Inspector | None
+    before_update: Callable[[], None] | None
 
     def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
         """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""

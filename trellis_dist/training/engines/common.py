@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,6 +39,7 @@ class CommonEngine(ABC):
         self.model = model.to(options.mesh.device)
         self.optimizer_steps = 0
         self.inspector: Inspector | None = None
+        self.before_update: Callable[[], None] | None = None
         self._options, self._mesh = options, options.mesh
         self._held = held_parameters(model)
         self._loss = LossModule(self.model, segments=options.segments, states=options.states)
@@ -62,6 +63,8 @@ class CommonEngine(ABC):
         self._reduce()
         if self.inspector is not None:
             self.inspector(list(self._gradients()))
+        if self.before_update is not None:
+            self.before_update()
         result = self._update(loss, lr)
         self.optimizer_steps += result.applied
         if self._options.states is not None and not result.applied:
