@@ -50,6 +50,11 @@ class QueuedJob:
     error: str | None
     created: float
 
+    @property
+    def active(self) -> bool:
+        """Whether it still waits or runs."""
+        return self.state in ("queued", "running")
+
     def to_json(self) -> dict[str, Any]:
         """Plain values."""
         return asdict(self)
@@ -178,6 +183,12 @@ class Queue:
         with self._transaction() as database:
             query = f"SELECT {_COLUMNS} FROM jobs ORDER BY created DESC, key LIMIT ?"
             return [QueuedJob(*row) for row in database.execute(query, (limit,))]
+
+    def active(self) -> list[QueuedJob]:
+        """All that wait or run, oldest first."""
+        with self._transaction() as database:
+            query = f"SELECT {_COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY created, key"
+            return [QueuedJob(*row) for row in database.execute(query)]
 
     def results(self, *, limit: int = 1000) -> list[dict[str, Any]]:
         """Run, step, task and record of finished jobs, newest first."""

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from evals.config import TaskName
 from evals.guard import LOOPBACK, Guard, is_loopback
+from evals.pins import unpin_job
 from evals.queue import Queue
 from evals.tasks.registry import TASKS
 from evals.watch import PublicError, Runs, Watcher, submit
@@ -89,6 +90,10 @@ def create_app(
     def cancel_job(key: str) -> dict[str, Any]:
         if not queue.cancel(key):
             raise HTTPException(404, "no job of that key waits or runs")
+        job = queue.job(key)
+        with contextlib.suppress(PublicError):  # its run folder went: there is nothing to keep
+            if job is not None:
+                unpin_job(queue, runs.checkpoints(job.run), key)
         return {"key": key, "state": "cancelled"}
 
     @app.get("/", response_class=HTMLResponse)

@@ -9,6 +9,7 @@ from pathlib import Path
 from checkpoints.commit import list_steps
 from evals.config import EvalConfig
 from evals.evaluate import job_of, stored_result
+from evals.pins import pin_job, sync_pins, unpin_job
 from evals.queue import Queue
 from evals.runs import read_recipe
 from evals.tasks.registry import get_task
@@ -55,7 +56,11 @@ class Runs:
 
     def steps(self, run: str) -> dict[int, Path]:
         """Committed checkpoints by step."""
-        return list_steps(self.folder(run) / "checkpoints")
+        return list_steps(self.checkpoints(run))
+
+    def checkpoints(self, run: str) -> Path:
+        """The folder of a run's checkpoints."""
+        return self.folder(run) / "checkpoints"
 
 
 def submit(
@@ -63,7 +68,8 @@ def submit(
 ) -> tuple[str, bool]:
     """Queue one task on a committed checkpoint (the newest when ``step`` is None).
 
-    A result that the run folder holds already is taken over instead of being made again.
+    The checkpoint is pinned until the job is over. A result that the run folder holds already is taken over
+    instead of being made again.
 
     Returns:
         The job's key, and whether it is new to the queue.
@@ -72,15 +78,23 @@ def submit(
         PublicError: unknown run or step.
         ValueError, OSError: unknown task, or a run whose recipe or data set cannot be used.
     """
-    known, steps = get_task(task), runs.steps(run)
+    wanted_task, steps = get_task(task), runs.steps(run)
     wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
         raise PublicError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
-    job = job_of(runs.folder(run), steps[wanted], known, runs.config(run))
+    job = job_of(runs.folder(run), steps[wanted], wanted_task, runs.config(run))
+    known = queue.job(job.key)
+    if known is not None and known.state == "done":
+        return job.key, False
+    try:
+        pin_job(job.checkpoint, job.key)
+    except FileNotFoundError:
+        raise PublicError(f"the checkpoint of step {wanted} is gone: submit another step") from None
     new = queue.submit(job.key, run=run, step=wanted, task=task, priority=priority)
     if new and (record := stored_result(job)) is not None:
         queue.finish(job.key, record)
+    unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
 
 
@@ -92,7 +106,11 @@ class Watcher:
         self._seen: set[tuple[str, int, int]] = set()
 
     def look(self) -> int:
-        """Queue what is new and return how many jobs that were; a run that cannot be read is logged."""
+        """Queue what is new and return how many jobs that were; a run that cannot be read is logged.
+
+        Pins are put right first: a service that was killed may have left jobs without one.
+        """
+        sync_pins(self._queue, {run: self._runs.checkpoints(run) for run in self._runs.ids()})
         added = 0
         for run in self._runs.ids():
             try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.evaluate import job_of, run_job, stored_result
+from evals.pins import unpin_job
 from evals.queue import Queue, QueuedJob
 from evals.runs import load_run
 from evals.tasks.registry import get_task
@@ -60,7 +61,16 @@ def work_once(queue: Queue, runs: Runs, owner: str, *, lease_seconds: float = LE
         # Clients read the reason, and other errors' texts may name folders of this machine.
         hidden = f"{type(error).__name__} while scoring run {leased.run}: the log of the service says why"
         queue.fail(leased.key, owner, str(error) if isinstance(error, PublicError) else hidden)
+    _let_go(queue, runs, leased)
     return True
+
+
+def _let_go(queue: Queue, runs: Runs, leased: QueuedJob) -> None:
+    """Unpin the checkpoint of a job that is over; a run that went has nothing to keep."""
+    try:
+        unpin_job(queue, runs.checkpoints(leased.run), leased.key)
+    except PublicError:
+        return
 
 
 def _score(leased: QueuedJob, runs: Runs) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
         - "examined": the paths whose bytes were compared; of a run its data set and each of its checkpoints.
         - "problems": one line per damage, naming the file; none: exit status 0, else 1.
         - "repaired": one line per file of a data set that was damaged and made again.
-        - "notes": one line per thing worth knowing that is no damage: of a checkpoint, files that its manifest
-          does not list; of a run also pins, and what unfinished saves and removals and damaged steps left.
+        - "notes": one line per thing worth knowing that is no damage: of a checkpoint, files that its
+          manifest does not list; of a run also pins, and what unfinished saves and removals left.
 
     Raises:
         FileNotFoundError: no such path.

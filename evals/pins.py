@@ -1,0 +1,81 @@
+"""Checkpoints stay while their evaluation waits or runs: one pin per job that is not over.
+
+A pin comes before its job and goes after it, so a service that is killed in between leaves a pin too many,
+never one too few; `sync_pins` puts both right, at the start and at every look for new checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+from checkpoints.commit import step_name
+from checkpoints.pins import Pin, list_pins, pin, unpin
+from evals.queue import Queue
+
+__all__ = ["pin_job", "sync_pins", "unpin_job"]
+
+PREFIX = "evaluation "
+REFRESH = 24 * 3600.0  # seconds; a pin that is younger is not written again
+_log = logging.getLogger(__name__)
+
+
+def pin_job(checkpoint: Path, key: str) -> None:
+    """Keep `checkpoint` for the job `key`. Raises FileNotFoundError when it went, and other OSErrors."""
+    pin(checkpoint, PREFIX + key)
+
+
+def unpin_job(queue: Queue, root: Path, key: str) -> None:
+    """Let go of the checkpoint of the job `key` if the job is over; what fails is logged: pins run out.
+
+    Args:
+        queue: holds the job.
+        root: the folder of its run's checkpoints.
+        key: of the job.
+    """
+    job = queue.job(key)
+    if job is None or job.active:
+        return
+    try:
+        unpin(root / step_name(job.step), PREFIX + key)
+    except OSError as error:
+        _log.warning("step %d of run %s stays pinned: %s", job.step, job.run, error)
+
+
+def sync_pins(queue: Queue, roots: Mapping[str, Path]) -> None:
+    """Pin what waits or runs, and let go of what is over.
+
+    Args:
+        queue: whose jobs count. A pin of a job that it does not know is another queue's.
+        roots: run -> folder of its checkpoints.
+    """
+    waiting: dict[str, dict[str, int]] = {run: {} for run in roots}
+    for job in queue.active():
+        waiting.get(job.run, {})[job.key] = job.step
+    for run, root in roots.items():
+        try:
+            _sync_run(queue, root, waiting[run])
+        except OSError as error:
+            _log.warning("the pins of run %s cannot be read: %s", run, error)
+
+
+def _sync_run(queue: Queue, root: Path, waiting: Mapping[str, int]) -> None:
+    pins = {item.owner[len(PREFIX) :]: item for item in list_pins(root) if item.owner.startswith(PREFIX)}
+    for key, step in waiting.items():
+        _refresh(root / step_name(step), key, pins.get(key))
+    for key in pins.keys() - waiting.keys():
+        unpin_job(queue, root, key)
+
+
+def _refresh(checkpoint: Path, key: str, present: Pin | None) -> None:
+    """Pin for a job, unless that was done not long ago. A checkpoint that went is its worker's to report."""
+    if present is not None and time.time() - present.time < REFRESH:
+        return
+    try:
+        pin_job(checkpoint, key)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        _log.warning("%s is not pinned: %s", checkpoint, error)
