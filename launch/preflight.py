@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from checkpoints.config import CheckpointConfig
 from launch.fit import fit_mesh, fit_to_devices, what_was_fitted
 from launch.ranks import under_torchrun
 from launch.recipe import Recipe
@@ -19,6 +20,7 @@ __all__ = [
     "check_writable",
     "fit_to_machine",
     "local_ranks",
+    "most_kept",
 ]
 
 
@@ -37,16 +39,23 @@ def fit_to_machine(recipe: Recipe, *, say: Callable[[str], None]) -> Recipe:
 
 
 def check_machine(recipe: Recipe, run_dir: Path) -> int:
-    """Check devices, run folder, disk and what scoring reads; return the ranks to start on this machine.
+    """Check devices, run folder, disk, where checkpoints are uploaded and what scoring reads.
+
+    Returns:
+        The ranks to start on this machine.
 
     Raises:
         ValueError, OSError: one of them does not do; the message says what to change.
     """
+    from checkpoints.upload import check_store
     from evals.evaluate import check_eval_inputs
 
     ranks = local_ranks(recipe)
     check_writable(run_dir)
-    check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=recipe.checkpoint.keep)
+    kept = most_kept(recipe.checkpoint, steps=recipe.training.steps)
+    check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=kept)
+    if recipe.checkpoint.upload:
+        check_store(recipe.checkpoint.upload)
     check_eval_inputs(recipe.evals)
     return ranks
 
@@ -84,19 +93,28 @@ def check_writable(run_dir: Path) -> None:
         ) from None
 
 
+def most_kept(config: CheckpointConfig, *, steps: int) -> int:
+    """Checkpoints that retention can have kept by the last of ``steps``, pinned ones not counted."""
+    saves = -(-steps // config.interval)
+    if config.keep == 0:
+        return saves
+    every = steps // config.keep_every if config.keep_every else 0
+    return min(saves, config.keep + config.keep_best + every)
+
+
 def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
-    """Raise ``OSError`` unless the checkpoints a run keeps, and the one being written, fit on its disk.
+    """Raise ``OSError`` unless the ``kept`` checkpoints of a run, and the one being written, fit on its disk.
 
     Those that are there already take no more room: each new one replaces one of them.
     """
     present = len(list((run_dir / "checkpoints").glob("step-*")))
-    copies = max(1, max(kept, 1) + 1 - present)
+    copies = max(1, kept + 1 - present)
     needed = checkpoint_bytes * copies
     free = shutil.disk_usage(run_dir).free
     if free < needed:
         raise OSError(
             f"{run_dir} has {free / 1e9:.1f} GB free, but {copies} checkpoints need {needed / 1e9:.1f} GB: "
-            "free some space, lower checkpoint.keep, or use another --run-dir"
+            "free some space, keep fewer (checkpoint.keep, keep_every, keep_best), or use another --run-dir"
         )
 
 

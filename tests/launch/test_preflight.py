@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from checkpoints.config import CheckpointConfig
 from launch import preflight
 from launch.fit import fit_to_devices
 from launch.plan import make_plan
@@ -24,6 +26,45 @@ def test_a_full_disk_is_refused_with_the_numbers(tmp_path: Path, monkeypatch: py
     preflight.check_disk(tmp_path, checkpoint_bytes=10**5, kept=2)
     with pytest.raises(OSError, match=r"0.0 GB free, but 3 checkpoints need 3.0 GB.*checkpoint.keep"):
         preflight.check_disk(tmp_path, checkpoint_bytes=10**9, kept=2)
+
+
+@pytest.mark.parametrize(
+    "fields, kept",
+    [
+        ({}, 3),
+        ({"keep": 2, "keep_best": 4}, 6),
+        ({"keep": 2, "keep_every": 300, "keep_best": 1}, 6),
+        ({"keep": 0}, 10),
+        ({"keep": 8, "keep_best": 8}, 10),
+        ({"interval": 700, "keep": 5}, 2),
+    ],
+)
+def test_what_retention_can_keep_is_counted(fields: dict[str, Any], kept: int) -> None:
+    assert preflight.most_kept(CheckpointConfig(**{"interval": 100} | fields), steps=1000) == kept
+
+
+def test_the_disk_is_asked_for_all_that_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    settings = ["checkpoint.interval=10", "checkpoint.keep=2", "training.steps=60"]
+    recipe = load_recipe(BASE, settings)
+    needed = preflight._checkpoint_bytes(recipe)
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(needed * 3.5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    preflight.check_machine(recipe, tmp_path / "run")
+    for more in ("checkpoint.keep_best=1", "checkpoint.keep_every=20", "checkpoint.keep=0"):
+        with pytest.raises(
+            OSError, match=r"free, but [4567] checkpoints need .* keep fewer \(checkpoint.keep"
+        ):
+            preflight.check_machine(load_recipe(BASE, [*settings, more]), tmp_path / "run")
+
+
+def test_a_store_that_cannot_be_spoken_to_is_refused_before_ranks_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    recipe = load_recipe(BASE, ["checkpoint.upload=nosuch://bucket/run"])
+    with pytest.raises(ValueError, match=r"checkpoint.upload = nosuch://bucket/run: .*use s3://"):
+        preflight.check_machine(recipe, tmp_path / "run")
 
 
 def test_a_run_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
