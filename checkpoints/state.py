@@ -14,7 +14,7 @@ from typing import Any
 from checkpoints.commit import CheckpointWarning, find_attempt
 from checkpoints.logical import LogicalTensor
 from checkpoints.reader import CheckpointReader, load_run_state
-from checkpoints.retention import keep_newest
+from checkpoints.retention import Retention, retain
 from checkpoints.save import RankSave, SaveError
 from checkpoints.verify import latest_verified, verify_checkpoint
 from trellis_dist.files import REAL, FileSystem
@@ -121,7 +121,7 @@ class _Phases:
 def _retain(root: Path, keep: int, file_system: FileSystem) -> None:
     """The new step is in; failing to remove an old one must not turn that into an error."""
     try:
-        keep_newest(root, keep, file_system=file_system)
+        retain(root, Retention(last=keep), file_system=file_system)
     except OSError as error:
         text = f"an old checkpoint in {root} could not be removed: {error}"
         warnings.warn(text, CheckpointWarning, stacklevel=3)

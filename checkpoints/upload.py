@@ -245,7 +245,10 @@ class Uploader:
         check_store(url)
         self._url, self._send = url, send
         self._lock = threading.Condition()
+        # Held from a pin to the queue and from a look at the queue to an unpin, never while sending.
+        self._pinning = threading.Lock()
         self._waiting: Path | None = None
+        self._sending: Path | None = None
         self._closed = False
         self._stop = threading.Event()
         self._messages: list[str] = []
@@ -259,17 +262,23 @@ class Uploader:
     def submit(self, checkpoint: Path) -> None:
         """Have the committed `checkpoint` sent; returns at once."""
         try:
-            pin(checkpoint, OWNER)
+            with self._pinning:
+                pin(checkpoint, OWNER)
+                replaced = self._queue(checkpoint)
         except OSError as error:
             self._fail(checkpoint, error)
             return
+        if replaced is not None and replaced != checkpoint:
+            self._release(replaced)
+            self._say(f"{replaced.name} is not uploaded: {checkpoint.name} came before the store was ready")
+
+    def _queue(self, checkpoint: Path) -> Path | None:
+        """Let `checkpoint` wait; what it takes the place of."""
         with self._lock:
             assert not self._closed, f"{checkpoint} was submitted to an uploader that is closed"
             replaced, self._waiting = self._waiting, checkpoint
             self._lock.notify_all()
-        if replaced is not None and replaced != checkpoint:
-            self._release(replaced)
-            self._say(f"{replaced.name} is not uploaded: {checkpoint.name} came before the store was ready")
+            return replaced
 
     def failures(self) -> list[str]:
         """One line per checkpoint that could not be sent, since the start."""
@@ -303,25 +312,26 @@ class Uploader:
                 self._say(f"{checkpoint.name} is uploaded ({time.monotonic() - start:.1f} s)")
             except Exception as error:
                 self._fail(checkpoint, error)
+            with self._lock:
+                self._sending = None
             self._release(checkpoint)
 
     def _next(self) -> Path | None:
         with self._lock:
             self._lock.wait_for(lambda: self._closed or self._waiting is not None)
-            checkpoint, self._waiting = self._waiting, None
-            return None if self._stop.is_set() else checkpoint
+            self._sending, self._waiting = self._waiting, None
+            return None if self._stop.is_set() else self._sending
 
     def _pause(self, seconds: float) -> None:
         if self._stop.wait(seconds):
             raise OSError("given up: the run ends")
 
     def _release(self, checkpoint: Path) -> None:
-        """Unpin, unless the same checkpoint waits again."""
-        with self._lock:
-            if self._waiting == checkpoint:
-                return
+        """Unpin, unless the same checkpoint waits again or is being sent."""
         try:
-            unpin(checkpoint, OWNER)
+            with self._pinning:
+                if checkpoint not in (self._waiting, self._sending):
+                    unpin(checkpoint, OWNER)
         except OSError as error:
             self._say(f"{checkpoint.name} stays pinned: {error}")
 

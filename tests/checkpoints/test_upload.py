@@ -274,6 +274,25 @@ def test_the_newest_waiting_one_is_sent_and_all_are_pinned_meanwhile(tmp_path: P
     assert uploader.pop_messages() == []
 
 
+def test_one_that_is_sent_again_stays_pinned_until_the_last_time(tmp_path: Path, url: str) -> None:
+    one, two = saved(tmp_path, 1), saved(tmp_path, 2)
+    gate = Gate()
+    uploader = Uploader(tmp_path, url, send=gate)
+    uploader.submit(one)
+    assert gate.entered.acquire(timeout=30)
+    uploader.submit(one)
+    uploader.submit(two)
+    assert pinned_steps(tmp_path) == {1, 2}, "it is still being sent"
+    uploader.submit(one)
+    gate.open.release()
+    assert gate.entered.acquire(timeout=30)
+    assert pinned_steps(tmp_path) == {1}
+    gate.open.release()
+    assert uploader.close(timeout=30)
+    assert gate.sent == [one.name, one.name]
+    assert pinned_steps(tmp_path) == set()
+
+
 def test_a_failure_is_a_line_and_the_next_one_is_sent(tmp_path: Path, url: str) -> None:
     one, two = saved(tmp_path, 1), saved(tmp_path, 2)
     gate = Gate()
