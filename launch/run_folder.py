@@ -33,6 +33,8 @@ _FREE_TRAINING = (
     "training.max_skipped_steps",
     "training.first_step_timeout_s",
     "training.step_timeout_s",
+    # A run that has a checkpoint resumes it; where its first weights came from is in there.
+    "training.init_from",
 )
 
 

@@ -36,6 +36,7 @@ __all__ = [
 
 # torch gives every later group its own default (30 minutes), whatever the first was told: it is kept here.
 _DEFAULT_TIMEOUT_S = 600.0
+FLIGHT_RECORDER = "256"  # collectives
 _timeout_s = _DEFAULT_TIMEOUT_S
 # Process groups, and what holds them, made since init_distributed.
 _kept: dict[Hashable, object] = {}
@@ -65,6 +66,8 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
     # one communicator, and a send to the right would hold back the receive from the left that was posted
     # after it.
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
+    # torch's flight recorder then remembers the last collectives, so that a hang can be told by name.
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER)
     dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
 
 

@@ -98,7 +98,10 @@ class TrainingConfig:
         precision: "fp32" or "bf16" (bf16 weights and compute; memories, gates, master weights and optimizer
             state stay fp32). On a CPU "bf16" runs as fp32, and the start-up lines say so.
         z_loss: weight of the mean squared log-partition added to the loss; 0 switches it off.
-        seed: initial weights.
+        seed: initial weights, and the random generators of a first start.
+        init_from: a checkpoint, a run or a folder of checkpoints whose weights a new run begins with ("":
+            none); its optimizer state, schedule and data are not taken over, and a run that has a checkpoint
+            of its own resumes that.
         validation_interval: steps between validation passes; 0 validates only at the end.
         validation_rows: rows per validation pass; 0 uses the whole split.
         threads: torch threads per rank on a CPU; 0 divides the cores among the local ranks.
@@ -124,6 +127,7 @@ class TrainingConfig:
     precision: Literal["fp32", "bf16"] = "bf16"
     z_loss: float = 0.0
     seed: int = 0
+    init_from: str = ""
     validation_interval: int = 0
     validation_rows: int = 0
     threads: int = 0

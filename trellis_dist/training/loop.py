@@ -9,6 +9,7 @@ between the ranks before it is acted on, so that no rank waits in a collective a
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from pathlib import Path
 
@@ -22,13 +23,21 @@ from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
 from trellis_dist.training.setup import Session, open_session, runtime
 from trellis_dist.training.termination import TerminationRequest
+from trellis_dist.training.watch.open import Report
 from trellis_dist.training.watchdog import SkipBudget
 
 __all__ = ["EXIT_TERMINATED", "Job", "TrainResult", "run"]
 
 
-def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int | None = None) -> TrainResult:
-    """Train ``job`` in ``run_dir`` until its last step, ``stop_at_step`` or SIGTERM; called on every rank.
+def run(
+    job: Job,
+    run_dir: Path,
+    *,
+    resume: Resume = "auto",
+    stop_at_step: int | None = None,
+    report: Report | None = None,
+) -> TrainResult:
+    """Train ``job`` in ``run_dir`` until its last step, ``stop_at_step`` or a signal; called on every rank.
 
     Writes ``recipe.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` (every rank writes its
     part). A run killed anywhere continues from its newest verified checkpoint, bit for bit on the same mesh
@@ -39,6 +48,7 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
         run_dir: folder of this run, shared by all ranks.
         resume: "auto" continues where a checkpoint is, "require" insists on one.
         stop_at_step: save and return after this step; the schedule still runs to ``training.steps``.
+        report: told why this process is about to end when a step hangs; standard error unless given.
 
     Raises:
         ValueError: a mesh, data set, model or checkpoint that does not fit, with the remedy; another process
@@ -62,7 +72,9 @@ def run(job: Job, run_dir: Path, *, resume: Resume = "auto", stop_at_step: int |
     )
     job = dataclasses.replace(job, mesh=mesh)
     with runtime(job) as device, RunLock(Path(run_dir)) as lock:
-        session = open_session(job, Path(run_dir), resume=resume, device=device, started=started, lock=lock)
+        session = open_session(
+            job, Path(run_dir), resume=resume, device=device, started=started, lock=lock, report=report
+        )
         if session is None:
             return _finished_before(job, Path(run_dir))
         try:
@@ -108,20 +120,30 @@ class _Loop:
         with TerminationRequest() as request:
             while session.progress.step < last and not terminated:
                 terminated = self._step(request)
-            session.watchdog.arm(long=True)
-            session.saver.finish(session.engine, session.progress, measured=self.measured)
+            self._arm("saving the last step", long=True)
+            self._finish(request)
         finished = session.progress.step >= session.job.training.steps
         outcome: Outcome = "terminated" if terminated else "finished" if finished else "stopped"
-        if terminated:
-            session.metrics.say(f"SIGTERM: saved step {session.progress.step}; start again to resume")
         return self._result(outcome)
+
+    def _finish(self, request: TerminationRequest) -> None:
+        """Save the last step; when asked to end, within the grace period as far as the last save can tell."""
+        session = self.session
+        within = session.job.checkpoint.grace_s - request.waited if request.received else math.inf
+        session.saver.finish(session.engine, session.progress, measured=self.measured, within=within)
+        if request.received:
+            grace = f"{request.waited:.1f} s after it, of {session.job.checkpoint.grace_s:.0f} s"
+            session.metrics.say(
+                f"{request.name}: step {session.saver.saved_step} is saved ({grace}); start again to resume"
+            )
 
     def _step(self, request: TerminationRequest) -> bool:
         """Do one step with what is due after it; True when any rank was asked to end (no step is done)."""
         session, begin = self.session, time.monotonic()
-        session.watchdog.arm(long=self.first_loss is None)
+        self._arm("reading rows", long=self.first_loss is None, ahead=1)
         batches = session.loader.micro_batches(session.progress.samples)
         counted = sum(batch.valid_tokens for batch in batches)
+        session.watch.enter("agreement between the ranks")
         valid, asked, statuses = zip(
             *gather_scalars([counted, request.received, session.saver.status]), strict=True
         )
@@ -136,6 +158,12 @@ class _Loop:
         self._advance(step, result, time.monotonic() - begin)
         self._afterwards(step, rate, result)
         return False
+
+    def _arm(self, operation: str, *, long: bool, ahead: int = 0) -> None:
+        """Begin a phase of the step that is done, or ``ahead`` of it."""
+        training = self.session.job.training
+        seconds = training.first_step_timeout_s if long else training.step_timeout_s
+        self.session.watch.arm(seconds, step=self.session.progress.step + ahead, operation=operation)
 
     def _rate(self, step: int) -> float:
         job = self.session.job
@@ -163,7 +191,7 @@ class _Loop:
         last = step == job.training.steps
         row = self._row(step, rate, result) if self._row_due(step) else {}
         if last or (job.training.validation_interval and step % job.training.validation_interval == 0):
-            session.watchdog.arm(long=True)
+            self._arm("validation", long=True)
             row = row or self._row(step, rate, result)
             self.validation = session.validator.run(session.engine)
             row |= self.validation
@@ -172,7 +200,7 @@ class _Loop:
         if row:
             session.metrics.write(row)
         if step % job.checkpoint.interval == 0 and not last:
-            session.watchdog.arm(long=True)
+            self._arm("beginning to save", long=True)
             session.saver.save(session.engine, session.progress, measured=self.measured)
 
     def _row_due(self, step: int) -> bool:

@@ -8,6 +8,7 @@ finish    the last save of a start, and whatever is still in flight, to its end
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections import deque
@@ -15,9 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints.background import BackgroundSaver, Settled
-from checkpoints.commit import attempt_name, process_name
-from checkpoints.retention import keep_newest
+from checkpoints.commit import attempt_name, process_name, step_name
+from checkpoints.retention import retain, retention_of
 from checkpoints.save import SaveError
+from checkpoints.upload import Uploader
 from trellis_dist.files import REAL, FileSystem
 from trellis_dist.parallel import env
 from trellis_dist.training.collectives import gather_scalars
@@ -26,11 +28,12 @@ from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job
 from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import random_states
-from trellis_dist.training.state import Progress, run_state
+from trellis_dist.training.state import Progress, Start, run_state
 
 __all__ = ["PeerSaveError", "Saver"]
 
 POLL_S = 0.1
+UPLOAD_S = 600.0  # what the last upload of a start may take after its last step
 # Replaced by tests.
 FILE_SYSTEM: FileSystem = REAL
 
@@ -43,9 +46,11 @@ class Saver:
     """Saves checkpoints on all ranks together and counts the saves that failed."""
 
     def __init__(
-        self, root: Path, job: Job, *, fingerprint: str, metrics: MetricsWriter, saved_step: int
+        self, root: Path, job: Job, *, fingerprint: str, metrics: MetricsWriter, start: Start
     ) -> None:
-        """Save into ``root``; ``saved_step`` is there already (0: nothing). Every rank calls this."""
+        """Save into ``root`` what goes on from ``start``. Every rank calls this."""
+        saved_step = start.progress.step
+        self._origin = start.origin
         self._root, self._job, self._fingerprint, self._metrics = root, job, fingerprint, metrics
         self.saved_step = saved_step
         self.failures = 0
@@ -53,12 +58,17 @@ class Saver:
         self._messages: deque[str] = deque()  # from the thread that removes old checkpoints
         self._blocked = 0.0  # seconds that training waited for the save in flight
         self._times: dict[str, float] = {}
+        self._last_seconds, self._patience = 0.0, 0.0
+        upload = job.checkpoint.upload if env.is_main() else ""
+        self._uploader = Uploader(root, upload) if upload else None
+        if self._uploader is not None and saved_step:
+            self._uploader.submit(root / step_name(saved_step))  # a look, where it was sent before
         self._saver = BackgroundSaver(
             root,
             rank=env.rank(),
             world_size=env.world_size(),
             name=self._attempt,
-            afterwards=self._retain,
+            afterwards=self._afterwards,
             file_system=FILE_SYSTEM,
         )
 
@@ -79,27 +89,54 @@ class Saver:
         if self._begin(engine, progress, measured) and not self._job.checkpoint.background:
             self._drain()
 
-    def finish(self, engine: Engine, progress: Progress, *, measured: Mapping[str, float]) -> None:
+    def finish(
+        self,
+        engine: Engine,
+        progress: Progress,
+        *,
+        measured: Mapping[str, float],
+        within: float = math.inf,
+    ) -> bool:
         """Bring the save in flight to its end and save ``progress.step`` unless it is saved.
+
+        With less than ``within`` seconds left (the shortest of all ranks counts) for another save after the
+        one in flight, that one is all there is time for.
+
+        Returns:
+            Whether the last step is saved.
 
         Raises:
             SaveError: it failed, here or (``PeerSaveError``) on another rank; on every rank.
         """
+        self._patience = min(UPLOAD_S, within)
+        enough = all(row[0] for row in gather_scalars([self._fits(within)]))
+        flying = self._saver.in_flight is not None
         self._drain()
-        if not self._begin(engine, progress, measured):
-            return
-        result = self._drain(last=True)
-        assert result is not None, "a save in flight ends"
-        if result.error is not None:
-            raise result.error
-        if result.failed:
-            raise PeerSaveError(_not_saved(result))
+        if flying and not enough:
+            return self.saved_step == progress.step
+        if self._begin(engine, progress, measured):
+            result = self._drain(last=True)
+            assert result is not None, "a save in flight ends"
+            if result.error is not None:
+                raise result.error
+            if result.failed:
+                raise PeerSaveError(_not_saved(result))
+        return True
+
+    def _fits(self, seconds: float) -> bool:
+        """Whether the save in flight and one more like the last one take at most ``seconds``."""
+        return 2 * self._last_seconds <= seconds
 
     def settle(self, statuses: Sequence[float]) -> None:
         """Take note of a save that ended, given what all ranks said of theirs at the same moment."""
         self._take(self._saver.settle([int(status) for status in statuses]))
+        self._say_messages()
+
+    def _say_messages(self) -> None:
         while self._messages:
             self._metrics.say(self._messages.popleft())
+        for line in self._uploader.pop_messages() if self._uploader else ():
+            self._metrics.say(f"upload: {line}")
 
     def _begin(self, engine: Engine, progress: Progress, measured: Mapping[str, float]) -> bool:
         """Start the save of this step; False when it is there already."""
@@ -112,6 +149,7 @@ class Saver:
             optimizer_steps=engine.optimizer_steps,
             fingerprint=self._fingerprint,
             measured=measured,
+            origin=self._origin,
         )
         began = time.monotonic()
         self._started += 1
@@ -150,6 +188,7 @@ class Saver:
                 self._alert(result)
         else:
             self.saved_step = result.step
+            self._last_seconds = result.seconds
             self._times = {"perf/save_seconds": result.seconds}
         self._times["perf/save_blocked_seconds"], self._blocked = self._blocked, 0.0
 
@@ -164,16 +203,23 @@ class Saver:
         elif result.error is not None:  # rank 0 only knows which rank failed
             print(f"alert: {result.error}", file=sys.stderr, flush=True)
 
-    def _retain(self, committed: Path) -> None:
+    def _afterwards(self, committed: Path) -> None:
         """The new step is in; failing to remove an old one must not turn that into an error."""
+        if self._uploader is not None:
+            self._uploader.submit(committed)  # pinned before old ones go
         try:
-            keep_newest(self._root, self._job.checkpoint.keep, file_system=FILE_SYSTEM)
+            retain(self._root, retention_of(self._job.checkpoint), file_system=FILE_SYSTEM)
         except OSError as error:
             self._messages.append(f"alert: an old checkpoint in {self._root} could not be removed: {error}")
 
     def close(self) -> None:
-        """Drop a save in flight; wait for what the last one still removes."""
+        """Drop a save in flight; wait for what the last one still removes and, after `finish`, uploads."""
         self._saver.close()
+        if self._uploader is not None and not self._uploader.close(max(0.0, self._patience)):
+            self._metrics.say(
+                "alert: the last upload was given up; the next start sends that checkpoint again"
+            )
+        self._say_messages()
 
 
 def _not_saved(result: Settled) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from checkpoints.probe import announce, await_token, probe, withdraw
 from checkpoints.state import CheckpointReader
 from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.manifest import load_manifest
@@ -32,8 +33,10 @@ from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import restore_random_states, seed_generators
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.saving import Saver
-from trellis_dist.training.state import Progress, check_same_run, find_resume
-from trellis_dist.training.watchdog import Watchdog
+from trellis_dist.training.state import Progress, Start, find_start
+from trellis_dist.training.watch.busy import BusyTimer
+from trellis_dist.training.watch.hang import HangWatch
+from trellis_dist.training.watch.open import Report, open_watch
 
 __all__ = ["Session", "open_session", "runtime"]
 
@@ -49,17 +52,20 @@ class Session:
     validator: Validator
     metrics: MetricsWriter
     saver: Saver
-    watchdog: Watchdog
+    watch: HangWatch
+    busy: BusyTimer
     progress: Progress
     resumed_step: int
     started: float
 
     def close(self) -> None:
-        """Stop the watchdog, the saver's and the loader's threads, close files."""
-        self.watchdog.disarm()
+        """Stop the watch, the saver's and the loader's threads, close files."""
+        self.watch.disarm()
         self.saver.close()
         self.loader.close()
+        self.busy.close()
         self.metrics.close()
+        self.watch.close()
 
 
 @contextlib.contextmanager
@@ -88,29 +94,73 @@ def _share_of_cores() -> int:
 
 
 def open_session(
-    job: Job, run_dir: Path, *, resume: Resume, device: torch.device, started: float, lock: RunLock
+    job: Job,
+    run_dir: Path,
+    *,
+    resume: Resume,
+    device: torch.device,
+    started: float,
+    lock: RunLock,
+    report: Report | None = None,
 ) -> Session | None:
     """Open the data, take ``lock``, open model, engine and outputs, and restore the newest checkpoint.
 
-    Returns None when that checkpoint is already at ``training.steps``.
+    Returns None when that checkpoint is already at ``training.steps``. ``report`` is told of a hang.
 
     Raises:
         ValueError, FileNotFoundError: what a user can put right, in one line; on every rank.
+        OSError: a file system that cannot keep checkpoints, or that ranks do not share.
     """
-    root = run_dir / "checkpoints"
     train, validation = _open_data(job)
     on_main(lock.take)
-    found = on_main(lambda: find_resume(root, resume))
-    if found is not None:
-        check_same_run(found[1], job, fingerprint=train.fingerprint, checkpoint=found[0])
-    progress = Progress.from_state(found[1]) if found else Progress()
+    token = env.broadcast_object(os.urandom(8).hex())
+    together(lambda: _check_folder(run_dir / "checkpoints", token), what="looking at the checkpoint folder")
+    watch = open_watch(run_dir, token=token, report=report)
+    watch.arm(job.training.first_step_timeout_s, step=0, operation="opening the run")
+    try:
+        return _open(
+            job, run_dir, train, validation, watch=watch, resume=resume, device=device, started=started
+        )
+    except BaseException:
+        watch.close()
+        raise
+
+
+def _check_folder(root: Path, token: str) -> None:
+    """Check that the file system can keep checkpoints, and that all ranks see the same folder."""
+    on_main(lambda: probe(root))
+    on_main(lambda: announce(root, token))
+    try:
+        together(lambda: await_token(root, token), what="sharing the checkpoint folder")
+    finally:
+        if env.is_main():
+            withdraw(root, token)
+
+
+def _open(
+    job: Job,
+    run_dir: Path,
+    train: TokenDataset,
+    validation: TokenDataset,
+    *,
+    watch: HangWatch,
+    resume: Resume,
+    device: torch.device,
+    started: float,
+) -> Session | None:
+    root = run_dir / "checkpoints"
+    start = on_main(lambda: find_start(root, resume, job, fingerprint=train.fingerprint))
+    progress = start.progress
     if progress.step >= job.training.steps:
+        watch.close()
         return None
     mesh = build_mesh(job.mesh, tensor=job.tensor, sequence=job.sequence, device=device)
-    engine = together(lambda: _engine(job, mesh, found), what="building or restoring the model")
+    engine = together(lambda: _engine(job, mesh, start), what="building or restoring the model")
+    engine.enter = watch.enter
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
-    metrics.say(_describe(job, mesh, train, found))
+    metrics.say(_describe(job, mesh, train, start))
+    saver = Saver(root, job, fingerprint=train.fingerprint, metrics=metrics, start=start)
     return Session(
         job=job,
         mesh=mesh,
@@ -118,8 +168,9 @@ def open_session(
         loader=_loader(job, train, mesh),
         validator=_validator(job, validation, mesh),
         metrics=metrics,
-        saver=Saver(root, job, fingerprint=train.fingerprint, metrics=metrics, saved_step=progress.step),
-        watchdog=Watchdog(first_step_s=job.training.first_step_timeout_s, step_s=job.training.step_timeout_s),
+        saver=saver,
+        watch=watch,
+        busy=BusyTimer(engine.forward_module, device=mesh.device),
         progress=progress,
         resumed_step=progress.step,
         started=started,
@@ -153,8 +204,8 @@ def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
     return train, TokenDataset(folder, "validation", **options)
 
 
-def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> Engine:
-    """Build the model, split it over the mesh, wrap it, and restore ``found``."""
+def _engine(job: Job, mesh: Mesh, start: Start) -> Engine:
+    """Build the model, split it over the mesh, wrap it, and restore what the run starts from."""
     seed_generators(job.training.seed)
     model = build_language_model(job.model, seed=job.training.seed, device=mesh.device)
     segments = apply_parallelism(
@@ -167,11 +218,12 @@ def _engine(job: Job, mesh: Mesh, found: tuple[Path, dict[str, Any]] | None) -> 
     engine = build_engine(
         model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments, states=states
     )
-    if found is not None:
-        path, state = found
-        reader = CheckpointReader(path)
-        engine.load(reader, optimizer_steps=int(state["optimizer_steps"]))
+    if start.checkpoint is not None:
+        reader = CheckpointReader(start.checkpoint)
+        engine.load(reader, optimizer_steps=start.optimizer_steps)
         restore_random_states(reader)
+    elif start.weights is not None:
+        engine.load_weights(CheckpointReader(start.weights))
     return engine
 
 
@@ -208,7 +260,7 @@ def _validator(job: Job, dataset: TokenDataset, mesh: Mesh) -> Validator:
     )
 
 
-def _describe(job: Job, mesh: Mesh, train: TokenDataset, found: tuple[Path, dict[str, Any]] | None) -> str:
+def _describe(job: Job, mesh: Mesh, train: TokenDataset, start: Start) -> str:
     """Say in a few lines what is about to run."""
     training, rows = job.training, job.global_rows
     count = parameter_counts(job.model).total
@@ -224,8 +276,10 @@ def _describe(job: Job, mesh: Mesh, train: TokenDataset, found: tuple[Path, dict
         f"{job.data.sequence_length} tokens; steps: {training.steps}",
     ]
     lines += _describe_rows(job, train)
-    if found is not None:
-        lines.append(f"resuming from {found[0]}")
+    if start.checkpoint is not None:
+        lines.append(f"resuming from {start.checkpoint}")
+    elif start.weights is not None:
+        lines.append(f"weights from {start.weights}")
     return "\n".join(lines)
 
 

@@ -9,12 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.state import latest_verified, load_run_state
+from checkpoints.commit import step_of
+from checkpoints.manifest import load_manifest
+from checkpoints.state import latest_verified, load_run_state, verify_checkpoint
 from trellis_dist.files import digest
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.training.job import Job, Resume
 
-__all__ = ["Progress", "check_same_run", "find_resume", "run_state"]
+__all__ = ["Progress", "Start", "check_same_run", "find_start", "run_state"]
 
 
 @dataclasses.dataclass
@@ -32,6 +34,25 @@ class Progress:
         return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Start:
+    """What a start of a run begins with.
+
+    Attributes:
+        progress: how far the run is.
+        checkpoint: its own, to be resumed; None for a new run.
+        optimizer_steps: updates applied so far.
+        weights: the checkpoint that a new run takes its weights from; None without ``training.init_from``.
+        origin: where the weights of the run came from at its beginning: path, step, digest of the manifest.
+    """
+
+    progress: Progress
+    checkpoint: Path | None = None
+    optimizer_steps: int = 0
+    weights: Path | None = None
+    origin: Mapping[str, Any] | None = None
+
+
 def run_state(
     job: Job,
     progress: Progress,
@@ -39,11 +60,16 @@ def run_state(
     optimizer_steps: int,
     fingerprint: str,
     measured: Mapping[str, float] | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return the JSON state of a checkpoint; ``measured`` are metrics of this very step."""
+    """Return the JSON state of a checkpoint.
+
+    ``measured`` are metrics of this very step, ``origin`` says where the first weights came from.
+    """
     return {
         **dataclasses.asdict(progress),
         "optimizer_steps": optimizer_steps,
+        "init_from": dict(origin) if origin else None,
         "metrics": {key: float(value) for key, value in (measured or {}).items() if math.isfinite(value)},
         "optimizer": _plain(dataclasses.asdict(job.optimizer)),
         "schedule": _plain(dataclasses.asdict(job.schedule)),
@@ -116,21 +142,52 @@ def _completed(saved: Mapping[str, Any], kind: type) -> dict[str, Any]:
     return section
 
 
-def find_resume(root: Path, resume: Resume) -> tuple[Path, dict[str, Any]] | None:
-    """Choose the checkpoint to continue from: the newest verified one, or None for a new run.
+def find_start(root: Path, resume: Resume, job: Job, *, fingerprint: str) -> Start:
+    """Choose what to begin with: the newest verified checkpoint of the run, given weights, or neither.
 
     Raises:
-        FileNotFoundError: ``resume`` is "require" and there is none.
-        ValueError: all that are there are damaged.
+        FileNotFoundError: ``resume`` is "require" and there is none; no checkpoint at ``training.init_from``.
+        ValueError: all that are there are damaged, or the newest one belongs to other data or another model.
     """
     present = sorted(root.glob("step-*")) if root.is_dir() else []
     found = latest_verified(root)
     if found is not None:
-        return found, load_run_state(found)
+        return _resumed(found, job, fingerprint=fingerprint)
     if present:
         raise ValueError(
             f"none of the {len(present)} checkpoints in {root} is intact: restore one, or use another folder"
         )
     if resume == "require":
         raise FileNotFoundError(f"no checkpoint in {root}: start without --resume")
-    return None
+    if job.training.init_from:
+        return _initialised(Path(job.training.init_from))
+    return Start(progress=Progress())
+
+
+def _resumed(found: Path, job: Job, *, fingerprint: str) -> Start:
+    state = load_run_state(found)
+    check_same_run(state, job, fingerprint=fingerprint, checkpoint=found)
+    return Start(
+        progress=Progress.from_state(state),
+        checkpoint=found,
+        optimizer_steps=int(state["optimizer_steps"]),
+        origin=state.get("init_from"),
+    )
+
+
+def _initialised(source: Path) -> Start:
+    """The weights of a checkpoint, or of the newest verified one in a run or a folder of checkpoints."""
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if not folder.is_dir():
+        raise FileNotFoundError(f"training.init_from = {source}: no such folder; give a run or a checkpoint")
+    weights = source if step_of(folder) is not None else latest_verified(folder)
+    if weights is None:
+        raise FileNotFoundError(
+            f"training.init_from = {source}: no sound checkpoint (step-N) in it; `trellis doctor` says more"
+        )
+    problems = verify_checkpoint(weights)
+    if problems:
+        raise ValueError(f"training.init_from = {source} is damaged: {problems[0]}")
+    manifest = load_manifest(weights)
+    origin = {"path": str(weights), "step": manifest.step, "manifest_sha256": manifest.digest}
+    return Start(progress=Progress(), weights=weights, origin=origin)

@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
-__all__ = ["TerminationRequest"]
+__all__ = ["SIGNALS", "TerminationRequest"]
+
+# What schedulers announce the end with: SIGTERM almost all, SIGUSR1 those (Slurm) that are told to.
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TerminationRequest:
-    """While entered, SIGTERM sets ``received`` instead of ending the process; a second one ends it.
+    """While entered, SIGTERM and SIGUSR1 are remembered instead of ending the process; a second one ends it.
 
     Signals reach the main thread only; entered elsewhere, it never receives any.
+
+    Attributes:
+        received: whether one came.
+        name: which, "" before one came.
     """
 
     def __init__(self) -> None:
         self.received = False
-        self._previous: Any = None
+        self.name = ""
+        self._at = 0.0
+        self._previous: dict[signal.Signals, Any] = {}
+
+    @property
+    def waited(self) -> float:
+        """Seconds since the signal came; 0 before it."""
+        return time.monotonic() - self._at if self.received else 0.0
 
     def __enter__(self) -> TerminationRequest:
         if threading.current_thread() is threading.main_thread():
-            self._previous = signal.signal(signal.SIGTERM, self._note)
+            self._previous = {number: signal.signal(number, self._note) for number in SIGNALS}
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+        self._at, self.name, self.received = time.monotonic(), signal.Signals(number).name, True
         self._restore()
 
     def _restore(self) -> None:
-        if self._previous is not None:
-            signal.signal(signal.SIGTERM, self._previous)
-            self._previous = None
+        for number, handler in self._previous.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+        self._previous = {}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

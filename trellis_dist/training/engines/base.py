@@ -86,12 +86,16 @@ class Engine(Protocol):
         inspector: when set, called once per step with this rank's slices "gradient/<parameter>": reduced over
             all ranks, not clipped yet, of the mean over the tokens. For tests and debugging.
         before_update: when set, called in every step before weights and optimizer state change.
+        enter: when set, told what a step does next, in words.
+        forward_module: what is called once per micro-batch, whole; for hooks that measure.
     """
 
     model: nn.Module
     optimizer_steps: int
     inspector: Inspector | None
     before_update: Callable[[], None] | None
+    enter: Callable[[str], None] | None
+    forward_module: nn.Module
 
     def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
         """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""
@@ -110,9 +114,16 @@ class Engine(Protocol):
         ...
 
     def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
-        """Restore weights, masters and moments that any engine wrote on any mesh.
+        """Restore weights, masters, moments and row states that any engine wrote on any mesh.
 
         Raises ``ValueError`` when one is missing or has another shape.
+        """
+        ...
+
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Take over weights alone, from "master/..." where there are some; the optimizer stays as it is.
+
+        Raises ``ValueError`` when the checkpoint has other weights than the model, or of other shapes.
         """
         ...
 

@@ -14,6 +14,7 @@ from trellis_dist.training.engines.accumulation import accumulate
 from trellis_dist.training.engines.base import EngineOptions, Inspector, LossModule, StepResult
 from trellis_dist.training.engines.fragments import (
     Fragment,
+    check_names,
     fragment_tensors,
     held_parameters,
     load_moments,
@@ -40,9 +41,11 @@ class CommonEngine(ABC):
         self.optimizer_steps = 0
         self.inspector: Inspector | None = None
         self.before_update: Callable[[], None] | None = None
+        self.enter: Callable[[str], None] | None = None
         self._options, self._mesh = options, options.mesh
         self._held = held_parameters(model)
         self._loss = LossModule(self.model, segments=options.segments, states=options.states)
+        self.forward_module: nn.Module = self._loss
         # The library's wrapper of ``_loss``, where it has one.
         self._module: nn.Module = self._loss
         # Whether every rank holds its local tensors whole: the weights, whatever becomes of their masters.
@@ -51,6 +54,7 @@ class CommonEngine(ABC):
     def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
         """Accumulate over ``batches`` and apply one update; a non-finite loss or gradient is skipped."""
         scale = self._averaged_over() / valid_tokens
+        self._enter("forward and backward passes")
         self._begin(len(batches))
         total = accumulate(
             batches,
@@ -60,16 +64,22 @@ class CommonEngine(ABC):
         )
         # All tp ranks see the same tokens.
         loss = collectives.sum_scalars([float(total)])[0] / (self._mesh.tp * valid_tokens)
+        self._enter("reduction of the gradients")
         self._reduce()
         if self.inspector is not None:
             self.inspector(list(self._gradients()))
         if self.before_update is not None:
             self.before_update()
+        self._enter("update of the weights")
         result = self._update(loss, lr)
         self.optimizer_steps += result.applied
         if self._options.states is not None and not result.applied:
             self._options.states.forget()
         return result
+
+    def _enter(self, operation: str) -> None:
+        if self.enter is not None:
+            self.enter(operation)
 
     def _averaged_over(self) -> int:
         """Ranks whose gradients the library averages where the contract sums."""
@@ -137,10 +147,15 @@ class CommonEngine(ABC):
         """Whether masters hold more digits than the weights."""
         return self._options.bf16
 
-    def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
-        """Restore the state any engine saved; each rank reads what it holds."""
+    def load_weights(self, reader: CheckpointReader) -> None:
+        """Take over weights alone; each rank reads what it holds."""
+        check_names(reader, [item.name for item in self._held])
         load_weights(reader, self._held, self._fragments(), whole=self._whole_weights)
         self._loaded()
+
+    def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
+        """Restore the state any engine saved; each rank reads what it holds."""
+        self.load_weights(reader)
         set_step_count(*self._optimized(), optimizer_steps)
         load_moments(reader, self._fragments())
         if self._options.states is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Fragment",
     "Held",
+    "check_names",
     "fragment_tensors",
     "held_parameters",
     "load_moments",
@@ -141,6 +142,20 @@ def fragment_tensors(
             yield from slices("master", part.held, part.start, part.master)
         for key, value in part.moments.items():
             yield from slices(f"optimizer/{key}", part.held, part.start, value)
+
+
+def check_names(reader: CheckpointReader, names: Sequence[str]) -> None:
+    """Check that the checkpoint has no weights but those of ``names``: a larger model is another model.
+
+    Tensor-parallel ranks hold slices of all parameters, so every rank knows all names. Raises ``ValueError``.
+    """
+    known = {f"model/{name}" for name in names}
+    strangers = [name for name in reader.names() if name.startswith("model/") and name not in known]
+    if strangers:
+        raise ValueError(
+            f"{reader.path} has {len(strangers)} weights that the model has not ({strangers[0]}): it was "
+            "saved from another model"
+        )
 
 
 @torch.no_grad()
