@@ -120,6 +120,29 @@ def test_a_report_that_fails_does_not_keep_the_process(capfd: pytest.CaptureFixt
     assert "the hang could not be recorded (disk full): no progress on rank 0" in capfd.readouterr().err
 
 
+def test_a_judge_that_fails_still_reports() -> None:
+    class Broken(Heartbeat):
+        def claim(self, limit_s: float) -> bool | None:
+            raise KeyError("what no release of torch wrote so far")
+
+    now, ends, said = [0.0], [], []
+    watch = HangWatch(
+        rank=0,
+        report=lambda *what: said.append(what),
+        heartbeat=Broken(dist.HashStore(), rank=0, world_size=1, interval_s=0.05),
+        poll_s=0.01,
+        clock=lambda: now[0],
+        end=ends.append,
+    )
+    watch.arm(1.0, step=1, operation="a")
+    now[0] = 2.0
+    until(lambda: ends == [1])
+    watch.close()
+    ((message, echo),) = said
+    assert message.startswith("no progress on rank 0 (step 1, a: more than 1 s); no cause found: KeyError")
+    assert not echo
+
+
 def test_beats_say_what_ranks_do_and_that_they_ended() -> None:
     store = dist.HashStore()
     one, other = (Heartbeat(store, rank=rank, world_size=3, interval_s=0.05) for rank in (0, 2))

@@ -130,7 +130,10 @@ class HangWatch:
     def _overdue(self, phase: Phase) -> None:
         what = f"step {phase.step}, {phase.operation}: more than {phase.seconds:g} s"
         self._write_stacks(what)
-        message, echo = self._judge(what)
+        try:
+            message, echo = self._judge(what)
+        except Exception as error:  # a hang must be reported whatever becomes of the search for its cause
+            message, echo = f"no progress on rank {self._rank} ({what}); no cause found: {error!r}", False
         self._leave(message, echo=echo)
 
     def _judge(self, what: str) -> tuple[str, bool]:
