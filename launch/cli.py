@@ -49,6 +49,15 @@ MovedDataset = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="run folder; runs/<recipe name> unless given")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+MaxRestarts = Annotated[
+    int,
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="start failed ranks again, up to N times in a row without a new checkpoint; not after an error "
+        "that a restart repeats",
+    ),
+]
 Step = Annotated[int | None, typer.Option(help="a saved step; the newest verified one unless given")]
 
 
@@ -106,13 +115,29 @@ def train(
     stop_at_step: Annotated[
         int | None, typer.Option(help="save and stop there; a later start continues")
     ] = None,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
-    """Train on this machine, one process per rank of the mesh; continues from the newest checkpoint."""
-    from launch.training_run import train as train_run
+    """Train on this machine, one process per rank of the mesh; continues from the newest checkpoint.
 
-    loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
-    folder = _run_folder(loaded, run_dir)
-    train_run(loaded, folder, resume="require" if resume else "auto", stop_at_step=stop_at_step)
+    SIGTERM or SIGUSR1: the ranks save within checkpoint.grace_s and end; the same command continues.
+
+    Exit status: 0 done, 1 error, 2 misuse, 75 ended by SIGTERM or SIGUSR1 with what it had trained saved,
+    130 interrupted.
+    """
+    from launch.ending import asked_to_end
+
+    with asked_to_end():  # before training can answer: recipe and torch take seconds
+        from launch.training_run import train as train_run
+
+        loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+        folder = _run_folder(loaded, run_dir)
+        train_run(
+            loaded,
+            folder,
+            resume="require" if resume else "auto",
+            stop_at_step=stop_at_step,
+            max_restarts=max_restarts,
+        )
     if os.environ.get("RANK", "0") == "0":
         print(f"run folder: {folder}")
 
@@ -124,13 +149,16 @@ def run(
     run_dir: RunDir = None,
     corpus: Corpus = None,
     dataset_dir: DatasetDir = None,
+    max_restarts: MaxRestarts = 0,
 ) -> None:
     """The whole job: prepare, train (with a stop and a resume), evaluate, report; what is done is re-used."""
     from launch.main_job import main_job, render_summary
 
     loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
     folder = _run_folder(loaded, run_dir)
-    summary = main_job(loaded, folder, say=lambda line: print(f"trellis: {line}", flush=True))
+    summary = main_job(
+        loaded, folder, say=lambda line: print(f"trellis: {line}", flush=True), max_restarts=max_restarts
+    )
     print(render_summary(summary, folder))
 
 
@@ -290,7 +318,11 @@ def _examine_cluster(*, ranks: int | None, steps: int, cases: list[str], as_json
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; returns 0, 1 (error), 2 (misuse), 75 (SIGTERM, saved) or 130 (interrupted)."""
+    """Run the command line and return its exit status.
+
+    0: done; 1: error; 2: misuse; 75: ended by SIGTERM or SIGUSR1 with what was trained
+    saved; 130: interrupted.
+    """
     given = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in given
     given = [item for item in given if item != "--debug"]
@@ -308,7 +340,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _fail(error: Exception, *, debug: bool) -> int:
     """Say what went wrong, one line per problem; with --debug also the traceback, a failed rank's own."""
-    from launch.ranks import RankError, TerminatedError
+    from launch.ending import TerminatedError
+    from launch.failures import RankError
     from launch.worker import error_line
     from trellis_dist.training.job import EXIT_TERMINATED
 

@@ -23,13 +23,15 @@ STARTED_AT = "TRELLIS_STARTED_AT"
 Say = Callable[[str], None]
 
 
-def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, Any]:
+def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print, max_restarts: int = 0) -> dict[str, Any]:
     """Do what is left of the job and return its summary (also ``RUN/summary.json``, ``RUN/report.html``).
+
+    ``max_restarts`` is what ``launch.training_run.train`` makes of it.
 
     Raises:
         ValueError, OSError: what a user can change, one line each.
-        launch.ranks.RankError: a training rank failed.
-        launch.ranks.TerminatedError: SIGTERM; the run was saved.
+        launch.failures.RankError: a training rank failed.
+        launch.ending.TerminatedError: SIGTERM or SIGUSR1; the run was saved.
     """
     started = float(os.environ.get(STARTED_AT, time.time()))
     check_source(recipe)
@@ -43,7 +45,7 @@ def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print) -> dict[str, An
     if trained_on == fingerprint:
         say("train: done before, re-used")
     else:
-        _train_in_two_halves(recipe, run_dir, seconds, say, started=started)
+        _train_in_two_halves(recipe, run_dir, seconds, say, started=started, max_restarts=max_restarts)
     return _evaluate(recipe, run_dir, seconds, say)
 
 
@@ -126,16 +128,22 @@ def _newest(run_dir: Path) -> tuple[Path | None, int]:
 
 
 def _train_in_two_halves(
-    recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say, *, started: float
+    recipe: Recipe,
+    run_dir: Path,
+    seconds: StageSeconds,
+    say: Say,
+    *,
+    started: float,
+    max_restarts: int,
 ) -> None:
     """Stop at half the steps and continue from the checkpoint in new processes, as after a crash."""
     half = recipe.training.steps // 2
     if _newest(run_dir)[1] < half:
         with _timed("train_first_half", seconds, say), _FirstLoss(run_dir, seconds, started):
-            train(recipe, run_dir, stop_at_step=half)
+            train(recipe, run_dir, stop_at_step=half, max_restarts=max_restarts)
         say(f"train: stopped at step {half}; continuing from its checkpoint in new processes")
     with _timed("train_second_half", seconds, say):
-        train(recipe, run_dir, resume="require" if half else "auto")
+        train(recipe, run_dir, resume="require" if half else "auto", max_restarts=max_restarts)
 
 
 def _evaluate(recipe: Recipe, run_dir: Path, seconds: StageSeconds, say: Say) -> dict[str, Any]:

@@ -11,21 +11,45 @@ import threading
 import time
 import traceback
 from pathlib import Path
+from types import FrameType
 from typing import cast
 
+from launch.ending import (
+    TERMINATION_SIGNALS,
+    end_process,
+    end_rank_at_once,
+    handlers_kept,
+    on_termination,
+)
+from launch.failures import (
+    Failure,
+    is_restartable,
+    log_folder,
+    lost_contact,
+    read_failures,
+    record_failure,
+)
 from launch.messages import show_warnings_plainly
-from launch.ranks import log_folder, record_failure
 from launch.recipe import Recipe, parse_recipe, resolve
 from trellis_dist.files import read_json
 from trellis_dist.training.errors import EchoError
 from trellis_dist.training.job import Job, Resume, TrainResult
 
-__all__ = ["end_with_launcher", "error_line", "main", "redirect_output", "train_rank"]
+__all__ = [
+    "end_with_launcher",
+    "error_line",
+    "leave_failure",
+    "main",
+    "process",
+    "redirect_output",
+    "train_rank",
+]
 
 # What a user can cause; anything else is a bug and says so.
 USER_ERRORS = (ValueError, OSError)
 
 ECHO_SECONDS = 3.0
+ECHO_POLL_SECONDS = 0.1
 
 LAUNCHER_POLL_SECONDS = 0.5
 
@@ -95,6 +119,8 @@ def error_line(error: BaseException) -> str:
         return (
             f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
         )
+    if lost_contact(error):
+        return f"lost the connection to another rank ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
 
 
@@ -118,16 +144,40 @@ def main(arguments: list[str] | None = None) -> int:
         resume = cast(Resume, options.resume)
         result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
     except Exception as error:
-        echo = isinstance(error, EchoError)
-        detail = traceback.format_exc()
-        record_failure(options.run_dir, rank=rank, message=error_line(error), detail=detail, echo=echo)
-        if echo:
-            # torchrun ends all ranks as soon as one exits: let the one that knows the cause say it first.
-            time.sleep(ECHO_SECONDS)
+        if leave_failure(error, run_dir=options.run_dir, rank=rank).echo:
+            _let_the_cause_be_said(options.run_dir)
         return 1
     except KeyboardInterrupt:
         return 130  # every process of the terminal got the signal; the launcher says so once
     return result.exit_status
+
+
+def leave_failure(error: Exception, *, run_dir: Path, rank: int) -> Failure:
+    """Record what a rank fails with; for use where ``error`` is handled."""
+    return record_failure(
+        run_dir,
+        rank=rank,
+        message=error_line(error),
+        detail="".join(traceback.format_exception(error)),
+        echo=isinstance(error, EchoError) or lost_contact(error),
+        restartable=is_restartable(error),
+    )
+
+
+def _let_the_cause_be_said(run_dir: Path) -> None:
+    """Wait a little: torchrun ends all ranks as soon as one exits, the one that knows the cause too.
+
+    Where that one died without a word, torchrun's SIGTERM ends the wait.
+    """
+    with handlers_kept(TERMINATION_SIGNALS):
+        on_termination(_end_failed)
+        deadline = time.monotonic() + ECHO_SECONDS
+        while time.monotonic() < deadline and all(failure.echo for failure in read_failures(run_dir)):
+            time.sleep(ECHO_POLL_SECONDS)
+
+
+def _end_failed(_: int, __: FrameType | None) -> None:
+    end_process(1)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -147,12 +197,17 @@ def redirect_output(path: Path) -> None:
         os.dup2(stream.fileno(), 2)
 
 
-if __name__ == "__main__":
+def process() -> None:
+    """Be the process that the launcher starts: end with it, and at once when asked to before training."""
+    end_rank_at_once()
     end_with_launcher()
     status = main()
+    if status:
+        end_process(status)
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError):  # a terminal that is gone changes no exit status
             stream.flush()
-    if status:
-        # A rank that failed must not wait in a library's clean-up for peers that wait for it.
-        os._exit(status)
+
+
+if __name__ == "__main__":
+    process()

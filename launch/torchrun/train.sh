@@ -11,13 +11,16 @@
 #                        static: every node names its place with --node-rank, 0 on HOST
 #   --node-rank I        this machine's place (static only)
 #   --job ID             name of the job on that port (c10d; trellis)
+#   --max-restarts N     start all ranks again after a failure, N times at most (0); not what a restart repeats
+#   --grace S            seconds for a save after SIGTERM or SIGUSR1 before ranks are killed: the run's
+#                        checkpoint.grace_s (30; torch before 2.12 always gives 30)
 #   --dry-run            print the exact command of each node and start nothing
 #
 # The run folder (--run-dir, runs/<recipe> unless given) and the data set must be on a file system all nodes share.
 set -euo pipefail
 
 root=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/../.." && pwd)
-nodes='' master='' port=29500 ranks='' rendezvous=c10d node_rank='' job=trellis dry_run=0
+nodes='' master='' port=29500 ranks='' rendezvous=c10d node_rank='' job=trellis restarts=0 grace=30 dry_run=0
 
 fail() {
     printf 'train.sh: error: %s\n' "$*" >&2
@@ -27,7 +30,7 @@ number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: give a whole number"; }
 
 while (($#)); do
     case $1 in
-    --nodes | --master | --port | --ranks-per-node | --rendezvous | --node-rank | --job)
+    --nodes | --master | --port | --ranks-per-node | --rendezvous | --node-rank | --job | --max-restarts | --grace)
         (($# >= 2)) || fail "$1 needs a value"
         case $1 in
         --nodes) nodes=$2 ;;
@@ -37,6 +40,8 @@ while (($#)); do
         --rendezvous) rendezvous=$2 ;;
         --node-rank) node_rank=$2 ;;
         --job) job=$2 ;;
+        --max-restarts) restarts=$2 ;;
+        --grace) grace=$2 ;;
         esac
         shift 2
         ;;
@@ -58,6 +63,8 @@ done
 [[ -n $master ]] || fail "--master is missing: the address of the first machine"
 number --nodes "$nodes"
 number --port "$port"
+number --max-restarts "$restarts"
+number --grace "$grace"
 ((nodes >= 1)) || fail "--nodes $nodes: use 1 or more"
 
 python=$root/.venv/bin/python
@@ -83,7 +90,11 @@ esac
 command_of() {
     local place=$1
     shift
-    line=("$python" -m torch.distributed.run "--nnodes=$nodes" "--nproc-per-node=$ranks" --max-restarts=0)
+    # Ranks get SIGUSR1 as well, and 5 s beyond the grace to be gone. By the variable, because torch 2.11 refuses
+    # the option --shutdown-timeout.
+    line=(env "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$((grace + 5))" "$python" -m torch.distributed.run)
+    line+=("--nnodes=$nodes" "--nproc-per-node=$ranks" "--max-restarts=$restarts")
+    line+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
     if [[ $rendezvous == static ]]; then
         line+=("--node-rank=$place" "--master-addr=$master" "--master-port=$port")
     else

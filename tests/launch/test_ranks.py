@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import socket
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +14,23 @@ from typing import Any
 import pytest
 
 from launch import worker
-from launch.ranks import RankError, explain, log_folder, record_failure, run_ranks
+from launch.failures import (
+    RankError,
+    is_restartable,
+    log_folder,
+    lost_contact,
+    read_failures,
+    record_failure,
+)
+from launch.ranks import explain, run_ranks
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
+from trellis_dist.training.collectives import PeerFailedError
+from trellis_dist.training.watch.status_page import StatusPage, status_path
+from trellis_dist.training.guards import DivergedError
 
 BASE = str(Path(__file__).with_name("base.toml"))
+HOST = socket.gethostname()
 
 
 def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path) -> None:
@@ -34,8 +49,9 @@ def test_the_error_of_a_rank_is_the_error_of_the_run(tmp_path: Path) -> None:
 def test_a_rank_that_dies_without_a_word_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # No recipe argument: argparse ends the rank with status 2 before it can record anything.
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(RankError, match=r"rank 0: exit status 2; logs"):
+    with pytest.raises(RankError, match=rf"rank 0 on {HOST}: exit status 2; logs") as failed:
         run_ranks(1, run_dir=tmp_path, arguments=[f"--run-dir={tmp_path}", "--resume=perhaps"])
+    assert not failed.value.restartable  # it would get the same arguments
 
 
 def test_the_worker_records_its_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,9 +80,8 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
     echo = "opening the data failed on another rank, which says why"
     record_failure(tmp_path, rank=1, message=echo, detail="")  # the first to write
     record_failure(tmp_path, rank=0, message="train-00000.bin is damaged", detail="the story")
-    ended = SimpleNamespace(exitcode=1, timestamp=0)
-    error = explain(SimpleNamespace(failures={1: ended}), tmp_path)
-    assert str(error) == "rank 0: train-00000.bin is damaged"
+    error = explain(ended({1: (1, 0)}), tmp_path)
+    assert str(error) == f"rank 0 on {HOST}: train-00000.bin is damaged"
     assert error.detail == "the story"
 
 
@@ -76,11 +91,13 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
         # Rank 1 hangs: the watchdog of rank 0 ends it, half a minute later the agent kills the other.
         (
             {0: (1, 10), 1: (-9, 40)},
-            "rank 0: exit status 1: a step outlived its timeout, or the rank could not start",
+            f"rank 0 on {HOST}: exit status 1: a step outlived its timeout, or the rank could not start",
         ),
-        ({0: (1, 40), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
-        ({0: (1, 10), 1: (-9, 10)}, "rank 1: killed by SIGKILL (out of memory?)"),
-        ({0: (-15, 10), 1: (1, 10)}, "rank 1: exit status 1: a step outlived its timeout"),
+        ({0: (1, 40), 1: (-9, 10)}, f"rank 1 on {HOST}: killed by SIGKILL (out of memory?)"),
+        ({0: (1, 10), 1: (-9, 10)}, f"rank 1 on {HOST}: killed by SIGKILL (out of memory?)"),
+        ({0: (-15, 10), 1: (1, 10)}, f"rank 1 on {HOST}: exit status 1: a step outlived its timeout"),
+        # Not training yet when the agent ended it, it took that for a request.
+        ({0: (75, 10), 1: (-9, 10)}, f"rank 1 on {HOST}: killed by SIGKILL (out of memory?)"),
     ],
 )
 def test_of_two_silent_ranks_the_first_to_end_is_named(
@@ -91,14 +108,73 @@ def test_of_two_silent_ranks_the_first_to_end_is_named(
 
 def test_a_peer_killed_at_the_end_does_not_hide_the_record_of_the_first(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")
-    assert str(explain(ended({0: (-9, 40), 1: (1, 10)}), tmp_path)) == "the disk is full"
+    line = f"rank 1 on {HOST}: the disk is full"
+    assert str(explain(ended({0: (-9, 40), 1: (1, 10)}), tmp_path)) == line
     assert "killed by SIGKILL" in str(explain(ended({0: (-9, 10), 1: (1, 10)}), tmp_path))
 
 
 def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=0, message="agreed to fail", detail="", echo=True)
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")
-    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == "rank 1: the disk is full"
+    line = f"rank 1 on {HOST}: the disk is full"
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == line
+
+
+def test_records_are_in_the_order_of_what_they_say(tmp_path: Path) -> None:
+    """Not of the files' times, which are those of another clock on a network file system."""
+    record_failure(tmp_path, rank=0, message="the second", detail="")
+    record_failure(tmp_path, rank=1, message="the first", detail="")
+    path = log_folder(tmp_path) / "failure-rank-00001.json"
+    write_json(path, {**read_json(path), "at": time.time() - 60})
+    assert [failure.message for failure in read_failures(tmp_path)] == ["the first", "the second"]
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == f"rank 1 on {HOST}: the first"
+
+
+def test_what_is_no_record_is_left_out(tmp_path: Path) -> None:
+    record_failure(tmp_path, rank=0, message="the disk is full", detail="")
+    (log_folder(tmp_path) / "failure-rank-00001.json").write_text("{")
+    (log_folder(tmp_path) / "failure-rank-00002.json").write_text('{"rank": 2}')
+    assert [failure.rank for failure in read_failures(tmp_path)] == [0]
+
+
+def test_a_status_page_of_an_earlier_process_is_not_believed(tmp_path: Path) -> None:
+    log_folder(tmp_path).mkdir()
+    page = StatusPage(status_path(log_folder(tmp_path), 1), rank=1)
+    page.write(step=12, operation="backward pass")
+    killed = ended({1: (-9, 10)})
+    assert "in step 12, backward pass; logs" in str(explain(killed, tmp_path))
+    killed.failures[1].pid += 1
+    assert "killed by SIGKILL (out of memory?); logs" in str(explain(killed, tmp_path))
+
+
+@pytest.mark.parametrize(
+    "error, restartable",
+    [
+        (ValueError("a bad key"), False),
+        (DivergedError("nan"), False),
+        (FileNotFoundError("nothing to load"), False),
+        (ModuleNotFoundError("No module named 'x'"), False),
+        (PermissionError("not writable"), False),
+        (OSError(errno.ENOSPC, "disk full"), True),
+        (ConnectionResetError("gone"), True),
+        (KeyError("a bug"), True),
+        (RuntimeError("CUDA error"), True),
+        (PeerFailedError("the data failed on another rank"), True),  # which says whether it is
+    ],
+)
+def test_what_a_restart_can_cure(error: Exception, restartable: bool) -> None:
+    assert is_restartable(error) is restartable
+
+
+def test_a_lost_peer_is_known_by_its_words_and_by_what_it_led_to() -> None:
+    gone = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:4")
+    assert lost_contact(gone)
+    assert worker.error_line(gone).startswith("lost the connection to another rank ([gloo")
+    wrapped = OSError("the save failed")
+    wrapped.__cause__ = gone
+    assert lost_contact(wrapped)
+    assert not lost_contact(RuntimeError("shapes differ"))
+    assert not lost_contact(OSError("Connection reset by peer"))  # of an object store, say
 
 
 def test_ranks_of_one_machine_meet_without_its_host_name(
@@ -109,8 +185,11 @@ def test_ranks_of_one_machine_meet_without_its_host_name(
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(6)), raising=False)
     for name in ("GLOO_SOCKET_IFNAME", "OMP_NUM_THREADS"):
         monkeypatch.delenv(name, raising=False)
-    run_ranks(2, run_dir=tmp_path, arguments=[])
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "put back at the end")
+    run_ranks(2, run_dir=tmp_path, arguments=[], grace_s=90.5)
     assert "--local-addr=127.0.0.1" in given
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in given
+    assert os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "96"
     assert os.environ["OMP_NUM_THREADS"] == "3"
     if sys.platform == "linux":
         assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
@@ -118,7 +197,10 @@ def test_ranks_of_one_machine_meet_without_its_host_name(
 
 def ended(ends: dict[int, tuple[int, int]]) -> Any:
     """What torchrun reports: rank -> (exit status, seconds)."""
-    failures = {rank: SimpleNamespace(exitcode=code, timestamp=at) for rank, (code, at) in ends.items()}
+    failures = {
+        rank: SimpleNamespace(exitcode=code, timestamp=at, pid=os.getpid())
+        for rank, (code, at) in ends.items()
+    }
     return SimpleNamespace(failures=failures)
 
 

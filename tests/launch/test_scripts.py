@@ -48,6 +48,15 @@ def test_c10d_rendezvous_is_the_same_command_everywhere() -> None:
     assert {"--rdzv-backend=c10d", "--rdzv-endpoint=host:29511", "--rdzv-id=seven"} <= set(first)
 
 
+def test_restarts_and_the_grace_reach_torchrun() -> None:
+    node = ("--nodes", "1", "--master", "h")
+    (line,) = dry_run(*node, "--max-restarts", "3", "--grace", "120", "quickstart")
+    assert {"--max-restarts=3", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=125"} <= set(line)
+    assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in line
+    (line,) = dry_run(*node, "quickstart")
+    assert {"--max-restarts=0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=35"} <= set(line)
+
+
 def test_overrides_with_spaces_survive_the_shell() -> None:
     (line,) = dry_run(
         "--nodes", "1", "--master", "h", "quickstart", "--set", 'model.pattern=["trellis", "attention"]'
@@ -60,6 +69,7 @@ def test_torchrun_refuses_what_cannot_work() -> None:
         (["--master", "h", "quickstart"], "--nodes is missing"),
         (["--nodes", "2", "quickstart"], "--master is missing"),
         (["--nodes", "2", "--master", "h"], "no recipe"),
+        (["--nodes", "2", "--master", "h", "--max-restarts", "-1", "quickstart"], "whole number"),
         (["--nodes", "two", "--master", "h", "quickstart"], "whole number"),
         (["--nodes", "2", "--master", "h", "--rendezvous", "etcd", "quickstart"], "use c10d or static"),
         (

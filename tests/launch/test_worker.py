@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,9 +16,9 @@ import pytest
 import torch
 
 from launch import worker
-from launch.ranks import log_folder
+from launch.failures import log_folder
 from launch.recipe import load_recipe, resolve
-from tests.training.small_run import exact_rows, write_dataset
+from tests.training.small_run import exact_rows, state, write_dataset
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.collectives import PeerFailedError
 
@@ -145,3 +147,52 @@ def test_a_rank_whose_launcher_is_gone_already_ends_at_once(tmp_path: Path) -> N
     )
     assert done.stdout.split()[-2:] == ["status", str(128 + signal.SIGTERM)], done.stderr
     assert "still here" not in done.stdout
+
+
+def train(run_dir: Path, data: Path, *options: str) -> subprocess.Popen[str]:
+    """`trellis train` on two ranks for 30 steps, as a user starts it."""
+    values = {
+        **SMALL,
+        "mesh.dp": 2,
+        "training.steps": 30,
+        "checkpoint.interval": 5,
+        "training.micro_batch": 2,
+    }
+    values |= {"data.directory": str(data), "logging.progress": False}
+    overrides = [part for key, value in values.items() for part in ("--set", f"{key}={json.dumps(value)}")]
+    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    environment = {key: value for key, value in os.environ.items() if key not in ranks}
+    return subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "train", BASE, "--run-dir", str(run_dir), *overrides, *options],
+        env={**environment, "PYTHONPATH": str(Path(__file__).resolve().parents[2])},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def rank_processes(launcher: int) -> list[int]:
+    return [int(text) for text in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not LINUX, reason="the ranks of a launcher are looked up in /proc")
+def test_a_killed_rank_is_restarted_and_the_run_is_what_it_would_have_been(tmp_path: Path) -> None:
+    data = write_dataset(tmp_path / "set")
+    runs = {name: tmp_path / name for name in ("whole", "killed")}
+    with train(runs["whole"], data) as whole:
+        assert whole.wait(timeout=200) == 0
+    with train(runs["killed"], data, "--max-restarts", "2") as killed:
+        wait_for(lambda: len(exact_rows(runs["killed"])) >= 7 or killed.poll() is not None, seconds=200)
+        os.kill(rank_processes(killed.pid)[1], signal.SIGKILL)
+        said = killed.communicate(timeout=200)[1]
+    assert killed.returncode == 0, said
+    reports = [line for line in said.splitlines() if line.startswith("trellis: ")]
+    assert len(reports) == 1, said
+    assert re.fullmatch(
+        rf"trellis: rank 1 on {re.escape(socket.gethostname())}: killed by SIGKILL \(out of memory\?\).*; "
+        r"restart 1 of 2 in 1 s; newest checkpoint: step \d+",
+        reports[0],
+    )
+    assert "Traceback" not in said
+    assert exact_rows(runs["killed"]) == exact_rows(runs["whole"])
+    assert state(runs["killed"], 30) == state(runs["whole"], 30)
