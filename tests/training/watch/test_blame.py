@@ -116,6 +116,13 @@ def test_of_two_groups_the_rank_that_waits_nowhere_is_the_cause() -> None:
     assert judge([beats[0], beats[2], beats[2]], members={"6": (0, 1)}).ranks == (0,)
 
 
+def test_the_cause_is_named_though_more_ranks_wait_for_one_that_waits_itself() -> None:
+    pair = "gloo:5"
+    held = {WORLD: idle(6), pair: waiting(4, label="pair")}
+    beats = with_groups(held, {pair: idle(3, "pair")}, *[{WORLD: waiting(7)}] * 3)
+    assert judge(beats, members={"0": (0, 2, 3, 4)}).ranks == (1,)
+
+
 def test_in_a_circle_the_rank_most_wait_for_is_named() -> None:
     # Rank 1 skipped #57 of the world and waits with rank 0 in another group.
     pair = "gloo:5"
