@@ -2,12 +2,15 @@
 
 model.safetensors  weights under their parameter names    tokenizer.model  what they were trained with
 config.json        the model section of the recipe        export.json      source step, hashes of the others
+
+checkpoints/hf_export.py writes the same for transformers, whose config.json then holds the section.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -23,12 +26,24 @@ from checkpoints.reader import CheckpointReader
 from checkpoints.tensor_file import Entry, FileRecord, dtype_name, read_header, write_tensors
 from checkpoints.verify import check_file
 from trellis_dist.files import REAL, FileSystem, canonical_json, commit_directory, digest, read_json
+from trellis_dist.models.huggingface.folder import MODEL_TYPE, PREFIX, SECTION
 
-__all__ = ["EXPORT", "Exported", "export_model", "load_exported"]
+__all__ = [
+    "EXPORT",
+    "SAVED",
+    "TOKENIZER",
+    "Exported",
+    "export_model",
+    "load_exported",
+    "verify_export",
+    "write_export",
+]
 
 WEIGHTS, CONFIG, TOKENIZER, EXPORT = "model.safetensors", "config.json", "tokenizer.model", "export.json"
 FORMAT, VERSION = "trellis-export", 1
-PREFIX = "model/"
+SAVED = "model/"
+# Names of files come from export.json, and lead nowhere else.
+FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*")
 
 
 @dataclass(frozen=True)
@@ -59,22 +74,37 @@ def export_model(
         ValueError: a damaged checkpoint (file named), or one without weights.
         OSError: the folder could not be written; nothing of it is left.
     """
-    reader = CheckpointReader(checkpoint)
+    contents = {CONFIG: canonical_json(dict(model_config)).encode(), TOKENIZER: Path(tokenizer).read_bytes()}
+    return write_export(CheckpointReader(checkpoint), output, contents=contents, file_system=file_system)
+
+
+def write_export(
+    reader: CheckpointReader,
+    output: Path,
+    *,
+    contents: Mapping[str, bytes],
+    prefix: str = "",
+    file_system: FileSystem = REAL,
+) -> Path:
+    """Write the weights, `prefix` before their names, and the files `contents` into the folder `output`.
+
+    Raises:
+        FileExistsError, ValueError, OSError: as `export_model`.
+    """
     if os.path.lexists(output):
         raise FileExistsError(f"{output} exists and is never overwritten: choose another folder or remove it")
     entries = [
         Entry(
-            name.removeprefix(PREFIX),
+            prefix + name.removeprefix(SAVED),
             dtype_name(reader.dtype(name)),
             reader.shape(name),
             partial(reader.read, name),
         )
         for name in reader.names()
-        if name.startswith(PREFIX)
+        if name.startswith(SAVED)
     ]
     if not entries:
-        raise ValueError(f"{checkpoint} holds no weights (no tensor named {PREFIX}...)")
-    contents = {CONFIG: canonical_json(dict(model_config)).encode(), TOKENIZER: Path(tokenizer).read_bytes()}
+        raise ValueError(f"{reader.path} holds no weights (no tensor named {SAVED}...)")
     output.parent.mkdir(parents=True, exist_ok=True)
     attempt = output.with_name(f".{output.name}.{os.getpid()}-{os.urandom(4).hex()}.tmp")
     try:
@@ -98,6 +128,14 @@ def _about(reader: CheckpointReader, records: Mapping[str, FileRecord]) -> dict[
     return {**about, "digest": digest(about)}
 
 
+def verify_export(directory: Path) -> int:
+    """Compare every file with export.json; returns the source step. Raises as `load_exported`."""
+    step, records = _read_about(directory / EXPORT)
+    for name, record in records.items():
+        check_file(directory / name, record, hashed=True)
+    return step
+
+
 def load_exported(directory: Path) -> Exported:
     """Read an exported folder; every file is verified before it is opened.
 
@@ -105,14 +143,14 @@ def load_exported(directory: Path) -> Exported:
         FileNotFoundError: it is not an exported folder, or a file is missing.
         ValueError: a damaged or malformed file; the message names it.
     """
-    step, records = _read_about(directory / EXPORT)
-    for name, record in records.items():
-        check_file(directory / name, record, hashed=True)
+    step = verify_export(directory)
     names = [check_name(name) for name in read_header(directory / WEIGHTS)]
     with safe_open(directory / WEIGHTS, framework="pt", device="cpu") as file:
         # Cloned: the file may be removed while its tensors are in use.
-        tensors = {name: file.get_tensor(name).clone() for name in names}
+        tensors = {name.removeprefix(PREFIX): file.get_tensor(name).clone() for name in names}
     config = read_json(directory / CONFIG)
+    if isinstance(config, dict) and config.get("model_type") == MODEL_TYPE:
+        config = config.get(SECTION)
     if not isinstance(config, dict):
         raise ValueError(f"{directory / CONFIG} holds a {type(config).__name__}, not a model section")
     return Exported(tensors, config, directory / TOKENIZER, step)
@@ -130,8 +168,10 @@ def _read_about(path: Path) -> tuple[int, dict[str, FileRecord]]:
         if (about["format"], about["version"]) != (FORMAT, VERSION):
             raise ValueError(f"format {about['format']!r} version {about['version']!r}")
         step, records = about["source"]["step"], records_from_json(about["files"])
-        if type(step) is not int or {*records} != {WEIGHTS, CONFIG, TOKENIZER}:
+        if type(step) is not int or not {WEIGHTS, CONFIG, TOKENIZER} <= {*records}:
             raise ValueError("source step or a file is missing")
+        if strange := [name for name in records if not FILE_NAME.fullmatch(name)]:
+            raise ValueError(f"file name {strange[0]!r}")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged or not {FORMAT} {VERSION}: {error!r}") from error
     return step, records

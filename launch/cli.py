@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.export_commands import export, import_weights
 from launch.messages import show_warnings_plainly
 
 if TYPE_CHECKING:
@@ -236,25 +237,8 @@ def generate(
     print(prompt + Scorer(model, tokenizer).generate([ids], sampling)[0])
 
 
-@app.command()
-def export(
-    run_dir: RunArgument,
-    output: Annotated[Path, typer.Argument(help="new folder for weights, model section and tokenizer")],
-    step: Step = None,
-    dataset_dir: MovedDataset = None,
-) -> None:
-    """Write a run's weights (safetensors), model section and tokenizer as a folder of their own."""
-    from checkpoints.export import export_model
-    from evals.runs import find_checkpoint, find_dataset
-    from launch.recipe import resolve
-    from launch.run_folder import recipe_of_run
-
-    recipe = recipe_of_run(run_dir)
-    checkpoint = find_checkpoint(run_dir, step=step)
-    dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
-    model_config = resolve(recipe)["model"]
-    export_model(checkpoint, output, tokenizer=dataset / "tokenizer.model", model_config=model_config)
-    print(f"exported {checkpoint} to {output}")
+app.command()(export)
+app.command("import")(import_weights)
 
 
 @app.command()

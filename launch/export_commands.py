@@ -1,0 +1,154 @@
+"""`trellis export` and `trellis import`: weights on their way to other programs, and from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from checkpoints.import_model import Imported
+
+__all__ = ["export", "import_weights"]
+
+
+class Format(StrEnum):
+    """What an export is for."""
+
+    TRELLIS = "trellis"
+    HF = "hf"
+
+
+def export(
+    source: Annotated[
+        Path,
+        typer.Argument(metavar="SOURCE", help="a run folder, or its RUN/checkpoints/step-N"),
+    ],
+    folder: Annotated[Path | None, typer.Argument(metavar="OUTPUT", help="the same as --output")] = None,
+    output: Annotated[Path | None, typer.Option(help="new folder for weights and tokenizer")] = None,
+    format_: Annotated[
+        Format,
+        typer.Option("--format", help="hf: for the Auto classes of transformers"),
+    ] = Format.TRELLIS,
+    step: Annotated[
+        int | None, typer.Option(help="a saved step; the newest verified one unless given")
+    ] = None,
+    dataset_dir: Annotated[
+        Path | None, typer.Option(help="where the run's token shards are now, if they were moved")
+    ] = None,
+) -> None:
+    """Write a run's weights (safetensors), model section and tokenizer as a folder of their own."""
+    if (folder is None) == (output is None):
+        raise ValueError("export needs one new folder: give OUTPUT, or --output OUTPUT")
+    target = output or folder
+    assert target is not None, "checked above"
+    from checkpoints.export import export_model
+    from checkpoints.hf_export import export_for_transformers
+    from data_pipeline.tokenizer import Tokenizer
+    from evals.runs import find_checkpoint, find_dataset
+    from launch.recipe import resolve
+    from launch.run_folder import recipe_of_run
+
+    run_dir, step = _run_and_step(source, step)
+    recipe = recipe_of_run(run_dir)
+    checkpoint = find_checkpoint(run_dir, step=step)
+    dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
+    tokenizer, section = dataset / "tokenizer.model", resolve(recipe)["model"]
+    if format_ is Format.HF:
+        ids = Tokenizer.load(tokenizer)
+        export_for_transformers(
+            checkpoint,
+            target,
+            tokenizer=tokenizer,
+            model_config=section,
+            bos_id=ids.bos_id,
+            eos_id=ids.eos_id,
+        )
+    else:
+        export_model(checkpoint, target, tokenizer=tokenizer, model_config=section)
+    print(f"exported {checkpoint} to {target}")
+
+
+def _run_and_step(source: Path, step: int | None) -> tuple[Path, int | None]:
+    """The run that `source` is, or is a checkpoint of, and the step asked for. Raises ValueError."""
+    from checkpoints.commit import step_of
+
+    named = step_of(source)
+    if named is None or (source / "recipe.json").is_file():
+        return source, step
+    if step is not None and step != named:
+        raise ValueError(f"{source} is step {named} and --step is {step}: leave --step out")
+    run_dir = source.absolute().parent.parent
+    if source.absolute().parent.name != "checkpoints":
+        raise ValueError(
+            f"{source} is not RUN/checkpoints/{source.name}: give the run folder and --step {named}"
+        )
+    return run_dir, named
+
+
+def import_weights(
+    directory: Annotated[
+        Path | None, typer.Argument(metavar="[DIR]", help="a folder that `trellis export` wrote")
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="new folder for the checkpoint and model.toml")] = None,
+    from_transformer: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="a Llama in a Hugging Face folder, to start a Trellis from"),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="MODEL.B=C", help="of --from-transformer: a key of the model section; repeatable"
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="of --from-transformer: of what the source does not have")] = 0,
+) -> None:
+    """Turn an exported folder, or a Llama, into a checkpoint that `trellis train --init-from` starts from."""
+    if output is None or (directory is None) == (from_transformer is None):
+        raise ValueError("import needs --output FOLDER, and DIR or --from-transformer DIR: one of the two")
+    from checkpoints.import_model import import_folder, write_import
+
+    if from_transformer is not None:
+        imported = _converted(from_transformer, set_ or [], seed)
+    else:
+        assert directory is not None, "checked above"
+        if set_:
+            raise ValueError(f"--set {set_[0]}: an exported model keeps its section")
+        imported = import_folder(directory)
+    source = from_transformer or directory
+    assert source is not None, "checked above"
+    write_import(imported, output, source=source)
+    for line in _account(imported, output):
+        print(line)
+
+
+def _converted(directory: Path, assignments: list[str], seed: int) -> Imported:
+    from checkpoints.from_llama import convert_llama, llama_section
+    from launch.layers import override
+
+    strangers = [item for item in assignments if not item.startswith("model.")]
+    if strangers:
+        raise ValueError(f"--set {strangers[0]}: only model.* can be set here")
+    table: dict[str, Any] = {"model": llama_section(directory)}
+    override(table, assignments)
+    return convert_llama(directory, table["model"], seed=seed)
+
+
+def _account(imported: Imported, output: Path) -> list[str]:
+    """What became of every tensor, and how to go on."""
+    lines = [f"imported {len(imported.mapped)} tensors into {output / 'step-00000000'}"]
+    lines += _listed("not taken over from the source", imported.unmapped)
+    lines += _listed("initialised anew", imported.fresh)
+    lines += [f"note: {note}" for note in imported.notes]
+    lines.append(
+        f"to go on: trellis train RECIPE+{output / 'model.toml'} --init-from {output}, with the source's own "
+        "tokenizer as data.tokenizer.path"
+    )
+    return lines
+
+
+def _listed(title: str, found: Mapping[str, str]) -> list[str]:
+    return [f"{title} ({len(found)}):", *(f"  {name}: {why}" for name, why in found.items())] if found else []
