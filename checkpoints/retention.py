@@ -15,7 +15,7 @@ from checkpoints.reader import load_run_state
 from checkpoints.verify import quick_problems, verify_checkpoint
 from trellis_dist.files import REAL, FileSystem
 
-__all__ = ["Retention", "keep_newest", "retain", "retention_of", "select"]
+__all__ = ["Retention", "retain", "retention_of", "select"]
 
 
 @dataclass(frozen=True)
@@ -101,11 +101,6 @@ def retain(root: Path, policy: Retention, *, file_system: FileSystem = REAL) -> 
         warnings.warn(text, CheckpointWarning, stacklevel=2)
         return []
     return [path for path in doomed if _remove(path, file_system)]
-
-
-def keep_newest(root: Path, keep: int, *, file_system: FileSystem = REAL) -> list[Path]:
-    """`retain` with nothing but a count; 0 keeps all. Raises OSError."""
-    return retain(root, Retention(last=keep), file_system=file_system)
 
 
 def _remove(path: Path, file_system: FileSystem) -> bool:

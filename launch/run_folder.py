@@ -31,6 +31,10 @@ _FREE_TRAINING = (
     "training.validation_interval",
     "training.validation_rows",
     "training.max_skipped_steps",
+    "training.spike_",
+    "training.max_rollbacks",
+    "training.replica_check_interval",
+    "training.straggler_ratio",
     "training.first_step_timeout_s",
     "training.step_timeout_s",
     # A run that has a checkpoint resumes it; where its first weights came from is in there.

@@ -27,10 +27,10 @@ from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.training import loop, saving, setup
 from trellis_dist.training.engines.local import LocalEngine
 from trellis_dist.training.errors import EchoError
+from trellis_dist.training.guards import DivergedError
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
 from trellis_dist.training.state import Progress, check_same_run, run_state
-from trellis_dist.training.watchdog import DivergedError
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -13,7 +13,7 @@ from trellis_dist.training.errors import EchoError
 
 T = TypeVar("T")
 
-__all__ = ["PeerFailedError", "gather_scalars", "on_main", "sum_scalars", "together"]
+__all__ = ["PeerFailedError", "gather_objects", "gather_scalars", "on_main", "sum_scalars", "together"]
 
 
 class PeerFailedError(EchoError, ValueError):
@@ -41,6 +41,15 @@ def gather_scalars(values: Sequence[float]) -> list[list[float]]:
     dist.all_gather_into_tensor(rows.view(-1), own)
     gathered: list[list[float]] = rows.tolist()
     return gathered
+
+
+def gather_objects(value: T) -> list[T]:
+    """The ``value`` of every rank, by rank (pickled on the way; for small things such as a host name)."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T | None] = [None] * env.world_size()
+    dist.all_gather_object(values, value)
+    return cast(list[T], values)
 
 
 def together(work: Callable[[], T], *, what: str) -> T:

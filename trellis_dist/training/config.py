@@ -107,6 +107,16 @@ class TrainingConfig:
         threads: torch threads per rank on a CPU; 0 divides the cores among the local ranks.
         max_skipped_steps: consecutive updates that may be skipped for a non-finite loss or gradient; one more
             stops the run.
+        spike_action: what a loss spike leads to: "off" (nobody looks), "warn", or "rollback" (back to the
+            newest checkpoint before it, and on with the rows after it).
+        spike_window: steps whose losses a loss is compared with; nothing is said before so many.
+        spike_deviations: how far above their median, in standard deviations, a loss is a spike.
+        spike_patience: consecutive steps that it must last.
+        max_rollbacks: rollbacks over the whole run; the next spike stops it.
+        replica_check_interval: steps between checksums of the weights that several ranks hold; they are also
+            compared before each save. 0 switches it off.
+        straggler_ratio: a rank is named that computes this many times as long as the others; 0 switches it
+            off.
         first_step_timeout_s: the process dumps its stacks and exits when its first step, a validation pass or
             a save takes longer than this; 0 switches the watchdog off.
         step_timeout_s: the same for every later step; 0 switches the watchdog off.
@@ -132,6 +142,13 @@ class TrainingConfig:
     validation_rows: int = 0
     threads: int = 0
     max_skipped_steps: int = 10
+    spike_action: Literal["off", "warn", "rollback"] = "warn"
+    spike_window: int = 50
+    spike_deviations: float = 6.0
+    spike_patience: int = 3
+    max_rollbacks: int = 3
+    replica_check_interval: int = 1000
+    straggler_ratio: float = 1.5
     first_step_timeout_s: float = 1800.0
     step_timeout_s: float = 600.0
 
@@ -156,8 +173,22 @@ class TrainingConfig:
             "validation_rows",
             "threads",
             "max_skipped_steps",
+            "max_rollbacks",
+            "replica_check_interval",
         ):
             require(getattr(self, name) >= 0, f"training.{name} = {getattr(self, name)}: use 0 or more")
+        require(self.spike_window >= 4, f"training.spike_window = {self.spike_window}: use 4 or more steps")
+        require(
+            self.spike_patience >= 1, f"training.spike_patience = {self.spike_patience}: use 1 or more steps"
+        )
+        require(
+            math.isfinite(self.spike_deviations) and self.spike_deviations > 0,
+            f"training.spike_deviations = {self.spike_deviations}: use a finite, positive number",
+        )
+        require(
+            self.straggler_ratio == 0 or 1 < self.straggler_ratio < math.inf,
+            f"training.straggler_ratio = {self.straggler_ratio}: use 0 (off) or a number above 1",
+        )
         for name in ("first_step_timeout_s", "step_timeout_s"):
             value = getattr(self, name)
             require(

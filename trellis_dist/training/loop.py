@@ -19,12 +19,13 @@ from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
+from trellis_dist.training.rollback import roll_back
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
 from trellis_dist.training.setup import Session, open_session, runtime
 from trellis_dist.training.termination import TerminationRequest
 from trellis_dist.training.watch.open import Report
-from trellis_dist.training.watchdog import SkipBudget
+from trellis_dist.training.watch.spikes import Spike
 
 __all__ = ["EXIT_TERMINATED", "Job", "TrainResult", "run"]
 
@@ -107,12 +108,12 @@ class _Loop:
 
     def __init__(self, session: Session) -> None:
         self.session = session
-        self.budget = SkipBudget(session.job.training.max_skipped_steps)
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
         self.measured: dict[str, float] = {}  # at the last step
         self.first_loss: float | None = None
         self._seconds = self._steps = 0.0  # of training, since the last row
+        self._busy = 0.0  # seconds this rank computed in the last step
 
     def until(self, last: int) -> TrainResult:
         """Train up to step ``last`` and save."""
@@ -129,6 +130,8 @@ class _Loop:
     def _finish(self, request: TerminationRequest) -> None:
         """Save the last step; when asked to end, within the grace period as far as the last save can tell."""
         session = self.session
+        if session.progress.step != session.saver.saved_step:
+            session.guards.check_replicas(session.progress.step, saving=True)
         within = session.job.checkpoint.grace_s - request.waited if request.received else math.inf
         session.saver.finish(session.engine, session.progress, measured=self.measured, within=within)
         if request.received:
@@ -144,20 +147,37 @@ class _Loop:
         batches = session.loader.micro_batches(session.progress.samples)
         counted = sum(batch.valid_tokens for batch in batches)
         session.watch.enter("agreement between the ranks")
-        valid, asked, statuses = zip(
-            *gather_scalars([counted, request.received, session.saver.status]), strict=True
-        )
+        said = [counted, request.received, session.saver.status, self._busy]
+        valid, asked, statuses, busy = zip(*gather_scalars(said), strict=True)
         session.saver.settle(statuses)
         if any(asked):
             return True
         step = session.progress.step + 1
+        session.guards.note_busy(step - 1, busy)
         rate = self._rate(step)
         # Every sequence and tensor rank counts the whole rows, so each token was counted sp * tp times.
         copies = session.mesh.sp * session.mesh.tp
+        session.guards.before_step()
+        session.busy.begin()
         result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(sum(valid)) // copies))
+        self._busy = session.busy.finish()
         self._advance(step, result, time.monotonic() - begin)
-        self._afterwards(step, rate, result)
+        spike = session.guards.note_result(step, result, batches, samples=session.progress.samples)
+        if spike is None or not self._rolled_back(spike):
+            self._afterwards(step, rate, result)
         return False
+
+    def _rolled_back(self, spike: Spike) -> bool:
+        """Say that there is a spike, and go back before it if the run is to."""
+        session = self.session
+        session.metrics.say(f"alert: step {session.progress.step}: {spike}")
+        if session.job.training.spike_action != "rollback":
+            return False
+        self._arm("rollback", long=True)
+        done = roll_back(session, spike)
+        where = f"went back to step {session.progress.step}; the rows in between are skipped"
+        session.metrics.say(f"rollback: {where if done else 'no checkpoint before the spike, going on'}")
+        return done
 
     def _arm(self, operation: str, *, long: bool, ahead: int = 0) -> None:
         """Begin a phase of the step that is done, or ``ahead`` of it."""
@@ -179,11 +199,6 @@ class _Loop:
         self.loss = result.loss
         self._seconds, self._steps = self._seconds + seconds, self._steps + 1
         session.metrics.advance(step)
-        if not result.applied:
-            session.metrics.say(
-                f"alert: step {step} skipped: loss {result.loss}, gradient norm {result.grad_norm}"
-            )
-        self.budget.note(step, result)
 
     def _afterwards(self, step: int, rate: float, result: StepResult) -> None:
         """Validate, write the row, save: whatever is due after ``step``."""
@@ -199,8 +214,10 @@ class _Loop:
         self.measured = {"loss/train": result.loss, **kept}
         if row:
             session.metrics.write(row)
+        session.guards.check_replicas(step)
         if step % job.checkpoint.interval == 0 and not last:
             self._arm("beginning to save", long=True)
+            session.guards.check_replicas(step, saving=True)
             session.saver.save(session.engine, session.progress, measured=self.measured)
 
     def _row_due(self, step: int) -> bool:
@@ -227,6 +244,10 @@ class _Loop:
         row |= session.saver.times()
         if session.progress.skipped:
             row["health/skipped_steps"] = session.progress.skipped
+        if session.progress.rollbacks:
+            row["health/rollbacks"] = session.progress.rollbacks
+        if session.guards.slow_ranks:
+            row["health/slow_ranks"] = session.guards.slow_ranks
         if session.saver.failures:
             row["health/failed_saves"] = session.saver.failures
         return row

@@ -159,12 +159,28 @@ class MetricsWriter:
         """Open ``metrics.jsonl`` and ``tensorboard/`` in ``run_dir``."""
         self._sinks: list[JsonLines | TensorBoard] = []
         self._console: Console | None = None
+        self._run_dir, self._tensorboard = run_dir, tensorboard
         if not main:
             return
         self._console = Console(steps=steps, first=resumed_step, progress=progress)
-        self._sinks.append(JsonLines(run_dir / "metrics.jsonl", resumed_step=resumed_step))
-        if tensorboard:
-            self._sinks.append(TensorBoard(run_dir / "tensorboard", resumed_step=resumed_step))
+        self._open(resumed_step)
+
+    def _open(self, resumed_step: int) -> None:
+        self._sinks = [JsonLines(self._run_dir / "metrics.jsonl", resumed_step=resumed_step)]
+        if self._tensorboard:
+            self._sinks.append(TensorBoard(self._run_dir / "tensorboard", resumed_step=resumed_step))
+
+    def rewind(self, step: int) -> None:
+        """Drop the rows after ``step``, as a start that resumes there does."""
+        if self._console is None:
+            return
+        for sink in self._sinks:
+            _close(sink)
+        try:
+            self._open(step)
+        except OSError as error:
+            self.say(f"alert: metrics are not written until the next start: {error}")
+            self._sinks = []
 
     def advance(self, step: int) -> None:
         """Move the progress bar."""

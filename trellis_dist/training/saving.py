@@ -25,6 +25,7 @@ from trellis_dist.parallel import env
 from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.engines.base import Engine
 from trellis_dist.training.errors import EchoError
+from trellis_dist.training.guards import Guards
 from trellis_dist.training.job import Job
 from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import random_states
@@ -46,12 +47,19 @@ class Saver:
     """Saves checkpoints on all ranks together and counts the saves that failed."""
 
     def __init__(
-        self, root: Path, job: Job, *, fingerprint: str, metrics: MetricsWriter, start: Start
+        self,
+        root: Path,
+        job: Job,
+        *,
+        fingerprint: str,
+        metrics: MetricsWriter,
+        start: Start,
+        guards: Guards,
     ) -> None:
         """Save into ``root`` what goes on from ``start``. Every rank calls this."""
         saved_step = start.progress.step
-        self._origin = start.origin
-        self._root, self._job, self._fingerprint, self._metrics = root, job, fingerprint, metrics
+        self._origin, self._guards = start.origin, guards
+        self.root, self._job, self._fingerprint, self._metrics = root, job, fingerprint, metrics
         self.saved_step = saved_step
         self.failures = 0
         self._process, self._started = env.broadcast_object(process_name()), 0
@@ -87,7 +95,7 @@ class Saver:
         disk, say) is announced when it is settled, and training goes on with the earlier checkpoints intact.
         """
         if self._begin(engine, progress, measured) and not self._job.checkpoint.background:
-            self._drain()
+            self.drain()
 
     def finish(
         self,
@@ -111,11 +119,11 @@ class Saver:
         self._patience = min(UPLOAD_S, within)
         enough = all(row[0] for row in gather_scalars([self._fits(within)]))
         flying = self._saver.in_flight is not None
-        self._drain()
+        self.drain()
         if flying and not enough:
             return self.saved_step == progress.step
         if self._begin(engine, progress, measured):
-            result = self._drain(last=True)
+            result = self.drain(last=True)
             assert result is not None, "a save in flight ends"
             if result.error is not None:
                 raise result.error
@@ -140,7 +148,7 @@ class Saver:
 
     def _begin(self, engine: Engine, progress: Progress, measured: Mapping[str, float]) -> bool:
         """Start the save of this step; False when it is there already."""
-        self._drain()  # with saves this slow, training waits for them
+        self.drain()  # with saves this slow, training waits for them
         if progress.step == self.saved_step:
             return False
         state = run_state(
@@ -150,6 +158,7 @@ class Saver:
             fingerprint=self._fingerprint,
             measured=measured,
             origin=self._origin,
+            guards=self._guards.state(),
         )
         began = time.monotonic()
         self._started += 1
@@ -168,7 +177,7 @@ class Saver:
         self._saver.wait_copied()
         self._blocked += time.monotonic() - began
 
-    def _drain(self, *, last: bool = False) -> Settled | None:
+    def drain(self, *, last: bool = False) -> Settled | None:
         """Wait, on all ranks together, until the save in flight is settled; the ``last`` is not announced."""
         began, result = time.monotonic(), None
         while self._saver.in_flight is not None:
@@ -208,9 +217,9 @@ class Saver:
         if self._uploader is not None:
             self._uploader.submit(committed)  # pinned before old ones go
         try:
-            retain(self._root, retention_of(self._job.checkpoint), file_system=FILE_SYSTEM)
+            retain(self.root, retention_of(self._job.checkpoint), file_system=FILE_SYSTEM)
         except OSError as error:
-            self._messages.append(f"alert: an old checkpoint in {self._root} could not be removed: {error}")
+            self._messages.append(f"alert: an old checkpoint in {self.root} could not be removed: {error}")
 
     def close(self) -> None:
         """Drop a save in flight; wait for what the last one still removes and, after `finish`, uploads."""

@@ -28,6 +28,7 @@ from trellis_dist.training.collectives import on_main, together
 from trellis_dist.training.engines.base import Engine
 from trellis_dist.training.engines.factory import build_engine, uses_bf16
 from trellis_dist.training.evaluate import Validator
+from trellis_dist.training.guards import Guards
 from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import restore_random_states, seed_generators
@@ -52,6 +53,8 @@ class Session:
     validator: Validator
     metrics: MetricsWriter
     saver: Saver
+    guards: Guards
+    states: RowStates | None
     watch: HangWatch
     busy: BusyTimer
     progress: Progress
@@ -155,12 +158,16 @@ def _open(
         watch.close()
         return None
     mesh = build_mesh(job.mesh, tensor=job.tensor, sequence=job.sequence, device=device)
-    engine = together(lambda: _engine(job, mesh, start), what="building or restoring the model")
+    states = _row_states(job, mesh)
+    engine = together(lambda: _engine(job, mesh, start, states), what="building or restoring the model")
     engine.enter = watch.enter
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
     metrics.say(_describe(job, mesh, train, start))
-    saver = Saver(root, job, fingerprint=train.fingerprint, metrics=metrics, start=start)
+    guards = Guards(job.training, engine=engine, mesh=mesh, metrics=metrics, run_dir=run_dir)
+    guards.load(start.guards)
+    fingerprint = train.fingerprint
+    saver = Saver(root, job, fingerprint=fingerprint, metrics=metrics, start=start, guards=guards)
     return Session(
         job=job,
         mesh=mesh,
@@ -169,6 +176,8 @@ def _open(
         validator=_validator(job, validation, mesh),
         metrics=metrics,
         saver=saver,
+        guards=guards,
+        states=states,
         watch=watch,
         busy=BusyTimer(engine.forward_module, device=mesh.device),
         progress=progress,
@@ -204,17 +213,19 @@ def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
     return train, TokenDataset(folder, "validation", **options)
 
 
-def _engine(job: Job, mesh: Mesh, start: Start) -> Engine:
+def _row_states(job: Job, mesh: Mesh) -> RowStates | None:
+    if job.data.carry_rows == 1:
+        return None
+    return RowStates(global_rows=job.global_rows, micro_batch=job.training.micro_batch, mesh=mesh)
+
+
+def _engine(job: Job, mesh: Mesh, start: Start, states: RowStates | None) -> Engine:
     """Build the model, split it over the mesh, wrap it, and restore what the run starts from."""
     seed_generators(job.training.seed)
     model = build_language_model(job.model, seed=job.training.seed, device=mesh.device)
     segments = apply_parallelism(
         model, mesh, recompute=job.training.activation_checkpointing, compile_backend=job.training.compile
     )
-    states = None
-    if job.data.carry_rows > 1:
-        rows = job.global_rows
-        states = RowStates(global_rows=rows, micro_batch=job.training.micro_batch, mesh=mesh)
     engine = build_engine(
         model, job.training, optimizer=job.optimizer, mesh=mesh, segments=segments, states=states
     )

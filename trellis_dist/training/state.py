@@ -27,11 +27,12 @@ class Progress:
     samples: int = 0
     tokens: int = 0
     skipped: int = 0
+    rollbacks: int = 0
 
     @classmethod
     def from_state(cls, state: Mapping[str, Any]) -> Progress:
-        """Read what ``run_state`` wrote."""
-        return cls(**{field.name: int(state[field.name]) for field in dataclasses.fields(cls)})
+        """Read what ``run_state`` wrote; a count that its version of the code did not have yet is 0."""
+        return cls(**{field.name: int(state.get(field.name, 0)) for field in dataclasses.fields(cls)})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +45,7 @@ class Start:
         optimizer_steps: updates applied so far.
         weights: the checkpoint that a new run takes its weights from; None without ``training.init_from``.
         origin: where the weights of the run came from at its beginning: path, step, digest of the manifest.
+        guards: what the watchers of the numbers remember.
     """
 
     progress: Progress
@@ -51,6 +53,7 @@ class Start:
     optimizer_steps: int = 0
     weights: Path | None = None
     origin: Mapping[str, Any] | None = None
+    guards: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_state(
@@ -61,15 +64,18 @@ def run_state(
     fingerprint: str,
     measured: Mapping[str, float] | None = None,
     origin: Mapping[str, Any] | None = None,
+    guards: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON state of a checkpoint.
 
-    ``measured`` are metrics of this very step, ``origin`` says where the first weights came from.
+    ``measured`` are metrics of this very step, ``origin`` says where the first weights came from, ``guards``
+    is what the watchers of the numbers remember.
     """
     return {
         **dataclasses.asdict(progress),
         "optimizer_steps": optimizer_steps,
         "init_from": dict(origin) if origin else None,
+        "guards": dict(guards or {}),
         "metrics": {key: float(value) for key, value in (measured or {}).items() if math.isfinite(value)},
         "optimizer": _plain(dataclasses.asdict(job.optimizer)),
         "schedule": _plain(dataclasses.asdict(job.schedule)),
@@ -172,6 +178,7 @@ def _resumed(found: Path, job: Job, *, fingerprint: str) -> Start:
         checkpoint=found,
         optimizer_steps=int(state["optimizer_steps"]),
         origin=state.get("init_from"),
+        guards=state.get("guards", {}),
     )
 
 

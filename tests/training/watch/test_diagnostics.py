@@ -2,19 +2,29 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from trellis_dist.files import REAL, read_json
-from trellis_dist.training.watch.diagnostics import diagnostics_path, dump, first_place, summary
+from trellis_dist.training.watch.diagnostics import diagnostics_path, dump, finite_rows, first_place, summary
 
 NAN, INF = float("nan"), float("inf")
 
 
-def tensors(**values: list[float]) -> list[tuple[str, torch.Tensor]]:
-    return [(name.replace("__", "."), torch.tensor(value)) for name, value in values.items()]
+def tensors(**values: list[float]) -> list[dict[str, Any]]:
+    return finite_rows((name.replace("__", "."), torch.tensor(value)) for name, value in values.items())
+
+
+def test_pieces_of_a_parameter_make_one_row_in_the_order_of_the_model() -> None:
+    pieces = [("b", torch.tensor([NAN, 1.0])), ("a", torch.tensor([5.0])), ("b", torch.tensor([INF, -2.0]))]
+    assert finite_rows(pieces, names=["a", "b", "c"]) == [
+        {"name": "a", "elements": 1, "nonfinite": 0, "largest": 5.0},
+        {"name": "b", "elements": 4, "nonfinite": 2, "largest": 2.0},
+        {"name": "c", "elements": 0, "nonfinite": 0, "largest": 0.0},
+    ]
 
 
 def test_the_table_says_where_numbers_are_not_finite(tmp_path: Path) -> None:
@@ -54,7 +64,7 @@ def test_finite_everything_and_nothing_at_all(tmp_path: Path) -> None:
     expected = f"all weights and gradients in {tmp_path} are finite: the loss alone was not"
     assert summary(tmp_path) == expected
     empty = [("nothing", torch.zeros(0)), ("half", torch.ones(3, dtype=torch.bfloat16))]
-    assert dump(tmp_path, rank=0, step=1, weights=empty)
+    assert dump(tmp_path, rank=0, step=1, weights=finite_rows(empty))
     assert summary(tmp_path) == expected
 
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from trellis_dist.files import atomic_write, read_json, write_json
 
-__all__ = ["Place", "diagnostics_path", "dump", "first_place", "summary"]
+__all__ = ["Place", "diagnostics_path", "dump", "finite_rows", "first_place", "summary"]
 
 NAME = re.compile(r"rank-([0-9]{5,})\.json")
 
@@ -39,8 +39,8 @@ def dump(
     *,
     rank: int,
     step: int,
-    weights: Iterable[tuple[str, Tensor]],
-    gradients: Iterable[tuple[str, Tensor]] = (),
+    weights: Sequence[Mapping[str, Any]],
+    gradients: Sequence[Mapping[str, Any]] = (),
     history: Sequence[Mapping[str, float]] = (),
     tokens: Sequence[Tensor] = (),
     samples: int = 0,
@@ -50,7 +50,7 @@ def dump(
     It raises no OSError: the error that stops the run must not be hidden by a full disk.
 
     Args:
-        weights, gradients: names and local tensors, in the model's order.
+        weights, gradients: ``finite_rows`` of the local tensors, the same parameters on every rank.
         history: rows of the last steps (step, loss, gradient norm).
         tokens: token ids of this rank's last micro-batches.
         samples: the data counter, rows consumed over the whole mesh.
@@ -63,8 +63,8 @@ def dump(
         "step": step,
         "samples": samples,
         "history": [dict(row) for row in history],
-        "weights": [_row(name, tensor) for name, tensor in weights],
-        "gradients": [_row(name, tensor) for name, tensor in gradients],
+        "weights": list(weights),
+        "gradients": list(gradients),
     }
     path = diagnostics_path(folder, rank)
     try:
@@ -79,9 +79,27 @@ def dump(
     return True
 
 
+def finite_rows(
+    named: Iterable[tuple[str, Tensor]], *, names: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
+    """Of each tensor how many elements are not finite, and the largest magnitude among those that are.
+
+    With ``names`` there is one row for each of them in that order: a rank may hold none or several pieces.
+    """
+    rows = [_row(name, tensor) for name, tensor in named]
+    if names is None:
+        return rows
+    whole = {name: {"name": name, "elements": 0, "nonfinite": 0, "largest": 0.0} for name in names}
+    for row in rows:
+        sums = whole[row["name"]]
+        sums["elements"] += row["elements"]
+        sums["nonfinite"] += row["nonfinite"]
+        sums["largest"] = max(sums["largest"], row["largest"])
+    return list(whole.values())
+
+
 @torch.no_grad()
 def _row(name: str, tensor: Tensor) -> dict[str, Any]:
-    """How many elements are not finite, and the largest magnitude among those that are."""
     values = tensor.detach()
     finite = torch.isfinite(values)
     largest = torch.where(finite, values, torch.zeros_like(values)).abs().max() if values.numel() else 0.0
