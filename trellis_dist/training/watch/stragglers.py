@@ -28,11 +28,12 @@ class Straggler:
 
 
 class StragglerDetector:
-    """Compares what each rank's quicker steps of a window take with the same of the median rank.
+    """Compares what each rank's steps of a window take with the same of the median rank.
 
-    Noise only ever adds time: another program, a page fault, a collection. It adds it to some steps, and a
-    slow rank is slow in all, so a low quantile of the window tells them apart. The rank to compare with is
-    the lower median one, which of two ranks is the quicker.
+    Noise adds time to some steps (a page fault, a collection, another program on the core's other half), and
+    a slow rank is slow in all: of each window the longest fifth is left out and the rest is averaged. The
+    rank to compare with is the lower median one, which of two ranks is the quicker. Window and ratio are
+    such that the steps recorded by ``benchmarks.step_times`` raise no alarm.
 
     Ranks that wait for each other inside what is timed (one tensor or sequence group, or all ranks of an
     engine that gathers weights) take the same time: then the whole group is named, or nobody.
@@ -42,9 +43,9 @@ class StragglerDetector:
         self,
         ranks: int,
         *,
-        window: int = 10,
-        ratio: float = 1.5,
-        quantile: float = 0.2,
+        window: int = 16,
+        ratio: float = 1.65,
+        kept: float = 0.8,
         hosts: Sequence[str] = (),
     ) -> None:
         """Watch ``ranks`` ranks; a rank is slow at ``ratio`` times the others' seconds."""
@@ -52,7 +53,7 @@ class StragglerDetector:
         assert window >= 1
         assert ratio > 1, "at a ratio of 1 half of all ranks are slow"
         self._window, self._ratio, self._hosts = window, ratio, tuple(hosts)
-        self._place = int(quantile * (window - 1))
+        self._kept = max(1, round(kept * window))
         self._times: list[deque[float]] = [deque(maxlen=window) for _ in range(ranks)]
         self._slow: dict[int, Straggler] = {}
 
@@ -66,11 +67,11 @@ class StragglerDetector:
             times.append(seconds)
         if len(self._times[0]) < self._window:
             return []
-        low = [sorted(times)[self._place] for times in self._times]
-        usual = sorted(low)[(len(low) - 1) // 2]
+        own = [sum(sorted(times)[: self._kept]) / self._kept for times in self._times]
+        usual = sorted(own)[(len(own) - 1) // 2]
         if usual <= 0:  # nothing was timed
             return []
-        return [found for rank, own in enumerate(low) if (found := self._judge(step, rank, own / usual))]
+        return [found for rank, mine in enumerate(own) if (found := self._judge(step, rank, mine / usual))]
 
     def _judge(self, step: int, rank: int, ratio: float) -> Straggler | None:
         known = self._slow.get(rank)
