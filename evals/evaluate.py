@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints.pins import pinned
 from evals.config import EvalConfig
 from evals.runs import (
     LoadedRun,
@@ -142,13 +144,16 @@ def evaluate_run(
     checkpoint = find_checkpoint(run_dir, step=step)
     loaded: LoadedRun | None = None
     records: dict[str, Any] = {}
-    for name in config.tasks:
-        job = job_of(run_dir, checkpoint, get_task(name), config, dataset_dir=dataset_dir)
-        record = stored_result(job)
-        if record is None:
-            loaded = loaded or load_run(run_dir, step=job.step, device=config.device, dataset_dir=dataset_dir)
-            record = run_job(job, loaded, config, progress=progress)
-        records[name] = record
+    with pinned(checkpoint, f"eval-{os.getpid()}"):  # a run at work may be about to remove it
+        for name in config.tasks:
+            job = job_of(run_dir, checkpoint, get_task(name), config, dataset_dir=dataset_dir)
+            record = stored_result(job)
+            if record is None:
+                loaded = loaded or load_run(
+                    run_dir, step=job.step, device=config.device, dataset_dir=dataset_dir
+                )
+                record = run_job(job, loaded, config, progress=progress)
+            records[name] = record
     return records
 
 

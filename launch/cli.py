@@ -116,6 +116,12 @@ def train(
     stop_at_step: Annotated[
         int | None, typer.Option(help="save and stop there; a later start continues")
     ] = None,
+    init_from: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT", help="weights for a new run: a run, a checkpoint, an import (training.init_from)"
+        ),
+    ] = None,
     max_restarts: MaxRestarts = 0,
 ) -> None:
     """Train on this machine, one process per rank of the mesh; continues from the newest checkpoint.
@@ -130,7 +136,8 @@ def train(
     with asked_to_end():  # before training can answer: recipe and torch take seconds
         from launch.training_run import train as train_run
 
-        loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+        source = [f"training.init_from={os.path.abspath(init_from)}"] if init_from else []
+        loaded = _load(recipe, [*(set_ or []), *source], corpus=corpus, dataset_dir=dataset_dir)
         folder = _run_folder(loaded, run_dir)
         train_run(
             loaded,
@@ -287,6 +294,8 @@ def _examine_path(path: Path, *, repair: bool, as_json: bool) -> bool:
             print(f"was damaged, made again: {problem}")
         for problem in report["problems"]:
             print(f"damaged: {problem}")
+        for note in report["notes"]:
+            print(f"note: {note}")
         verdict = "whole" if not report["problems"] else f"{len(report['problems'])} problem(s)"
         print(f"{report['kind']} {path}: {verdict} ({len(report['examined'])} examined)")
     return not report["problems"]
