@@ -82,6 +82,7 @@ class Failure:
         rank, host: who failed.
         message, detail: one line, and the traceback.
         echo: another rank knows the cause.
+        named: the message itself says which rank it is about, and where that was.
         restartable: the same ranks, started again, may get further.
         step, operation: what the rank did last; None and "" before it said so.
         at: unix seconds at which it failed.
@@ -93,6 +94,7 @@ class Failure:
     detail: str
     host: str = field(default_factory=socket.gethostname)
     echo: bool = False
+    named: bool = False
     restartable: bool = True
     step: int | None = None
     operation: str = ""
@@ -133,11 +135,19 @@ def is_echo(message: str) -> bool:
 
 
 def record_failure(
-    run_dir: Path, *, rank: int, message: str, detail: str, echo: bool = False, restartable: bool = True
+    run_dir: Path,
+    *,
+    rank: int,
+    message: str,
+    detail: str,
+    echo: bool = False,
+    named: bool = False,
+    restartable: bool = True,
 ) -> Failure:
     """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself.
 
-    ``echo`` says that another rank knows the cause. The last operation is taken from this rank's status page.
+    ``echo``, ``named`` and ``restartable`` are those of ``Failure``; the last operation is taken from this
+    rank's status page.
     """
     page = _page(run_dir, rank, pid=os.getpid())
     failure = Failure(
@@ -145,6 +155,7 @@ def record_failure(
         message=message,
         detail=detail,
         echo=echo or is_echo(message),
+        named=named,
         restartable=restartable,
         step=page.step if page else None,
         operation=page.operation if page else "",
@@ -205,6 +216,8 @@ def same_everywhere(failures: Iterable[Failure]) -> bool:
 
 def report(failure: Failure) -> str:
     """One line: rank, host, last operation, error."""
+    if failure.named:
+        return failure.message
     return f"rank {failure.rank} on {failure.host}{doing(failure.step, failure.operation)}: {failure.message}"
 
 

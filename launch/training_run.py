@@ -21,7 +21,7 @@ from launch.ranks import run_ranks, under_torchrun
 from launch.recipe import Recipe
 from launch.run_folder import anchored, claim_run
 from launch.supervise import supervise
-from launch.worker import ECHO_SECONDS, leave_failure, train_rank
+from launch.worker import ECHO_SECONDS, leave_failure, leave_hang, train_rank
 from trellis_dist.training.job import EXIT_TERMINATED, Resume, TrainResult
 
 __all__ = ["train"]
@@ -92,7 +92,14 @@ def _start_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
     recipe = anchored(preflight.fit_to_machine(recipe, say=_say))
     if os.environ["RANK"] == "0":
         claim_run(run_dir, recipe)
-    return train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step)
+    rank = int(os.environ["RANK"])
+
+    def report(message: str, echo: bool) -> None:
+        failure = leave_hang(run_dir, rank, message, echo)
+        if not echo:  # judged by one rank for all
+            _tell(message, failure)
+
+    return train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
 
 def _refuse_to_repeat(run_dir: Path) -> None:

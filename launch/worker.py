@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import cast
@@ -39,6 +40,7 @@ __all__ = [
     "end_with_launcher",
     "error_line",
     "leave_failure",
+    "leave_hang",
     "main",
     "process",
     "redirect_output",
@@ -85,8 +87,18 @@ def _is_adopted() -> bool:
         return os.path.exists("/proc/self/exe")
 
 
-def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> TrainResult:
-    """Train in this process, as the rank that its environment says, and return the loop's result."""
+def train_rank(
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    resume: Resume,
+    stop_at_step: int | None,
+    report: Callable[[str, bool], None],
+) -> TrainResult:
+    """Train in this process, as the rank that its environment says, and return the loop's result.
+
+    ``report`` is called with (message, echo) when this process is about to end because the run hangs.
+    """
     from trellis_dist.training.loop import run
 
     job = Job(
@@ -102,7 +114,7 @@ def train_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: i
         logging=recipe.logging,
         recipe=resolve(recipe),
     )
-    return run(job, run_dir, resume=resume, stop_at_step=stop_at_step)
+    return run(job, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
 
 def error_line(error: BaseException) -> str:
@@ -139,10 +151,20 @@ def main(arguments: list[str] | None = None) -> int:
     rank = int(os.environ.get("RANK", "0"))
     if rank > 0:
         redirect_output(log_folder(options.run_dir) / f"rank-{rank:05d}.log")
+
+    def report(message: str, echo: bool) -> None:
+        leave_hang(options.run_dir, rank, message, echo)
+
     try:
         recipe = parse_recipe(read_json(options.recipe), source=str(options.recipe))
         resume = cast(Resume, options.resume)
-        result = train_rank(recipe, options.run_dir, resume=resume, stop_at_step=options.stop_at_step)
+        result = train_rank(
+            recipe,
+            options.run_dir,
+            resume=resume,
+            stop_at_step=options.stop_at_step,
+            report=report,
+        )
     except Exception as error:
         if leave_failure(error, run_dir=options.run_dir, rank=rank).echo:
             _let_the_cause_be_said(options.run_dir)
@@ -162,6 +184,12 @@ def leave_failure(error: Exception, *, run_dir: Path, rank: int) -> Failure:
         echo=isinstance(error, EchoError) or lost_contact(error),
         restartable=is_restartable(error),
     )
+
+
+def leave_hang(run_dir: Path, rank: int, message: str, echo: bool) -> Failure:
+    """Record that this rank ends because the run hangs; with ``echo`` another one says who held it up."""
+    stacks = f"the stacks of all ranks are in {log_folder(run_dir)} and above"
+    return record_failure(run_dir, rank=rank, message=message, detail=stacks, echo=echo, named=True)
 
 
 def _let_the_cause_be_said(run_dir: Path) -> None:

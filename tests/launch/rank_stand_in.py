@@ -23,6 +23,7 @@ from trellis_dist.training.watch.status_page import StatusPage, status_path
 
 BASE = str(Path(__file__).with_name("base.toml"))
 MODULE = "tests.launch.rank_stand_in"
+HANG = "no progress on rank 0: rank 1 has not been heard of for 30 s; its last operation: step 9, update"
 GLOO = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4"
 
 
@@ -40,7 +41,7 @@ def starts(run_dir: Path, rank: int = 0) -> int:
     return len(path.read_text()) if path.is_file() else 0
 
 
-def play(_: Any, run_dir: Path, **__: Any) -> TrainResult:
+def play(_: Any, run_dir: Path, *, report: Callable[[str, bool], object], **__: Any) -> TrainResult:
     """Do what the script says for this rank and this start."""
     rank = int(os.environ["RANK"])
     scripts = read_json(run_dir / "script.json")
@@ -53,6 +54,9 @@ def play(_: Any, run_dir: Path, **__: Any) -> TrainResult:
     wait_until(lambda: all(starts(run_dir, other) >= begun for other in range(len(scripts))))
     outcome = "finished"
     for action in script[min(begun, len(script)) - 1].split(","):
+        if action == "hang":  # as the watch does, in its own thread
+            report(HANG, rank > 0)
+            os._exit(1)
         outcome = act(action, run_dir, run_dir / f"dying-{begun}") or outcome
     return TrainResult(outcome=outcome, step=0, tokens=0, resumed_step=0)  # type: ignore[arg-type]
 

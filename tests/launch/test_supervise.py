@@ -17,7 +17,7 @@ from launch.ending import TerminatedError
 from launch.failures import RankError, log_folder, read_failures
 from launch.ranks import run_ranks
 from launch.supervise import supervise
-from tests.launch.rank_stand_in import MODULE, starts, write_script
+from tests.launch.rank_stand_in import HANG, MODULE, starts, write_script
 
 HOST = socket.gethostname()
 ROOT = Path(__file__).resolve().parents[2]
@@ -109,6 +109,7 @@ def run(run_dir: Path, *ranks: list[str]) -> None:
         ((["bug"], ["lose"]), f"rank 0 on {HOST} {PLACE}: KeyError: 'x' (a bug", True),
         ((["lose"], ["value 3"]), f"rank 1 on {HOST} {PLACE}: optimizer.lr = 3: use less", False),
         ((["value 3"], ["value 3"]), "optimizer.lr = 3: use less", False),
+        ((["hang"], ["hang"]), HANG, True),
         ((["gloo"], ["gloo"]), f"rank 0 on {HOST} {PLACE}: lost the connection to another rank", True),
     ],
 )
@@ -294,6 +295,10 @@ def test_torchrun_restarts_what_died_and_one_rank_says_so(tmp_path: Path) -> Non
     assert line.startswith(f"trellis: error: rank 0 on {HOST} {PLACE}: lost the connection to another rank")
     assert line.endswith(f"; no word from rank 1 on {HOST} {PLACE}")
     assert [starts(tmp_path, rank) for rank in (0, 1)] == [2, 2]
+
+
+def test_a_hang_under_torchrun_is_said_by_the_rank_that_judged_it(tmp_path: Path) -> None:
+    assert under_torchrun(tmp_path, ["hang"], ["hang"], restarts=0) == (1, [f"trellis: error: {HANG}"])
 
 
 def test_a_rank_of_torchrun_takes_no_budget_of_its_own(
