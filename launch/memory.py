@@ -20,7 +20,10 @@ _LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
 
 
 def estimate_memory(recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig) -> dict[str, int]:
-    """Bytes on one rank by part, and their "total" on the device; what is offloaded lies in "host_state".
+    """Bytes on one rank by part, and their "total" on the device.
+
+    In host memory besides: what is offloaded ("host_state"), and on the rank that writes most the copies that
+    a checkpoint is written from while training goes on ("host_snapshot").
 
     Args:
         mesh: of the run, with ``dp`` filled in.
@@ -41,7 +44,8 @@ def estimate_memory(recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig
     if offloaded and recipe.training.engine == "fsdp2":  # whose shards are the masters, gradients beside them
         host += parts["weights"] + parts["gradients"]
         parts["weights"] = parts["gradients"] = 0
-    return {**parts, "total": sum(parts.values()), "host_state": host}
+    snapshot = state.saved() if recipe.checkpoint.background else 0
+    return {**parts, "total": sum(parts.values()), "host_state": host, "host_snapshot": snapshot}
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,11 @@ class _State:
         training = self.recipe.training
         apart = self._half or training.offload_optimizer or self._stage > 0
         return self._held(1) * 4 if apart and training.engine != "fsdp2" else 0
+
+    def saved(self) -> int:
+        """What rank 0 writes: weights, masters that hold more digits than those, moments."""
+        apart = self._half and self.recipe.training.engine != "fsdp2"
+        return self.weights() + (self._held(1) * 4 if apart else 0) + self.moments()
 
     def moments(self) -> int:
         return self._held(1) * (8 if self.recipe.optimizer.kind == "adamw" else 0)

@@ -88,8 +88,21 @@ def test_offloaded_state_is_the_hosts(setting: str, host: float) -> None:
     assert memory["host_state"] == pytest.approx(host * plan["parameters"]["total"], abs=16)
     assert memory["master_weights"] == memory["optimizer_moments"] == 0
     assert memory["total"] == sum(
-        value for part, value in memory.items() if part not in ("total", "host_state")
+        value for part, value in memory.items() if part not in ("total", "host_state", "host_snapshot")
     )
+
+
+@pytest.mark.parametrize(
+    "setting, per", [("engine=local", 14), ("zero_stage=1", 5), ("zero_stage=3", 3.5), ("engine=fsdp2", 6)]
+)
+def test_a_save_in_the_background_copies_what_rank_0_writes(setting: str, per: float) -> None:
+    """bf16 weights, fp32 masters and two moments, on 2 x 2 ranks; FSDP2's weights are their own masters."""
+    recipe = [*MESH, f"training.{setting}"]
+    plan = make_plan(load_recipe(BASE, recipe))
+    copied = plan["memory_per_rank_bytes"]["host_snapshot"]
+    assert copied == pytest.approx(per * plan["parameters"]["total"], abs=16)
+    foreground = make_plan(load_recipe(BASE, [*recipe, "checkpoint.background=false"]))
+    assert foreground["memory_per_rank_bytes"]["host_snapshot"] == 0
 
 
 @pytest.mark.parametrize("setting", ["precision=fp32", "offload_optimizer=true"])

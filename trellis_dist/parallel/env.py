@@ -36,7 +36,7 @@ __all__ = [
 
 # torch gives every later group its own default (30 minutes), whatever the first was told: it is kept here.
 _DEFAULT_TIMEOUT_S = 600.0
-FLIGHT_RECORDER = "256"  # collectives
+FLIGHT_RECORDER = "64"  # collectives; reading so many takes about 2 ms
 _timeout_s = _DEFAULT_TIMEOUT_S
 # Process groups, and what holds them, made since init_distributed.
 _kept: dict[Hashable, object] = {}
