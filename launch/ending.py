@@ -18,9 +18,9 @@ from typing import NoReturn
 
 from launch.failures import read_failures
 from trellis_dist.training.job import EXIT_TERMINATED
+from trellis_dist.training.termination import SIGNALS
 
 __all__ = [
-    "TERMINATION_SIGNALS",
     "TerminatedError",
     "asked_to_end",
     "end_process",
@@ -30,8 +30,6 @@ __all__ = [
     "newest_step",
     "on_termination",
 ]
-
-TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class TerminatedError(RuntimeError):
@@ -67,7 +65,7 @@ def asked_to_end(run_dir: Path | None = None) -> Iterator[None]:
     ``run_dir`` is left out before it is known.
     """
     before: int | None = None
-    with handlers_kept(TERMINATION_SIGNALS):
+    with handlers_kept(SIGNALS):
         try:
             if "RANK" in os.environ:
                 end_rank_at_once(run_dir if os.environ["RANK"] == "0" else None)
@@ -82,7 +80,7 @@ def asked_to_end(run_dir: Path | None = None) -> Iterator[None]:
 def on_termination(handler: Callable[[int, FrameType | None], object]) -> None:
     """Let SIGTERM and SIGUSR1 call ``handler``; only the main thread can, another one changes nothing."""
     if threading.current_thread() is threading.main_thread():
-        for number in TERMINATION_SIGNALS:
+        for number in SIGNALS:
             signal.signal(number, handler)
 
 

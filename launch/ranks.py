@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.ending import TERMINATION_SIGNALS, TerminatedError, ended, handlers_kept, newest_step
+from launch.ending import TerminatedError, ended, handlers_kept, newest_step
 from launch.failures import (
     MISUSE,
     RankError,
@@ -27,6 +27,7 @@ from launch.failures import (
     where,
 )
 from trellis_dist.training.job import EXIT_TERMINATED
+from trellis_dist.training.termination import SIGNALS
 
 __all__ = [
     "RankError",
@@ -45,7 +46,7 @@ _PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, sign
 # After the grace period, for a rank to be gone once its save is.
 _SLACK_S = 5
 # With which ranks end that were asked to; before they have a handler, by the signal itself.
-_ASKED = (EXIT_TERMINATED, *(-number for number in TERMINATION_SIGNALS))
+_ASKED = (EXIT_TERMINATED, *(-number for number in SIGNALS))
 
 
 def under_torchrun() -> bool:
@@ -90,7 +91,7 @@ def run_ranks(
             raise _asked("a signal to its ranks", run_dir, before=before) from None
         raise explain(error, run_dir) from None
     except SignalException as error:
-        if error.sigval not in TERMINATION_SIGNALS:
+        if error.sigval not in SIGNALS:
             raise KeyboardInterrupt from None
         raise _asked(signal.Signals(error.sigval).name, run_dir, before=before) from None
 

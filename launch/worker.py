@@ -16,7 +16,6 @@ from types import FrameType
 from typing import cast
 
 from launch.ending import (
-    TERMINATION_SIGNALS,
     end_process,
     end_rank_at_once,
     handlers_kept,
@@ -33,8 +32,9 @@ from launch.failures import (
 from launch.messages import show_warnings_plainly
 from launch.recipe import Recipe, parse_recipe, resolve
 from trellis_dist.files import read_json
-from trellis_dist.training.errors import EchoError
+from trellis_dist.training.errors import EchoError, MachineError
 from trellis_dist.training.job import Job, Resume, TrainResult
+from trellis_dist.training.termination import SIGNALS
 
 __all__ = [
     "end_with_launcher",
@@ -47,8 +47,8 @@ __all__ = [
     "train_rank",
 ]
 
-# What a user can cause; anything else is a bug and says so.
-USER_ERRORS = (ValueError, OSError)
+# What a user, or a machine, can cause; anything else is a bug and says so.
+USER_ERRORS = (ValueError, OSError, MachineError)
 
 ECHO_SECONDS = 3.0
 ECHO_POLL_SECONDS = 0.1
@@ -197,7 +197,7 @@ def _let_the_cause_be_said(run_dir: Path) -> None:
 
     Where that one died without a word, torchrun's SIGTERM ends the wait.
     """
-    with handlers_kept(TERMINATION_SIGNALS):
+    with handlers_kept(SIGNALS):
         on_termination(_end_failed)
         deadline = time.monotonic() + ECHO_SECONDS
         while time.monotonic() < deadline and all(failure.echo for failure in read_failures(run_dir)):

@@ -56,6 +56,21 @@ def test_bad_input_is_one_line_and_a_non_zero_exit(
     assert "Traceback" not in printed.out
 
 
+def test_init_from_is_a_recipe_key_that_holds_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from launch import training_run
+
+    trained: list[str] = []
+    monkeypatch.setattr(
+        training_run, "train", lambda recipe, *_, **__: trained.append(recipe.training.init_from)
+    )
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", BASE, "--init-from", "runs/old"]) == 0
+    assert main(["train", BASE]) == 0
+    assert trained == [str(tmp_path / "runs" / "old"), ""]
+
+
 def test_debug_adds_the_traceback(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", BASE, "--set", "model.dimm=1", "--debug"]) == 1
     printed = capsys.readouterr().err
@@ -116,7 +131,9 @@ def test_plan_json_adds_up(capsys: pytest.CaptureFixture[str]) -> None:
     batch, memory = plan["batch"], plan["memory_per_rank_bytes"]
     assert batch["global_rows"] == batch["micro_batch"] * batch["accumulation"] * batch["dp"]
     assert batch["tokens"] == batch["steps"] * batch["global_rows"] * batch["sequence_length"]
-    assert memory["total"] == sum(value for part, value in memory.items() if part != "total")
+    assert memory["total"] == sum(
+        value for part, value in memory.items() if part != "total" and not part.startswith("host_")
+    )
     parameters = plan["parameters"]["total"]
     assert memory["weights"] == 2 * parameters
     assert memory["optimizer_moments"] == pytest.approx(8 * parameters / 8, abs=8)

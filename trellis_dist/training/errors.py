@@ -1,8 +1,8 @@
-"""Which of several failing ranks knows the cause."""
+"""Which of several failing ranks knows the cause, and which failures are the machine's."""
 
 from __future__ import annotations
 
-__all__ = ["EchoError"]
+__all__ = ["EchoError", "MachineError"]
 
 
 class EchoError(Exception):
@@ -10,3 +10,7 @@ class EchoError(Exception):
 
     Mixed into the exception that the failing rank raises, so that handlers need not know it.
     """
+
+
+class MachineError(RuntimeError):
+    """A fault of memory or of a device, said in a line that needs no traceback; a restart may cure it."""

@@ -12,12 +12,15 @@ __all__ = ["SIGNALS", "TerminationRequest"]
 
 # What schedulers announce the end with: SIGTERM almost all, SIGUSR1 those (Slurm) that are told to.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# One request may come twice: from a scheduler that signals every process, and again through the launcher.
+REPEAT_S = 2.0
 
 
 class TerminationRequest:
-    """While entered, SIGTERM and SIGUSR1 are remembered instead of ending the process; a second one ends it.
+    """While entered, SIGTERM and SIGUSR1 are remembered instead of ending the process; a second request does.
 
-    Signals reach the main thread only; entered elsewhere, it never receives any.
+    A signal within ``REPEAT_S`` seconds of the first belongs to the first request. Signals reach the main
+    thread only; entered elsewhere, it never receives any.
 
     Attributes:
         received: whether one came.
@@ -41,8 +44,11 @@ class TerminationRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self._at, self.name, self.received = time.monotonic(), signal.Signals(number).name, True
-        self._restore()
+        if not self.received:
+            self._at, self.name, self.received = time.monotonic(), signal.Signals(number).name, True
+        elif self.waited > REPEAT_S:
+            self._restore()
+            signal.raise_signal(number)
 
     def _restore(self) -> None:
         for number, handler in self._previous.items():

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from trellis_dist.parallel.mesh import Mesh
+from trellis_dist.training.errors import MachineError
 
 __all__ = [
     "Mismatch",
@@ -35,7 +36,7 @@ PIECE = 1 << 20  # elements that are widened to int64 at a time
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
-class ReplicaError(RuntimeError):
+class ReplicaError(MachineError):
     """Copies of a weight differ: memory or a device is faulty. The last checkpoint was saved before it."""
 
 
