@@ -110,7 +110,7 @@ def convert_llama(directory: Path, section: Mapping[str, Any], *, seed: int) -> 
             fresh[name] = _initialise(name, parameter)
             continue
         value = source.read(theirs)
-        if name.partition(".mixer")[1] and _inner(name) in GROUPED:
+        if _inner(name) in GROUPED:
             value = _each_head(value, groups, config)
         check_shape(name, value, tuple(parameter.shape), source=source.directory)
         with torch.no_grad():

@@ -177,6 +177,7 @@ REFUSED = {
     "embeddings": (lambda o, x: o(x, inputs_embeds=torch.zeros(2, 4, 16)), "inputs_embeds"),
     "hidden states": (lambda o, x: o(x, output_hidden_states=True), "output_hidden_states"),
     "labels with a cache": (lambda o, x: o(x, labels=x, use_cache=True), "use_cache=False"),
+    "going back": (lambda o, x: continued(o, x[:1], prompt_lookup_num_tokens=2), "stateful"),
     "other vocabulary": (lambda o, x: o.resize_token_embeddings(64), "cannot be resized"),
 }
 
