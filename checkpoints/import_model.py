@@ -136,7 +136,9 @@ def write_import(imported: Imported, output: Path, *, source: Path, file_system:
     try:
         file_system.make_directory(attempt)
         save_checkpoint(attempt, step=0, tensors=tensors, run_state=state, file_system=file_system)
-        file_system.write(attempt / MODEL_FILE, [model_toml(section).encode()])
+        # Spelled out: laid over a recipe that sets a width, leaving it out would mean that one.
+        recipe = model_toml({**section, "mlp_hidden": imported.config.mlp_width})
+        file_system.write(attempt / MODEL_FILE, [recipe.encode()])
         file_system.write(attempt / REPORT, [canonical_json(report).encode()])
         commit_directory(attempt, output, file_system=file_system)
     except BaseException:
@@ -146,7 +148,7 @@ def write_import(imported: Imported, output: Path, *, source: Path, file_system:
 
 
 def model_toml(section: Mapping[str, Any]) -> str:
-    """`section` as the [model] section of a recipe; what is None is left out, which means the same."""
+    """`section` as the [model] section of a recipe; TOML has no None, so such a key is left out."""
     lines: list[str] = []
 
     def table(name: str, values: Mapping[str, Any]) -> None:

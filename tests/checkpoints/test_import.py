@@ -70,7 +70,9 @@ def test_an_export_comes_back_bit_for_bit(tmp_path: Path, form: str) -> None:
         assert_same(reader.read(f"model/{name}"), value)
     assert load_run_state(checkpoint)["model"] == SECTION
     written = tomllib.loads((output / "model.toml").read_text())
-    assert checked_section(written["model"], source="model.toml") == CONFIG
+    assert checked_section(written["model"], source="model.toml") == dataclasses.replace(
+        CONFIG, mlp_hidden=CONFIG.mlp_width
+    )
     assert json.loads((output / "import.json").read_text())["fresh"] == {}
 
 
@@ -79,6 +81,25 @@ def test_the_same_weights_give_the_same_folder_from_any_mesh(tmp_path: Path) -> 
     for path in first.iterdir():
         if path.name != EXPORT:  # it names the checkpoint's own manifest
             assert path.read_bytes() == (second / path.name).read_bytes(), path.name
+
+
+@pytest.mark.parametrize("kinds", [("bfloat16",), ("bfloat16", "float32")], ids=str)
+def test_weights_keep_their_types(tmp_path: Path, kinds: tuple[str, ...]) -> None:
+    types = [getattr(torch, kinds[number % len(kinds)]) for number in range(len(weights()))]
+    tensors = {name: value.to(kind) for (name, value), kind in zip(weights().items(), types, strict=True)}
+    checkpoint = saved(tmp_path / "steps", 1, tensors={f"model/{name}": t for name, t in tensors.items()})
+    (tmp_path / "pieces.model").write_bytes(b"pieces")
+    output = export_for_transformers(
+        checkpoint,
+        tmp_path / "out",
+        tokenizer=tmp_path / "pieces.model",
+        model_config=SECTION,
+        bos_id=1,
+        eos_id=2,
+    )
+    assert json.loads((output / "config.json").read_text())["dtype"] == kinds[-1], "opened as the widest"
+    for name, value in import_folder(output).tensors.items():
+        assert_same(value, tensors[name])
 
 
 def test_the_exports_own_reader_opens_either_form(tmp_path: Path) -> None:
