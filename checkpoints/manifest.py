@@ -7,6 +7,7 @@ names match fixed patterns, so it cannot point outside its directory.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -121,6 +122,15 @@ class Manifest(RankPart):
     step: int
     world_size: int
     digest: str = ""
+
+    @functools.cached_property
+    def slices_by_file(self) -> dict[str, list[tuple[str, TensorSlice]]]:
+        """Tensor file -> (tensor, slice) of all it holds."""
+        found: dict[str, list[tuple[str, TensorSlice]]] = {}
+        for name, record in self.tensors.items():
+            for part in record.slices:
+                found.setdefault(part.file, []).append((name, part))
+        return found
 
     def to_json(self) -> dict[str, Any]:
         """As manifest.json spells it."""

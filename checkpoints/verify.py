@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from checkpoints.commit import CheckpointWarning, list_steps, step_of
@@ -25,6 +28,8 @@ __all__ = [
     "stray_files",
     "verify_checkpoint",
 ]
+
+HASHERS = 8  # files of one checkpoint hashed at a time, if there are so many cores
 
 # Names beside the steps in a run's folder of checkpoints, and what they are.
 LEFTOVERS = {
@@ -73,16 +78,25 @@ def _problems(path: Path, *, full: bool) -> list[str]:
     found = []
     if step_of(path) not in (None, manifest.step):
         found.append(f"{path} holds step {manifest.step}: its manifest.json belongs to another step")
-    for name, record in manifest.files.items():
-        try:
-            check_file(path / name, record, hashed=full)
-            if full and name.endswith(".safetensors"):
-                check_header(path, name, manifest)
-            elif full and name == STATE_FILE:
-                _check_state(path / name)
-        except (OSError, ValueError) as error:
-            found.append(str(error))
-    return found
+    check = partial(_file_problem, path, manifest, full=full)
+    if full:  # hashing lets other threads run
+        with ThreadPoolExecutor(max(1, min(HASHERS, os.cpu_count() or 1))) as pool:
+            problems = list(pool.map(check, manifest.files))
+    else:
+        problems = [check(name) for name in manifest.files]
+    return found + [problem for problem in problems if problem]
+
+
+def _file_problem(path: Path, manifest: Manifest, name: str, *, full: bool) -> str | None:
+    try:
+        check_file(path / name, manifest.files[name], hashed=full)
+        if full and name.endswith(".safetensors"):
+            check_header(path, name, manifest)
+        elif full and name == STATE_FILE:
+            _check_state(path / name)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return None
 
 
 def stray_files(path: Path) -> list[str]:
@@ -155,10 +169,10 @@ def _check_state(path: Path) -> None:
 def check_header(directory: Path, name: str, manifest: Manifest) -> None:
     """Check that tensor file `name` holds the slices that the manifest says it holds. Raises ValueError."""
     header = read_header(directory / name)
-    for tensor, record in manifest.tensors.items():
-        for part in record.slices:
-            if part.file == name and header.get(part.key) != (record.dtype, part.box.shape):
-                raise ValueError(
-                    f"{directory / name}: {tensor} should be {record.dtype} {part.box.shape} under "
-                    f"{part.key!r}, the file has {header.get(part.key)}"
-                )
+    for tensor, part in manifest.slices_by_file.get(name, ()):
+        dtype = manifest.tensors[tensor].dtype
+        if header.get(part.key) != (dtype, part.box.shape):
+            raise ValueError(
+                f"{directory / name}: {tensor} should be {dtype} {part.box.shape} under "
+                f"{part.key!r}, the file has {header.get(part.key)}"
+            )
