@@ -31,11 +31,20 @@ class Outcome:
         ok: the expected thing happened.
         note: what happened instead, or in which flavour; one line.
         numbers: JSON measurements; numbers of the same name are summed up over a row as median and maximum.
+        of: injections of a trial that makes several (every boundary of a save, say).
+        passed: how many of them were ok; all or none unless given.
     """
 
     ok: bool
     note: str = ""
     numbers: Mapping[str, Any] = field(default_factory=dict)
+    of: int = 1
+    passed: int | None = None
+
+    @property
+    def count(self) -> int:
+        """Injections that were ok."""
+        return self.passed if self.passed is not None else self.of * self.ok
 
 
 # Called with a folder of the trial's own, which is there and empty, and removed afterwards (its parent stays,
