@@ -91,7 +91,7 @@ class BackgroundSaver:
         self._afterwards, self._file_system = afterwards, file_system
         self._buffers = HostBuffers()
         self._flight: _Flight | None = None
-        self._last: threading.Thread | None = None
+        self._last: _Flight | None = None
 
     @property
     def status(self) -> Status:
@@ -125,11 +125,14 @@ class BackgroundSaver:
         save = RankSave(
             self._root, step, rank=self._rank, world_size=self._world, file_system=self._file_system
         )
-        snapshot = Snapshot(tensors, self._buffers if copy else None)
         before, name = self._last, self._name(step)
-        self._flight = _Flight(save, snapshot, run_state, name, before=before, afterwards=self._afterwards)
-        self._last = self._flight.thread
-        self._last.start()
+        if before is not None and copy:
+            before.snapshot.wait()  # one that failed elsewhere may still be copying into the same buffers
+        snapshot = Snapshot(tensors, self._buffers if copy else None)
+        thread = before.thread if before is not None else None
+        self._flight = _Flight(save, snapshot, run_state, name, before=thread, afterwards=self._afterwards)
+        self._last = self._flight
+        self._last.thread.start()
 
     def wait_copied(self) -> None:
         """Return once weights and optimizer state may change."""
@@ -158,13 +161,17 @@ class BackgroundSaver:
         self._flight = None
         return flight.result(failed)
 
-    def close(self) -> None:
-        """Cancel a save in flight, whose attempt is removed, and wait for what comes after the last one."""
+    def rest(self, timeout: float | None = None) -> None:
+        """Wait (up to ``timeout`` seconds) until the last save's thread has ended, `afterwards` included."""
+        if self._last is not None:
+            self._last.thread.join(timeout)
+
+    def close(self, timeout: float | None = None) -> None:
+        """Cancel a save in flight, whose attempt is removed, and ``rest``."""
         if self._flight is not None:
             self._flight.cancelled.set()
             self._flight = None
-        if self._last is not None:
-            self._last.join()
+        self.rest(timeout)
 
 
 class _Flight:
@@ -191,7 +198,7 @@ class _Flight:
 
     def _run(self) -> None:
         try:
-            slices = self.snapshot.finish()
+            slices = self.snapshot.finish(self._proceed)
             if self._before is not None:
                 self._before.join()  # old checkpoints may still be being removed
             self._make_attempt()

@@ -173,7 +173,8 @@ def assemble(directory: Path, *, step: int, world_size: int, state: FileRecord) 
     A box that several ranks wrote (a replicated tensor) is taken from the first of them.
 
     Raises:
-        ValueError: ranks disagree about a tensor, or their slices overlap or leave a hole.
+        ValueError: ranks disagree about a tensor, their slices overlap or leave a hole, or a file has not
+            the size that its rank wrote.
         OSError: a rank's description or tensor file is missing.
     """
     files = {STATE_FILE: state}
@@ -183,6 +184,10 @@ def assemble(directory: Path, *, step: int, world_size: int, state: FileRecord) 
         part = RankPart.from_json(read_json(description))
         data = description.read_bytes()
         files[description.name] = FileRecord(len(data), hashlib.sha256(data).hexdigest())
+        for name, wrote in part.files.items():
+            held = (directory / name).stat().st_size
+            if held != wrote.size:
+                raise ValueError(f"{directory / name} has {held} bytes, rank {rank} wrote {wrote.size}")
         files.update(part.files)
         for name, record in part.tensors.items():
             tensors[name] = _merge(name, tensors.get(name), record)

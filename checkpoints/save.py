@@ -28,7 +28,7 @@ from checkpoints.manifest import (
 )
 from checkpoints.tensor_file import Entry, FileRecord, dtype_name, write_tensors
 from checkpoints.verify import verify_checkpoint
-from trellis_dist.files import FileSystem, atomic_write, canonical_json, sha256_file
+from trellis_dist.files import FileSystem, canonical_json, sha256_file
 
 __all__ = ["RankSave", "SaveError", "write_rank"]
 
@@ -77,8 +77,8 @@ class RankSave:
         """
         part = write_rank(attempt, slices, rank=self.rank, file_system=self.file_system, proceed=proceed)
         if self.rank == 0:
-            self._write_json(attempt / STATE_FILE, dict(run_state))
-        self._write_json(attempt / description_file(self.rank), part.to_json())
+            self._publish(attempt / STATE_FILE, dict(run_state))
+        self._publish(attempt / description_file(self.rank), part.to_json())
         return sum(record.size for record in part.files.values())
 
     def ready(self, attempt: Path) -> bool:
@@ -115,9 +115,16 @@ class RankSave:
                     return
                 time.sleep(RETRY_S)
 
-    def _write_json(self, path: Path, value: object) -> None:
-        # By rename: a description that is there is a whole one.
-        atomic_write(path, canonical_json(value), file_system=self.file_system)
+    def _publish(self, path: Path, value: object) -> None:
+        """Let `path` appear, whole and durable, as the last thing that can fail: rank 0 may commit at once.
+
+        (The rename itself is made durable with the whole directory, before that gets its name.)
+        """
+        hidden = path.with_name(f".{path.name}.tmp")
+        self.file_system.write(hidden, [canonical_json(value).encode()])
+        self.file_system.fsync_file(hidden)
+        self.file_system.fsync_directory(path.parent)
+        self.file_system.rename(hidden, path)
 
 
 def write_rank(

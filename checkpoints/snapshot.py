@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -52,6 +52,8 @@ class Snapshot:
         """
         self._tensors, self._buffers = tensors, buffers
         self._copied = threading.Event()
+        if buffers is None:
+            self._copied.set()
         self._event: torch.cuda.Event | None = None
         if buffers is not None and any(item.local.is_cuda for item in tensors):
             self._event = self._copy_from_device(buffers)
@@ -67,12 +69,18 @@ class Snapshot:
         return event
 
     @torch.no_grad()
-    def finish(self) -> Sequence[LogicalTensor]:
-        """Copy what is in host memory, wait for the rest; returns the same slices in host memory."""
+    def finish(self, proceed: Callable[[], None]) -> Sequence[LogicalTensor]:
+        """Copy what is in host memory, wait for the rest; returns the same slices in host memory.
+
+        ``proceed`` is called before each copy; what it raises ends it.
+        """
         if self._buffers is None:
             return self._tensors
         try:
-            copies = [self._in_host_memory(item, self._buffers) for item in self._tensors]
+            copies = []
+            for item in self._tensors:
+                proceed()
+                copies.append(self._in_host_memory(item, self._buffers))
         finally:
             self._copied.set()
         if self._event is not None:

@@ -73,10 +73,10 @@ def upload(checkpoint: Path, url: str, *, sleep: Callable[[float], object] = tim
         OSError: the copy was not finished, or another checkpoint of this step is there; one line, no secrets.
         ValueError: a bad URL, or a damaged manifest.
     """
-    manifest = load_manifest(checkpoint)
+    manifest, digest = load_manifest(checkpoint), (checkpoint / DIGEST_FILE).read_bytes()
     store = _Store(f"{url.rstrip('/')}/{checkpoint.name}", sleep)
     if (there := store.finished()) is not None:
-        if there == (checkpoint / DIGEST_FILE).read_bytes():
+        if there == digest:
             return
         raise OSError(
             f"{store.url} holds another checkpoint of this step and is not overwritten: remove it, or set "
@@ -84,6 +84,8 @@ def upload(checkpoint: Path, url: str, *, sleep: Callable[[float], object] = tim
         )
     store.make()
     for names in (sorted(manifest.files), [MANIFEST_FILE], [DIGEST_FILE]):
+        if (checkpoint / DIGEST_FILE).read_bytes() != digest:  # a rollback removed it, and it was saved again
+            raise OSError(f"{checkpoint} is not the checkpoint any more whose upload began")
         for name in names:
             store.put(checkpoint / name)
         for name in names:

@@ -15,7 +15,7 @@ from trellis_dist.training.run_lock import RunLock
 
 __all__ = ["StageSeconds", "anchored", "claim_run", "recipe_of_run"]
 
-# What may change between two starts of one run: nothing that decides which weights come out.
+# What may change between two starts of one run: nothing that decides which weights come out of good steps.
 _FREE = (
     "name",
     "description",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -249,3 +250,66 @@ def test_a_second_save_in_flight_is_a_bug(tmp_path: Path) -> None:
         start([saver], 2)
     saver._file_system.go.set()  # type: ignore[attr-defined]
     settle([saver])
+
+
+class NoDirectory(FileSystem):
+    """A disk whose directories cannot be made durable."""
+
+    def fsync_directory(self, path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+
+def test_a_rank_whose_directory_is_not_durable_has_not_said_that_it_is_done(tmp_path: Path) -> None:
+    ranks = savers(tmp_path, 2, [FileSystem(), NoDirectory()])
+    start(ranks, 1)
+    ranks[1].wait(SLOW_S)
+    assert ranks[1].status == Status.FAILED
+    (attempt,) = tmp_path.iterdir()
+    assert not (attempt / "rank-00001.json").exists()
+    assert [result.failed for result in settle(ranks)] == [(1,), (1,)]
+    assert latest_verified(tmp_path) is None
+
+
+def test_nothing_can_fail_after_the_description_is_there(tmp_path: Path) -> None:
+    """Rank 0 may commit from that moment on, and the attempt has another name then."""
+    log = DyingFileSystem()
+    ranks = savers(tmp_path, 2, [FileSystem(), log])
+    start(ranks, 1)
+    settle(ranks)
+    for saver in ranks:
+        saver.close()
+    assert log.log[-1] == ("rename", "rank-00001.json")
+
+
+def test_the_next_snapshot_waits_for_one_that_is_still_copied(tmp_path: Path) -> None:
+    """The save failed on rank 1 while rank 0 was still copying: its buffers are the next save's."""
+    go, copies = threading.Event(), []
+    ranks = savers(tmp_path, 2, [FileSystem(), FileSystem()])
+    like = ranks[0]._buffers.like
+
+    def no_memory(item: LogicalTensor) -> Any:
+        raise MemoryError("no host memory for the copy")
+
+    def slow(item: LogicalTensor) -> Any:
+        copies.append(item.name)
+        assert go.wait(SLOW_S)
+        return like(item)
+
+    ranks[0]._buffers.like, ranks[1]._buffers.like = slow, no_memory  # type: ignore[method-assign]
+    live = start(ranks, 1)
+    ranks[1].wait(SLOW_S)
+    settled = settle(ranks)
+    assert settled[0].failed == (1,)
+    assert "no host memory" in str(settled[1].error)
+    threading.Timer(0.2, go.set).start()
+    ranks[1]._buffers.like = like  # type: ignore[method-assign]
+    start(ranks, 2)
+    assert go.is_set(), "the second snapshot began while the first one was copying"
+    for saver in ranks:
+        saver.wait_copied()
+    for slices in live:
+        for item in slices:
+            item.local.zero_()
+    settle(ranks)
+    assert_holds(tmp_path / "step-00000002", contents(2))
+    assert len(copies) < 2 * len(contents(1)), "a save that failed is not copied to its end"

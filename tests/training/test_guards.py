@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from checkpoints.commit import list_steps
+from checkpoints.config import CheckpointConfig
 from checkpoints.state import load_run_state
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
@@ -18,6 +19,7 @@ from trellis_dist.training.engines.local import LocalEngine
 from trellis_dist.training.guards import DivergedError, SkipBudget
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
+from trellis_dist.training.rollback import check_rollback
 
 SPIKES = {"spike_window": 4, "spike_patience": 2, "spike_deviations": 6.0, "steps": 24}
 
@@ -195,6 +197,23 @@ def test_engines_that_divide_their_state_roll_back_to_the_same_bits(
     gloo_pool(2).run(resume_case, make_job(data, training=training), tmp_path / "new")
     assert load_run_state(tmp_path / "back" / "checkpoints" / "step-00000024")["rollbacks"] == 1
     assert state(tmp_path / "back", 24) == state(tmp_path / "new", 24)
+
+
+def test_a_rollback_beside_a_retention_keeps_a_checkpoint(data: Path, tmp_path: Path, monkeypatch):
+    """The save of step 12, in the spike, removes step 6 while the rollback looks for a step before it."""
+    spoil(monkeypatch, range(12, 14), leap)
+    keeping = {"interval": 2, "keep": 2}
+    job = make_job(data, training={**SPIKES, "spike_action": "rollback"}, checkpoint=keeping)
+    assert run(job, tmp_path).step == 24
+    assert list(list_steps(tmp_path / "checkpoints")) == [24, 22]
+    assert load_run_state(tmp_path / "checkpoints" / "step-00000024")["rollbacks"] == 1
+    for keep, wanted in ((1, 2), (2, None)):
+        checkpoint = CheckpointConfig(interval=2, keep=keep)
+        if wanted is None:
+            check_rollback(job.training, checkpoint)
+            continue
+        with pytest.raises(ValueError, match=f"set checkpoint.keep to {wanted} or more"):
+            check_rollback(job.training, checkpoint)
 
 
 def test_without_a_checkpoint_before_it_the_run_goes_on_and_the_budget_ends_it(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from checkpoints.pins import pinned_steps
 from checkpoints.state import load_run_state
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
@@ -106,6 +108,37 @@ def test_a_start_that_has_a_checkpoint_resumes_it_and_needs_the_source_no_more(
         for name in ("whole", "parts")
     ]
     assert origins[0] == origins[1] != None  # noqa: E711
+
+
+def test_a_start_that_is_killed_before_its_first_save_begins_with_the_same_weights(
+    data: Path, other: Path, tmp_path: Path
+):
+    """The run that the weights come from has gone on meanwhile."""
+    from trellis_dist.training.state import find_start, let_go
+
+    def begin(job: Job) -> Path:
+        start = find_start(tmp_path / "run" / "checkpoints", "auto", job, fingerprint="")
+        assert pinned_steps(tmp_path / "source" / "checkpoints") == {
+            start.weights and int(start.weights.name[5:])
+        }
+        let_go(start)
+        assert pinned_steps(tmp_path / "source" / "checkpoints") == set()
+        assert start.weights is not None
+        return start.weights
+
+    run(make_job(data), tmp_path / "source", stop_at_step=5)
+    (tmp_path / "run").mkdir()
+    first = begin(beginning(other, tmp_path / "source"))
+    assert first.name == "step-00000005"
+    run(make_job(data), tmp_path / "source", stop_at_step=10)
+    assert begin(beginning(other, tmp_path / "source")) == first
+    last = tmp_path / "source/checkpoints/step-00000010"
+    assert begin(beginning(other, last)) == last, "another source is another choice"
+    begin(beginning(other, tmp_path / "source"))
+    shutil.rmtree(last)
+    run(make_job(data, optimizer={"lr": 0.02}), tmp_path / "source", stop_at_step=10)
+    with pytest.raises(ValueError, match=r"is not the checkpoint any more that .* began with"):
+        begin(beginning(other, tmp_path / "source"))
 
 
 def test_what_cannot_be_begun_with_is_refused_in_one_line(

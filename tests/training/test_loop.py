@@ -7,13 +7,14 @@ import functools
 import json
 import os
 import re
+import shutil
 import signal
 import threading
 from pathlib import Path
 
 import pytest
 
-from checkpoints.state import latest_verified
+from checkpoints.state import latest_verified, verify_checkpoint
 from data_pipeline.config import SourceConfig
 from data_pipeline.loader import BatchLoader
 from data_pipeline.manifest import load_manifest
@@ -294,6 +295,36 @@ def test_sigterm_saves_at_the_next_step_boundary(data: Path, whole: Path, tmp_pa
     assert run(make_job(data), tmp_path).resumed_step == 7
     assert exact_rows(tmp_path) == exact_rows(whole)
     assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_a_last_step_for_which_there_was_no_time_is_another_starts(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch
+):
+    """SIGTERM in the last step, the save of the one before in flight, and no time for another."""
+    keeping = {"interval": 19, "grace_s": 1.0}
+    with monkeypatch.context() as patch:
+        after_step(patch, 20, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        patch.setattr(saving.Saver, "_fits", lambda self, deadline: False)
+        patch.setattr(saving.Saver, "settle", lambda self, statuses: None)  # so that it is in flight still
+        result = run(make_job(data, checkpoint=keeping), tmp_path)
+    assert (result.outcome, result.step, result.exit_status) == ("terminated", 20, 75)
+    assert latest_verified(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-00000019"
+    assert run(make_job(data, checkpoint=keeping), tmp_path).outcome == "finished"
+    assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_uploads_follow_commits_and_a_finished_run_sends_its_last_one_again(
+    data: Path, tmp_path: Path, capsys
+):
+    store = tmp_path / "store"
+    job = make_job(data, checkpoint={"upload": store.as_uri(), "interval": 10})
+    run(job, tmp_path / "run")
+    assert {path.name for path in store.iterdir()} >= {"step-00000020"}
+    assert "upload: step-00000020 is uploaded" in capsys.readouterr().err
+    shutil.rmtree(store / "step-00000020")
+    assert run(job, tmp_path / "run").resumed_step == 20
+    assert "upload: step-00000020 is uploaded" in capsys.readouterr().err
+    assert verify_checkpoint(store / "step-00000020") == []
 
 
 def test_a_run_that_diverges_stops_after_its_budget(data: Path, tmp_path: Path, capsys):

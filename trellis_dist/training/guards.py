@@ -141,7 +141,7 @@ class Guards:
             raise DivergedError(f"{error}; {self._dump(step, batches, samples)}") from None
         if self._training.spike_action == "off" or not result.applied:
             return None
-        return self._spikes.note(result.loss)
+        return self._spikes.note(step, result.loss)
 
     def _dump(self, step: int, batches: Sequence[Batch], samples: int) -> str:
         """Leave on every rank what a person needs to find the cause; returns a line."""

@@ -19,7 +19,7 @@ from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
-from trellis_dist.training.rollback import roll_back
+from trellis_dist.training.rollback import check_rollback, roll_back
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
 from trellis_dist.training.setup import Session, open_session, runtime
@@ -71,6 +71,7 @@ def run(
         global_rows=job.global_rows,
         world_size=env.world_size(),
     )
+    check_rollback(job.training, job.checkpoint)
     job = dataclasses.replace(job, mesh=mesh)
     with runtime(job) as device, RunLock(Path(run_dir)) as lock:
         session = open_session(
@@ -122,23 +123,25 @@ class _Loop:
             while session.progress.step < last and not terminated:
                 terminated = self._step(request)
             self._arm("saving the last step", long=True)
-            self._finish(request)
+            terminated = not self._finish(request) or terminated
         finished = session.progress.step >= session.job.training.steps
+        # A last step that is not saved for want of time is another start's to do again.
         outcome: Outcome = "terminated" if terminated else "finished" if finished else "stopped"
         return self._result(outcome)
 
-    def _finish(self, request: TerminationRequest) -> None:
-        """Save the last step; when asked to end, within the grace period as far as the last save can tell."""
+    def _finish(self, request: TerminationRequest) -> bool:
+        """Save the last step; when asked to end, as far as that fits into the grace period. True if saved."""
         session = self.session
         if session.progress.step != session.saver.saved_step:
             session.guards.check_replicas(session.progress.step, saving=True)
         within = session.job.checkpoint.grace_s - request.waited if request.received else math.inf
-        session.saver.finish(session.engine, session.progress, measured=self.measured, within=within)
+        saved = session.saver.finish(session.engine, session.progress, measured=self.measured, within=within)
         if request.received:
             grace = f"{request.waited:.1f} s after it, of {session.job.checkpoint.grace_s:.0f} s"
             session.metrics.say(
                 f"{request.name}: step {session.saver.saved_step} is saved ({grace}); start again to resume"
             )
+        return saved
 
     def _step(self, request: TerminationRequest) -> bool:
         """Do one step with what is due after it; True when any rank was asked to end (no step is done)."""

@@ -10,9 +10,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from checkpoints.commit import list_steps, remove_checkpoint
+from checkpoints.config import CheckpointConfig
 from checkpoints.state import CheckpointReader, load_run_state, verify_checkpoint
 from trellis_dist.files import REAL
 from trellis_dist.training.collectives import on_main, together
+from trellis_dist.training.config import TrainingConfig
 from trellis_dist.training.guards import DivergedError
 from trellis_dist.training.rng import restore_random_states
 from trellis_dist.training.watch.spikes import Spike
@@ -22,7 +24,20 @@ if TYPE_CHECKING:
 
     from trellis_dist.training.setup import Session
 
-__all__ = ["roll_back"]
+__all__ = ["check_rollback", "roll_back"]
+
+
+def check_rollback(training: TrainingConfig, checkpoint: CheckpointConfig) -> None:
+    """Refuse a retention that keeps nothing from before a spike. Raises ``ValueError``."""
+    if training.spike_action != "rollback" or checkpoint.keep == 0:
+        return
+    needed = 1 + -(-training.spike_patience // checkpoint.interval)
+    if checkpoint.keep < needed:
+        raise ValueError(
+            f"checkpoint.keep = {checkpoint.keep} with checkpoint.interval = {checkpoint.interval} may keep "
+            f"nothing from before a spike of training.spike_patience = {training.spike_patience} steps: set "
+            f"checkpoint.keep to {needed} or more"
+        )
 
 
 def roll_back(session: Session, spike: Spike) -> bool:
@@ -37,12 +52,11 @@ def roll_back(session: Session, spike: Spike) -> bool:
     progress, allowed = session.progress, session.job.training.max_rollbacks
     if progress.rollbacks >= allowed:
         raise DivergedError(
-            f"{spike}; the run was rolled back training.max_rollbacks = {allowed} times before: lower "
-            "optimizer.lr, or look at the rows (trellis doctor on the data set, then the text)"
+            f"{spike}; the run was rolled back training.max_rollbacks = {allowed} times before: allow more, "
+            "or start again in another --run-dir with a lower optimizer.lr"
         )
-    session.saver.drain()
-    began = progress.step - spike.steps + 1
-    found = on_main(lambda: _before(session.saver.root, began))
+    session.saver.rest()  # nothing else removes checkpoints from here on
+    found = on_main(lambda: _before(session.saver.root, spike.began))
     if found is None:
         return False
     together(lambda: _restore(session, found), what="restoring the checkpoint before a loss spike")

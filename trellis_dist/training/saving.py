@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from checkpoints.background import BackgroundSaver, Settled
-from checkpoints.commit import attempt_name, process_name, step_name
+from checkpoints.commit import attempt_name, list_steps, process_name, step_name
 from checkpoints.retention import retain, retention_of
 from checkpoints.save import SaveError
 from checkpoints.upload import Uploader
@@ -31,10 +31,11 @@ from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import random_states
 from trellis_dist.training.state import Progress, Start, run_state
 
-__all__ = ["PeerSaveError", "Saver"]
+__all__ = ["PeerSaveError", "Saver", "upload_newest"]
 
 POLL_S = 0.1
 UPLOAD_S = 600.0  # what the last upload of a start may take after its last step
+ERROR_S = 5.0  # what a writer may take to notice that the run failed
 # Replaced by tests.
 FILE_SYSTEM: FileSystem = REAL
 
@@ -66,7 +67,9 @@ class Saver:
         self._messages: deque[str] = deque()  # from the thread that removes old checkpoints
         self._blocked = 0.0  # seconds that training waited for the save in flight
         self._times: dict[str, float] = {}
-        self._last_seconds, self._patience = 0.0, 0.0
+        self._last_seconds = 0.0
+        self._retains = True
+        self._deadline: float | None = None  # until when close may wait; None before a start has ended well
         upload = job.checkpoint.upload if env.is_main() else ""
         self._uploader = Uploader(root, upload) if upload else None
         if self._uploader is not None and saved_step:
@@ -107,33 +110,38 @@ class Saver:
     ) -> bool:
         """Bring the save in flight to its end and save ``progress.step`` unless it is saved.
 
-        With less than ``within`` seconds left (the shortest of all ranks counts) for another save after the
-        one in flight, that one is all there is time for.
+        With ``within`` seconds left (the fewest of all ranks count) nothing is done that can wait for the
+        next start, and after a save in flight no other is begun that would not fit.
 
         Returns:
-            Whether the last step is saved.
+            Whether the last step is saved, the same on every rank.
 
         Raises:
             SaveError: it failed, here or (``PeerSaveError``) on another rank; on every rank.
         """
-        self._patience = min(UPLOAD_S, within)
-        enough = all(row[0] for row in gather_scalars([self._fits(within)]))
+        deadline = time.monotonic() + min(row[0] for row in gather_scalars([within]))
+        self._retains = deadline == math.inf
         flying = self._saver.in_flight is not None
         self.drain()
-        if flying and not enough:
-            return self.saved_step == progress.step
-        if self._begin(engine, progress, measured):
-            result = self.drain(last=True)
-            assert result is not None, "a save in flight ends"
-            if result.error is not None:
-                raise result.error
-            if result.failed:
-                raise PeerSaveError(_not_saved(result))
-        return True
+        if not flying or self._fits(deadline) or progress.step == self.saved_step:
+            self._save_last(engine, progress, measured)
+        self._deadline = min(deadline, time.monotonic() + UPLOAD_S)
+        return self.saved_step == progress.step
 
-    def _fits(self, seconds: float) -> bool:
-        """Whether the save in flight and one more like the last one take at most ``seconds``."""
-        return 2 * self._last_seconds <= seconds
+    def _save_last(self, engine: Engine, progress: Progress, measured: Mapping[str, float]) -> None:
+        if not self._begin(engine, progress, measured):
+            return
+        result = self.drain(last=True)
+        assert result is not None, "a save in flight ends"
+        if result.error is not None:
+            raise result.error
+        if result.failed:
+            raise PeerSaveError(_not_saved(result))
+
+    def _fits(self, deadline: float) -> bool:
+        """Whether a save that takes as long as the last one on any rank ends before the deadline on all."""
+        left = deadline - time.monotonic()
+        return all(row[0] for row in gather_scalars([self._last_seconds <= left]))
 
     def settle(self, statuses: Sequence[float]) -> None:
         """Take note of a save that ended, given what all ranks said of theirs at the same moment."""
@@ -216,19 +224,44 @@ class Saver:
         """The new step is in; failing to remove an old one must not turn that into an error."""
         if self._uploader is not None:
             self._uploader.submit(committed)  # pinned before old ones go
+        if not self._retains:
+            return  # somebody waits for the end of this process; the next start has the time
         try:
             retain(self.root, retention_of(self._job.checkpoint), file_system=FILE_SYSTEM)
         except OSError as error:
             self._messages.append(f"alert: an old checkpoint in {self.root} could not be removed: {error}")
 
+    def _left(self) -> float:
+        return max(0.0, (self._deadline or 0.0) - time.monotonic())
+
+    def rest(self) -> None:
+        """Wait until the save in flight is settled and old checkpoints are removed; every rank calls it."""
+        self.drain()
+        self._saver.rest()
+
     def close(self) -> None:
-        """Drop a save in flight; wait for what the last one still removes and, after `finish`, uploads."""
-        self._saver.close()
-        if self._uploader is not None and not self._uploader.close(max(0.0, self._patience)):
+        """Drop a save in flight; after ``finish`` wait for what the last one still removes and uploads.
+
+        After an error nothing is waited for but a moment: somebody is to be told.
+        """
+        self._saver.close(ERROR_S if self._deadline is None else self._left())
+        if self._uploader is not None and not self._uploader.close(self._left()):
             self._metrics.say(
                 "alert: the last upload was given up; the next start sends that checkpoint again"
             )
         self._say_messages()
+
+
+def upload_newest(root: Path, url: str) -> list[str]:
+    """Send the newest checkpoint of a finished run, if it is not there yet; returns lines for the log."""
+    newest = next(iter(list_steps(root).values()), None)
+    if newest is None or not url:
+        return []
+    uploader = Uploader(root, url)
+    uploader.submit(newest)
+    if not uploader.close(UPLOAD_S):
+        return [f"{newest.name} is not uploaded: it took more than {UPLOAD_S:.0f} s"]
+    return uploader.pop_messages()
 
 
 def _not_saved(result: Settled) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,13 +34,15 @@ from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import restore_random_states, seed_generators
 from trellis_dist.training.run_lock import RunLock
-from trellis_dist.training.saving import Saver
-from trellis_dist.training.state import Progress, Start, find_start
+from trellis_dist.training.saving import Saver, upload_newest
+from trellis_dist.training.state import Progress, Start, find_start, let_go
 from trellis_dist.training.watch.busy import BusyTimer
 from trellis_dist.training.watch.hang import HangWatch
 from trellis_dist.training.watch.open import Report, open_watch
 
 __all__ = ["Session", "open_session", "runtime"]
+
+NO_LIMIT_S = 24 * 3600.0  # of a collective, where the watch has none: torch wants a number
 
 
 @dataclass
@@ -63,8 +66,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the watch, the saver's and the loader's threads, close files."""
-        self.watch.disarm()
         self.saver.close()
+        self.watch.disarm()
         self.loader.close()
         self.busy.close()
         self.metrics.close()
@@ -81,7 +84,8 @@ def runtime(job: Job) -> Iterator[torch.device]:
     device = env.device()
     torch.set_num_threads(job.training.threads or _share_of_cores())
     joined_before = dist.is_initialized()
-    longest = max(job.training.first_step_timeout_s, job.training.step_timeout_s) or 1800.0
+    limits = (job.training.first_step_timeout_s, job.training.step_timeout_s)
+    longest = max(limits) if all(limits) else NO_LIMIT_S
     # The watchdog names the stuck line; the collectives' own timeout comes after it.
     env.init_distributed(device, timeout_s=longest + 60.0)
     yield device
@@ -155,11 +159,16 @@ def _open(
     start = on_main(lambda: find_start(root, resume, job, fingerprint=train.fingerprint))
     progress = start.progress
     if progress.step >= job.training.steps:
+        lines = on_main(lambda: upload_newest(root, job.checkpoint.upload))
+        if env.is_main():
+            print("".join(f"upload: {line}\n" for line in lines), end="", file=sys.stderr, flush=True)
         watch.close()
         return None
     mesh = build_mesh(job.mesh, tensor=job.tensor, sequence=job.sequence, device=device)
     states = _row_states(job, mesh)
     engine = together(lambda: _engine(job, mesh, start, states), what="building or restoring the model")
+    if start.weights is not None:
+        on_main(lambda: let_go(start))
     engine.enter = watch.enter
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
+import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints.commit import step_of
 from checkpoints.manifest import load_manifest
+from checkpoints.pins import pin, unpin
 from checkpoints.state import latest_verified, load_run_state, verify_checkpoint
-from trellis_dist.files import digest
+from trellis_dist.files import digest, read_json, write_json
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.training.job import Job, Resume
 
-__all__ = ["Progress", "Start", "check_same_run", "find_start", "run_state"]
+__all__ = ["Progress", "Start", "check_same_run", "find_start", "let_go", "run_state"]
+
+
+INIT_RECORD = "init_from.json"  # in the run folder
 
 
 @dataclasses.dataclass
@@ -166,7 +173,7 @@ def find_start(root: Path, resume: Resume, job: Job, *, fingerprint: str) -> Sta
     if resume == "require":
         raise FileNotFoundError(f"no checkpoint in {root}: start without --resume")
     if job.training.init_from:
-        return _initialised(Path(job.training.init_from))
+        return _initialised(job.training.init_from, root.parent)
     return Start(progress=Progress())
 
 
@@ -182,8 +189,32 @@ def _resumed(found: Path, job: Job, *, fingerprint: str) -> Start:
     )
 
 
-def _initialised(source: Path) -> Start:
-    """The weights of a checkpoint, or of the newest verified one in a run or a folder of checkpoints."""
+def _initialised(given: str, run_dir: Path) -> Start:
+    """The weights of a checkpoint, or of the newest verified one in a run or a folder of checkpoints.
+
+    What was chosen is remembered in ``RUN/init_from.json``: a start that is killed before its first save
+    begins again with the same weights, also if the run they come from has gone on. It is pinned until
+    ``let_go``.
+    """
+    record = run_dir / INIT_RECORD
+    known = read_json(record) if record.is_file() else {}
+    weights = Path(known["path"]) if known.get("given") == given else _chosen(Path(given))
+    with contextlib.suppress(OSError):  # a folder that is not ours to write to
+        pin(weights, _pin_owner())
+    problems = verify_checkpoint(weights)
+    if problems:
+        raise ValueError(f"training.init_from = {given} is damaged: {problems[0]}")
+    manifest = load_manifest(weights)
+    origin = {"path": str(weights), "step": manifest.step, "manifest_sha256": manifest.digest}
+    if known.get("given") == given and known != {"given": given, **origin}:
+        raise ValueError(
+            f"{weights} is not the checkpoint any more that {run_dir} began with: use another --run-dir"
+        )
+    write_json(record, {"given": given, **origin})
+    return Start(progress=Progress(), weights=weights, origin=origin)
+
+
+def _chosen(source: Path) -> Path:
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     if not folder.is_dir():
         raise FileNotFoundError(f"training.init_from = {source}: no such folder; give a run or a checkpoint")
@@ -192,9 +223,15 @@ def _initialised(source: Path) -> Start:
         raise FileNotFoundError(
             f"training.init_from = {source}: no sound checkpoint (step-N) in it; `trellis doctor` says more"
         )
-    problems = verify_checkpoint(weights)
-    if problems:
-        raise ValueError(f"training.init_from = {source} is damaged: {problems[0]}")
-    manifest = load_manifest(weights)
-    origin = {"path": str(weights), "step": manifest.step, "manifest_sha256": manifest.digest}
-    return Start(progress=Progress(), weights=weights, origin=origin)
+    return weights
+
+
+def let_go(start: Start) -> None:
+    """Give up the pin on the weights that a run began with, once every rank has read them."""
+    if start.weights is not None:
+        with contextlib.suppress(OSError):
+            unpin(start.weights, _pin_owner())
+
+
+def _pin_owner() -> str:
+    return f"init-{socket.gethostname()}-{os.getpid()}"

@@ -20,7 +20,7 @@ def falling(seed: int, steps: int, noise: float) -> list[float]:
 
 def alarms(losses: list[float], **options: float) -> dict[int, Spike]:
     detector = SpikeDetector(**options)  # type: ignore[arg-type]
-    found = {step: detector.note(loss) for step, loss in enumerate(losses)}
+    found = {step: detector.note(step, loss) for step, loss in enumerate(losses)}
     return {step: spike for step, spike in found.items() if spike}
 
 
@@ -38,7 +38,15 @@ def test_a_lasting_spike_is_found_within_the_patience(seed: int, noise: float, s
     height = max(losses[start - 50 : start]) - losses[start] + 20 * noise
     found = alarms([*losses[:start], *(loss + height for loss in losses[start:])])
     assert min(found) == start + 2
-    assert found[start + 2].steps == 3
+    assert (found[start + 2].steps, found[start + 2].began) == (3, start)
+
+
+def test_steps_without_a_loss_in_the_middle_do_not_move_the_beginning() -> None:
+    detector = SpikeDetector(window=4, patience=3)
+    losses = [1.0] * 4 + [9.0, float("nan"), float("nan"), 9.0, 9.0]
+    spikes = [detector.note(step, loss) for step, loss in enumerate(losses, start=1)]
+    assert spikes[:-1] == [None] * 8
+    assert (spikes[-1].began, spikes[-1].steps) == (5, 3)
 
 
 def test_one_step_alone_is_no_spike_and_does_not_move_the_level() -> None:
@@ -61,11 +69,11 @@ def test_what_is_not_finite_is_left_out() -> None:
     losses = falling(2, 200, 0.02)
     detector = SpikeDetector()
     other = SpikeDetector()
-    for loss in losses:
-        detector.note(loss)
-        other.note(loss)
-        assert other.note(float("nan")) is None
-        assert other.note(float("inf")) is None
+    for step, loss in enumerate(losses):
+        detector.note(step, loss)
+        other.note(step, loss)
+        assert other.note(step, float("nan")) is None
+        assert other.note(step, float("inf")) is None
     assert other.state() == detector.state()
 
 
@@ -81,19 +89,20 @@ def test_a_resumed_run_decides_the_same(seed: int, cut: int) -> None:
     losses = [loss + (5 if rng.random() < 0.1 else 0) for loss in falling(seed, 300, 0.05)]
     losses[200:210] = [9.0] * 10
     whole = SpikeDetector(window=20, patience=2)
-    expected = [whole.note(loss) for loss in losses]
+    expected = [whole.note(step, loss) for step, loss in enumerate(losses)]
     for place in (cut, 201):  # anywhere, and in the middle of a spike
         before, after = SpikeDetector(window=20, patience=2), SpikeDetector(window=20, patience=2)
-        found = [before.note(loss) for loss in losses[:place]]
+        found = [before.note(step, loss) for step, loss in enumerate(losses[:place])]
         after.load(json.loads(json.dumps(before.state())))
-        assert found + [after.note(loss) for loss in losses[place:]] == expected
+        rest = [after.note(step, loss) for step, loss in enumerate(losses[place:], start=place)]
+        assert found + rest == expected
     assert any(expected)
 
 
 def test_after_forget_the_window_fills_again() -> None:
     detector = SpikeDetector(window=4, patience=1)
-    for _ in range(4):
-        detector.note(1.0)
+    for step in range(4):
+        detector.note(step, 1.0)
     detector.forget()
-    assert [detector.note(loss) for loss in (9.0, 9.0, 9.0, 9.0)] == [None] * 4
-    assert detector.note(20.0) is not None
+    assert [detector.note(step, 9.0) for step in range(4, 8)] == [None] * 4
+    assert detector.note(8, 20.0) is not None

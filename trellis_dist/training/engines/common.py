@@ -149,15 +149,24 @@ class CommonEngine(ABC):
 
     def load_weights(self, reader: CheckpointReader) -> None:
         """Take over weights alone; each rank reads what it holds."""
+        # Agreed upon first: what follows is a collective in engines that divide weights.
+        collectives.together(lambda: self._read_weights(reader), what="reading the weights")
+        self._loaded()
+
+    def _read_weights(self, reader: CheckpointReader) -> None:
         check_names(reader, [item.name for item in self._held])
         load_weights(reader, self._held, self._fragments(), whole=self._whole_weights)
-        self._loaded()
 
     def load(self, reader: CheckpointReader, *, optimizer_steps: int) -> None:
         """Restore the state any engine saved; each rank reads what it holds."""
-        self.load_weights(reader)
+        what = "reading the checkpoint"
+        collectives.together(lambda: self._read_all(reader, optimizer_steps), what=what)
+        self._loaded()
+        self.optimizer_steps = optimizer_steps
+
+    def _read_all(self, reader: CheckpointReader, optimizer_steps: int) -> None:
+        self._read_weights(reader)
         set_step_count(*self._optimized(), optimizer_steps)
         load_moments(reader, self._fragments())
         if self._options.states is not None:
             self._options.states.load(reader)
-        self.optimizer_steps = optimizer_steps

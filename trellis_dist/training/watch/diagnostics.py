@@ -165,6 +165,8 @@ def _tables(folder: Path) -> list[dict[str, Any]]:
 def summary(folder: Path) -> str:
     """One line: where the numbers stop being finite, on which ranks."""
     place = first_place(folder)
+    if place is None and not any(table["gradients"] for table in _tables(folder)):
+        return f"all weights in {folder} are finite; gradients were not looked at in the first bad step"
     if place is None:
         return f"all weights and gradients in {folder} are finite: the loss alone was not"
     ranks = ", ".join(map(str, place.ranks))

@@ -21,13 +21,14 @@ SMALLEST_SPREAD = 1e-3  # of the median
 class Spike:
     """The loss has been ``deviations`` standard deviations and more above ``median`` for ``steps`` steps.
 
-    ``loss`` is the last one; ``deviations`` are its own.
+    ``loss`` is the last one; ``deviations`` are its own. ``began`` is the first of the steps.
     """
 
     loss: float
     median: float
     deviations: float
     steps: int
+    began: int
 
     def __str__(self) -> str:
         return (
@@ -51,9 +52,10 @@ class SpikeDetector:
         self._deviations, self._patience = deviations, patience
         self._losses: deque[float] = deque(maxlen=window)
         self._above: list[float] = []
+        self._began = 0  # step of the first loss above
 
-    def note(self, loss: float) -> Spike | None:
-        """Take the next loss; a spike is announced once, at its ``patience``-th step.
+    def note(self, step: int, loss: float) -> Spike | None:
+        """Take the loss of ``step``, the next one; a spike is announced once, at its ``patience``-th step.
 
         What stays up after that is the new level: the losses of an announced spike join the window.
         """
@@ -65,10 +67,13 @@ class SpikeDetector:
             self._above.clear()
             self._losses.append(loss)
             return None
+        if not self._above:
+            self._began = step
         self._above.append(loss)
         if len(self._above) < self._patience:
             return None
-        found = Spike(loss, statistics.median(self._losses), deviations, len(self._above))
+        median = statistics.median(self._losses)
+        found = Spike(loss, median, deviations, len(self._above), self._began)
         self._losses.extend(self._above)
         self._above.clear()
         return found
@@ -88,13 +93,13 @@ class SpikeDetector:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
-        return {"losses": list(self._losses), "above": list(self._above)}
+        return {"losses": list(self._losses), "above": list(self._above), "began": self._began}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state``; a smaller window keeps the newest losses."""
         self._losses.clear()
         self._losses.extend(float(loss) for loss in state["losses"])
-        self._above = [float(loss) for loss in state["above"]]
+        self._above, self._began = [float(loss) for loss in state["above"]], int(state["began"])
 
 
 def _spread(losses: list[float]) -> float:
