@@ -106,6 +106,8 @@ def kill_all_ranks(folder: Path, index: int) -> Outcome:
     if not wrong and resumed != expected:
         wrong = f"it resumed from step {resumed}, the newest verified one is {expected}"
     lost = done - resumed
+    if lost > 2 * INTERVAL:  # training waits for the save in flight before it begins the next
+        wrong = wrong or f"{lost} steps were lost"
     note = f"{name}, {'inside a save' if inside else 'just after a save'}"
     if wrong:
         note += f", killed after step {done}, resumed from step {resumed}: {wrong}"
