@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.faults.row import Row
 from benchmarks.faults.table import render, summary
 from benchmarks.faults.trials import Trials
@@ -31,9 +33,9 @@ SOURCES = ("checkpoints", "data_pipeline", "kernels", "launch", "trellis_dist", 
 
 def all_rows() -> dict[int, Row]:
     """Number -> row, of all row modules."""
-    from benchmarks.faults import files
+    from benchmarks.faults import files, runs
 
-    return dict(sorted(files.ROWS.items()))
+    return dict(sorted({**files.ROWS, **runs.ROWS}.items()))
 
 
 def measure(rows: Mapping[int, Row], work: Path, output: Path, *, quick: bool) -> int:
@@ -47,7 +49,6 @@ def measure(rows: Mapping[int, Row], work: Path, output: Path, *, quick: bool) -
         count = row.quick if quick else row.full
         result = summary(row, trials.run(number, row, count), trials.run_stock(number, row, count))
         found["rows"][str(number)] = result | {"source": source}
-        found["rows"] = dict(sorted(found["rows"].items(), key=lambda item: int(item[0])))
         output.parent.mkdir(parents=True, exist_ok=True)
         write_json(output, found)
         print(f"row {number}: {result['passed']} of {result['of']}, {result['seconds']} s", flush=True)
@@ -81,6 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.work is None:
         parser.error("give --work DIR")
+    torch.set_num_threads(1)  # trials fork, and a pool of threads does not survive that
     rows = all_rows()
     unknown = [number for number in given.rows or () if number not in rows]
     if unknown:

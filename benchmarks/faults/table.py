@@ -48,7 +48,7 @@ def _numbers(trials: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]
 def render(found: Mapping[str, Any]) -> str:
     """The rows as a Markdown table."""
     lines = ["| # | inject | expected | passed | the same on stock formats |", "|---|---|---|---|---|"]
-    for number, row in found["rows"].items():
+    for number, row in sorted(found["rows"].items(), key=lambda item: int(item[0])):
         stock = "; ".join(f"{name}: {_counts(counts)}" for name, counts in row["stock"].items())
         cells = [number, row["title"], row["expected"], f"{row['passed']} of {row['of']}", stock]
         lines.append("| " + " | ".join(cells) + " |")
