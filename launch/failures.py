@@ -169,14 +169,18 @@ def record_failure(
 
 
 def read_failures(run_dir: Path) -> list[Failure]:
-    """The records in ``run_dir``, the earliest first; what is no record is left out."""
-    found = []
+    """The records in ``run_dir``, the earliest first; what is no record is left out.
+
+    In a rank also those of ranks that this job does not have: they are an earlier, larger job's.
+    """
+    found, ranks = [], float(os.environ.get("WORLD_SIZE", "inf"))
     for path in log_folder(run_dir).glob("failure-rank-*.json"):
         try:
             found.append(Failure(**read_json(path)))
         except (OSError, ValueError, TypeError):  # removed or replaced just now, or another version's
             continue
-    return sorted(found, key=lambda failure: (failure.at, failure.rank))
+    here = [failure for failure in found if failure.rank < ranks]
+    return sorted(here, key=lambda failure: (failure.at, failure.rank))
 
 
 def forget_failures(run_dir: Path) -> None:

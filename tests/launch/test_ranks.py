@@ -26,8 +26,8 @@ from launch.ranks import explain, run_ranks
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.collectives import PeerFailedError
-from trellis_dist.training.watch.status_page import StatusPage, status_path
 from trellis_dist.training.guards import DivergedError
+from trellis_dist.training.watch.status_page import StatusPage, status_path
 
 BASE = str(Path(__file__).with_name("base.toml"))
 HOST = socket.gethostname()
@@ -217,3 +217,14 @@ def test_files_of_the_callers_folder_are_not_taken_for_ours(
         run_ranks(
             1, run_dir=tmp_path / "run", arguments=["--recipe=nowhere.json", f"--run-dir={tmp_path / 'run'}"]
         )
+
+
+def test_records_of_an_earlier_larger_job_are_not_this_jobs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its ranks 2 and 3 are gone, and nobody of this job would remove what they left."""
+    for rank in range(4):
+        record_failure(tmp_path, rank=rank, message=f"mesh {rank}", detail="", restartable=False)
+    assert [failure.rank for failure in read_failures(tmp_path)] == [0, 1, 2, 3]
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert [failure.rank for failure in read_failures(tmp_path)] == [0, 1]

@@ -25,6 +25,7 @@ from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
 from trellis_dist.files import FileSystem
 from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.training import evaluate as evaluation
 from trellis_dist.training import loop, saving, setup
 from trellis_dist.training.engines.local import LocalEngine
 from trellis_dist.training.errors import EchoError
@@ -293,6 +294,29 @@ def test_sigterm_saves_at_the_next_step_boundary(data: Path, whole: Path, tmp_pa
     assert (result.outcome, result.step, result.exit_status) == ("terminated", 7, 75)
     assert signal.getsignal(signal.SIGTERM) == previous
     assert run(make_job(data), tmp_path).resumed_step == 7
+    assert exact_rows(tmp_path) == exact_rows(whole)
+    assert state(tmp_path, 20) == state(whole, 20)
+
+
+def test_sigterm_in_a_validation_pass_is_heard_and_the_next_start_makes_the_pass(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch
+):
+    asked = []
+
+    def evaluate(self, batches):
+        asked.append(len(batches))
+        if len(asked) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batches)
+
+    real = LocalEngine.evaluate
+    monkeypatch.setattr(evaluation, "TOGETHER", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalEngine, "evaluate", evaluate)
+        result = run(make_job(data), tmp_path)
+    assert (result.outcome, result.step, asked) == ("terminated", 10, [2])
+    assert [row["step"] for row in exact_rows(tmp_path)] == list(range(1, 10))
+    assert run(make_job(data), tmp_path).resumed_step == 10
     assert exact_rows(tmp_path) == exact_rows(whole)
     assert state(tmp_path, 20) == state(whole, 20)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 from trellis_dist.parallel.mesh import Mesh
@@ -14,6 +15,7 @@ from trellis_dist.training.engines.base import Engine
 __all__ = ["Validator"]
 
 IGNORED = -100
+TOGETHER = 8  # micro-batches between two questions whether to go on
 
 
 class Validator:
@@ -34,10 +36,20 @@ class Validator:
         self._bytes = dataset.num_bytes
         self._mesh = mesh
 
-    def run(self, engine: Engine) -> dict[str, float]:
-        """Return ``loss/validation`` (nats per token); for a whole split ``validation/bits_per_byte`` too."""
-        nats, seen = sum_scalars(engine.evaluate(self._batches()))
-        nats, tokens = nats / self._mesh.tp, seen / (self._mesh.sp * self._mesh.tp)
+    def run(self, engine: Engine, *, interrupted: Callable[[], bool] | None = None) -> dict[str, float]:
+        """Return ``loss/validation`` (nats per token); for a whole split ``validation/bits_per_byte`` too.
+
+        ``interrupted``, the same on every rank, is asked every few micro-batches; once it is true there is
+        nothing to return.
+        """
+        batches, nats, seen = self._batches(), 0.0, 0
+        while part := list(itertools.islice(batches, TOGETHER)):
+            if interrupted is not None and interrupted():
+                return {}
+            more = engine.evaluate(part)
+            nats, seen = nats + more[0], seen + more[1]
+        total, counted = sum_scalars([nats, seen])
+        nats, tokens = total / self._mesh.tp, counted / (self._mesh.sp * self._mesh.tp)
         metrics = {"loss/validation": nats / max(1.0, tokens)}
         if self._whole:
             metrics["validation/bits_per_byte"] = nats / (math.log(2) * self._bytes)

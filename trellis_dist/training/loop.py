@@ -108,7 +108,7 @@ class _Loop:
     """The state of one start of a run that nothing has to remember."""
 
     def __init__(self, session: Session) -> None:
-        self.session = session
+        self.session, self.request = session, TerminationRequest()
         self.loss: float | None = None
         self.validation: dict[str, float] = {}
         self.measured: dict[str, float] = {}  # at the last step
@@ -119,19 +119,20 @@ class _Loop:
     def until(self, last: int) -> TrainResult:
         """Train up to step ``last`` and save."""
         session, terminated = self.session, False
-        with TerminationRequest() as request:
+        with self.request:
+            self._finish_row()
             while session.progress.step < last and not terminated:
-                terminated = self._step(request)
+                terminated = self._step()
             self._arm("saving the last step", long=True)
-            terminated = not self._finish(request) or terminated
+            terminated = not self._finish() or terminated
         finished = session.progress.step >= session.job.training.steps
         # A last step that is not saved for want of time is another start's to do again.
         outcome: Outcome = "terminated" if terminated else "finished" if finished else "stopped"
         return self._result(outcome)
 
-    def _finish(self, request: TerminationRequest) -> bool:
+    def _finish(self) -> bool:
         """Save the last step; when asked to end, as far as that fits into the grace period. True if saved."""
-        session = self.session
+        session, request = self.session, self.request
         if session.progress.step != session.saver.saved_step:
             session.guards.check_replicas(session.progress.step, saving=True)
         within = session.job.checkpoint.grace_s - request.waited if request.received else math.inf
@@ -143,14 +144,14 @@ class _Loop:
             )
         return saved
 
-    def _step(self, request: TerminationRequest) -> bool:
+    def _step(self) -> bool:
         """Do one step with what is due after it; True when any rank was asked to end (no step is done)."""
         session, begin = self.session, time.monotonic()
         self._arm("reading rows", long=self.first_loss is None, ahead=1)
         batches = session.loader.micro_batches(session.progress.samples)
         counted = sum(batch.valid_tokens for batch in batches)
         session.watch.enter("agreement between the ranks")
-        said = [counted, request.received, session.saver.status, self._busy]
+        said = [counted, self.request.received, session.saver.status, self._busy]
         valid, asked, statuses, busy = zip(*gather_scalars(said), strict=True)
         session.saver.settle(statuses)
         if any(asked):
@@ -209,10 +210,9 @@ class _Loop:
         last = step == job.training.steps
         row = self._row(step, rate, result) if self._row_due(step) else {}
         if last or (job.training.validation_interval and step % job.training.validation_interval == 0):
-            self._arm("validation", long=True)
             row = row or self._row(step, rate, result)
-            self.validation = session.validator.run(session.engine)
-            row |= self.validation
+            if not self._validate(row, last=last):
+                return  # somebody is waiting for the end
         kept = {key: value for key, value in row.items() if key.startswith(("loss/", "validation/"))}
         self.measured = {"loss/train": result.loss, **kept}
         if row:
@@ -222,6 +222,30 @@ class _Loop:
             self._arm("beginning to save", long=True)
             session.guards.check_replicas(step, saving=True)
             session.saver.save(session.engine, session.progress, measured=self.measured)
+
+    def _validate(self, row: dict[str, float], *, last: bool) -> bool:
+        """Add a validation pass to ``row``; False if a request to end broke it off: the next start makes it.
+
+        The one after the last step is not broken off, because no start comes after it.
+        """
+        self._arm("validation", long=True)
+        found = self.session.validator.run(
+            self.session.engine, interrupted=None if last else self._asked_to_end
+        )
+        self.session.saver.pending_row = {} if found else dict(row)
+        self.validation = found or self.validation
+        row |= found
+        return bool(found)
+
+    def _finish_row(self) -> None:
+        """Make the validation that the start before broke off, and write its row."""
+        row = dict(self.session.pending_row)
+        if row and self._validate(row, last=False):
+            self.session.metrics.write(row)
+
+    def _asked_to_end(self) -> bool:
+        """Whether any rank was; every rank calls it."""
+        return any(row[0] for row in gather_scalars([self.request.received]))
 
     def _row_due(self, step: int) -> bool:
         job = self.session.job

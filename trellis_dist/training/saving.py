@@ -60,6 +60,7 @@ class Saver:
         """Save into ``root`` what goes on from ``start``. Every rank calls this."""
         saved_step = start.progress.step
         self._origin, self._guards = start.origin, guards
+        self.pending_row: Mapping[str, float] = {}  # of a step whose validation was broken off
         self.root, self._job, self._fingerprint, self._metrics = root, job, fingerprint, metrics
         self.saved_step = saved_step
         self.failures = 0
@@ -167,6 +168,7 @@ class Saver:
             measured=measured,
             origin=self._origin,
             guards=self._guards.state(),
+            pending_row=self.pending_row,
         )
         began = time.monotonic()
         self._started += 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,7 @@ class Session:
     busy: BusyTimer
     progress: Progress
     resumed_step: int
+    pending_row: Mapping[str, float]
     started: float
 
     def close(self) -> None:
@@ -191,6 +192,7 @@ def _open(
         busy=BusyTimer(engine.forward_module, device=mesh.device),
         progress=progress,
         resumed_step=progress.step,
+        pending_row=start.pending_row,
         started=started,
     )
 

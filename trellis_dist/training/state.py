@@ -53,6 +53,7 @@ class Start:
         weights: the checkpoint that a new run takes its weights from; None without ``training.init_from``.
         origin: where the weights of the run came from at its beginning: path, step, digest of the manifest.
         guards: what the watchers of the numbers remember.
+        pending_row: the row of the last step, if its validation was broken off by a request to end.
     """
 
     progress: Progress
@@ -61,6 +62,7 @@ class Start:
     weights: Path | None = None
     origin: Mapping[str, Any] | None = None
     guards: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    pending_row: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
 
 def run_state(
@@ -72,18 +74,20 @@ def run_state(
     measured: Mapping[str, float] | None = None,
     origin: Mapping[str, Any] | None = None,
     guards: Mapping[str, Any] | None = None,
+    pending_row: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
     """Return the JSON state of a checkpoint.
 
     ``measured`` are metrics of this very step, ``origin`` says where the first weights came from, ``guards``
-    is what the watchers of the numbers remember.
+    is what the watchers of the numbers remember, ``pending_row`` waits for its validation.
     """
     return {
         **dataclasses.asdict(progress),
         "optimizer_steps": optimizer_steps,
         "init_from": dict(origin) if origin else None,
         "guards": dict(guards or {}),
-        "metrics": {key: float(value) for key, value in (measured or {}).items() if math.isfinite(value)},
+        "pending_row": _finite(pending_row or {}),
+        "metrics": _finite(measured or {}),
         "optimizer": _plain(dataclasses.asdict(job.optimizer)),
         "schedule": _plain(dataclasses.asdict(job.schedule)),
         "data": _data_identity(job, fingerprint),
@@ -92,6 +96,11 @@ def run_state(
         "engine": f"{job.training.engine}-{job.training.zero_stage}",
         "recipe_digest": digest(_plain(job.recipe)),
     }
+
+
+def _finite(values: Mapping[str, float]) -> dict[str, float]:
+    """JSON has no NaN."""
+    return {key: value for key, value in values.items() if math.isfinite(value)}
 
 
 # What a state says nothing of when it was saved before there was a choice.
@@ -186,6 +195,7 @@ def _resumed(found: Path, job: Job, *, fingerprint: str) -> Start:
         optimizer_steps=int(state["optimizer_steps"]),
         origin=state.get("init_from"),
         guards=state.get("guards", {}),
+        pending_row=state.get("pending_row", {}),
     )
 
 

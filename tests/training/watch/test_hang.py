@@ -171,3 +171,47 @@ def test_a_store_that_does_not_answer_costs_no_more_than_the_limit() -> None:
         raise dist.DistNetworkError("connection reset")
 
     assert bounded(lost, 5.0) is None
+
+
+class SilentStore:
+    """Beats whose store does not answer."""
+
+    interval_s, verdict = 0.01, None
+
+    def note(self, step: int, operation: str) -> None: ...
+
+    def close(self) -> None: ...
+
+    def claim(self, limit_s: float) -> bool | None:
+        return None
+
+
+@pytest.mark.parametrize(
+    "rank, store_rank, speaks, says",
+    [
+        (0, 0, None, False),  # it keeps the store: it would be what is stopped
+        (1, 0, None, True),
+        (2, 0, None, False),
+        (4, None, True, True),  # the first rank of a node that is left, of a job whose first node is gone
+        (5, None, False, False),
+    ],
+)
+def test_when_the_store_is_silent_a_rank_that_is_left_says_so(
+    rank: int, store_rank: int | None, speaks: bool | None, says: bool
+) -> None:
+    told: list[tuple[str, bool]] = []
+    watch = HangWatch(
+        rank=rank,
+        report=lambda message, echo: told.append((message, echo)),
+        heartbeat=SilentStore(),  # type: ignore[arg-type]
+        store_rank=store_rank,
+        speaks=speaks,
+        poll_s=0.01,
+        end=lambda status: None,
+    )
+    watch.arm(0.02, step=3, operation="update")
+    watch._thread.join(30)
+    watch.close()
+    ((message, echo),) = told
+    assert "store does not answer" in message
+    assert echo is not says

@@ -52,6 +52,7 @@ class HangWatch:
         heartbeat: Heartbeat | None = None,
         page: StatusPage | None = None,
         store_rank: int | None = None,
+        speaks: bool | None = None,
         poll_s: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
         end: Callable[[int], None] = os._exit,
@@ -64,10 +65,13 @@ class HangWatch:
             page: also told what this rank does.
             store_rank: the rank whose process keeps the job's store, to be named when the store is silent;
                 None when another process does (torchrun's agent).
+            speaks: whether this rank says what it knows when the store is silent and ranks cannot choose one
+                of them; unless given, the first rank that does not keep the store.
             end: ends the process with a status.
         """
         self._rank, self._report, self._heartbeat, self._page = rank, report, heartbeat, page
         self._store_rank, self._poll_s, self._clock, self._end = store_rank, poll_s, clock, end
+        self._speaks = rank == (1 if store_rank == 0 else 0) if speaks is None else speaks
         self._phase = Phase(0, "start", 0.0, None)
         self._backstop = False
         self._stop = threading.Event()
@@ -148,7 +152,7 @@ class HangWatch:
                 return found, True
         verdict = self._blame(beat) if first is not None else None
         if verdict is None:
-            return f"{here}: {self._silent_store()}", self._rank != (1 if self._store_rank == 0 else 0)
+            return f"{here}: {self._silent_store()}", not self._speaks
         message = f"{here}: {verdict.message}"
         beat.publish(message, READ_LIMIT_S)
         return message, False
