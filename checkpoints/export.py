@@ -20,6 +20,7 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from checkpoints.commit import list_steps, step_of
 from checkpoints.logical import check_name
 from checkpoints.manifest import records_from_json, records_to_json
 from checkpoints.reader import CheckpointReader
@@ -33,8 +34,10 @@ __all__ = [
     "SAVED",
     "TOKENIZER",
     "Exported",
+    "check_new_folder",
     "export_model",
     "load_exported",
+    "unlisted_files",
     "verify_export",
     "write_export",
 ]
@@ -71,7 +74,7 @@ def export_model(
     Raises:
         FileExistsError: `output` exists.
         FileNotFoundError: no checkpoint, or no tokenizer.
-        ValueError: a damaged checkpoint (file named), or one without weights.
+        ValueError: a damaged checkpoint (file named), one without weights, an output among checkpoints.
         OSError: the folder could not be written; nothing of it is left.
     """
     contents = {CONFIG: canonical_json(dict(model_config)).encode(), TOKENIZER: Path(tokenizer).read_bytes()}
@@ -91,8 +94,7 @@ def write_export(
     Raises:
         FileExistsError, ValueError, OSError: as `export_model`.
     """
-    if os.path.lexists(output):
-        raise FileExistsError(f"{output} exists and is never overwritten: choose another folder or remove it")
+    check_new_folder(output)
     entries = [
         Entry(
             prefix + name.removeprefix(SAVED),
@@ -122,6 +124,24 @@ def write_export(
     return output
 
 
+def check_new_folder(output: Path) -> None:
+    """Check that `output` may be made: it is not there, and would not pass for one of a run's checkpoints.
+
+    Raises:
+        FileExistsError: it exists.
+        ValueError: it has a step's name, or would lie in a checkpoint or in a folder of checkpoints.
+    """
+    if os.path.lexists(output):
+        raise FileExistsError(f"{output} exists and is never overwritten: choose another folder or remove it")
+    place = output.resolve()
+    if step_of(place) is not None:
+        raise ValueError(f"{output} has the name of a checkpoint: choose another name, such as export")
+    if step_of(place.parent) is not None or list_steps(place.parent):
+        raise ValueError(
+            f"{output} would lie among checkpoints, which only a run writes: choose another folder"
+        )
+
+
 def _about(reader: CheckpointReader, records: Mapping[str, FileRecord]) -> dict[str, Any]:
     source = {"step": reader.step, "manifest_sha256": reader.manifest.digest}
     about = {"format": FORMAT, "version": VERSION, "source": source, "files": records_to_json(records)}
@@ -132,8 +152,26 @@ def verify_export(directory: Path) -> int:
     """Compare every file with export.json; returns the source step. Raises as `load_exported`."""
     step, records = _read_about(directory / EXPORT)
     for name, record in records.items():
+        if (directory / name).is_symlink():
+            raise ValueError(
+                f"{directory / name} is a link, as in the cache of the Hub, and links are refused: download "
+                "with local_dir (hf download --local-dir), or copy the folder with links resolved (cp -rL)"
+            )
         check_file(directory / name, record, hashed=True)
     return step
+
+
+def unlisted_files(directory: Path) -> list[str]:
+    """One line for each thing in the export `directory` that export.json does not list; sorted.
+
+    It is no damage (a README, say), and `trellis import` does not read it; other programs may.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_exported`, of export.json.
+    """
+    listed = {EXPORT, *_read_about(directory / EXPORT)[1]}
+    found = sorted(item for item in directory.iterdir() if item.name not in listed)
+    return [f"{item} is not listed in {EXPORT}: it is no part of the export" for item in found]
 
 
 def load_exported(directory: Path) -> Exported:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.export import EXPORT, verify_export
+from checkpoints.export import EXPORT, check_new_folder, verify_export
 from checkpoints.logical import LogicalTensor, check_name
 from checkpoints.source_folder import SourceFolder, checked_section
 from checkpoints.state import save_checkpoint
@@ -112,10 +112,10 @@ def write_import(imported: Imported, output: Path, *, source: Path, file_system:
 
     Raises:
         FileExistsError: `output` exists.
+        ValueError: it would lie among checkpoints.
         OSError: it could not be written; nothing of it is left.
     """
-    if os.path.lexists(output):
-        raise FileExistsError(f"{output} exists and is never overwritten: choose another folder or remove it")
+    check_new_folder(output)
     section = json.loads(json.dumps(dataclasses.asdict(imported.config)))
     report = {
         "source": str(source),

@@ -1,6 +1,6 @@
 """A folder of weights as others write them (Hugging Face layout), read as what it is: data from outside.
 
-config.json    model.safetensors, or model.safetensors.index.json and the files that it names
+config.json    model.safetensors, else model.safetensors.index.json and the files that it names
 
 Nothing is unpickled, headers are checked and capped before the library opens a file, names in the index are
 those of files in the folder.
@@ -21,7 +21,7 @@ from checkpoints.tensor_file import read_header
 from trellis_dist.files import read_json
 from trellis_dist.models.config import ModelConfig
 
-__all__ = ["SourceFolder", "checked_section"]
+__all__ = ["SourceFolder", "checked_section", "model_type"]
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\.safetensors")
@@ -73,12 +73,13 @@ class SourceFolder:
 
     def _weight_files(self) -> dict[Path, set[str] | None]:
         """File -> the names it should hold; None: whatever it holds."""
-        index = self.directory / INDEX
-        if index.is_file():
-            return _indexed(index)
+        # In this order, as in transformers: export.json vouches for the one file; an index may be left over.
         single = self.directory / WEIGHTS
         if single.is_file():
             return {single: None}
+        index = self.directory / INDEX
+        if index.is_file():
+            return _indexed(index)
         pickled = sorted(path.name for pattern in PICKLED for path in self.directory.glob(pattern))
         if pickled:
             raise ValueError(
@@ -99,6 +100,15 @@ def checked_section(section: Mapping[str, Any], *, source: str) -> ModelConfig:
         value = repr(first["input"])
         shown = value if len(value) <= 60 else value[:57] + "..."
         raise ValueError(f"{source}: {key} = {shown}: {message}") from error
+
+
+def model_type(directory: Path) -> str | None:
+    """What the config.json of `directory` says it is; None: there is none, or it cannot be read."""
+    try:
+        kind = _read_table(directory / CONFIG, MAX_CONFIG).get("model_type")
+    except (ValueError, OSError):
+        return None
+    return kind if isinstance(kind, str) else None
 
 
 def _read_table(path: Path, limit: int) -> dict[str, Any]:

@@ -26,8 +26,8 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
         - "examined": the paths whose bytes were compared; of a run its data set and each of its checkpoints.
         - "problems": one line per damage, naming the file; none: exit status 0, else 1.
         - "repaired": one line per file of a data set that was damaged and made again.
-        - "notes": one line per thing worth knowing that is no damage: of a checkpoint, files that its
-          manifest does not list; of a run also pins, and what unfinished saves and removals left.
+        - "notes": one line per thing worth knowing that is no damage: of a checkpoint or an export, files
+          that it does not list; of a run also pins, and what unfinished saves and removals left.
 
     Raises:
         FileNotFoundError: no such path.
@@ -37,15 +37,15 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
         raise FileNotFoundError(f"{path}: no such file or folder")
     if (path / "recipe.json").is_file():
         return _report(path, "run", _run_parts(path), notes=_run_notes(path))
-    if (path / "export.json").is_file():
-        return _report(path, "export", {path: _export_problems(path)})
-    if (path / "tokenizer.model").is_file() or any(path.glob("*.idx")):
+    if (path / "export.json").is_file() or _is_bare_model(path):
+        return _report(path, "export", {path: _export_problems(path)}, notes=_unlisted(path))
+    if _is_dataset(path):
         return _repaired(path) if repair else _report(path, "dataset", {path: _dataset_problems(path)})
     if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
         return _report(path, "checkpoint", {path: _checkpoint_problems(path)}, notes=_stray(path))
     raise ValueError(
         f"{path} is no checkpoint (step-N), no run (recipe.json), no export (export.json) and no data "
-        "set (tokenizer.model)"
+        "set (manifest.json and *.idx)"
     )
 
 
@@ -90,14 +90,41 @@ def _run_parts(run_dir: Path) -> dict[Path, list[str]]:
     return parts | {checkpoint: _checkpoint_problems(checkpoint) for checkpoint in checkpoints}
 
 
-def _export_problems(path: Path) -> list[str]:
-    from checkpoints.export import load_exported
+def _is_dataset(path: Path) -> bool:
+    """Token shards, or a manifest that is no checkpoint's."""
+    if any(path.glob("*.idx")):
+        return True
+    step = path.name.startswith("step-") or (path / "manifest.sha256").is_file()
+    return (path / "manifest.json").is_file() and not step
 
+
+def _is_bare_model(path: Path) -> bool:
+    """Whether `path` is a model of ours that transformers saved: an export without its list of hashes."""
+    from checkpoints.source_folder import model_type
+    from trellis_dist.models.huggingface.folder import MODEL_TYPE
+
+    return model_type(path) == MODEL_TYPE
+
+
+def _export_problems(path: Path) -> list[str]:
+    from checkpoints.export import EXPORT, load_exported
+
+    if not (path / EXPORT).is_file():
+        return [f"{path}: no {EXPORT}: nothing to compare with; export again"]
     try:
         load_exported(path)
     except (ValueError, FileNotFoundError) as error:
         return [str(error)]
     return []
+
+
+def _unlisted(path: Path) -> list[str]:
+    from checkpoints.export import unlisted_files
+
+    try:
+        return unlisted_files(path)
+    except (ValueError, OSError):  # without a whole list, which is a problem, nothing is unlisted
+        return []
 
 
 def _checkpoint_problems(path: Path) -> list[str]:

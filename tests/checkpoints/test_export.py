@@ -111,6 +111,25 @@ def test_what_cannot_be_exported(checkpoint: Path, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "pieces.model", "out", "bare"}
 
 
+@pytest.mark.parametrize(
+    "place",
+    [
+        "checkpoints/step-00000099",
+        "checkpoints/out",
+        "checkpoints/step-00000012/out",
+        "step-00000099",
+        "link/out",
+    ],
+)
+def test_an_export_is_no_checkpoint_of_a_run(checkpoint: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "link").symlink_to(checkpoint.parent)
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ValueError, match="choose another") as caught:
+        _export(checkpoint, place)
+    assert len(str(caught.value).splitlines()) == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize("fragment", ["model.safetensors", "config.json", "tokenizer.model", "export.json"])
 def test_a_full_disk_leaves_nothing(checkpoint: Path, fragment: str) -> None:
     with pytest.raises(OSError, match=fragment) as caught:

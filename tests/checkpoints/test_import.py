@@ -140,6 +140,27 @@ def test_a_folder_of_several_files_comes_back_too(source: Path) -> None:
         assert_same(found.tensors[name], value)
 
 
+@pytest.mark.parametrize("listed", [True, False], ids=["with hashes", "without"])
+def test_an_index_beside_the_one_file_is_not_read(source: Path, listed: bool) -> None:
+    """Its files are in no list of hashes, and transformers reads the one file too."""
+    folder = source if listed else bare(source)
+    other = {name: value + 1 for name, value in load_file(folder / "model.safetensors").items()}
+    save_file(other, folder / "evil.safetensors")
+    placed = dict.fromkeys(other, "evil.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
+    found = import_folder(folder)
+    for name, value in weights().items():
+        assert_same(found.tensors[name], value)
+
+
+def test_links_of_a_download_are_refused_with_the_remedy(source: Path) -> None:
+    (source / "model.safetensors").rename(source.parent / "blob")
+    (source / "model.safetensors").symlink_to(source.parent / "blob")
+    for read in (load_exported, import_folder):
+        with pytest.raises(ValueError, match=r"model\.safetensors is a link.*--local-dir.*cp -rL"):
+            read(source)
+
+
 class Bomb:
     def __reduce__(self) -> Any:
         return (Path("executed").write_text, ("x",))
@@ -156,6 +177,7 @@ def _config(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 def _index(placed: Any) -> Callable[[Path], None]:
     def write(source: Path) -> None:
+        (source / "model.safetensors").rename(source / "model-0.safetensors")
         (source / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
 
     return write
@@ -192,7 +214,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a number for a path": (_index({NAME: 3}), "no .safetensors file of the folder"),
     "an index without a map": (_index([NAME]), "has no weight_map"),
     "a file that is not there": (_index({NAME: "model-7.safetensors"}), "is missing"),
-    "an index that disagrees": (_index({NAME: "model.safetensors"}), "disagree about"),
+    "an index that disagrees": (_index({NAME: "model-0.safetensors"}), "disagree about"),
     "a list for a configuration": (lambda s: (s / "config.json").write_text("[1]"), "holds a list"),
     "no configuration": (lambda s: (s / "config.json").unlink(), "has no config.json"),
     "a configuration of megabytes": (
@@ -227,6 +249,14 @@ def test_hostile_folders_are_refused_in_one_line(
     assert words in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
     assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("place", ["step-00000009", "other/step-00000009", "checkpoints-1/out"])
+def test_nothing_is_written_among_checkpoints(source: Path, tmp_path: Path, place: str) -> None:
+    with pytest.raises(ValueError, match="choose another") as caught:
+        write_import(import_folder(source), tmp_path / place, source=source)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not (tmp_path / place).exists()
 
 
 def test_nothing_is_overwritten(source: Path, tmp_path: Path) -> None:

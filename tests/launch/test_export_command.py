@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -119,6 +121,45 @@ def test_an_exported_folder_is_verified_and_generates(
         assert path.name in capsys.readouterr().out
         path.write_bytes(good)
     assert main(["doctor", str(exported)]) == 0
+
+
+def _examined(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    capsys.readouterr()
+    status = main(["doctor", str(path), "--json"])
+    report: dict[str, Any] = json.loads(capsys.readouterr().out)
+    assert status == (1 if report["problems"] else 0)
+    return report
+
+
+def test_files_that_an_export_does_not_list_are_noted(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    (folder / "model.safetensors.index.json").write_text("{}")
+    report = _examined(folder, capsys)
+    assert report["problems"] == []
+    (note,) = report["notes"]
+    assert note.startswith(f"{folder / 'model.safetensors.index.json'} is not listed in export.json")
+    (folder / "export.json").write_text("{}")
+    assert _examined(folder, capsys)["notes"] == []
+
+
+def test_a_model_without_hashes_is_no_data_set_and_stays_as_it_is(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "out"
+    shutil.copytree(exported, folder)
+    (folder / "export.json").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    report = _examined(folder, capsys)
+    assert (report["kind"], report["repaired"]) == ("export", [])
+    assert report["problems"] == [f"{folder}: no export.json: nothing to compare with; export again"]
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert main(["doctor", str(folder)]) == 1
+    assert "no data set" in capsys.readouterr().err
+    (folder / "config.json").write_bytes(before["config.json"])
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_checkpoint_of_a_run_is_exported_in_either_form(run_dir: Path, tmp_path: Path) -> None:
