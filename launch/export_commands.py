@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+import socket
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,6 +17,10 @@ if TYPE_CHECKING:
     from checkpoints.import_model import Imported
 
 __all__ = ["export", "import_weights"]
+
+
+# Times that the folder of checkpoints is listed: steps may go before they are pinned, and newer ones come.
+CHOICES = 3
 
 
 class Format(StrEnum):
@@ -48,27 +56,23 @@ def export(
     from checkpoints.export import export_model
     from checkpoints.hf_export import export_for_transformers
     from data_pipeline.tokenizer import Tokenizer
-    from evals.runs import find_checkpoint, find_dataset
+    from evals.runs import find_dataset
     from launch.recipe import resolve
     from launch.run_folder import recipe_of_run
 
     run_dir, step = _run_and_step(source, step)
     recipe = recipe_of_run(run_dir)
-    checkpoint = find_checkpoint(run_dir, step=step)
-    dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
-    tokenizer, section = dataset / "tokenizer.model", resolve(recipe)["model"]
-    if format_ is Format.HF:
-        ids = Tokenizer.load(tokenizer)
-        export_for_transformers(
-            checkpoint,
-            target,
-            tokenizer=tokenizer,
-            model_config=section,
-            bos_id=ids.bos_id,
-            eos_id=ids.eos_id,
-        )
-    else:
-        export_model(checkpoint, target, tokenizer=tokenizer, model_config=section)
+    with _held(run_dir, step) as checkpoint:
+        dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
+        given: dict[str, Any] = {
+            "tokenizer": dataset / "tokenizer.model",
+            "model_config": resolve(recipe)["model"],
+        }
+        if format_ is Format.HF:
+            ids = Tokenizer.load(given["tokenizer"])
+            export_for_transformers(checkpoint, target, **given, bos_id=ids.bos_id, eos_id=ids.eos_id)
+        else:
+            export_model(checkpoint, target, **given)
     print(f"exported {checkpoint} to {target}")
 
 
@@ -89,6 +93,53 @@ def _run_and_step(source: Path, step: int | None) -> tuple[Path, int | None]:
     return run_dir, named
 
 
+@contextmanager
+def _held(run_dir: Path, step: int | None) -> Iterator[Path]:
+    """A verified checkpoint of the run, pinned while the block runs: a run at work removes old ones.
+
+    Raises:
+        ValueError: as `evals.runs.find_checkpoint`.
+    """
+    from checkpoints.pins import unpin
+
+    owner = f"export-{socket.gethostname()}-{os.getpid()}"
+    checkpoint = _pin_sound(run_dir, step, owner)
+    try:
+        yield checkpoint
+    finally:
+        with suppress(OSError):
+            unpin(checkpoint, owner)
+
+
+def _pin_sound(run_dir: Path, step: int | None, owner: str) -> Path:
+    """Pin the newest checkpoint (or that of `step`), then verify it; one that went first is passed over."""
+    from checkpoints.commit import CheckpointWarning, list_steps
+    from checkpoints.pins import pin, unpin
+    from checkpoints.verify import verify_checkpoint
+    from evals.runs import find_checkpoint
+
+    root, damaged = run_dir / "checkpoints", set[Path]()
+    for _ in range(CHOICES):
+        for number, path in list_steps(root).items():
+            if step not in (None, number) or path in damaged:
+                continue
+            try:
+                pin(path, owner)
+            except FileNotFoundError:
+                continue
+            except OSError:  # a folder that is not ours to write to: go on without
+                pass
+            if not (problems := verify_checkpoint(path)):
+                return path
+            damaged.add(path)
+            with suppress(OSError):
+                unpin(path, owner)
+            if step is None:
+                text = f"{path} is damaged and was passed over: {'; '.join(problems)}"
+                warnings.warn(text, CheckpointWarning, stacklevel=2)
+    return find_checkpoint(run_dir, step=step)  # none: it says why
+
+
 def import_weights(
     directory: Annotated[
         Path | None, typer.Argument(metavar="[DIR]", help="a folder that `trellis export` wrote")
@@ -104,7 +155,10 @@ def import_weights(
             "--set", metavar="MODEL.B=C", help="of --from-transformer: a key of the model section; repeatable"
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(help="of --from-transformer: of what the source does not have")] = 0,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="of --from-transformer: of what the source does not have (0 unless given)"),
+    ] = None,
 ) -> None:
     """Turn an exported folder, or a Llama, into a checkpoint that `trellis train --init-from` starts from."""
     if output is None or (directory is None) == (from_transformer is None):
@@ -112,11 +166,13 @@ def import_weights(
     from checkpoints.import_model import import_folder, write_import
 
     if from_transformer is not None:
-        imported = _converted(from_transformer, set_ or [], seed)
+        imported = _converted(from_transformer, set_ or [], seed or 0)
     else:
         assert directory is not None, "checked above"
         if set_:
             raise ValueError(f"--set {set_[0]}: an exported model keeps its section")
+        if seed is not None:
+            raise ValueError(f"--seed {seed}: of an exported model nothing is drawn; leave it out")
         imported = import_folder(directory)
     source = from_transformer or directory
     assert source is not None, "checked above"

@@ -12,8 +12,9 @@
 #   --node-rank I        this machine's place (static only)
 #   --job ID             name of the job on that port (c10d; trellis)
 #   --max-restarts N     start all ranks again after a failure, N times at most (0); not what a restart repeats
-#   --grace S            seconds for a save after SIGTERM or SIGUSR1 before ranks are killed: the run's
-#                        checkpoint.grace_s (30; torch before 2.12 always gives 30)
+#   --grace S            seconds for a save after SIGTERM or SIGUSR1 before ranks are killed (30; torch before
+#                        2.12 always gives 30). Must be given when the recipe's checkpoint.grace_s is not 30:
+#                        this script does not read the recipe
 #   --dry-run            print the exact command of each node and start nothing
 #
 # The run folder (--run-dir, runs/<recipe> unless given) and the data set must be on a file system all nodes share.
@@ -26,7 +27,7 @@ fail() {
     printf 'train.sh: error: %s\n' "$*" >&2
     exit 2
 }
-number() { [[ $2 =~ ^[0-9]+$ ]] || fail "$1 $2: give a whole number"; }
+number() { [[ $2 =~ ^[0-9]{1,9}$ ]] || fail "$1 $2: give a whole number"; }
 
 while (($#)); do
     case $1 in
@@ -65,6 +66,8 @@ number --nodes "$nodes"
 number --port "$port"
 number --max-restarts "$restarts"
 number --grace "$grace"
+# Base 10: to the shell a leading zero means octal.
+nodes=$((10#$nodes)) port=$((10#$port)) restarts=$((10#$restarts)) grace=$((10#$grace))
 ((nodes >= 1)) || fail "--nodes $nodes: use 1 or more"
 
 python=$root/.venv/bin/python
@@ -73,6 +76,8 @@ if [[ -z $ranks ]]; then
     ranks=$("$python" -c 'import torch; print(torch.cuda.device_count() or 1)') || fail "torch is not installed: run launch/setup.sh train,data"
 fi
 number --ranks-per-node "$ranks"
+ranks=$((10#$ranks))
+((ranks >= 1)) || fail "--ranks-per-node $ranks: use 1 or more"
 
 case $rendezvous in
 c10d) [[ -z $node_rank ]] || fail "--node-rank belongs to --rendezvous static; c10d deals out the places" ;;
@@ -80,6 +85,7 @@ static)
     if ((!dry_run)); then
         [[ -n $node_rank ]] || fail "--rendezvous static needs --node-rank: 0 on $master, then 1, 2, ..."
         number --node-rank "$node_rank"
+        node_rank=$((10#$node_rank))
         ((node_rank < nodes)) || fail "--node-rank $node_rank: with --nodes $nodes use 0 to $((nodes - 1))"
     fi
     ;;

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from checkpoints.pins import pin, pinned_steps
 from checkpoints.reader import CheckpointReader
 from evals.runs import load_model
 from launch.cli import main
@@ -177,6 +180,63 @@ def test_a_checkpoint_of_a_run_is_exported_in_either_form(run_dir: Path, tmp_pat
     assert not (tmp_path / "no").exists()
 
 
+def test_a_checkpoint_is_pinned_while_it_is_verified_and_exported(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, seen = run_dir / "checkpoints", []
+
+    def watched(work: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **options: Any) -> Any:
+            seen.append((work.__name__, pinned_steps(root)))
+            return work(*arguments, **options)
+
+        return run
+
+    for module, name in (("checkpoints.verify", "verify_checkpoint"), ("checkpoints.export", "export_model")):
+        work = getattr(importlib.import_module(module), name)
+        monkeypatch.setattr(f"{module}.{name}", watched(work))
+    assert main(["export", str(run_dir), str(tmp_path / "out")]) == 0
+    assert seen == [("verify_checkpoint", {7}), ("export_model", {7})]
+    assert pinned_steps(root) == set()
+
+
+def test_a_step_that_goes_before_its_pin_is_passed_over(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    root = run / "checkpoints"
+
+    def racing(checkpoint: Path, owner: str) -> Path:
+        """Step 9 goes before its pin; another comes before the folder is listed again."""
+        if checkpoint.name == "step-00000009":
+            shutil.rmtree(checkpoint)
+            (root / "hidden").rename(root / "step-00000007")
+        return pin(checkpoint, owner)
+
+    (root / "step-00000007").rename(root / "hidden")
+    (root / "step-00000009").mkdir()
+    monkeypatch.setattr("checkpoints.pins.pin", racing)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["source"]["step"] == 7
+
+
+@pytest.mark.filterwarnings("ignore::checkpoints.commit.CheckpointWarning")
+def test_a_damaged_step_is_passed_over_and_a_folder_of_others_is_not_written_to(
+    run_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(checkpoint: Path, owner: str) -> Path:
+        raise PermissionError(13, "Permission denied", str(checkpoint.parent))
+
+    run = tmp_path / "run"
+    shutil.copytree(run_dir, run)
+    shutil.copytree(run / "checkpoints" / "step-00000007", run / "checkpoints" / "step-00000008")
+    monkeypatch.setattr("checkpoints.pins.pin", refused)
+    assert main(["export", str(run), str(tmp_path / "out")]) == 0
+    assert json.loads((tmp_path / "out" / "export.json").read_text())["source"]["step"] == 7
+    assert main(["export", str(run), "--step", "8", str(tmp_path / "no")]) == 1
+
+
 def test_a_llama_is_imported_and_everything_left_out_is_said(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -208,6 +268,7 @@ BAD = {
         ["import", "RUN", "--output", "TMP/x", "--set", "model.dim=3"],
         "keeps its section",
     ),
+    "a seed of an export": (["import", "RUN", "--output", "TMP/x", "--seed", "0"], "nothing is drawn"),
     "a strange key": (
         ["import", "--from-transformer", "RUN", "--output", "TMP/x", "--set", "data.seed=3"],
         "only model.*",

@@ -57,6 +57,20 @@ def test_restarts_and_the_grace_reach_torchrun() -> None:
     assert {"--max-restarts=0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=35"} <= set(line)
 
 
+def test_a_leading_zero_is_no_octal_number() -> None:
+    lines = dry_run(
+        "--nodes", "08", "--master", "h", "--rendezvous", "static", "--grace", "010", "quickstart"
+    )
+    assert len(lines) == 8
+    assert {"--nnodes=8", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=15"} <= set(lines[0])
+
+
+def test_the_help_says_when_the_grace_must_be_given() -> None:
+    ran = shell(TORCHRUN, "--help")
+    assert ran.returncode == 0
+    assert "Must be given when the recipe's checkpoint.grace_s is not 30" in ran.stdout
+
+
 def test_overrides_with_spaces_survive_the_shell() -> None:
     (line,) = dry_run(
         "--nodes", "1", "--master", "h", "quickstart", "--set", 'model.pattern=["trellis", "attention"]'
@@ -71,6 +85,7 @@ def test_torchrun_refuses_what_cannot_work() -> None:
         (["--nodes", "2", "--master", "h"], "no recipe"),
         (["--nodes", "2", "--master", "h", "--max-restarts", "-1", "quickstart"], "whole number"),
         (["--nodes", "two", "--master", "h", "quickstart"], "whole number"),
+        (["--nodes", "2", "--master", "h", "--ranks-per-node", "0", "quickstart"], "use 1 or more"),
         (["--nodes", "2", "--master", "h", "--rendezvous", "etcd", "quickstart"], "use c10d or static"),
         (
             ["--nodes", "2", "--master", "h", "--rendezvous", "static", "--ranks-per-node", "1", "q"],
