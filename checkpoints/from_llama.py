@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.import_model import Imported, check_shape
+from checkpoints.import_model import Imported, check_shape, parameter_shapes
 from checkpoints.source_folder import SourceFolder, checked_section
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.language_model import build_language_model
@@ -46,6 +46,8 @@ INNER = {
     "mlp.up_weight": "mlp.up_proj.weight",
     "mlp.down_weight": "mlp.down_proj.weight",
 }
+# What the Llama's weights fix: with other heads, say, the same numbers would mean something else.
+FIXED = ("vocab_size", "num_layers", "dim", "num_heads", "mlp_hidden")
 GROUPED = ("mixer.k_weight", "mixer.v_weight")
 CONVOLUTIONS = ("mixer.q_conv_weight", "mixer.k_conv_weight")
 
@@ -94,13 +96,16 @@ def convert_llama(directory: Path, section: Mapping[str, Any], *, seed: int) -> 
         seed: of what the Llama has no counterpart for.
 
     Raises:
-        FileNotFoundError, ValueError: as `llama_section`, or tensors that do not fit.
+        FileNotFoundError, ValueError: as `llama_section`, sizes that are not the Llama's, or tensors that do
+            not fit.
     """
+    _check_sizes(section, directory)
     source = SourceFolder(directory)
     config = checked_section(section, source=str(directory))
     if config.num_layers > len(source.files):  # before a model of so many layers is made
         raise ValueError(f"{directory} has {len(source.files)} tensors for {config.num_layers} layers")
-    groups = _groups(source, config)
+    groups = _groups(source)
+    _check_shapes(source, config, groups)
     model = build_language_model(config, seed=seed)
     mapped: dict[str, str] = {}
     fresh: dict[str, str] = {}
@@ -112,13 +117,34 @@ def convert_llama(directory: Path, section: Mapping[str, Any], *, seed: int) -> 
         value = source.read(theirs)
         if _inner(name) in GROUPED:
             value = _each_head(value, groups, config)
-        check_shape(name, value, tuple(parameter.shape), source=source.directory)
         with torch.no_grad():
             parameter.copy_(value)
         mapped[name] = theirs
     unmapped = _unmapped(source, set(mapped.values()), config)
     tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
     return Imported(config, tensors, mapped, fresh, unmapped, _notes(config, groups))
+
+
+def _check_sizes(section: Mapping[str, Any], directory: Path) -> None:
+    """Check that `section` has the sizes of the Llama. Raises ValueError."""
+    theirs = llama_section(directory)
+    for key in FIXED:
+        if section.get(key) != theirs[key]:
+            raise ValueError(
+                f"model.{key} = {section.get(key)!r}, but the weights of {directory} are for {theirs[key]}: "
+                "leave it out"
+            )
+
+
+def _check_shapes(source: SourceFolder, config: ModelConfig, groups: int) -> None:
+    """Compare the headers with the model's shapes before memory is taken for it. Raises ValueError."""
+    for name, shape in parameter_shapes(config, source=source.directory).items():
+        if (theirs := _counterpart(name)) is None:
+            continue
+        dtype, found = source.header(theirs)
+        if _inner(name) in GROUPED and found:
+            found = (found[0] * groups, *found[1:])
+        check_shape(name, (dtype, found), shape, source=source.directory)
 
 
 def _whole(config: Mapping[str, Any], key: str, where: Path) -> int:
@@ -135,16 +161,15 @@ def _rope_theta(config: Mapping[str, Any]) -> Any:
     return inner or config.get("rope_theta") or 10_000.0
 
 
-def _groups(source: SourceFolder, config: ModelConfig) -> int:
-    """Heads that share a key and a value."""
+def _groups(source: SourceFolder) -> int:
+    """Heads of the Llama that share a key and a value."""
     where = source.directory / "config.json"
+    heads = _whole(source.config, "num_attention_heads", where)
     shared = source.config.get("num_key_value_heads")
-    kept = config.num_heads if shared is None else _whole(source.config, "num_key_value_heads", where)
-    if config.num_heads % kept:
-        raise ValueError(
-            f"{where} has num_key_value_heads {kept}, which does not divide {config.num_heads} heads"
-        )
-    return config.num_heads // kept
+    kept = heads if shared is None else _whole(source.config, "num_key_value_heads", where)
+    if heads % kept:
+        raise ValueError(f"{where} has num_key_value_heads {kept}, which does not divide {heads} heads")
+    return heads // kept
 
 
 def _counterpart(name: str) -> str | None:
@@ -163,8 +188,6 @@ def _inner(name: str) -> str:
 
 def _each_head(value: Tensor, groups: int, config: ModelConfig) -> Tensor:
     """Rows of the shared keys or values [H / groups D, dim], repeated: [H D, dim]."""
-    if value.dim() != 2 or value.shape[0] * groups != config.dim:
-        return value  # refused by its shape
     heads = value.view(-1, config.head_dim, value.shape[1])
     return heads.repeat_interleave(groups, dim=0).flatten(0, 1)
 

@@ -24,6 +24,7 @@ from checkpoints.export import EXPORT, check_new_folder, verify_export
 from checkpoints.logical import LogicalTensor, check_name
 from checkpoints.source_folder import SourceFolder, checked_section
 from checkpoints.state import save_checkpoint
+from checkpoints.tensor_file import DTYPES
 from trellis_dist.files import REAL, FileSystem, canonical_json, commit_directory
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.huggingface.folder import MODEL_TYPE, PREFIX, SECTION
@@ -79,28 +80,35 @@ def import_folder(directory: Path) -> Imported:
     if config.num_layers > len(source.files):  # before a model of so many layers is made
         raise ValueError(f"{source.directory} has {len(source.files)} tensors for {config.num_layers} layers")
     names = {check_name(name).removeprefix(PREFIX): name for name in source.files}
-    expected = parameter_shapes(config)
+    expected = parameter_shapes(config, source=source.directory)
     if different := sorted(names.keys() ^ expected.keys()):
         where = "has no" if different[0] in expected else "has a strange"
         raise ValueError(f"{source.directory} {where} tensor {different[0]}: it does not fit its config.json")
+    for name, shape in expected.items():
+        check_shape(name, source.header(names[name]), shape, source=source.directory)
     tensors = {name: source.read(names[name]) for name in expected}
-    for name, tensor in tensors.items():
-        check_shape(name, tensor, expected[name], source=source.directory)
     return Imported(config, tensors, mapped={name: names[name] for name in expected})
 
 
-def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Parameter -> shape of the model; no memory is taken for it."""
-    with torch.device("meta"):
-        model = LanguageModel(config)
+def parameter_shapes(config: ModelConfig, *, source: Path) -> dict[str, tuple[int, ...]]:
+    """Parameter -> shape of the model; no memory is taken for it. Raises ValueError: beyond any memory."""
+    try:
+        with torch.device("meta"):
+            model = LanguageModel(config)
+    except (RuntimeError, TypeError) as error:  # a number of bytes, or a size, beyond 63 bits
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{source}: config.json asks for a model beyond any memory ({reason})") from error
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-def check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], *, source: Path) -> None:
-    """Raises ValueError: `tensor`, for parameter `name`, is not floating-point or not of `shape`."""
-    if tuple(tensor.shape) != shape or not tensor.is_floating_point():
+def check_shape(
+    name: str, header: tuple[str, tuple[int, ...]], shape: tuple[int, ...], *, source: Path
+) -> None:
+    """Raises ValueError: `header`, for parameter `name`, is not floating-point or not of `shape`."""
+    dtype, found = header
+    if found != shape or not DTYPES[dtype].is_floating_point:
         raise ValueError(
-            f"{source}: {name} would be {tensor.dtype} {list(tensor.shape)}, and config.json asks for "
+            f"{source}: {name} would be {dtype} {list(found)}, and config.json asks for "
             f"floating-point {list(shape)}: they do not belong together"
         )
 

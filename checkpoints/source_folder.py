@@ -36,6 +36,7 @@ class SourceFolder:
     Attributes:
         config: the table in config.json.
         files: tensor -> the file that holds it.
+        headers: tensor -> safetensors' name of its type, and its shape, as its file's header has them.
 
     Raises:
         FileNotFoundError: no folder, no config.json or a file of weights is missing.
@@ -51,18 +52,25 @@ class SourceFolder:
             )
         self.config = _read_table(self.directory / CONFIG, MAX_CONFIG)
         self.files: dict[str, Path] = {}
+        self.headers: dict[str, tuple[str, tuple[int, ...]]] = {}
         for path, names in self._weight_files().items():
-            for name in _held(path, names):
-                self.files[name] = path
+            held = _held(path, names)
+            self.files.update(dict.fromkeys(held, path))
+            self.headers.update(held)
         self._open: dict[Path, Any] = {}
 
-    def read(self, name: str) -> Tensor:
-        """Tensor `name` on the CPU. Raises ValueError: there is none, or its file cannot be read."""
-        path = self.files.get(name)
-        if path is None:
+    def header(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Type and shape of tensor `name`. Raises ValueError: there is none."""
+        if name not in self.headers:
             raise ValueError(
                 f"{self.directory} has no tensor {name!r}: its weights do not fit its config.json"
             )
+        return self.headers[name]
+
+    def read(self, name: str) -> Tensor:
+        """Tensor `name` on the CPU. Raises ValueError: there is none, or its file cannot be read."""
+        self.header(name)
+        path = self.files[name]
         try:
             if path not in self._open:
                 self._open[path] = safe_open(path, framework="pt", device="cpu")
@@ -138,11 +146,11 @@ def _indexed(index: Path) -> dict[Path, set[str] | None]:
     return found
 
 
-def _held(path: Path, wanted: set[str] | None) -> set[str]:
-    """Names of the tensors in `path`, which must be `wanted`."""
+def _held(path: Path, wanted: set[str] | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """The header of `path`, whose names must be `wanted`."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {INDEX} names it")
-    held = set(read_header(path))
-    if wanted is not None and (different := sorted(held ^ wanted)):
+    held = read_header(path)
+    if wanted is not None and (different := sorted(held.keys() ^ wanted)):
         raise ValueError(f"{path} and {INDEX} disagree about {different[0]!r}: one of them is damaged")
     return held

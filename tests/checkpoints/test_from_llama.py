@@ -131,6 +131,50 @@ def test_what_cannot_be_converted_is_one_line(tmp_path: Path, change: dict[str, 
     assert len(str(caught.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_heads", 8),
+        ("num_heads", 2),
+        ("dim", 32),
+        ("num_layers", 1),
+        ("mlp_hidden", 32),
+        ("vocab_size", 8),
+    ],
+)
+def test_the_sizes_are_the_llamas(tmp_path: Path, key: str, value: int) -> None:
+    """Other heads fit the same shapes: the projections would be cut where the Llama's heads are not."""
+    llama(tmp_path)
+    with pytest.raises(ValueError, match=rf"model\.{key} = {value}, but the weights of .* leave it out"):
+        converted(tmp_path, **{key: value})
+    converted(tmp_path, **{key: llama_section(tmp_path)[key]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"vocab_size": 2**31 - 1},
+        {"hidden_size": 2**20, "intermediate_size": 2**20},
+        {"hidden_size": 2**30, "intermediate_size": 2**31 - 1},
+        {"vocab_size": 17, "num_key_value_heads": 1},
+    ],
+    ids=str,
+)
+def test_no_model_is_made_of_sizes_that_the_headers_do_not_have(
+    tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def made(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("memory was taken before the shapes were compared")
+
+    llama(tmp_path)
+    _edit(tmp_path, change)
+    monkeypatch.setattr("checkpoints.from_llama.build_language_model", made)
+    monkeypatch.setattr("checkpoints.source_folder.SourceFolder.read", made)
+    with pytest.raises(ValueError) as caught:
+        converted(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 def test_stretched_positions_of_attention_layers_are_listed(tmp_path: Path) -> None:
     llama(tmp_path)
     _edit(tmp_path, {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}})

@@ -231,6 +231,14 @@ HOSTILE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "for 1000000000 layers",
     ),
     "other sizes": (_config(lambda t: t["model_section"].update(dim=32)), "they do not belong together"),
+    "a width beyond any memory": (
+        _config(lambda t: t["model_section"].update(dim=2**40, vocab_size=2**40)),
+        "beyond any memory",
+    ),
+    "a size beyond 63 bits": (
+        _config(lambda t: t["model_section"].update(vocab_size=2**70)),
+        "beyond any memory",
+    ),
     "a tensor too few": (_tensors(lambda t: t.pop(NAME)), "has no tensor norm.weight"),
     "a tensor too many": (_tensors(lambda t: t.update(extra=torch.ones(2))), "a strange tensor extra"),
     "whole numbers": (_tensors(lambda t: t.update({NAME: torch.ones(16).int()})), "asks for floating-point"),
