@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from checkpoints.state import CheckpointReader
 from tests.distributed import gloo_pool
@@ -25,7 +26,11 @@ from tests.training.engine_cases import (
     skip_case,
     train,
 )
-from tests.training.stand_in import VOCAB, WIDTH
+from tests.training.stand_in import VOCAB, WIDTH, global_rows, split
+from trellis_dist.models.parallel_kind import Shard
+from trellis_dist.parallel import env
+from trellis_dist.training.engines import fragments
+from trellis_dist.training.engines.fragments import Fragment, Held
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2])
@@ -105,3 +110,26 @@ def test_a_checkpoint_of_one_process_opens_on_replicas(saved: str, opened: str, 
 def test_a_non_finite_step_is_skipped_on_every_rank(poison: float, where: str):
     for engine in ("fsdp2", "fsdp2 bf16"):
         assert gloo_pool(2).run(skip_case, engine, poison, where) == [(False, True, True)] * 2, engine
+
+
+def test_a_rank_that_holds_nothing_of_a_parameter_reads_nothing_of_it():
+    """FSDP gives the first ranks whole rows: of a parameter of one row the others have none."""
+    row = nn.Parameter(torch.ones(1, 4))
+    held = Held("gate", row, (1, 4), Shard((1, 4), (0, 0)))
+    empty = Fragment(held, 4, torch.empty(0), {})
+    found = fragments._read(None, "model/gate", empty)  # type: ignore[arg-type]
+    assert (tuple(found.shape), found.dtype) == ((0,), torch.float32)
+
+
+def evaluated_case() -> list[bool]:
+    """Whether each parameter is divided after an evaluation."""
+    engine = build("fsdp2", ADAM)
+    train(engine, range(1), micro_batch=1)
+    tokens, labels = global_rows(0)
+    engine.evaluate(split(tokens, labels, micro_batch=1, rank=env.rank(), ranks=2))
+    return [hasattr(p, "to_local") for p in engine.model.parameters()]
+
+
+def test_an_evaluation_leaves_the_weights_divided():
+    """Gathered ones are no copies of each other's parts, and would not be what is saved."""
+    assert all(all(divided) for divided in gloo_pool(2).run(evaluated_case))

@@ -124,6 +124,18 @@ class TrellisForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[no-u
             "model.vocab_size in a recipe and train"
         )
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Refused: there is no such module. Raises NotImplementedError, which transformers expects."""
+        raise NotImplementedError(
+            "a Trellis model has no embedding module: read model.model.embedding_weight, [vocabulary, width]"
+        )
+
+    def get_output_embeddings(self) -> nn.Module:
+        """Refused: there is no such module. Raises NotImplementedError, which transformers expects."""
+        raise NotImplementedError(
+            "a Trellis model has no output module: read model.model.output_weight, [vocabulary, width]"
+        )
+
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As in transformers, and the module that config.json names for trust_remote_code=True."""
         super().save_pretrained(save_directory, *args, **kwargs)

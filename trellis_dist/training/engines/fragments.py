@@ -209,4 +209,5 @@ def _check(reader: CheckpointReader, names: set[str], name: str, held: Held, wha
 def _read(reader: CheckpointReader, name: str, part: Fragment) -> Tensor:
     """The elements of one fragment [n], in its flat order."""
     boxes = slices("read", part.held, part.start, part.master)
-    return torch.cat([reader.read(name, offset=box.offset, shape=box.box.shape).flatten() for box in boxes])
+    pieces = [reader.read(name, offset=box.offset, shape=box.box.shape).flatten() for box in boxes]
+    return torch.cat(pieces) if pieces else part.master.new_empty(0)

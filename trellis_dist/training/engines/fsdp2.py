@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,9 @@ from trellis_dist.training.engines.common import CommonEngine
 from trellis_dist.training.engines.fragments import Fragment, Held
 from trellis_dist.training.engines.gradients import clip_gradients, complete_gradients
 from trellis_dist.training.optimizer import build_optimizer, keep_tags, parameter_groups, set_learning_rate
+
+if TYPE_CHECKING:
+    from data_pipeline.loader import Batch
 
 __all__ = ["Fsdp2Engine"]
 
@@ -53,6 +56,12 @@ class Fsdp2Engine(CommonEngine):
     def _backward(self, loss: Tensor, *, last: bool) -> None:
         self._module.set_is_last_backward(last)  # type: ignore[operator]
         loss.backward()
+
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
+        """As ``CommonEngine.evaluate``; a forward pass alone would leave the root's weights gathered."""
+        found = super().evaluate(batches)
+        self._module.reshard()  # type: ignore[operator]
+        return found
 
     def _reduce(self) -> None:
         complete_gradients(item.parameter for item in self._held)

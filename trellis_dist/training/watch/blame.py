@@ -23,10 +23,14 @@ EVEN = ("all_reduce", "allreduce", "broadcast")
 
 @dataclass(frozen=True)
 class Verdict:
-    """The ranks to blame (none: nobody stands out) and one line that says why."""
+    """The ranks to blame (none: nobody stands out) and one line that says why.
+
+    ``silent`` are those of them whose process may be there still and says nothing.
+    """
 
     ranks: tuple[int, ...]
     message: str
+    silent: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,8 @@ def blame(
     """
     lost = {rank: why for rank, why in _lost(before, after, now).items() if why}
     if lost:
-        return Verdict(tuple(lost), _joined(lost.values()))
+        silent = tuple(rank for rank in lost if (beat := after[rank]) is not None and not beat.ended)
+        return Verdict(tuple(lost), _joined(lost.values()), silent)
     beats = {rank: beat for rank, beat in after.items() if beat is not None}
     held = waits(beats, members or {})
     return _missing(beats, held) or _elsewhere(beats) or _nobody(beats)

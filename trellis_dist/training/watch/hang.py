@@ -10,8 +10,11 @@ for one that holds the interpreter's lock there is faulthandler's timer, in C, a
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
 import os
+import signal
+import socket
 import sys
 import threading
 import time
@@ -72,6 +75,7 @@ class HangWatch:
         self._rank, self._report, self._heartbeat, self._page = rank, report, heartbeat, page
         self._store_rank, self._poll_s, self._clock, self._end = store_rank, poll_s, clock, end
         self._speaks = rank == (1 if store_rank == 0 else 0) if speaks is None else speaks
+        self._stuck: list[int] = []  # silent processes of this job on this machine
         self._phase = Phase(0, "start", 0.0, None)
         self._backstop = False
         self._stop = threading.Event()
@@ -171,7 +175,15 @@ class HangWatch:
             return None
         time.sleep(BEATS_APART * beat.interval_s)
         after = beat.read(READ_LIMIT_S)
-        return None if after is None else blame(before, after, now=time.time(), members=group_members())
+        if after is None:
+            return None
+        verdict = blame(before, after, now=time.time(), members=group_members())
+        self._stuck = [
+            found.pid
+            for rank in verdict.silent
+            if (found := after[rank]) is not None and found.host == socket.gethostname()
+        ]
+        return verdict
 
     def _silent_store(self) -> str:
         if self._store_rank is None:
@@ -187,6 +199,10 @@ class HangWatch:
             print(f"the hang could not be recorded ({error}): {message}", file=_log(), flush=True)
         if self._heartbeat is not None and not echo:
             time.sleep(1.5 * self._heartbeat.interval_s)
+        for process in self._stuck:
+            # A stopped process hears no other signal, and a launcher would wait half a minute to find out.
+            with contextlib.suppress(OSError):
+                os.kill(process, signal.SIGKILL)
         self._end(1)
 
     def _write_stacks(self, what: str) -> None:
