@@ -5,6 +5,7 @@ Importing this module also registers the model with the Auto classes: one import
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -60,11 +61,12 @@ class TrellisTokenizer(PreTrainedTokenizer):
         return self._ids.get(token)
 
     def _convert_id_to_token(self, index: int) -> str:
-        return self._pieces[index]
+        # A model may have more rows than there are pieces, and then draws such an id now and then.
+        return self._pieces.get(index, f"<unused {index}>")
 
     def convert_tokens_to_string(self, tokens: list[str]) -> str:
-        """Text of pieces; special tokens give nothing."""
-        return self._ours.decode([self._ids[token] for token in tokens])
+        """Text of pieces; special tokens, and ids that no piece has, give nothing."""
+        return self._ours.decode([self._ids[token] for token in tokens if token in self._ids])
 
     def _decode(
         self, token_ids: int | list[int], skip_special_tokens: bool = False, *args: Any, **kwargs: Any
@@ -73,7 +75,7 @@ class TrellisTokenizer(PreTrainedTokenizer):
         special = {self._ours.bos_id, self._ours.eos_id}
         parts: list[str] = []
         run: list[int] = []
-        for id_ in [*ids, None]:
+        for id_ in [*(id_ for id_ in ids if id_ in self._pieces), None]:
             if id_ is not None and id_ not in special:
                 run.append(id_)
                 continue
@@ -100,14 +102,24 @@ class TrellisTokenizer(PreTrainedTokenizer):
             token_ids_0 = self.build_inputs_with_special_tokens(token_ids_0, token_ids_1)
         return [int(id_ in (self._ours.bos_id, self._ours.eos_id)) for id_ in token_ids_0]
 
-    def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
+    def add_special_tokens(self, special_tokens_dict: dict[str, Any], *args: Any, **kwargs: Any) -> int:
+        """As in transformers; refused before anything is set. Raises ValueError: not in the vocabulary."""
+        for value in special_tokens_dict.values():
+            self._check_known(value if isinstance(value, (list, tuple)) else [value])
+        added: int = super().add_special_tokens(special_tokens_dict, *args, **kwargs)
+        return added
+
+    def _check_known(self, tokens: Iterable[Any]) -> None:
         """Those that are in the vocabulary may be named special; the model has no rows for others."""
-        for token in map(str, new_tokens):
+        for token in map(str, tokens):
             if token not in self._ids:
                 raise ValueError(
                     f"{token!r} is not in the vocabulary this model was trained with, which is fixed: leave "
                     "it out"
                 )
+
+    def _add_tokens(self, new_tokens: list[Any], special_tokens: bool = False) -> int:
+        self._check_known(new_tokens)
         added: int = super()._add_tokens(new_tokens, special_tokens=special_tokens)
         return added
 

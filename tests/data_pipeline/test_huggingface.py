@@ -93,6 +93,33 @@ def test_saved_and_opened_again_it_is_the_same_tokenizer(both, tmp_path: Path) -
     )
 
 
+def test_an_id_that_no_piece_has_is_nothing(both) -> None:
+    """A model with more rows than the tokenizer has pieces may write one."""
+    ours, theirs = both
+    beyond = [ours.vocab_size, ours.vocab_size + 70]
+    ids = ours.encode("the cat")
+    assert theirs.decode([*ids, *beyond]) == theirs.decode([beyond[0], *ids]) == "the cat"
+    assert theirs.decode(beyond[0]) == ""
+    tokens = theirs.convert_ids_to_tokens([*ids, *beyond])
+    assert len({*tokens[-2:], *theirs.get_vocab()}) == len(theirs.get_vocab()) + 2
+    assert theirs.convert_tokens_to_string(tokens) == "the cat"
+
+
+def test_a_refused_special_token_changes_nothing(both) -> None:
+    _, theirs = both
+    before = (theirs.special_tokens_map, theirs.eos_token_id, len(theirs))
+    piece = theirs.eos_token
+    for refused in (
+        {"pad_token": "<|new|>"},
+        {"cls_token": piece, "mask_token": "<|new|>"},
+        {"extra_special_tokens": [piece, "<|new|>"]},
+    ):
+        with pytest.raises(ValueError, match="not in the vocabulary"):
+            theirs.add_special_tokens(refused)
+        assert (theirs.special_tokens_map, theirs.eos_token_id, len(theirs)) == before
+    assert theirs.cls_token is None
+
+
 def test_what_the_model_has_no_rows_for_is_refused(both) -> None:
     _, theirs = both
     with pytest.raises(ValueError, match="not in the vocabulary"):

@@ -189,6 +189,18 @@ def test_what_it_cannot_do_is_refused(outer, tokens, case: str) -> None:
         call(outer, tokens(2, 4))
 
 
+def test_embedding_modules_are_refused_with_what_there_is_instead(outer) -> None:
+    """As NotImplementedError, which transformers takes for a model that has none."""
+    for call, name in (
+        (outer.get_input_embeddings, "embedding_weight"),
+        (outer.get_output_embeddings, "output_weight"),
+    ):
+        with pytest.raises(NotImplementedError, match=f"read model.model.{name}") as caught:
+            call()
+        assert len(str(caught.value).splitlines()) == 1
+        assert getattr(outer.model, name).shape == (outer.config.vocab_size, outer.config.hidden_size)
+
+
 def test_rows_of_different_lengths_need_trellis_layers_only(tiny, tokens) -> None:
     hybrid = wrapped(tiny(pattern=("trellis", "attention")))
     with pytest.raises(ValueError, match="rows of one length only"):
