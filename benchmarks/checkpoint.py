@@ -209,17 +209,30 @@ def _settled(saver: BackgroundSaver) -> float:
 
 
 def loop_case(bench: Bench) -> dict[str, Any]:
-    """Steps with one save in the background and without, in turns; the save ends within them."""
+    """Steps with one save in the background and without, in turns; the save ends within them.
+
+    Blocked is what the loop itself waits for: the beginning of the save, and the copies before an update.
+    """
     root = bench.work / "loop"
     engine, saver, steps = bench.engine, BackgroundSaver(root, rank=0, world_size=1), itertools.count(1)
     before = engine.before_update
-    engine.before_update = saver.wait_copied
     waited: list[float] = []
+    blocked: list[float] = []
+
+    def hold() -> None:
+        begin = time.perf_counter()
+        saver.wait_copied()
+        if blocked:
+            blocked[-1] += time.perf_counter() - begin
+
+    engine.before_update = hold
 
     def train(*, saves: bool) -> float:
         with _timed() as seconds:
             if saves:
+                begin = time.perf_counter()
                 saver.start(next(steps), bench.slices(), {})
+                blocked.append(time.perf_counter() - begin)
             for _ in range(LOOP_STEPS):
                 bench._train(engine)
             left = time.perf_counter()
@@ -239,7 +252,13 @@ def loop_case(bench: Bench) -> dict[str, Any]:
         engine.before_update = before
         saver.close()
     lost = [round(b - a, 4) for a, b in zip(times["without"], times["with_save"], strict=True)]
-    found = {"steps": LOOP_STEPS, "rounds": times, "lost": _spread(lost), "waited_at_the_end": waited[1:]}
+    found = {
+        "steps": LOOP_STEPS,
+        "rounds": times,
+        "lost": _spread(lost),
+        "blocked": _spread(blocked[1:]),  # the first round warms up
+        "waited_at_the_end": waited[1:],
+    }
     return {**found, "step_seconds": round(statistics.median(times["without"]) / LOOP_STEPS, 4)}
 
 

@@ -28,10 +28,12 @@ def _rows(cases: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     yield "the same without hashes", _seconds(save["unhashed"]), f"{ratio:.2f} of its bandwidth", ""
     rate = cases["hash"]["bytes_per_second"] / 1e9
     yield "SHA-256 of the bytes, one thread", _seconds(cases["hash"]), f"{rate:.2f} GB/s", ""
-    ratio = back["blocked_of_foreground"]
+    ratio = loop["blocked"]["median"] / back["foreground"]["median"]
     verdict = _verdict(ratio <= BLOCKED_TARGET, f"at most {BLOCKED_TARGET:.2f}")
     share = f"{ratio:.3f} of a save that is waited for"
-    yield "save in the background: the loop is blocked", _seconds(back["blocked"]), share, verdict
+    yield "save in the background: the training loop is blocked", _seconds(loop["blocked"]), share, verdict
+    share = f"{back['blocked_of_foreground']:.3f} of a save that is waited for"
+    yield "a loop would be whose update comes at once", _seconds(back["blocked"]), share, ""
     yield "its first save, which gets the memory", f"{back['first_blocked']:.2f}", "", ""
     memory = f"snapshot {back['snapshot_bytes'] / 1e9:.2f} GB"
     yield "save in the background, to the commit", _seconds(back["whole_save"]), memory, ""
