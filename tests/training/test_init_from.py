@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import TypeAdapter
 
 from checkpoints.pins import pinned_steps
 from checkpoints.state import load_run_state
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
+from trellis_dist.models.config import AttentionConfig, ModelConfig
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
+from trellis_dist.training.state import _check_same_function, find_start, let_go
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +117,6 @@ def test_a_start_that_is_killed_before_its_first_save_begins_with_the_same_weigh
     data: Path, other: Path, tmp_path: Path
 ):
     """The run that the weights come from has gone on meanwhile."""
-    from trellis_dist.training.state import find_start, let_go
 
     def begin(job: Job) -> Path:
         start = find_start(tmp_path / "run" / "checkpoints", "auto", job, fingerprint="")
@@ -139,6 +141,58 @@ def test_a_start_that_is_killed_before_its_first_save_begins_with_the_same_weigh
     run(make_job(data, optimizer={"lr": 0.02}), tmp_path / "source", stop_at_step=10)
     with pytest.raises(ValueError, match=r"is not the checkpoint any more that .* began with"):
         begin(beginning(other, tmp_path / "source"))
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "heads": ({"num_heads": 1}, "model.num_heads = 1,"),
+    "the pattern": ({"pattern": ("attention",)}, "model.pattern"),
+    "the same pattern": ({"pattern": ("trellis", "trellis", "trellis")}, ""),
+    "the epsilon": ({"norm_eps": 1e-5}, "model.norm_eps = 1e-05,"),
+    "a nonlinearity": ({"trellis.phi": "tanh"}, "model.trellis.phi = tanh, but "),
+    "a step size": ({"trellis.step_size_max": 1.0}, "model.trellis.step_size_max = 1.0,"),
+    "the chunk": ({"trellis.chunk_size": 2}, ""),
+    "the first draw": ({"init_std": 0.5, "trellis.gate_bias": 1.0, "trellis.step_size_bias": 1.0}, ""),
+    "a layer that there is not": ({"attention.window": 3, "attention.rope_theta": 5.0}, ""),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_weights_are_taken_only_by_a_model_in_which_they_mean_the_same(
+    other: Path, source: Path, tmp_path: Path, case: str
+):
+    """The shapes are the same in each case."""
+    changes, words = CHANGES[case]
+    job = beginning(other, source)
+    section = dataclasses.asdict(job.model)
+    for key, value in changes.items():
+        table, _, name = key.rpartition(".")
+        (section[table] if table else section)[name] = value
+    job = dataclasses.replace(job, model=TypeAdapter(ModelConfig).validate_python(section))
+    if words:
+        with pytest.raises(ValueError) as refused:
+            find_start(tmp_path / "checkpoints", "auto", job, fingerprint="")
+        assert words in str(refused.value)
+        assert len(str(refused.value).splitlines()) == 1
+    else:
+        start = find_start(tmp_path / "checkpoints", "auto", job, fingerprint="")
+        let_go(start)
+        assert start.weights is not None
+
+
+def test_a_window_that_a_recipe_sets_is_not_laid_over_weights_without_one(tmp_path: Path):
+    """TOML has no None: the model.toml of an import cannot take the recipe's window back."""
+
+    def model(**attention: Any) -> ModelConfig:
+        sizes = {"vocab_size": 8, "num_layers": 1, "dim": 4, "num_heads": 1}
+        return ModelConfig(**sizes, pattern=("attention",), attention=AttentionConfig(**attention))
+
+    saved = dataclasses.asdict(model())
+    with pytest.raises(
+        ValueError, match=r"model\.attention\.window = 3, but .* saved with None.*leave the key out"
+    ):
+        _check_same_function(saved, model(window=3), tmp_path)
+    _check_same_function(saved, model(), tmp_path)
+    _check_same_function(None, model(window=3), tmp_path)
 
 
 def test_what_cannot_be_begun_with_is_refused_in_one_line(

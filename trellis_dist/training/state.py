@@ -182,7 +182,7 @@ def find_start(root: Path, resume: Resume, job: Job, *, fingerprint: str) -> Sta
     if resume == "require":
         raise FileNotFoundError(f"no checkpoint in {root}: start without --resume")
     if job.training.init_from:
-        return _initialised(job.training.init_from, root.parent)
+        return _initialised(job.training.init_from, root.parent, job.model)
     return Start(progress=Progress())
 
 
@@ -199,12 +199,16 @@ def _resumed(found: Path, job: Job, *, fingerprint: str) -> Start:
     )
 
 
-def _initialised(given: str, run_dir: Path) -> Start:
+def _initialised(given: str, run_dir: Path, model: ModelConfig) -> Start:
     """The weights of a checkpoint, or of the newest verified one in a run or a folder of checkpoints.
 
     What was chosen is remembered in ``RUN/init_from.json``: a start that is killed before its first save
     begins again with the same weights, also if the run they come from has gone on. It is pinned until
     ``let_go``.
+
+    Raises:
+        FileNotFoundError: no checkpoint there.
+        ValueError: a damaged one, or one of a model in which the weights mean something else.
     """
     record = run_dir / INIT_RECORD
     known = read_json(record) if record.is_file() else {}
@@ -214,6 +218,7 @@ def _initialised(given: str, run_dir: Path) -> Start:
     problems = verify_checkpoint(weights)
     if problems:
         raise ValueError(f"training.init_from = {given} is damaged: {problems[0]}")
+    _check_same_function(load_run_state(weights).get("model"), model, weights)
     manifest = load_manifest(weights)
     origin = {"path": str(weights), "step": manifest.step, "manifest_sha256": manifest.digest}
     if known.get("given") == given and known != {"given": given, **origin}:
@@ -222,6 +227,43 @@ def _initialised(given: str, run_dir: Path) -> Start:
         )
     write_json(record, {"given": given, **origin})
     return Start(progress=Progress(), weights=weights, origin=origin)
+
+
+# Of a model section, what may differ from that of the weights a run begins with: the sizes, which shapes
+# show, what only draws first weights, and the chunk, which goes with the length of the context.
+_SIZES = ("vocab_size", "num_layers", "dim", "mlp_hidden", "tie_embeddings")
+_FREE = (*_SIZES, "init_std", "trellis.step_size_bias", "trellis.chunk_size")
+
+
+def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
+    """Raise ``ValueError`` when weights saved with ``saved`` would mean something else in ``model``."""
+    if not isinstance(saved, Mapping):  # not every checkpoint says what its model was
+        return
+    theirs = _spelled_out(_completed(saved, ModelConfig), model.num_layers)
+    ours = _spelled_out(_plain(dataclasses.asdict(model)), model.num_layers)
+    kinds = {*ours["pattern"], *theirs["pattern"]}
+    for key, value in ours.items():
+        table = key.partition(".")[0]
+        unused = table in ("trellis", "attention") and table not in kinds
+        learned = key == "trellis.gate_bias" and "fixed" not in ours["trellis.gates"]
+        if key not in _FREE and not unused and not learned and theirs.get(key) != value:
+            raise ValueError(
+                f"model.{key} = {value}, but {weights} was saved with {theirs.get(key)}, and its weights "
+                "mean something else with another value: use that one (None: leave the key out)"
+            )
+
+
+def _spelled_out(section: Mapping[str, Any], layers: int) -> dict[str, Any]:
+    """Key -> value, those of an inner table as "table.key"; what is cycled over the layers, once for each."""
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            found |= {f"{key}.{name}": each for name, each in value.items()}
+        else:
+            found[key] = value
+    for key in ("pattern", "trellis.gates"):
+        found[key] = [found[key][layer % len(found[key])] for layer in range(layers)]
+    return found
 
 
 def _chosen(source: Path) -> Path:
