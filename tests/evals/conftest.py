@@ -28,6 +28,7 @@ from data_pipeline.manifest import (
 )
 from data_pipeline.shard import token_dtype, write_shard
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
+from evals.queue import Queue
 from trellis_dist.files import sha256_file
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
@@ -114,6 +115,23 @@ def write_run(run: Path, dataset: Path) -> Path:
     (run / "recipe.json").write_text(json.dumps(recipe))
     write_checkpoint(run, step=7, seed=0)
     return run
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def clock():
+    return Clock()
+
+
+@pytest.fixture
+def queue(tmp_path, clock):
+    return Queue(tmp_path / "queue.sqlite", clock=clock)
 
 
 @pytest.fixture(scope="session")

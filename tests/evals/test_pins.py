@@ -22,23 +22,6 @@ from evals.worker import work_once
 from tests.evals.conftest import write_checkpoint
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def queue(tmp_path, clock):
-    return Queue(tmp_path / "queue.sqlite", clock=clock)
-
-
 @pytest.fixture
 def runs(run_dir):
     return Runs(run_dir.parent)

@@ -19,23 +19,6 @@ from tests.evals.conftest import write_checkpoint
 from tests.evals.holder import hold_one_job
 
 
-class Clock:
-    now = 1000.0
-
-    def __call__(self):
-        return self.now
-
-
-@pytest.fixture
-def clock():
-    return Clock()
-
-
-@pytest.fixture
-def queue(tmp_path, clock):
-    return Queue(tmp_path / "queue.sqlite", clock=clock)
-
-
 def _submit(queue, key, **options):
     return queue.submit(key, run="r", step=1, task="sample", **options)
 
