@@ -154,8 +154,8 @@ def test_the_sizes_are_the_llamas(tmp_path: Path, key: str, value: int) -> None:
     "change",
     [
         {"vocab_size": 2**31 - 1},
-        {"hidden_size": 2**20, "intermediate_size": 2**20},
-        {"hidden_size": 2**30, "intermediate_size": 2**31 - 1},
+        {"hidden_size": 2**20, "head_dim": 2**18, "intermediate_size": 2**20},
+        {"hidden_size": 2**30, "head_dim": 2**28, "intermediate_size": 2**31 - 1},
         {"vocab_size": 17, "num_key_value_heads": 1},
     ],
     ids=str,
