@@ -100,7 +100,7 @@ command_of() {
     # the option --shutdown-timeout.
     line=(env "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=$((grace + 5))" "$python" -m torch.distributed.run)
     line+=("--nnodes=$nodes" "--nproc-per-node=$ranks" "--max-restarts=$restarts")
-    line+=(--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1)
+    line+=("--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1")
     if [[ $rendezvous == static ]]; then
         line+=("--node-rank=$place" "--master-addr=$master" "--master-port=$port")
     else

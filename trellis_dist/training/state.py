@@ -232,7 +232,8 @@ def _initialised(given: str, run_dir: Path, model: ModelConfig) -> Start:
 # Of a model section, what may differ from that of the weights a run begins with: the sizes, which shapes
 # show, what only draws first weights, and the chunk, which goes with the length of the context.
 _SIZES = ("vocab_size", "num_layers", "dim", "mlp_hidden", "tie_embeddings")
-_FREE = (*_SIZES, "init_std", "trellis.step_size_bias", "trellis.chunk_size")
+# The chunk size and the base of rotary positions are what a longer context may change.
+_FREE = (*_SIZES, "init_std", "trellis.step_size_bias", "trellis.chunk_size", "attention.rope_theta")
 
 
 def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
