@@ -194,6 +194,6 @@ def _write_files(
 
     if len(groups) == 1:
         return {name: write(name) for name in groups}
-    writers = max(1, min(WRITERS, len(groups), os.cpu_count() or 1))
-    with ThreadPoolExecutor(writers, thread_name_prefix="checkpoint-write") as pool:
+    # More than there may be cores: while one waits for the disk, another hashes.
+    with ThreadPoolExecutor(min(WRITERS, len(groups)), thread_name_prefix="checkpoint-write") as pool:
         return dict(zip(groups, pool.map(write, groups), strict=True))

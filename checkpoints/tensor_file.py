@@ -23,7 +23,7 @@ __all__ = ["DTYPES", "MAX_HEADER", "Entry", "FileRecord", "dtype_name", "read_he
 
 # The library accepts 100 MB; a rank's largest real header (tens of thousands of slices) is a few MB.
 MAX_HEADER = 32 << 20
-PIECE = 16 << 20
+PIECE = 1 << 20  # hashed and written while it is in the cache
 
 DTYPES = {
     "F64": torch.float64,
@@ -79,7 +79,7 @@ def write_tensors(
 ) -> FileRecord:
     """Write `entries` to the new file `path`, fsync it, return its size and digest.
 
-    `proceed` is called before each piece of 16 MiB or less; what it raises ends the write. Raises OSError.
+    `proceed` is called before each piece of 1 MiB or less; what it raises ends the write. Raises OSError.
     """
     # Wide types first, as the library does: every tensor then starts at a multiple of its element size.
     ordered = sorted(entries, key=lambda entry: (-DTYPES[entry.dtype].itemsize, entry.key))

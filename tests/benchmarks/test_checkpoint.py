@@ -54,3 +54,9 @@ def test_it_measures_every_case_and_goes_on_where_it_stopped(
 def test_plain_writes_have_the_bytes_of_a_save(bench: checkpoint.Bench) -> None:
     assert sum(len(piece) for piece in bench.pieces()) == bench.size
     assert bench.size > 0
+
+
+def test_the_page_has_the_numbers_of_the_result() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "reliability.md").read_text()
+    inside = page.split("<!-- checkpoint table -->\n")[1].split("\n<!-- end -->")[0]
+    assert inside == checkpoint.table(read_json(checkpoint.RESULT))
