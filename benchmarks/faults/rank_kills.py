@@ -28,7 +28,7 @@ from benchmarks.faults.rank_job import (
 from benchmarks.faults.row import Outcome
 from trellis_dist.training.job import EXIT_TERMINATED
 
-__all__ = ["kill_all_ranks", "kill_one_rank", "preempt"]
+__all__ = ["kill_all_ranks", "kill_in_flight", "kill_one_rank", "preempt"]
 
 # Most of what a start costs is imports, and of these engines local has the fewest.
 KILLED = ("local", "local", "ZeRO 1", "local", "FSDP2")
@@ -83,7 +83,21 @@ def _last_line(said: str) -> str:
 
 
 def kill_all_ranks(folder: Path, index: int) -> Outcome:
-    """SIGKILL the launcher and all ranks while a save is in flight, and start again by hand."""
+    """`kill_in_flight`, and the steps lost are at most the save interval: the bound of the fault table.
+
+    Nothing in an asynchronous save makes that so: what is trained while the save in flight is being written
+    is lost with it. How often that is more than the bound allows is what this row counts.
+    """
+    outcome = kill_in_flight(folder, index)
+    lost = int(outcome.numbers["lost steps"])
+    if outcome.ok and lost > INTERVAL:
+        note = f"{outcome.note}: equal in every bit, {lost} steps lost, {INTERVAL} allowed"
+        return Outcome(False, note, {**outcome.numbers, "equal, and lost more than the interval": 1})
+    return outcome
+
+
+def kill_in_flight(folder: Path, index: int) -> Outcome:
+    """SIGKILL launcher and ranks while a save is in flight, start again by hand, compare every bit."""
     draw, name = random.Random(f"all {index}"), KILLED[index % len(KILLED)]
     whole, run_dir = unharmed(folder.parent, ENGINES[name], name), folder / "run"
     with command(run_dir, folder.parent, ENGINES[name]) as run:
@@ -105,15 +119,10 @@ def kill_all_ranks(folder: Path, index: int) -> Outcome:
     wrong = _what_is_wrong(status, run_dir, whole, said)
     if not wrong and resumed != expected:
         wrong = f"it resumed from step {resumed}, the newest verified one is {expected}"
-    lost = done - resumed
-    if lost > 2 * INTERVAL:  # training waits for the save in flight before it begins the next
-        wrong = wrong or f"{lost} steps were lost"
     note = f"{name}, {'inside a save' if inside else 'just after a save'}"
     if wrong:
         note += f", killed after step {done}, resumed from step {resumed}: {wrong}"
-    numbers = {"lost steps": lost} | ({"inside a save": 1} if inside else {})
-    if lost > INTERVAL:
-        numbers["lost more than the interval"] = lost
+    numbers = {"lost steps": done - resumed} | ({"inside a save": 1} if inside else {})
     return Outcome(not wrong, note, numbers)
 
 

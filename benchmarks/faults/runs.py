@@ -20,7 +20,7 @@ ROWS: dict[int, Row] = {
     ),
     2: Row(
         title="SIGKILL all ranks and the launcher with an asynchronous save in flight, start again by hand",
-        expected="equal in every bit; lost steps at most the interval (3), and 3 more while a save is slow",
+        expected="equal in every bit; lost steps at most the save interval (3)",
         full=20,
         quick=1,
         trial=kill_all_ranks,

@@ -18,6 +18,7 @@ import random
 import resource
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -42,10 +43,22 @@ def shards(step: int, shape: tuple[int, ...] = SHAPE) -> Shards:
     return [{name: torch.randn(shape, generator=draw) for name in NAMES} for _ in range(RANKS)]
 
 
-class Format:
+class Format(ABC):
     """Writes and reads the shards of all ranks as a trainer would with this format."""
 
-    suffix = ""
+    @abstractmethod
+    def write(self, folder: Path, values: Shards) -> None:
+        """Save them."""
+
+    @abstractmethod
+    def read(self, folder: Path, like: Shards) -> Shards:
+        """Load what has the names and shapes of `like`. Raises what the library raises."""
+
+
+class FilePerRank(Format):
+    """A format of one file per rank."""
+
+    suffix: str
 
     def write(self, folder: Path, values: Shards) -> None:
         """Save them."""
@@ -56,16 +69,16 @@ class Format:
         """Load what has the names and shapes of `like`. Raises what the library raises."""
         return [self.load(folder / f"rank-{rank}{self.suffix}") for rank in range(len(like))]
 
+    @abstractmethod
     def save(self, path: Path, tensors: dict[str, Tensor]) -> None:
         """One file."""
-        raise NotImplementedError
 
+    @abstractmethod
     def load(self, path: Path) -> dict[str, Tensor]:
         """One file."""
-        raise NotImplementedError
 
 
-class Safetensors(Format):
+class Safetensors(FilePerRank):
     """The library's own functions."""
 
     suffix = ".safetensors"
@@ -79,7 +92,7 @@ class Safetensors(Format):
         return load_file(path)
 
 
-class TorchSave(Format):
+class TorchSave(FilePerRank):
     """torch.save, torch.load."""
 
     suffix = ".pt"

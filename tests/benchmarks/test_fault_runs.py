@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import rank_guards, rank_meshes
+from benchmarks.faults import rank_guards, rank_kills, rank_meshes
 from benchmarks.faults.rank_hangs import skip_collective
-from benchmarks.faults.rank_job import STEPS, compare, unharmed
-from benchmarks.faults.rank_kills import kill_all_ranks
+from benchmarks.faults.rank_job import INTERVAL, STEPS, compare, unharmed
+from benchmarks.faults.rank_kills import kill_all_ranks, kill_in_flight
 from benchmarks.faults.rank_meshes import CHAINS
-from benchmarks.faults.row import Trial
+from benchmarks.faults.row import Outcome, Trial
 from benchmarks.faults.runs import ROWS
 
 
@@ -43,9 +43,21 @@ def test_the_chains_go_from_every_engine_to_every_engine() -> None:
 
 
 def test_ranks_killed_inside_a_save_are_started_again_to_the_same_bits(shared: Path) -> None:
-    outcome = kill_all_ranks(folder(shared, "all"), 0)
+    outcome = kill_in_flight(folder(shared, "all"), 0)
     assert outcome.ok, outcome.note
-    assert outcome.numbers["lost steps"] < STEPS
+    # Training waits for the save in flight before it begins the next one.
+    assert outcome.numbers["lost steps"] <= 2 * INTERVAL < STEPS
+
+
+@pytest.mark.parametrize("lost, ok", [(3, True), (4, False)])
+def test_more_steps_lost_than_the_interval_fail_the_row(
+    lost: int, ok: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Outcome(True, "local, inside a save", {"lost steps": lost})
+    monkeypatch.setattr(rank_kills, "kill_in_flight", lambda folder, index: found)
+    outcome = kill_all_ranks(tmp_path, 0)
+    assert outcome.ok is ok
+    assert outcome.numbers["lost steps"] == lost
 
 
 def test_a_run_that_differs_is_told(shared: Path) -> None:
