@@ -27,4 +27,5 @@ if command -v shellcheck >/dev/null; then
 else
     printf '== shellcheck is not here: shell scripts were not checked\n' >&2
 fi
-check python -m pytest "$@"
+# Rooms side by side (tests/conftest.py); `-n 0` among the arguments puts all tests into one process.
+check python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"

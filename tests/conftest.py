@@ -1,4 +1,8 @@
-"""What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to."""
+"""What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to.
+
+Under `pytest -n 2 --dist loadgroup` a room is one unit of work, so that its pools and sessions exist once; the
+two rooms of multi-rank tests share a unit and begin first, beside rooms that mostly wait or keep one core.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +27,8 @@ _ENVIRONMENT = {
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
+TESTS = Path(__file__).resolve().parent
+MANY_RANKS = ("parallel", "training")
 SKIPS_ALLOWED = Path(__file__).with_name("skips_allowed.txt")
 _skipped: dict[str, str] = {}
 
@@ -37,7 +43,20 @@ def rested_ranks() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    """Group tests by room, the longest first, and skip those marked ``gpu`` where there is no CUDA device."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(_unit(item.path)))
+    items.sort(key=lambda item: _unit(item.path) != "ranks")
+    _skip_without_gpu(items)
+
+
+def _unit(path: Path) -> str:
+    """What runs in one process: a room, or both rooms whose tests start many ranks."""
+    room, *below = path.relative_to(TESTS).parts
+    return "ranks" if room in MANY_RANKS else room if below else "house"
+
+
+def _skip_without_gpu(items: list[pytest.Item]) -> None:
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

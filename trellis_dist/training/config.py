@@ -148,7 +148,7 @@ class TrainingConfig:
     spike_patience: int = 3
     max_rollbacks: int = 3
     replica_check_interval: int = 1000
-    straggler_ratio: float = 1.65
+    straggler_ratio: float = 1.55
     first_step_timeout_s: float = 1800.0
     step_timeout_s: float = 600.0
 

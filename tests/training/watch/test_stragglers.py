@@ -61,16 +61,10 @@ def test_a_rank_slowed_twice_is_named_within_twenty_steps() -> None:
             assert alarms_after(jitter, victim, start) == [victim]
 
 
-def test_so_it_is_on_a_machine_that_others_load() -> None:
-    # The record was made while other programs shared the cores: a rank's own time goes from 20 to 35 ms, and
-    # back, with what runs on the other half of its core. Twice 20 is not told from 35 in 20 steps.
-    rng, named, total = random.Random(0), 0, 0
+def test_so_it_is_from_every_step_of_the_record() -> None:
     for ranks in recorded().values():
-        for victim, start in itertools.product(range(len(ranks)), rng.sample(range(30, STEPS - WITHIN), 60)):
-            found = alarms_after(ranks, victim, start)
-            assert found in ([victim], [])
-            named, total = named + len(found), total + 1
-    assert named >= 0.95 * total
+        for victim, start in itertools.product(range(len(ranks)), range(30, STEPS - WITHIN)):
+            assert alarms_after(ranks, victim, start) == [victim], (victim, start)
 
 
 def test_in_a_real_run_a_slowed_rank_is_named_on_every_rank() -> None:
@@ -87,7 +81,7 @@ def constant(*seconds: float) -> list[list[float]]:
 
 def test_of_two_ranks_the_slow_one_is_named_and_of_many_all_slow_ones() -> None:
     ((step, alarms),) = feed(constant(1.0, 2.0)).items()
-    assert step == 15  # the window is full
+    assert step == 9  # the window is full
     assert [(one.rank, round(one.ratio, 6)) for one in alarms] == [(1, 2.0)]
     ((_, alarms),) = feed(constant(2.0, 1.0, 1.0, 0.9, 3.0)).items()
     assert [(one.rank, round(one.ratio, 6)) for one in alarms] == [(0, 2.0), (4, 3.0)]
