@@ -32,9 +32,11 @@ from trellis_dist.files import FileSystem, canonical_json, sha256_file
 
 __all__ = ["RankSave", "SaveError", "write_rank"]
 
-# A rank's slices are cut into files of about this size, so that one is hashed while another is written.
-FILE_BYTES = 128 << 20
-WRITERS = 4
+# A rank's slices are cut into about so many files, none smaller than this for no reason: while some are hashed,
+# others are written or wait for the disk.
+FILES = 48
+FILE_BYTES = 32 << 20
+WRITERS = 8
 RETRY_S = 0.1
 
 
@@ -169,11 +171,12 @@ def write_rank(
 
 
 def _in_files(entries: Sequence[Entry], rank: int) -> dict[str, list[Entry]]:
-    """File name -> entries, in order, each file of at most `FILE_BYTES` unless one entry is larger."""
+    """File name -> entries, in order; a file is larger than its share only where one entry is."""
+    share = max(FILE_BYTES, sum(entry.size for entry in entries) // FILES)
     groups: list[list[Entry]] = [[]]
     size = 0
     for entry in entries:
-        if groups[-1] and size + entry.size > FILE_BYTES:
+        if groups[-1] and size + entry.size > share:
             groups.append([])
             size = 0
         groups[-1].append(entry)
