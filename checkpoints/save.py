@@ -32,7 +32,7 @@ from trellis_dist.files import FileSystem, canonical_json, sha256_file
 
 __all__ = ["RankSave", "SaveError", "write_rank"]
 
-# A rank's slices are cut into about so many files, none smaller than this for no reason: while some are hashed,
+# A rank's slices are cut into about so many files, each of at least so many bytes: while some are hashed,
 # others are written or wait for the disk.
 FILES = 48
 FILE_BYTES = 32 << 20

@@ -1,7 +1,8 @@
 """What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to.
 
-Under `pytest -n 2 --dist loadgroup` a room is one unit of work, so that its pools and sessions exist once; the
-two rooms of multi-rank tests share a unit and begin first, beside rooms that mostly wait or keep one core.
+Under `pytest -n 2 --dist loadgroup` a room is one unit of work, so that its pools and sessions exist once.
+The two rooms of multi-rank tests share a unit and begin first, beside rooms that mostly wait or keep one
+core.
 """
 
 from __future__ import annotations
