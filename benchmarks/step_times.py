@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import argparse
 import multiprocessing
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.local_ranks import join
 from benchmarks.machine import machine, versions
 from trellis_dist.files import atomic_write, read_json
 
@@ -28,24 +28,12 @@ LENGTH, ROWS, VOCABULARY = 64, 4, 512
 
 def train(rank: int, world_size: int, port: int, engine_name: str, steps: int, into: Any) -> None:
     """One rank: train, and put (rank, busy microseconds of every step after the warm-up) into the queue."""
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(world_size),
-        LOCAL_WORLD_SIZE=str(world_size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-        TORCHELASTIC_USE_AGENT_STORE="True",
-        DS_ACCELERATOR="cpu",
-        CUDA_VISIBLE_DEVICES="",
-    )
+    join(rank, world_size, port, timeout_s=300.0)
     import torch
 
     from trellis_dist.parallel import env
     from trellis_dist.training.watch.busy import BusyTimer
 
-    torch.set_num_threads(1)
-    env.init_distributed("cpu", timeout_s=300.0)
     engine = _engine(engine_name)
     timer, times = BusyTimer(engine.forward_module, device=torch.device("cpu")), []
     for step in range(WARM_UP + steps):

@@ -93,7 +93,7 @@ def write_tensors(
             state.update(piece)
             yield piece
 
-    file_system.write(path, pieces())
+    file_system.write_large(path, pieces())
     file_system.fsync_file(path)
     return FileRecord(len(header) + sum(entry.size for entry in ordered), state.hexdigest())
 

@@ -29,6 +29,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks.local_ranks import torchrun_variables
+
 __all__ = ["CASE_TIMEOUT_S", "GlooPool", "RankError", "close_tired_pools", "fork_server", "gloo_pool"]
 
 CASE_TIMEOUT_S = 40.0
@@ -115,7 +117,7 @@ class GlooPool:
             theirs.close()  # so that a rank that dies is seen as the end of its pipe
 
     def _variables(self, rank: int) -> dict[str, str]:
-        return _torchrun_variables(rank, self.world_size, self._store.port)
+        return torchrun_variables(rank, self.world_size, self._store.port)
 
     @property
     def alive(self) -> bool:
@@ -201,21 +203,6 @@ def _receive(pipe: multiprocessing.connection.Connection) -> tuple[bool, Any]:
     except EOFError:
         return False, None
     return ok, value
-
-
-def _torchrun_variables(rank: int, world_size: int, port: int) -> dict[str, str]:
-    return {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": str(world_size),
-        "LOCAL_WORLD_SIZE": str(world_size),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        "OMP_NUM_THREADS": "1",
-        "DS_ACCELERATOR": "cpu",
-        "CUDA_VISIBLE_DEVICES": "",
-    }
 
 
 def _serve(pipe: multiprocessing.connection.Connection, log: str, variables: dict[str, str]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import io
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.checkpoints.helpers import DyingFileSystem, FailingFileSystem, Killed
+from trellis_dist import files
 from trellis_dist.files import (
+    BLOCK,
+    REAL,
+    STAGE,
     FileSystem,
     atomic_write,
     commit_directory,
@@ -200,6 +207,75 @@ def test_a_written_file_is_never_shared(tmp_path: Path) -> None:
     with pytest.raises(FileExistsError):
         FileSystem().write(tmp_path / "f", [b"second"])
     assert (tmp_path / "f").read_bytes() == b"first"
+
+
+SIZES = st.integers(0, 3 * BLOCK) | st.sampled_from([STAGE - 1, STAGE, STAGE + 1, 2 * STAGE + BLOCK + 5])
+
+
+@given(st.lists(SIZES, max_size=6), st.integers(0, 9))
+def test_a_large_write_holds_the_joined_pieces(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], seed: int
+) -> None:
+    path, draw = tmp_path_factory.mktemp("large") / "f", random.Random(seed)
+    pieces = [draw.randbytes(size) for size in sizes]
+    REAL.write_large(path, (memoryview(piece) if draw.random() < 0.5 else piece for piece in pieces))
+    assert path.read_bytes() == b"".join(pieces)
+
+
+def test_a_large_write_goes_past_the_page_cache_where_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[bool] = []
+    switch = files._Staged._set_direct
+    monkeypatch.setattr(
+        files._Staged, "_set_direct", lambda self, on: (asked.append(on), switch(self, on))[1]
+    )
+    REAL.write_large(tmp_path / "f", [b"x" * (STAGE + BLOCK + 1)])
+    assert asked == [True, False]  # off for the one byte behind the last whole block
+    assert (tmp_path / "f").stat().st_size == STAGE + BLOCK + 1
+
+
+def test_a_large_write_is_never_shared_and_leaves_errors_as_they_are(tmp_path: Path) -> None:
+    REAL.write_large(tmp_path / "f", [b"first"])
+    with pytest.raises(FileExistsError):
+        REAL.write_large(tmp_path / "f", [b"second"])
+    assert (tmp_path / "f").read_bytes() == b"first"
+
+    def broken() -> Iterator[bytes]:
+        yield b"x" * 3 * STAGE
+        raise OSError(errno.EIO, "the source broke")
+
+    with pytest.raises(OSError, match="the source broke"):
+        REAL.write_large(tmp_path / "g", broken())
+
+
+class Sparing(io.FileIO):
+    """Takes one block of the first write and refuses the second as misaligned."""
+
+    calls = 0
+
+    def write(self, piece: memoryview) -> int:  # type: ignore[override]
+        self.calls += 1
+        if self.calls == 2:
+            raise OSError(errno.EINVAL, "not a multiple of my blocks")
+        return super().write(piece[:BLOCK] if self.calls == 1 else piece)
+
+
+def test_a_disk_that_takes_less_than_it_was_given_gets_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = []
+    monkeypatch.setattr(
+        files,
+        "open",
+        lambda path, mode, buffering: opened.append(Sparing(path, mode)) or opened[0],
+        raising=False,
+    )
+    data = random.Random(0).randbytes(STAGE + 100)
+    REAL.write_large(tmp_path / "f", [data])
+    assert (tmp_path / "f").read_bytes() == data
+    assert opened[0].calls == 4
+    assert opened[0].closed
 
 
 def test_remove_tree_does_not_follow_links(tmp_path: Path) -> None:

@@ -18,17 +18,18 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks.hand_made import BOS, EOS, write_documents
 from benchmarks.machine import machine, versions
 from data_pipeline.loader import BatchLoader, TokenDataset
-from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo, fingerprint_of, write_manifest
+from data_pipeline.manifest import ShardInfo, load_manifest
 from data_pipeline.pack import Packing
 from data_pipeline.rows import build_row_index, needs_row_index, row_index_path
-from data_pipeline.shard import token_dtype, write_shard
+from data_pipeline.shard import token_dtype
 
 __all__ = ["PACKINGS", "measure_loader", "write_synthetic"]
 
 SEQUENCE_LENGTH, CHUNK, MICRO_BATCH, GLOBAL_BATCH = 2048, 64, 8, 32
-VOCAB, BOS, EOS = 32_000, 1, 2
+VOCAB = 32_000
 PACKINGS: tuple[tuple[Packing, int], ...] = (
     ("concat", 1),
     ("best_fit", 1),
@@ -95,19 +96,8 @@ def write_synthetic(folder: Path, *, tokens: int, documents: int, seed: int = 0)
     draw = np.random.default_rng(seed)
     lengths = draw.lognormal(0.0, 1.0, documents)
     lengths = np.maximum(2, lengths * (tokens / lengths.sum())).astype(np.int64)
-    name = "train-00000"
-    files = write_shard(folder / name, _documents(lengths, draw), dtype=token_dtype(VOCAB))
-    shard = ShardInfo(
-        name=name,
-        source="corpus",
-        sha256_bin=files.sha256_bin,
-        sha256_idx=files.sha256_idx,
-        documents=files.documents,
-        tokens=files.tokens,
-        bytes=4 * files.tokens,
-    )
-    _write_manifest(folder, shard)
-    return shard
+    write_documents(folder, {"train": {"corpus": [_documents(lengths, draw)]}}, vocab_size=VOCAB)
+    return load_manifest(folder).splits["train"].shards[0]
 
 
 def _documents(lengths: np.ndarray, draw: np.random.Generator) -> Iterator[np.ndarray]:
@@ -117,24 +107,6 @@ def _documents(lengths: np.ndarray, draw: np.random.Generator) -> Iterator[np.nd
         document = text[place : place + length].copy()
         document[0], document[-1] = BOS, EOS
         yield document
-
-
-def _write_manifest(folder: Path, shard: ShardInfo) -> None:
-    tokenizer = {"sha256": "0" * 64, "vocab_size": VOCAB, "bos": BOS, "eos": EOS}
-    splits = {"train": SplitInfo(shard.documents, shard.tokens, shard.bytes, (shard,))}
-    manifest = Manifest(
-        fingerprint=fingerprint_of("synthetic", str(tokenizer["sha256"]), splits),
-        config_digest="synthetic",
-        source={"kind": "synthetic", "licence": "none"},
-        listing=None,
-        tokenizer=tokenizer,
-        splits=splits,
-        sources={},
-        stages={},
-        quarantined=0,
-        logs={},
-    )
-    write_manifest(folder, manifest)
 
 
 def _measure(folder: Path, shard: ShardInfo, packing: Packing, align: int, seconds: float) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from trellis_dist.files import FileSystem, Piece
 
-__all__ = ["DyingFileSystem", "FailingFileSystem", "Killed", "PowerCutFileSystem"]
+__all__ = ["CheckedFileSystem", "DyingFileSystem", "FailingFileSystem", "Killed", "PowerCutFileSystem"]
 
 
 class Killed(BaseException):
@@ -126,13 +126,40 @@ class PowerCutFileSystem(DyingFileSystem):
         return {target / p.relative_to(source) if p.is_relative_to(source) else p for p in paths}
 
 
-class FailingFileSystem(FileSystem):
+class CheckedFileSystem(FileSystem):
+    """Asks `check` before everything it does; what that raises is the operation's failure."""
+
+    def check(self, operation: str, path: Path) -> None:
+        """Raise, or let `operation` on `path` happen."""
+
+    def write(self, path: Path, pieces: Iterable[Piece]) -> None:
+        self.check("write", path)
+        super().write(path, pieces)
+
+    def fsync_file(self, path: Path) -> None:
+        self.check("fsync", path)
+        super().fsync_file(path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self.check("rename", target)
+        super().rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self.check("unlink", path)
+        super().unlink(path)
+
+    def make_directory(self, path: Path) -> None:
+        self.check("make-directory", path)
+        super().make_directory(path)
+
+
+class FailingFileSystem(CheckedFileSystem):
     """Raises OSError(code) from `operation` on names with `fragment` in them, after half of a write."""
 
     def __init__(self, operation: str, fragment: str, code: int = errno.ENOSPC) -> None:
         self.operation, self.fragment, self.code = operation, fragment, code
 
-    def _check(self, operation: str, path: Path) -> None:
+    def check(self, operation: str, path: Path) -> None:
         if operation == self.operation and self.fragment in path.name:
             raise OSError(self.code, os.strerror(self.code), str(path))
 
@@ -140,21 +167,4 @@ class FailingFileSystem(FileSystem):
         data = b"".join(pieces)
         if self.operation == "write" and self.fragment in path.name:
             path.write_bytes(data[: len(data) // 2])
-        self._check("write", path)
         super().write(path, [data])
-
-    def fsync_file(self, path: Path) -> None:
-        self._check("fsync", path)
-        super().fsync_file(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        self._check("rename", target)
-        super().rename(source, target)
-
-    def unlink(self, path: Path) -> None:
-        self._check("unlink", path)
-        super().unlink(path)
-
-    def make_directory(self, path: Path) -> None:
-        self._check("make-directory", path)
-        super().make_directory(path)

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterable
 from pathlib import Path
 
+from benchmarks.faults.file_systems import CheckedFileSystem
 from trellis_dist.files import REAL, FileSystem, Piece
 
 __all__ = ["DevFull", "OfOneStep", "Raising", "Slow", "Watched"]
@@ -66,31 +67,17 @@ class DevFull(FileSystem):
                 file.write(piece)
 
 
-class Raising(FileSystem):
+class Raising(CheckedFileSystem):
     """A bug in the writer: an error that is no OSError, at an operation on names with a fragment."""
 
-    def __init__(self, operation: str, fragment_: str) -> None:
-        """Raise at `operation` on names that hold `fragment_`."""
-        self._operation, self._fragment = operation, fragment_
+    def __init__(self, operation: str, fragment: str) -> None:
+        """Raise at `operation` on names that hold `fragment`."""
+        self._operation, self._fragment = operation, fragment
 
-    def _check(self, operation: str, path: Path) -> None:
+    def check(self, operation: str, path: Path) -> None:
+        """Raise or not."""
         if operation == self._operation and self._fragment in path.name:
             raise RuntimeError(f"a bug in the writer ({operation} {self._fragment})")
-
-    def write(self, path: Path, pieces: Iterable[Piece]) -> None:
-        """Raise or write."""
-        self._check("write", path)
-        super().write(path, pieces)
-
-    def fsync_file(self, path: Path) -> None:
-        """Raise or fsync."""
-        self._check("fsync", path)
-        super().fsync_file(path)
-
-    def rename(self, source: Path, target: Path) -> None:
-        """Raise or rename."""
-        self._check("rename", target)
-        super().rename(source, target)
 
 
 class Slow(FileSystem):

@@ -17,13 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import psutil
 
+from benchmarks.hand_made import random_splits
 from benchmarks.kernels.record import source_digest
 from checkpoints.state import CheckpointReader, latest_verified
-from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo, fingerprint_of, write_manifest
-from data_pipeline.shard import token_dtype, write_shard
 from launch.failures import log_folder
 from launch.recipe import load_recipe, resolve
 from trellis_dist.training.job import Job
@@ -114,37 +112,8 @@ def data_set(shared: Path) -> Path:
     final = shared / "set"
     if not final.exists():
         folder = shared / f"set-{os.getpid()}"
-        folder.mkdir()
-        draw = np.random.default_rng(0)
-        splits = {
-            name: _split(folder, name, count, draw) for name, count in (("train", 90), ("validation", 9))
-        }
-        tokenizer: dict[str, Any] = {"sha256": "0" * 64, "vocab_size": PIECES, "bos": 1, "eos": 2}
-        manifest = Manifest(
-            fingerprint=fingerprint_of("config", tokenizer["sha256"], splits),
-            config_digest="config",
-            source={"kind": "path", "licence": "none"},
-            listing=None,
-            tokenizer=tokenizer,
-            splits=splits,
-            sources={},
-            quarantined=0,
-            stages={},
-            logs={},
-        )
-        write_manifest(folder, manifest)
-        folder.rename(final)
+        random_splits(folder, seed=0, vocab_size=PIECES, lengths=(3, 9, 30, 100)).rename(final)
     return final
-
-
-def _split(folder: Path, split: str, count: int, draw: np.random.Generator) -> SplitInfo:
-    lengths = draw.choice([3, 9, 30, 100], size=count)
-    documents = [np.array([1, *draw.integers(3, PIECES, size=length), 2]) for length in lengths]
-    name = f"{split}-00000"
-    files = write_shard(folder / name, documents, dtype=token_dtype(PIECES))
-    size = int(2 * lengths.sum())
-    shard = ShardInfo(name, "corpus", files.sha256_bin, files.sha256_idx, count, files.tokens, size)
-    return SplitInfo(count, files.tokens, size, (shard,))
 
 
 def _recipe(shared: Path) -> Path:

@@ -19,6 +19,8 @@ from typing import Any
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
+from benchmarks.local_ranks import join
+
 __all__ = ["Ranks"]
 
 PRELOADED = "benchmarks.sequence_parallel.preload"
@@ -106,23 +108,13 @@ def _serve(pipe: Any, place: tuple[int, int, int]) -> None:
 
 
 def _join(rank: int, count: int, port: int) -> None:
+    if count:
+        join(rank, count, port, timeout_s=TIMEOUT_S)
+        return
+    os.environ["DS_ACCELERATOR"] = "cpu"
     import torch
 
-    from trellis_dist.parallel import env
-
     torch.set_num_threads(1)
-    os.environ["DS_ACCELERATOR"] = "cpu"
-    if count:
-        os.environ |= {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(count),
-            "LOCAL_WORLD_SIZE": str(count),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            "TORCHELASTIC_USE_AGENT_STORE": "True",
-        }
-        env.init_distributed("cpu", timeout_s=TIMEOUT_S)
 
 
 def _attempt(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[bool, Any]:

@@ -342,11 +342,11 @@ def test_a_corrupt_shard_is_refused_by_name_with_the_remedy(
     folder: Path, tmp_path: Path, suffix: str
 ) -> None:
     shutil.copytree(folder, tmp_path / "copy")
-    path = tmp_path / "copy" / f"train-corpus-00000.{suffix}"
+    path = tmp_path / "copy" / f"train-00000.{suffix}"
     raw = bytearray(path.read_bytes())
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=rf"train-corpus-00000\.{suffix} is damaged.*delete it and run"):
+    with pytest.raises(ValueError, match=rf"train-00000\.{suffix} is damaged.*delete it and run"):
         TokenDataset(tmp_path / "copy", "train", sequence_length=WIDTH, seed=0)
     TokenDataset(tmp_path / "copy", "validation", sequence_length=WIDTH, seed=0)
 

@@ -223,7 +223,7 @@ def test_documents_cut_are_those_that_the_loader_cuts(seed: int, tmp_path: Path)
             number = next(i for i, document in enumerate(shard) if token in document)
             rows_of.setdefault(number, set()).add(row)
     cut = sum(len(rows) > 1 for rows in rows_of.values())
-    assert _packed(Shard(tmp_path / "train-corpus-00000"), "concat", 16)[2] == cut
+    assert _packed(Shard(tmp_path / "train-00000"), "concat", 16)[2] == cut
 
 
 def test_a_document_of_as_many_positions_as_a_row_lies_in_one(tmp_path: Path) -> None:

@@ -6,13 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from benchmarks.hand_made import random_splits
 from checkpoints.config import CheckpointConfig
 from checkpoints.state import CheckpointReader
 from data_pipeline.config import DataConfig
-from data_pipeline.manifest import Manifest, ShardInfo, SplitInfo, fingerprint_of, write_manifest
-from data_pipeline.shard import token_dtype, write_shard
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.parallel.config import MeshConfig
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
@@ -20,7 +17,6 @@ from trellis_dist.training.job import Job
 from trellis_dist.training.metrics import read_rows
 
 VOCAB, ROW = 17, 16
-BOS, EOS = 1, 2
 # What two runs must agree on; speeds and times they need not.
 EXACT = (
     "step",
@@ -35,37 +31,7 @@ EXACT = (
 
 def write_dataset(folder: Path, *, seed: int = 0, vocab: int = VOCAB) -> Path:
     """Documents of very different lengths, so that the valid tokens of micro-batches differ."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(seed)
-    splits = {
-        name: _write_split(folder, name, count, generator)
-        for name, count in (("train", 90), ("validation", 9))
-    }
-    tokenizer = {"sha256": "0" * 64, "vocab_size": vocab, "bos": BOS, "eos": EOS}
-    manifest = Manifest(
-        fingerprint=fingerprint_of("config", tokenizer["sha256"], splits),
-        config_digest="config",
-        source={"kind": "path", "licence": "none"},
-        listing=None,
-        tokenizer=tokenizer,
-        splits=splits,
-        sources={},
-        quarantined=0,
-        stages={},
-        logs={},
-    )
-    write_manifest(folder, manifest)
-    return folder
-
-
-def _write_split(folder: Path, split: str, count: int, generator: np.random.Generator) -> SplitInfo:
-    lengths = generator.choice([1, 2, 3, 40], size=count)
-    documents = [np.array([BOS, *generator.integers(3, VOCAB, size=n), EOS]) for n in lengths]
-    name = f"{split}-00000"
-    files = write_shard(folder / name, documents, dtype=token_dtype(VOCAB))
-    size = int(2 * lengths.sum())
-    shard = ShardInfo(name, "corpus", files.sha256_bin, files.sha256_idx, count, files.tokens, size)
-    return SplitInfo(count, files.tokens, size, (shard,))
+    return random_splits(folder, seed=seed, vocab_size=vocab, lengths=(1, 2, 3, 40))
 
 
 def make_job(data: Path, **changes: Any) -> Job:
