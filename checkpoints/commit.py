@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from checkpoints.manifest import DIGEST_FILE, MANIFEST_FILE, Manifest, digest_line
-from trellis_dist.files import FileSystem, commit_directory
+from trellis_dist.files import FileSystem, commit_directory, make_directories
 
 __all__ = [
     "CheckpointWarning",
@@ -97,9 +97,7 @@ def begin_attempt(root: Path, step: int, *, file_system: FileSystem, name: str |
     Raises:
         OSError: the directory cannot be made.
     """
-    for folder in [path for path in (*reversed(root.parents), root) if not path.exists()]:
-        file_system.make_directory(folder)
-        file_system.fsync_directory(folder.parent)
+    make_directories(root, file_system=file_system)
     remove_leftovers(root, step=step, file_system=file_system)
     attempt = root / (name or attempt_name(step))
     file_system.make_directory(attempt)

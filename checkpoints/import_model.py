@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.export import EXPORT, check_new_folder, verify_export
-from checkpoints.logical import LogicalTensor, check_name
+from checkpoints.logical import LogicalTensor
 from checkpoints.source_folder import SourceFolder, checked_section
 from checkpoints.state import save_checkpoint
 from checkpoints.tensor_file import DTYPES
@@ -79,7 +79,7 @@ def import_folder(directory: Path) -> Imported:
     config = checked_section(section, source=str(source.directory / "config.json"))
     if config.num_layers > len(source.files):  # before a model of so many layers is made
         raise ValueError(f"{source.directory} has {len(source.files)} tensors for {config.num_layers} layers")
-    names = {check_name(name).removeprefix(PREFIX): name for name in source.files}
+    names = {name.removeprefix(PREFIX): name for name in source.files}
     expected = parameter_shapes(config, source=source.directory)
     if different := sorted(names.keys() ^ expected.keys()):
         where = "has no" if different[0] in expected else "has a strange"

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from trellis_dist.files import REAL, FileSystem, atomic_write
+from trellis_dist.files import REAL, FileSystem, atomic_write, make_directories
 
 __all__ = ["announce", "await_token", "probe", "withdraw"]
 
@@ -120,7 +120,7 @@ class _Trial:
             ) from error
 
     def _make_root(self) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        make_directories(self.root)
         _clear(self.root)
 
     def _write(self, name: str, data: bytes) -> None:

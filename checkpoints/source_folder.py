@@ -17,6 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoints.logical import check_name
 from checkpoints.tensor_file import read_header
 from trellis_dist.files import read_json
 from trellis_dist.models.config import ModelConfig
@@ -151,6 +152,11 @@ def _held(path: Path, wanted: set[str] | None) -> dict[str, tuple[str, tuple[int
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing, and {INDEX} names it")
     held = read_header(path)
+    for name in held:
+        try:
+            check_name(name)  # they are printed, and become names of ours
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
     if wanted is not None and (different := sorted(held.keys() ^ wanted)):
         raise ValueError(f"{path} and {INDEX} disagree about {different[0]!r}: one of them is damaged")
     return held

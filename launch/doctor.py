@@ -33,15 +33,20 @@ def examine(path: Path, *, repair: bool = False) -> dict[str, Any]:
         FileNotFoundError: no such path.
         ValueError: it is none of the four.
     """
+    from checkpoints.commit import step_of
+
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file or folder")
+    # Its own name or digest first: a stray file in it does not make a checkpoint something else.
+    if step_of(path.resolve()) is not None or (path / "manifest.sha256").is_file():
+        return _report(path, "checkpoint", {path: _checkpoint_problems(path)}, notes=_stray(path))
     if (path / "recipe.json").is_file():
         return _report(path, "run", _run_parts(path), notes=_run_notes(path))
     if (path / "export.json").is_file() or _is_bare_model(path):
         return _report(path, "export", {path: _export_problems(path)}, notes=_unlisted(path))
     if _is_dataset(path):
         return _repaired(path) if repair else _report(path, "dataset", {path: _dataset_problems(path)})
-    if path.name.startswith("step-") or (path / "manifest.sha256").is_file():
+    if path.name.startswith("step-"):  # with its name and its digest lost, it is a damaged one
         return _report(path, "checkpoint", {path: _checkpoint_problems(path)}, notes=_stray(path))
     raise ValueError(
         f"{path} is no checkpoint (step-N), no run (recipe.json), no export (export.json) and no data "

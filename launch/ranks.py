@@ -140,7 +140,10 @@ def explain(error: Any, run_dir: Path) -> RankError:
 
     The others only lost their peer and say so in words that help nobody, or hung and were killed at the end.
     """
-    recorded = {failure.rank for failure in read_failures(run_dir)}
+    records = read_failures(run_dir)
+    if any(failure.named and not failure.echo for failure in records):
+        return _recorded(run_dir)  # a hang: who judged it may have ended the rank it is about
+    recorded = {failure.rank for failure in records}
     rank, first = min(
         error.failures.items(),
         key=lambda item: (item[1].timestamp, _effect(item[1].exitcode, silent=item[0] not in recorded)),

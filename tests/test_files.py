@@ -24,6 +24,7 @@ from trellis_dist.files import (
     atomic_write,
     commit_directory,
     digest,
+    make_directories,
     read_json,
     remove_temporaries,
     sha256_file,
@@ -200,6 +201,32 @@ def test_commit_directory_that_another_was_faster_to_commit(tmp_path: Path) -> N
         commit_directory(tmp_path / "attempt", tmp_path / "final", file_system=Raced())
     assert (tmp_path / "final" / "a").read_text() == "theirs"
     assert (tmp_path / "attempt" / "a").read_text() == "ours"
+
+
+def test_a_commit_whose_name_cannot_be_made_durable_is_taken_back(tmp_path: Path) -> None:
+    attempt, final = tmp_path / "attempt", tmp_path / "final"
+    attempt.mkdir()
+    (attempt / "a").write_text("a")
+    with pytest.raises(OSError, match="Input/output error"):
+        commit_directory(
+            attempt, final, file_system=FailingFileSystem("fsync-directory", tmp_path.name, errno.EIO)
+        )
+    assert (attempt / "a").read_text() == "a"
+    assert not final.exists()
+
+
+def test_folders_are_made_durably_from_the_outermost_on(tmp_path: Path) -> None:
+    system = DyingFileSystem()
+    make_directories(tmp_path / "a" / "b", file_system=system)
+    made = [(operation, name) for operation, name in system.log if operation != "unlink"]
+    assert made == [
+        ("make-directory", "a"),
+        ("fsync-directory", tmp_path.name),
+        ("make-directory", "b"),
+        ("fsync-directory", "a"),
+    ]
+    make_directories(tmp_path / "a" / "b", file_system=system)
+    assert len(system.log) == len(made)
 
 
 def test_a_written_file_is_never_shared(tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "canonical_json",
     "commit_directory",
     "digest",
+    "make_directories",
     "read_json",
     "remove_temporaries",
     "sha256_file",
@@ -250,6 +251,14 @@ def digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def make_directories(path: Path, *, file_system: FileSystem = REAL) -> None:
+    """Make `path` and its parents where they are missing, each durably. Raises OSError."""
+    for folder in [folder for folder in (*reversed(path.parents), path) if not folder.exists()]:
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            file_system.make_directory(folder)
+        file_system.fsync_directory(folder.parent)
+
+
 def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = REAL) -> None:
     """Give the finished directory `attempt` its name `final`: fsync all of it, rename, fsync the parent.
 
@@ -257,7 +266,8 @@ def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = RE
 
     Raises:
         FileExistsError: `final` is there already; it is left as it is, and so is `attempt`.
-        OSError: what the file system raises; `final` does not exist then.
+        OSError: what the file system raises; `final` does not exist then, unless it even refused to take
+            the name away again.
     """
     taken = f"{final} exists and is never overwritten: choose another name or remove it"
     if os.path.lexists(final):
@@ -273,7 +283,12 @@ def commit_directory(attempt: Path, final: Path, *, file_system: FileSystem = RE
         if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
             raise FileExistsError(taken) from error
         raise
-    file_system.fsync_directory(final.parent)
+    try:
+        file_system.fsync_directory(final.parent)
+    except OSError:  # what is said to have failed is not there
+        with contextlib.suppress(OSError):
+            file_system.rename(final, attempt)
+        raise
 
 
 def _inside_out(directory: Path) -> Iterator[tuple[Path, bool]]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -115,7 +116,9 @@ class PowerCutFileSystem(DyingFileSystem):
             if path.exists():
                 path.write_bytes(b"")
         for path in self.new:
-            if path.is_file():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.exists():
                 path.unlink()
         for source, target in reversed(self.renames):
             if target.exists():
@@ -151,6 +154,10 @@ class CheckedFileSystem(FileSystem):
     def make_directory(self, path: Path) -> None:
         self.check("make-directory", path)
         super().make_directory(path)
+
+    def fsync_directory(self, path: Path) -> None:
+        self.check("fsync-directory", path)
+        super().fsync_directory(path)
 
 
 class FailingFileSystem(CheckedFileSystem):

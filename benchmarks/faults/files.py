@@ -18,6 +18,7 @@ from benchmarks.faults import damage, disks, stock
 from benchmarks.faults.file_systems import DyingFileSystem, Killed, PowerCutFileSystem
 from benchmarks.faults.row import Outcome, Row
 from benchmarks.faults.simulated import contents, fragment, holds, save, saved
+from checkpoints import save as save_module
 from checkpoints.background import BackgroundSaver, Status
 from checkpoints.commit import CheckpointWarning, attempt_name
 from checkpoints.retention import Retention, retain
@@ -43,7 +44,13 @@ class Scenario:
     def __str__(self) -> str:
         kind = "power cut" if self.power_cut else "kill"
         saver = "background" if self.background else "foreground"
-        return f"{kind}, {saver}, {self.world} rank{'s' * (self.world > 1)}"
+        files = ", several files each" if self.several_files else ""
+        return f"{kind}, {saver}, {self.world} rank{'s' * (self.world > 1)}{files}"
+
+    @property
+    def several_files(self) -> bool:
+        """Whether ranks cut what they own into files, which threads write side by side."""
+        return self.world == 2
 
     def stopped(self, root: Path, stop_at: int | None) -> DyingFileSystem:
         """Save with all ranks stopped at operation `stop_at`; the file system, after a cut."""
@@ -94,7 +101,7 @@ SCENARIOS = [
 def every_boundary(folder: Path, index: int) -> Outcome:
     """One scenario, stopped before each operation of a save in turn; recovered means `_recovered`."""
     scenario, lost = SCENARIOS[index], []
-    with _quiet_threads():
+    with _quiet_threads(), _files_of(64 if scenario.several_files else save_module.FILE_BYTES):
         count = len(_attempt(scenario, folder / "count", None)[1].log)
         for stop_at in range(count):
             root, system = _attempt(scenario, folder / str(stop_at), stop_at)
@@ -122,6 +129,15 @@ def _recovered(root: Path, world: int) -> bool:
     saved(root, 2, world=world, keep=1)
     left = [path.name for path in root.iterdir()]
     return whole and left == ["step-00000002"] and holds(root / left[0], contents(2))
+
+
+@contextlib.contextmanager
+def _files_of(size: int) -> Iterator[None]:
+    before, save_module.FILE_BYTES = save_module.FILE_BYTES, size
+    try:
+        yield
+    finally:
+        save_module.FILE_BYTES = before
 
 
 @contextlib.contextmanager

@@ -73,6 +73,7 @@ def test_power_cut_during_the_first_save(tmp_path: Path) -> None:
         assert found is not None or not isinstance(results[0], Path)
         if found:
             assert_holds(found, contents(1))
+    assert not system.died, "the last of them is a whole save"
 
 
 def test_killed_while_saving_an_existing_step(tmp_path: Path) -> None:

@@ -134,6 +134,17 @@ def test_stray_files_are_said_and_are_no_damage(checkpoint: Path, examine: Calla
     assert examine(checkpoint)[1]["notes"] == []
 
 
+@pytest.mark.parametrize("stray", ["export.json", "recipe.json", "train-00000.idx", "config.json"])
+def test_a_stray_file_does_not_make_it_something_else(
+    checkpoint: Path, examine: Callable[..., Any], stray: str
+) -> None:
+    (checkpoint / stray).write_text("{}")
+    _flip(checkpoint / "rank-00000.safetensors")
+    status, report = examine(checkpoint)
+    assert (status, report["kind"]) == (1, "checkpoint")
+    assert "rank-00000.safetensors" in report["problems"][0]
+
+
 def test_a_run_notes_pins_and_what_was_left(checkpoint: Path, examine: Callable[..., Any]) -> None:
     root = checkpoint.parent
     (root.parent / "recipe.json").write_text("{}")

@@ -131,6 +131,15 @@ def test_what_cannot_be_converted_is_one_line(tmp_path: Path, change: dict[str, 
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_name_that_would_draw_on_the_terminal_is_refused_in_one_line(tmp_path: Path) -> None:
+    llama(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, "a\n\x1b[2J": torch.zeros(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match=r"model\.safetensors: tensor name 'a\\n\\x1b\[2J'") as caught:
+        converted(tmp_path)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

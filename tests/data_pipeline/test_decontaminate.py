@@ -166,7 +166,7 @@ def test_every_format_and_folder_is_read(tmp_path: Path) -> None:
     folder = tmp_path / "sets"
     (folder / "deep").mkdir(parents=True)
     (folder / "a.jsonl").write_bytes(rows["a"])
-    (folder / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(rows["b"]))
+    (folder / "deep" / "b.jsonl.gz").write_bytes(gzip.compress(rows["b"], mtime=0))
     (folder / "c.jsonl.zst").write_bytes(zstandard.compress(b"\n" * 9) + zstandard.compress(rows["c"]))
     (folder / "d.json").write_text(json.dumps([{}, {"t": phrases["d"]}]))
     (folder / "e.json").write_text(json.dumps({"data": [{"t": phrases["e"]}]}))
@@ -201,7 +201,7 @@ def test_every_format_and_folder_is_read(tmp_path: Path) -> None:
         ("set.jsonl", b'{"a": 1}\nno json\n', r"cannot read .*set\.jsonl \(line 2 is no JSON"),
         ("set.jsonl", b'"\xff"', r"cannot read .*set\.jsonl \(.*utf-8"),
         ("set.json", b"[1,", r"cannot read .*set\.json \("),
-        ("set.jsonl.gz", gzip.compress(b'"a"' * 99)[:-9], r"cannot read .*set\.jsonl\.gz \("),
+        ("set.jsonl.gz", gzip.compress(b'"a"' * 99, mtime=0)[:-9], r"cannot read .*set\.jsonl\.gz \("),
         ("set.jsonl.zst", b"no zstd", r"cannot read .*set\.jsonl\.zst \("),
         ("set.parquet", b"no parquet", r"cannot read .*set\.parquet \("),
     ],

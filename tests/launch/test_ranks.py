@@ -113,6 +113,17 @@ def test_a_peer_killed_at_the_end_does_not_hide_the_record_of_the_first(tmp_path
     assert "killed by SIGKILL" in str(explain(ended({0: (-9, 10), 1: (1, 10)}), tmp_path))
 
 
+@pytest.mark.parametrize("end", [9, 10])
+def test_the_verdict_on_a_hang_is_told_though_its_judge_ended_the_rank_it_is_about(
+    end: int, tmp_path: Path
+) -> None:
+    verdict = f"rank 0 ({HOST}) has not been heard of for 7 s"
+    record_failure(tmp_path, rank=1, message=verdict, detail="stacks", named=True)
+    error = explain(ended({0: (-9, end), 1: (1, 10)}), tmp_path)
+    assert str(error) == verdict
+    assert error.restartable
+
+
 def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=0, message="agreed to fail", detail="", echo=True)
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")

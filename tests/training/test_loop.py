@@ -10,11 +10,12 @@ import re
 import shutil
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
-from checkpoints.state import latest_verified, verify_checkpoint
+from checkpoints.state import latest_verified, load_run_state, verify_checkpoint
 from data_pipeline.config import SourceConfig
 from data_pipeline.loader import BatchLoader
 from data_pipeline.manifest import load_manifest
@@ -32,7 +33,9 @@ from trellis_dist.training.errors import EchoError
 from trellis_dist.training.guards import DivergedError
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
+from trellis_dist.training.metrics import read_rows
 from trellis_dist.training.state import Progress, check_same_run, run_state
+from trellis_dist.training.watch.hang import HangWatch
 
 
 @pytest.fixture(scope="module")
@@ -276,6 +279,42 @@ def test_a_full_disk_while_saving_costs_no_checkpoint_and_no_step(
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["health/failed_saves"] == 2
 
 
+class SlowDisk(FileSystem):
+    """Every save takes a tenth of a second more."""
+
+    def rename(self, source: Path, target: Path) -> None:
+        if re.fullmatch(r"step-[0-9]+", target.name):
+            time.sleep(0.1)
+        super().rename(source, target)
+
+
+def test_time_lost_to_saves_is_in_the_rows_and_none_of_it_twice(
+    data: Path, tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.setattr(saving, "FILE_SYSTEM", SlowDisk())
+    job = make_job(
+        data, checkpoint={"interval": 3, "background": False}, logging={"interval": 7}, training={"steps": 16}
+    )
+    run(job, tmp_path)
+    rows = {row["step"]: row for row in read_rows(tmp_path / "metrics.jsonl")}
+    told = {step for step, row in rows.items() if "perf/save_seconds" in row}
+    assert told == {7, 10, 14, 16}  # after the saves of steps 3 and 6, 9, 12, 15
+    for step, saves in ((7, 2), (10, 1), (14, 1), (16, 1)):
+        assert rows[step]["perf/save_blocked_seconds"] >= 0.1 * saves
+    assert "the last save took 0." in capsys.readouterr().err
+
+
+def test_the_watch_does_not_judge_what_comes_after_the_last_save(data: Path, tmp_path: Path, monkeypatch):
+    order = ["begun"]
+    for kind, name in ((HangWatch, "disarm"), (saving.Saver, "close")):
+        real = getattr(kind, name)
+        monkeypatch.setattr(
+            kind, name, lambda self, name=name, real=real: (order.append(name), real(self))[1]
+        )
+    run(make_job(data), tmp_path, stop_at_step=2)
+    assert order[order.index("close") - 1] == "disarm"
+
+
 def test_a_full_disk_at_the_end_is_an_error_with_the_earlier_checkpoint_intact(
     data: Path, tmp_path: Path, monkeypatch
 ):
@@ -298,6 +337,15 @@ def test_sigterm_saves_at_the_next_step_boundary(data: Path, whole: Path, tmp_pa
     assert state(tmp_path, 20) == state(whole, 20)
 
 
+def state_row(run_dir: Path, step: int) -> dict[str, float]:
+    (row,) = [row for row in exact_rows(run_dir) if row["step"] == step]
+    return row
+
+
+def crash() -> None:
+    raise RuntimeError("crash")
+
+
 def test_sigterm_in_a_validation_pass_is_heard_and_the_next_start_makes_the_pass(
     data: Path, whole: Path, tmp_path: Path, monkeypatch
 ):
@@ -316,6 +364,13 @@ def test_sigterm_in_a_validation_pass_is_heard_and_the_next_start_makes_the_pass
         result = run(make_job(data), tmp_path)
     assert (result.outcome, result.step, asked) == ("terminated", 10, [2])
     assert [row["step"] for row in exact_rows(tmp_path)] == list(range(1, 10))
+    # Retention by a metric goes by numbers of this very step, which has no validation yet.
+    measured = load_run_state(tmp_path / "checkpoints/step-00000010")["metrics"]
+    assert measured == {"loss/train": state_row(whole, 10)["loss/train"]}
+    with monkeypatch.context() as patch:
+        after_step(patch, 3, crash)  # step 10 is validated, and not saved again
+        with pytest.raises(RuntimeError, match="crash"):
+            run(make_job(data), tmp_path)
     assert run(make_job(data), tmp_path).resumed_step == 10
     assert exact_rows(tmp_path) == exact_rows(whole)
     assert state(tmp_path, 20) == state(whole, 20)

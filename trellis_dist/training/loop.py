@@ -209,12 +209,12 @@ class _Loop:
         session, job = self.session, self.session.job
         last = step == job.training.steps
         row = self._row(step, rate, result) if self._row_due(step) else {}
+        self.measured = {"loss/train": result.loss}
         if last or (job.training.validation_interval and step % job.training.validation_interval == 0):
             row = row or self._row(step, rate, result)
             if not self._validate(row, last=last):
                 return  # somebody is waiting for the end
-        kept = {key: value for key, value in row.items() if key.startswith(("loss/", "validation/"))}
-        self.measured = {"loss/train": result.loss, **kept}
+        self.measured |= {key: row[key] for key in row if key.startswith(("loss/", "validation/"))}
         if row:
             session.metrics.write(row)
         session.guards.check_replicas(step)
@@ -241,6 +241,8 @@ class _Loop:
         """Make the validation that the start before broke off, and write its row."""
         row = dict(self.session.pending_row)
         if row and self._validate(row, last=False):
+            # A start that made it too, and died before its next save, has left its own.
+            self.session.metrics.rewind(int(row["step"]) - 1)
             self.session.metrics.write(row)
 
     def _asked_to_end(self) -> bool:

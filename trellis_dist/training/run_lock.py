@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
+from trellis_dist.files import make_directories
+
 __all__ = ["RunLock"]
 
 # A rank whose launcher was killed saves and ends by itself; a start that follows at once waits for that.
@@ -37,7 +39,7 @@ class RunLock:
             ValueError: another process keeps it.
             OSError: the folder is not writable.
         """
-        self._run_dir.mkdir(parents=True, exist_ok=True)
+        make_directories(self._run_dir)
         self._file = (self._run_dir / ".lock").open("a+", encoding="utf-8")
         deadline = time.monotonic() + WAIT_S
         if not self._free(self._file):

@@ -127,7 +127,17 @@ class Saver:
         if not flying or self._fits(deadline) or progress.step == self.saved_step:
             self._save_last(engine, progress, measured)
         self._deadline = min(deadline, time.monotonic() + UPLOAD_S)
+        self._say_times()
         return self.saved_step == progress.step
+
+    def _say_times(self) -> None:
+        """Of saves that no row comes after."""
+        told = self.times()
+        if "perf/save_seconds" in told:
+            self._metrics.say(
+                f"the last save took {told['perf/save_seconds']:.2f} s; since the last row the run waited "
+                f"{told['perf/save_blocked_seconds']:.2f} s for saves"
+            )
 
     def _save_last(self, engine: Engine, progress: Progress, measured: Mapping[str, float]) -> None:
         if not self._begin(engine, progress, measured):
@@ -208,11 +218,12 @@ class Saver:
         else:
             self.saved_step = result.step
             self._last_seconds = result.seconds
-            self._times = {"perf/save_seconds": result.seconds}
-        self._times["perf/save_blocked_seconds"], self._blocked = self._blocked, 0.0
+            self._times["perf/save_seconds"] = result.seconds
+        waited = self._times.get("perf/save_blocked_seconds", 0.0) + self._blocked
+        self._times["perf/save_blocked_seconds"], self._blocked = waited, 0.0
 
     def times(self) -> dict[str, float]:
-        """Seconds the last save took, and training waited for it; empty when that was told before."""
+        """Seconds the last save took, and training waited for all since they were told; empty without one."""
         told, self._times = self._times, {}
         return told
 

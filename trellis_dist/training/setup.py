@@ -67,8 +67,8 @@ class Session:
 
     def close(self) -> None:
         """Stop the watch, the saver's and the loader's threads, close files."""
+        self.watch.disarm()  # what comes now limits itself, and other ranks may have ended
         self.saver.close()
-        self.watch.disarm()
         self.loader.close()
         self.busy.close()
         self.metrics.close()
