@@ -300,11 +300,11 @@ class Uploader:
         manifest then, and the next run completes it.
         """
         with self._lock:
-            self._closed = True
+            self._closed, idle = True, self._waiting is None and self._sending is None
             self._lock.notify_all()
         self._thread.join(timeout)
         self._stop.set()
-        return not self._thread.is_alive()
+        return idle or not self._thread.is_alive()
 
     def _run(self) -> None:
         while (checkpoint := self._next()) is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.export_commands import export, import_weights
+from launch.export_commands import download, export, import_weights
 from launch.messages import show_warnings_plainly
 
 if TYPE_CHECKING:
@@ -246,6 +246,7 @@ def generate(
 
 app.command()(export)
 app.command("import")(import_weights)
+app.command()(download)
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""`trellis export` and `trellis import`: weights on their way to other programs, and from them."""
+"""`trellis export`, `import` and `download`: weights on their way to other programs and places, and back."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import typer
 if TYPE_CHECKING:
     from checkpoints.import_model import Imported
 
-__all__ = ["export", "import_weights"]
+__all__ = ["download", "export", "import_weights"]
 
 
 # Times that the folder of checkpoints is listed: steps may go before they are pinned, and newer ones come.
@@ -179,6 +179,20 @@ def import_weights(
     write_import(imported, output, source=source)
     for line in _account(imported, output):
         print(line)
+
+
+def download(
+    url: Annotated[
+        str,
+        typer.Argument(metavar="URL", help="an uploaded checkpoint, such as s3://bucket/run/step-00004000"),
+    ],
+    output: Annotated[Path, typer.Option(help="folder of checkpoints, such as runs/NAME/checkpoints")],
+) -> None:
+    """Bring an uploaded checkpoint back: verified byte for byte, then put beside those that are there."""
+    from checkpoints.upload import download as fetch
+    from checkpoints.upload import redact
+
+    print(f"{redact(url)} is in {fetch(url, output)}, verified")
 
 
 def _converted(directory: Path, assignments: list[str], seed: int) -> Imported:

@@ -331,3 +331,7 @@ def test_pins_of_a_killed_uploader_are_taken_away(tmp_path: Path, url: str) -> N
     pin(one, "evaluation")
     assert Uploader(tmp_path, url).close(timeout=30)
     assert [item.owner for item in list_pins(tmp_path)] == ["evaluation"]
+
+
+def test_an_uploader_with_nothing_to_send_gives_nothing_up(tmp_path: Path) -> None:
+    assert Uploader(tmp_path, f"file://{tmp_path}/store").close(timeout=0)

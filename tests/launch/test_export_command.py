@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from checkpoints.pins import pin, pinned_steps
 from checkpoints.reader import CheckpointReader
+from checkpoints.upload import upload
 from evals.runs import load_model
 from launch.cli import main
 from launch.recipe import load_recipe, resolve
@@ -287,3 +288,21 @@ def test_misuse_is_one_line(
     assert words in printed
     assert len(printed.splitlines()) == 1
     assert not (tmp_path / "x").exists()
+
+
+def test_an_uploaded_checkpoint_comes_back_or_is_refused_in_one_line(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = next((run_dir / "checkpoints").glob("step-*"))
+    store = tmp_path / "store"
+    upload(checkpoint, store.as_uri())
+    url, back = f"{store.as_uri()}/{checkpoint.name}", tmp_path / "back"
+    assert main(["download", url, "--output", str(back)]) == 0
+    assert f"is in {back / checkpoint.name}, verified" in capsys.readouterr().out
+    assert main(["doctor", str(back / checkpoint.name)]) == 0
+    (store / checkpoint.name / "manifest.sha256").unlink()
+    assert main(["download", url, "--output", str(tmp_path / "other")]) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert len(error) == 1
+    assert "holds no finished checkpoint" in error[0]
+    assert not list(tmp_path.glob("other/step-*"))
