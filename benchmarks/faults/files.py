@@ -12,6 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from benchmarks.faults import damage, disks, stock
@@ -178,9 +179,9 @@ def resave(folder: Path, index: int) -> Outcome:
     return Outcome(ok, note)
 
 
-def resave_stock(folder: Path, index: int) -> str:
-    """The same with torch.distributed.checkpoint: a whole copy of either values is unharmed."""
-    form = stock.FORMATS[stock.DCP]
+def resave_stock(folder: Path, index: int, name: str) -> str:
+    """The same with a stock format: a whole copy of either values is unharmed."""
+    form = stock.FORMATS[name]
     good, other = stock.shards(index, LARGE), stock.shards(1000 + index, LARGE)
     form.write(folder, good)
     _killed_in_resaves(index, lambda: form.write(folder, other))
@@ -202,7 +203,7 @@ ROWS = {
         full=30,
         quick=3,
         trial=resave,
-        stock={stock.DCP: resave_stock},
+        stock={name: partial(resave_stock, name=name) for name in (stock.DCP, "safetensors")},
     ),
     **damage.ROWS,
     **disks.ROWS,

@@ -469,6 +469,27 @@ def sigterm_case(job: Job, run_dir: Path) -> TrainResult:
         return run(job, run_dir)
 
 
+def blind_case(job: Job, run_dir: Path) -> TrainResult:
+    """Rank 1 sees no checkpoint: what it resumes from is what rank 0 chose."""
+    from trellis_dist.parallel import env
+
+    def nothing(*_: object, **__: object) -> None:
+        raise AssertionError("rank 1 looked for itself")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if env.rank() == 1:
+            patch.setattr(setup, "find_start", nothing)
+        return run(job, run_dir)
+
+
+def test_one_rank_chooses_what_all_resume_from(data: Path, tmp_path: Path):
+    job = make_job(
+        data, training={"engine": "deepspeed", "micro_batch": 1, "steps": 4}, checkpoint={"interval": 2}
+    )
+    gloo_pool(2).run(run_case, job, tmp_path, 2)
+    assert [found.resumed_step for found in gloo_pool(2).run(blind_case, job, tmp_path)] == [2, 2]
+
+
 @pytest.mark.parametrize("stage", [0, 1])
 def test_deepspeed_on_two_ranks_resumes_bit_for_bit(stage: int, data: Path, tmp_path: Path):
     job = make_job(data, training={"engine": "deepspeed", "zero_stage": stage, "micro_batch": 1})
