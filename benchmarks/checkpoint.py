@@ -86,9 +86,16 @@ class Bench:
     # Each returns seconds, and leaves nothing.
     def plain(self) -> float:
         """One file, written and fsynced."""
+        return self._plain(REAL.write)
+
+    def direct(self) -> float:
+        """The same past the page cache, as a save writes."""
+        return self._plain(REAL.write_large)
+
+    def _plain(self, write: Callable[[Path, Iterator[memoryview]], None]) -> float:
         path = self.work / "plain"
         with _timed() as seconds:
-            REAL.write(path, self.pieces())
+            write(path, self.pieces())
             REAL.fsync_file(path)
         path.unlink()
         return seconds[0]
@@ -153,14 +160,16 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def save_case(bench: Bench) -> dict[str, Any]:
-    """Plain writes, saves, saves without hashes."""
-    times = _in_turns(ROUNDS, plain=bench.plain, save=bench.foreground, unhashed=bench.unhashed)
+    """Plain writes, plain direct writes, saves, saves without hashes."""
+    kinds = {"plain": bench.plain, "direct": bench.direct}
+    times = _in_turns(ROUNDS, **kinds, save=bench.foreground, unhashed=bench.unhashed)
     medians = {name: statistics.median(values) for name, values in times.items()}
     return {
         "bytes": bench.size,
         "rounds": times,
         **{name: _spread(values) for name, values in times.items()},
         "bandwidth_of_plain": round(medians["plain"] / medians["save"], 3),
+        "bandwidth_of_direct": round(medians["direct"] / medians["save"], 3),
         "unhashed_of_plain": round(medians["plain"] / medians["unhashed"], 3),
     }
 

@@ -21,9 +21,11 @@ def _rows(cases: dict[str, Any]) -> Iterator[tuple[str, str, str, str]]:
     save, back, loop = cases["save"], cases["background"], cases["loop"]
     size = f"{save['bytes'] / 1e9:.2f} GB"
     yield f"plain fsynced write of {size}", _seconds(save["plain"]), "", ""
-    ratio = save["bandwidth_of_plain"]
+    yield "the same past the page cache", _seconds(save["direct"]), "", ""
+    ratio, other = save["bandwidth_of_plain"], save["bandwidth_of_direct"]
     verdict = _verdict(ratio >= SAVE_TARGET, f"at least {SAVE_TARGET:.2f}")
-    yield "save, waited for", _seconds(save["save"]), f"{ratio:.2f} of the plain write's bandwidth", verdict
+    share = f"{ratio:.2f} of the plain write's bandwidth, {other:.2f} of the direct one's"
+    yield "save, waited for", _seconds(save["save"]), share, verdict
     ratio = save["unhashed_of_plain"]
     yield "the same without hashes", _seconds(save["unhashed"]), f"{ratio:.2f} of its bandwidth", ""
     rate = cases["hash"]["bytes_per_second"] / 1e9

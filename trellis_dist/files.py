@@ -98,8 +98,8 @@ class FileSystem:
 class Disk(FileSystem):
     """This machine's; large files go past its page cache.
 
-    That saves the processor a copy and the cache's bookkeeping, which took more time than SHA-256 and up to
-    five times as long from one write to the next, and other programs keep what they have in the cache.
+    That saves the processor a copy and the cache's bookkeeping, whose time varied most of all that a save does
+    (``python -m benchmarks.checkpoint`` measures both ways), and what others have in the cache stays there.
     """
 
     def write_large(self, path: Path, pieces: Iterable[Piece]) -> None:
