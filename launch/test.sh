@@ -28,4 +28,4 @@ else
     printf '== shellcheck is not here: shell scripts were not checked\n' >&2
 fi
 # Rooms side by side (tests/conftest.py); `-n 0` among the arguments puts all tests into one process.
-check python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder "$@"
+check python -m pytest -n 2 --no-loadscope-reorder "$@"

@@ -1,6 +1,6 @@
 """What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to.
 
-Under `pytest -n 2 --dist loadgroup` a room is one unit of work, so that its pools and sessions exist once.
+Under `pytest -n 2` a room is one unit of work, so that its pools and sessions exist once.
 The two rooms of multi-rank tests share a unit and begin first, beside rooms that mostly wait or keep one
 core.
 """
@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,7 +29,6 @@ _ENVIRONMENT = {
 for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
-TESTS = Path(__file__).resolve().parent
 MANY_RANKS = ("parallel", "training")
 SKIPS_ALLOWED = Path(__file__).with_name("skips_allowed.txt")
 _skipped: dict[str, str] = {}
@@ -44,16 +44,26 @@ def rested_ranks() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Group tests by room, the longest first, and skip those marked ``gpu`` where there is no CUDA device."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(_unit(item.path)))
-    items.sort(key=lambda item: _unit(item.path) != "ranks")
+    """The longest unit first; skip tests marked ``gpu`` where there is no CUDA device."""
+    items.sort(key=lambda item: unit_of(item.nodeid) != "ranks")
     _skip_without_gpu(items)
 
 
-def _unit(path: Path) -> str:
+@pytest.hookimpl(optionalhook=True)  # of pytest-xdist
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Give whole units to the workers. (Marks of its own, xdist_group, are lost with pytest 9.2.)"""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByRoom(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return unit_of(nodeid)
+
+    return ByRoom(config, log)
+
+
+def unit_of(nodeid: str) -> str:
     """What runs in one process: a room, or both rooms whose tests start many ranks."""
-    room, *below = path.relative_to(TESTS).parts
+    _, room, *below = nodeid.partition("::")[0].split("/")
     return "ranks" if room in MANY_RANKS else room if below else "house"
 
 

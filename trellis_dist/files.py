@@ -98,8 +98,8 @@ class FileSystem:
 class Disk(FileSystem):
     """This machine's; large files go past its page cache.
 
-    That saves the processor a copy and the cache's bookkeeping, whose time varied most of all that a save does
-    (``python -m benchmarks.checkpoint`` measures both ways), and what others have in the cache stays there.
+    That saves the processor a copy and the cache's bookkeeping, whose time varied most of all that a save
+    does (``python -m benchmarks.checkpoint`` has both ways), and what others have in the cache stays there.
     """
 
     def write_large(self, path: Path, pieces: Iterable[Piece]) -> None:
