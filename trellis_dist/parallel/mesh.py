@@ -276,7 +276,29 @@ def _parallel_state(sp: int, tp: int) -> Any:
         create_gloo_process_groups=False,
         distributed_timeout_minutes=env.timeout_s() / 60,
     )
+    _end_unused_groups(parallel_state)
     return parallel_state
+
+
+def _end_unused_groups(state: Any) -> None:
+    """Of gloo's two dozen groups keep what a mesh and its layers use (this is no collective).
+
+    Each has three threads, one of which looks around a hundred times a second; NCCL's cost nothing before
+    their first use.
+    """
+    if dist.get_backend() != "gloo":
+        return
+    used = [
+        state.get_data_parallel_group(),
+        state.get_data_parallel_group(with_context_parallel=True),
+        state.get_context_parallel_group(),
+        state.get_tensor_model_parallel_group(),
+        state.get_model_parallel_group(),
+    ]
+    made = state._global_process_group_list
+    for group in [group for group in made if group is not None and group not in used]:
+        dist.destroy_process_group(group)
+        made.remove(group)
 
 
 def _check_no_bound_device() -> None:
