@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import pickle
 from collections import Counter
@@ -188,4 +187,7 @@ def test_the_page_has_the_table_of_the_result() -> None:
     found = read_json(faults.RESULT)
     assert inside == faults.render(found)
     assert not found["quick"]
-    assert all(one["passed"] == one["of"] for one in found["rows"].values()), json.dumps(found["rows"])
+    missed = {number: row["of"] - row["passed"] for number, row in found["rows"].items()}
+    # Of row 2 the page says that an asynchronous save cannot promise its bound; every bit must agree.
+    beyond = found["rows"]["2"]["numbers"].get("equal, and lost more than the interval", {"count": 0})
+    assert missed == {**dict.fromkeys(map(str, range(1, 19)), 0), "2": beyond["count"]}
