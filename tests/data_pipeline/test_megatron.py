@@ -26,7 +26,7 @@ def test_its_indexed_dataset_gives_the_same_documents(folder: Path) -> None:
     data = TokenDataset(folder, "train", sequence_length=WIDTH, seed=0)
     theirs = []
     for number in range(len(SHARDS)):
-        opened = IndexedDataset(str(folder / f"train-corpus-{number:05d}"))
+        opened = IndexedDataset(str(folder / f"train-{number:05d}"))
         theirs += [document.copy() for document in opened]  # its views die with it
     assert len(theirs) == data.num_documents
     for index, document in enumerate(theirs):
@@ -39,7 +39,7 @@ def test_its_gpt_dataset_gives_the_same_tokens(folder: Path, tmp_path: Path, num
     from megatron.core.datasets.gpt_dataset import GPTDataset, GPTDatasetConfig
     from megatron.core.datasets.utils import Split
 
-    prefix = str(folder / f"train-corpus-{number:05d}")
+    prefix = str(folder / f"train-{number:05d}")
     tokenizer = SimpleNamespace(vocab_size=VOCAB, eod=EOS, bos=BOS, unique_identifiers={"class": "stand-in"})
     config = GPTDatasetConfig(
         random_seed=1,
