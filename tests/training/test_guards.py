@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -11,8 +13,11 @@ import torch
 from checkpoints.commit import list_steps
 from checkpoints.config import CheckpointConfig
 from checkpoints.state import load_run_state
+from checkpoints.verify import latest_verified
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
+from trellis_dist.files import FileSystem, Piece
+from trellis_dist.training import saving
 from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.engines.common import CommonEngine
 from trellis_dist.training.engines.local import LocalEngine
@@ -121,6 +126,28 @@ def test_a_gradient_that_is_not_finite_on_one_rank_stops_all_together_with_a_dia
     assert sum(row["nonfinite"] for row in table["gradients"]) == 2
     assert sum(row["nonfinite"] for row in table["weights"]) == 0
     assert table["samples"] == 5 * job.global_rows
+
+
+class SlowDisk(FileSystem):
+    """A checkpoint takes longer than a step."""
+
+    def write_large(self, path: Path, pieces: Iterable[Piece]) -> None:
+        time.sleep(1.0)
+        super().write_large(path, pieces)
+
+
+def diverge_while_saving_case(job: Job, folder: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saving, "FILE_SYSTEM", SlowDisk())
+        bad_gradient(patch, 3)
+        with pytest.raises(DivergedError, match=r"step 5"):
+            run(job, folder)
+
+
+def test_a_save_in_flight_when_the_run_stops_for_its_losses_is_brought_to_its_end(data: Path, tmp_path: Path):
+    job = make_job(data, training={"max_skipped_steps": 2, "micro_batch": 1}, checkpoint={"interval": 4})
+    gloo_pool(2).run(diverge_while_saving_case, job, tmp_path)
+    assert latest_verified(tmp_path / "checkpoints") == tmp_path / "checkpoints" / "step-00000004"
 
 
 def test_a_spike_is_warned_of_and_training_goes_on(data: Path, tmp_path: Path, monkeypatch, capsys):

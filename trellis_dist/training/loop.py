@@ -17,6 +17,7 @@ from trellis_dist.parallel import env
 from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
+from trellis_dist.training.guards import DivergedError
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
 from trellis_dist.training.rollback import check_rollback, roll_back
@@ -25,6 +26,7 @@ from trellis_dist.training.schedule import learning_rate
 from trellis_dist.training.setup import Session, open_session, runtime
 from trellis_dist.training.termination import TerminationRequest
 from trellis_dist.training.watch.open import Report
+from trellis_dist.training.watch.replicas import ReplicaError
 from trellis_dist.training.watch.spikes import Spike
 
 __all__ = ["EXIT_TERMINATED", "Job", "TrainResult", "run"]
@@ -81,6 +83,9 @@ def run(
             return _finished_before(job, Path(run_dir))
         try:
             return _Loop(session).until(last)
+        except (DivergedError, ReplicaError):
+            session.saver.drain()  # every rank raised it at the same place, and what is being saved was sound
+            raise
         finally:
             session.close()
 
