@@ -13,6 +13,7 @@ from checkpoints.state import CheckpointReader, latest_verified, load_run_state,
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from evals.config import Device
+from evals.subject import Subject
 from trellis_dist.files import read_json, sha256_file
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.language_model import LanguageModel, build_language_model
@@ -34,7 +35,7 @@ __all__ = [
 
 
 @dataclass(frozen=True, kw_only=True)
-class LoadedRun:
+class LoadedRun(Subject):
     """A checkpoint with everything that scoring it needs.
 
     Attributes:
@@ -43,7 +44,6 @@ class LoadedRun:
         recipe: the resolved recipe saved with the run.
         step: optimizer steps of the checkpoint.
         run_dir, dataset_dir, checkpoint: where things were read.
-        digest: identifies the checkpoint's content.
     """
 
     model: LanguageModel
@@ -53,12 +53,6 @@ class LoadedRun:
     run_dir: Path
     dataset_dir: Path
     checkpoint: Path
-    digest: str
-
-    @property
-    def device(self) -> torch.device:
-        """Where the model is."""
-        return next(self.model.parameters()).device
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
@@ -167,9 +161,14 @@ def load_run(
     folder, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
     reader = CheckpointReader(checkpoint)
     saved = {name.removeprefix("model/") for name in reader.names() if name.startswith("model/")}
+    model = _build(recipe["model"], saved, lambda name: reader.read(f"model/{name}"), device)
+    tokenizer = Tokenizer.load(folder / "tokenizer.model")
     return LoadedRun(
-        model=_build(recipe["model"], saved, lambda name: reader.read(f"model/{name}"), device),
-        tokenizer=Tokenizer.load(folder / "tokenizer.model"),
+        name=str(recipe.get("name", run_dir.name)),
+        model=model,
+        tokenizer=tokenizer,
+        tokenizer_digest=tokenizer.sha256,
+        device=next(model.parameters()).device,
         recipe=recipe,
         step=step_of_checkpoint(checkpoint),
         run_dir=run_dir,

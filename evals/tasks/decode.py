@@ -137,4 +137,4 @@ def _scalars(result: Result) -> dict[str, float]:
     return {f"decode/{name}": float(last[name]) for name in ("state_bytes", "ms_per_token")}
 
 
-TASK = Task(name="decode", settings=_settings, run=_run, scalars=_scalars)
+TASK = Task(name="decode", needs_run=True, settings=_settings, run=_run, scalars=_scalars)

@@ -13,7 +13,7 @@ from evals.tasks.protocol import Result, Task
 from trellis_dist.files import sha256_file
 
 if TYPE_CHECKING:
-    from evals.runs import LoadedRun
+    from evals.subject import Subject
 
 __all__ = ["TASK"]
 
@@ -36,10 +36,10 @@ def _settings(config: EvalConfig) -> Mapping[str, Any]:
     }
 
 
-def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
+def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
     import lm_eval
 
-    scorer = Scorer(loaded.model, loaded.tokenizer)
+    scorer = Scorer(subject.model, subject.tokenizer)
     limit = config.harness_limit or None
     outcome = run_harness(scorer, config.harness_tasks, include_path=_folder(config), limit=limit)
     return {

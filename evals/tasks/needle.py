@@ -20,7 +20,7 @@ from evals.tasks.protocol import Result, Task
 from trellis_dist.files import digest
 
 if TYPE_CHECKING:
-    from evals.runs import LoadedRun
+    from evals.subject import Subject
 
 __all__ = ["TASK", "NeedleOutcome", "score_needles"]
 
@@ -139,9 +139,9 @@ def _row(length: int, needles: Sequence[Needle], outcomes: Sequence[NeedleOutcom
     }
 
 
-def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
+def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
     """Every length, then the oracle on the first prompts of the shortest."""
-    tokenizer = loaded.tokenizer
+    tokenizer = subject.tokenizer
     spec = NeedleSpec(
         haystack=config.needle_haystack,
         essay=_essay(config),
@@ -162,7 +162,7 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
                 indices = range(start, min(start + BATCH, config.needle_samples))
                 part = [make_needle(spec, length=length, index=i, count=count) for i in indices]
                 needles += part
-                outcomes += score_needles(loaded.model, tokenizer, part)
+                outcomes += score_needles(subject.model, tokenizer, part)
                 bar.update(len(part))
             checked = checked or needles[:ORACLE_PROMPTS]
             rows.append(_row(length, needles, outcomes))

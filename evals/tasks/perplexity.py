@@ -169,4 +169,4 @@ def _scalars(result: Result) -> dict[str, float]:
     }
 
 
-TASK = Task(name="perplexity", settings=_settings, run=_run, scalars=_scalars)
+TASK = Task(name="perplexity", needs_run=True, settings=_settings, run=_run, scalars=_scalars)

@@ -1,15 +1,18 @@
-"""What every task file offers: one `Task`, listed in `evals/tasks/registry.py`."""
+"""What every task file offers: its `Task`s, listed in `evals/tasks/registry.py`.
+
+A result is a JSON mapping. Two keys mean the same in all of them:
+
+    "groups"   name -> {"score", "low", "high", "samples"}: means in percent with their 95% intervals
+    "samples"  list of `evals.samples.Sample.to_json()`: every scored question
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from evals.config import EvalConfig, TaskName
-
-if TYPE_CHECKING:
-    from evals.runs import LoadedRun
 
 __all__ = ["Result", "Task"]
 
@@ -18,16 +21,18 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One way of scoring a loaded run.
+    """One way of scoring a model.
 
     Attributes:
         name: key in `EvalConfig.tasks` and in the result's file name.
         settings: the part of the configuration that this task's numbers depend on; part of a result's key.
-        run: (loaded run, configuration, progress) -> JSON result. Raises ValueError for what a user can fix.
-        scalars: the numbers of a result that are worth a curve, by TensorBoard name.
+        run: (subject, configuration, progress) -> JSON result. Raises ValueError for what a user can fix.
+        scalars: the numbers of a result that are worth a curve and a column, by TensorBoard name.
+        needs_run: it scores a run (`evals.runs.LoadedRun`: recipe and data set) and no other model.
     """
 
     name: TaskName
     settings: Callable[[EvalConfig], Mapping[str, Any]]
-    run: Callable[[LoadedRun, EvalConfig, bool], Result]
+    run: Callable[[Any, EvalConfig, bool], Result]
     scalars: Callable[[Result], dict[str, float]]
+    needs_run: bool = False

@@ -56,4 +56,4 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     return {"prompt": decode(prompt), "continuation": text, "actual": decode(follows[: config.sample_tokens])}
 
 
-TASK = Task(name="sample", settings=_settings, run=_run, scalars=lambda result: {})
+TASK = Task(name="sample", needs_run=True, settings=_settings, run=_run, scalars=lambda result: {})
