@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +13,7 @@ from torch import Tensor
 
 from trellis_dist.validation import require
 
-__all__ = ["Sampling", "draw"]
+__all__ = ["Sampling", "draw", "stream_names"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +25,8 @@ class Sampling:
         temperature: 0 is greedy.
         top_p: draw among the most probable tokens that together hold this mass.
         stop: writing ends before the first of these strings.
-        seed: prompt i of a call draws from (seed, i), whatever it is batched with.
+        seed: a prompt draws from (seed, its tokens), whatever it is batched with; of equal prompts in one
+            call, each draws from a stream of its own.
     """
 
     max_tokens: int
@@ -37,10 +41,21 @@ class Sampling:
         require(0 < self.top_p <= 1, f"top_p = {self.top_p}: use a share in (0, 1]")
         require("" not in self.stop, "stop holds an empty string: it would end every text at once")
 
-    def generator(self, prompt: int) -> torch.Generator:
-        """The random stream of one prompt."""
-        name = hashlib.sha256(f"{self.seed}/{prompt}".encode()).digest()
-        return torch.Generator().manual_seed(int.from_bytes(name[:7], "big"))
+    def generator(self, name: str) -> torch.Generator:
+        """The random stream of the prompt of that name (`stream_names`)."""
+        hashed = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(hashed[:7], "big"))
+
+
+def stream_names(prompts: Sequence[Sequence[int]]) -> list[str]:
+    """A name for each prompt: of its tokens, and of how many equal ones came before it."""
+    seen: Counter[str] = Counter()
+    names = []
+    for prompt in prompts:
+        name = hashlib.sha256(array("q", prompt).tobytes()).hexdigest()
+        names.append(f"{name}/{seen[name]}")
+        seen[name] += 1
+    return names
 
 
 def draw(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -5,55 +5,56 @@ token, continues from that state. For a Trellis model the state has one size, so
 prompt. Prompts of unequal length share a batch: the batch is prefilled up to its shortest prompt, and what is
 left of each prompt (its ``rest``) is read together with the choices or forced during decoding.
 
+On several ranks (evals/ranks.py) each batch is scored by one of them, and every rank gets all results. Which
+prompts share a batch does not depend on the number of ranks, so neither do the numbers.
+
 Shapes: B prompts, R rows (prompt x choice), T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from evals.sampling import Sampling, draw
+from evals.ranks import Ranks, current_ranks
+from evals.sampling import Sampling, stream_names
+from evals.states import CausalLM, Ids, TextCodec, map_tensors, select_rows, state_bytes
+from evals.writing import Writer, Written
 
-Ids = list[int]
+T = TypeVar("T")
 
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
 # Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB).
 LOGIT_BUDGET = 2**25
+# Tokens of one prefill call, over all rows: bounds the activations.
+READ_BUDGET = 2**14
+PREFILL_CHUNK = 512
+# Pieces are cut to multiples of this, which the chunks of recurrent layers divide.
+_PIECE = 64
+# Bytes of the states of all rows of a batch; a key-value cache reaches it with few rows of a long prompt.
+STATE_BUDGET = 2**31
+# A batch of so few tokens is not measured: no model's state is that large.
+_UNMEASURED_TOKENS = 4096
+# Lengths at which the bytes of a state are measured.
+_MEASURED = (16, 48)
 
-__all__ = ["CausalLM", "Prefix", "Score", "Scorer", "TextCodec", "map_tensors", "select_rows"]
-
-
-class CausalLM(Protocol):
-    """What is scored: `trellis_dist.models.language_model.LanguageModel` and anything shaped like it."""
-
-    def init_state(self, batch: int) -> Any:
-        """State before the first token."""
-
-    def prefill(self, tokens: Tensor, state: Any, *, last_only: bool = False) -> tuple[Tensor, Any]:
-        """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only, and the state after them."""
-
-    def decode_step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """tokens [B] -> logits [B, V] and the state after them."""
-
-
-class TextCodec(Protocol):
-    """The part of `data_pipeline.tokenizer.Tokenizer` that scoring needs."""
-
-    bos_id: int
-    eos_id: int
-    vocab_size: int
-
-    def encode(self, text: str) -> Ids:
-        """Pieces of a text, without BOS and EOS."""
-
-    def decode(self, ids: Ids) -> str:
-        """Text of some pieces."""
+__all__ = [
+    "LOGIT_BUDGET",
+    "CausalLM",
+    "Ids",
+    "Prefix",
+    "Score",
+    "Scorer",
+    "TextCodec",
+    "map_tensors",
+    "select_rows",
+]
 
 
 @dataclass(frozen=True)
@@ -73,67 +74,66 @@ class Prefix:
         state: the model's state after ``shared`` tokens of each prompt.
         rests: what is left of each prompt, at least one token.
         index: place of each prompt in the caller's list.
+        names: of the random streams of the prompts (`evals.sampling.stream_names`).
+        shared: tokens of each prompt that were read.
     """
 
     state: Any
     rests: list[Ids]
     index: list[int]
-
-
-def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor of a state built of dataclasses, tuples, lists and mappings."""
-    if isinstance(state, Tensor):
-        return function(state)
-    if is_dataclass(state) and not isinstance(state, type):
-        changed = {f.name: map_tensors(getattr(state, f.name), function) for f in fields(state) if f.init}
-        return replace(state, **changed)
-    if isinstance(state, list | tuple):
-        parts = [map_tensors(part, function) for part in state]
-        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
-    if isinstance(state, dict):
-        return {key: map_tensors(part, function) for key, part in state.items()}
-    return state
-
-
-def select_rows(state: Any, rows: Sequence[int]) -> Any:
-    """The state whose row r continues row ``rows[r]`` of ``state``; rows may repeat.
-
-    Every tensor of a state has its rows first; a field ``batch``, where there is one, counts them.
-    """
-    index = torch.tensor(list(rows), dtype=torch.long)
-    chosen = map_tensors(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
-    return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen
+    names: list[str]
+    shared: int
 
 
 class Scorer:
     """Scores texts with one model; every method is deterministic and independent of how rows are batched.
 
+    On several ranks every rank calls the same methods with the same arguments, and gets the same results.
+
     Args:
         model: the language model; its own device and dtype are used.
         tokenizer: BOS starts every context.
-        prefill_chunk: tokens per prefill call; bounds memory for any prompt length.
-        max_rows: rows decoded or scored together.
+        prefill_chunk: tokens per row and prefill call; bounds memory for any prompt length. None takes what
+            the model asks for (its attribute ``prefill_chunk``), else 512.
+        max_rows: rows decoded or scored together; fewer where their states would exceed the budget.
+        state_budget: bytes of the states of one batch; None takes 2 GiB, or an eighth of a GPU's memory.
+        ranks: None takes those of the process group, if there is one.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: TextCodec, *, prefill_chunk: int = 512, max_rows: int = 64
+        self,
+        model: CausalLM,
+        tokenizer: TextCodec,
+        *,
+        prefill_chunk: int | None = None,
+        max_rows: int = 64,
+        state_budget: int | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.prefill_chunk, self.max_rows = prefill_chunk, max_rows
+        self.prefill_chunk: int = prefill_chunk or getattr(model, "prefill_chunk", PREFILL_CHUNK)
+        self.max_rows, self.ranks = max_rows, ranks or current_ranks()
         weights = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         self.device = weights.device if weights is not None else torch.device("cpu")
+        self.state_budget = state_budget or _default_state_budget(self.device)
         self._budget = max(LOGIT_BUDGET // tokenizer.vocab_size, 1)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Token ids of [BOS] context and of its continuation.
 
         Spaces at the end of the context move to the continuation, where training text has them. The two
-        parts are tokenised separately, so all choices of a question share one context exactly.
+        parts are tokenised separately, so all choices of a question share one context exactly; a codec with
+        an ``encode_pair`` of its own sees to that itself.
         """
         kept = context.rstrip()
-        spaces = context[len(kept) :]
-        ids = [self.tokenizer.bos_id, *(self.tokenizer.encode(kept) if kept else [])]
-        return ids, self.tokenizer.encode(spaces + continuation)
+        continuation = context[len(kept) :] + continuation
+        encode, bos = self.tokenizer.encode, [self.tokenizer.bos_id]
+        if not kept:
+            return bos, encode(continuation)
+        if hasattr(self.tokenizer, "encode_pair"):
+            before, after = self.tokenizer.encode_pair(kept, continuation)
+            return [*bos, *before], after
+        return [*bos, *encode(kept)], encode(continuation)
 
     def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[Score]:
         """Score of each (context, continuation); requests with one context share its prefilled state."""
@@ -158,45 +158,123 @@ class Scorer:
 
     def score(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[Score]]:
         """Scores of ``choices[i]`` after ``contexts[i]`` (token ids, context non-empty)."""
-        result: list[list[Score]] = [[] for _ in contexts]
-        for prefix in self.prefixes(contexts):
-            scored = self.score_from(prefix, [choices[i] for i in prefix.index])
-            for i, scores in zip(prefix.index, scored):
-                result[i] = scores
-        return result
+        return self.each(contexts, lambda prefix: self.score_from(prefix, [choices[i] for i in prefix.index]))
+
+    def each(self, prompts: Sequence[Ids], answer: Callable[[Prefix], Sequence[T]]) -> list[T]:
+        """What ``answer`` gives for every prompt, in the order of ``prompts``, on every rank.
+
+        Args:
+            prompts: token ids, each at least its BOS.
+            answer: called with a batch of prompts that were read; returns a (pickleable) value for each of
+                ``prefix.index``. On several ranks each batch is answered by one of them.
+
+        Raises:
+            EchoError: another rank failed (evals/ranks.py).
+        """
+        batches = list(self._batches([len(prompt) for prompt in prompts]))
+        names = stream_names(prompts)
+        answers = self.ranks.divide(
+            len(batches),
+            lambda place: list(answer(self._prefill(prompts, names, batches[place]))),
+            costs=[len(batch) * max(len(prompts[i]) for i in batch) for batch in batches],
+        )
+        found = {i: value for batch, values in zip(batches, answers) for i, value in zip(batch, values)}
+        return [found[i] for i in range(len(prompts))]
+
+    def prefixes(self, prompts: Sequence[Ids]) -> Iterator[Prefix]:
+        """Prefill the prompts, batched with others of about their length; all of them on every rank."""
+        names = stream_names(prompts)
+        for index in self._batches([len(prompt) for prompt in prompts]):
+            yield self._prefill(prompts, names, index)
 
     @torch.no_grad()
-    def prefixes(self, prompts: Sequence[Ids]) -> Iterator[Prefix]:
-        """Prefill the prompts, batched with others of about their length."""
-        for index in self._batches([len(p) for p in prompts]):
-            shared = min(len(prompts[i]) for i in index) - 1
-            assert shared >= 0, "a prompt has at least its BOS"
-            state = self.model.init_state(len(index))
-            tokens = torch.tensor([prompts[i][:shared] for i in index], dtype=torch.long, device=self.device)
-            step = max(min(self.prefill_chunk, self._budget // len(index)), 1)
-            for start in range(0, shared, step):
-                _, state = self.model.prefill(tokens[:, start : start + step], state, last_only=True)
-            yield Prefix(state, [prompts[i][shared:] for i in index], index)
+    def _prefill(self, prompts: Sequence[Ids], names: Sequence[str], index: list[int]) -> Prefix:
+        shared = min(len(prompts[i]) for i in index) - 1
+        assert shared >= 0, "a prompt has at least its BOS"
+        tokens = torch.tensor([prompts[i][:shared] for i in index], dtype=torch.long, device=self.device)
+        state = self.read(tokens, self.model.init_state(len(index)))
+        return Prefix(
+            state=state,
+            rests=[prompts[i][shared:] for i in index],
+            index=index,
+            names=[names[i] for i in index],
+            shared=shared,
+        )
+
+    @torch.no_grad()
+    def read(self, tokens: Tensor, state: Any) -> Any:
+        """The state after ``tokens`` [B, T] (T may be 0), read in pieces that bound memory."""
+        piece = max(min(self.prefill_chunk, READ_BUDGET // len(tokens)), 1)
+        if piece > _PIECE:
+            piece -= piece % _PIECE
+        for start in range(0, tokens.shape[1], piece):
+            _, state = self.model.prefill(tokens[:, start : start + piece], state, last_only=True)
+        return state
+
+    @torch.no_grad()
+    def log_probs(self, tokens: Tensor, state: Any) -> tuple[Tensor, Tensor]:
+        """ln P of every token but the first, given ``state`` and the tokens before it.
+
+        Logits are made for as many tokens at a time as their budget allows.
+
+        Args:
+            tokens: [R, T + 1]; the first follows ``state``.
+
+        Returns:
+            Natural logarithms, fp32 (fp64 for an fp64 model), and whether each token was the most probable
+            one: both [R, T].
+        """
+        log_probs, best = [], []
+        piece = max(min(self.prefill_chunk, self._budget // len(tokens)), 1)
+        for start in range(0, tokens.shape[1] - 1, piece):
+            part = tokens[:, start : min(start + piece, tokens.shape[1] - 1)]
+            logits, state = self.model.prefill(part, state)  # [R, piece, V]
+            logits = logits if logits.dtype == torch.float64 else logits.float()
+            target = tokens[:, start + 1 : start + 1 + part.shape[1]]
+            chosen = logits.gather(-1, target[..., None])[..., 0]
+            log_probs.append(chosen - logits.logsumexp(-1))
+            best.append(logits.argmax(-1) == target)
+        return torch.cat(log_probs, 1), torch.cat(best, 1)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices of prompts that fit one batch, shortest first."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-            if batch and (len(batch) >= self.max_rows or lengths[i] - lengths[batch[0]] > MAX_SPREAD):
+            full = len(batch) >= self._row_limit(lengths[i])
+            if batch and (full or lengths[i] - lengths[batch[0]] > MAX_SPREAD):
                 yield batch
                 batch = []
             batch.append(i)
         if batch:
             yield batch
 
+    def _row_limit(self, tokens: int) -> int:
+        """How many rows of so many tokens are kept together."""
+        if tokens * self.max_rows <= _UNMEASURED_TOKENS:
+            return self.max_rows
+        first, per_token = self._bytes_of_a_row
+        return max(1, min(self.max_rows, int(self.state_budget / max(first + per_token * tokens, 1))))
+
+    @cached_property
     @torch.no_grad()
+    def _bytes_of_a_row(self) -> tuple[float, float]:
+        """Bytes of one row's state: what it starts with and what a token adds (nothing for a Trellis)."""
+        few, more = _MEASURED
+        sizes = []
+        for count in _MEASURED:
+            tokens = torch.zeros(1, count, dtype=torch.long, device=self.device)
+            sizes.append(state_bytes(self.read(tokens, self.model.init_state(1))))
+        per_token = max(sizes[1] - sizes[0], 0) / (more - few)
+        return sizes[0] - per_token * few, per_token
+
     def score_from(self, prefix: Prefix, choices: Sequence[Sequence[Ids]]) -> list[list[Score]]:
         """Scores of ``choices[b]`` after prompt b of ``prefix``; the state is replicated over the choices."""
         rows = [(b, c) for b, group in enumerate(choices) for c in range(len(group))]
         rows.sort(key=lambda bc: len(prefix.rests[bc[0]]) + len(choices[bc[0]][bc[1]]))
         result = [[Score(0.0, True, 0)] * len(group) for group in choices]
+        limit = self._row_limit(prefix.shared + 1)
         while rows:
-            part = rows[: self._rows_that_fit(prefix, choices, rows)]
+            part = rows[: self._rows_that_fit(prefix, choices, rows[:limit])]
             rows = rows[len(part) :]
             scores = self._score_rows(
                 select_rows(prefix.state, [b for b, _ in part]),
@@ -212,7 +290,7 @@ class Scorer:
     ) -> int:
         """How many of the (length-sorted) rows fit the logit budget together; at least one."""
         count = 1
-        for b, c in rows[1 : self.max_rows]:
+        for b, c in rows[1:]:
             if (count + 1) * (len(prefix.rests[b]) + len(choices[b][c])) > self._budget:
                 break
             count += 1
@@ -221,86 +299,56 @@ class Scorer:
     def _score_rows(self, state: Any, rests: list[Ids], continuations: list[Ids]) -> list[Score]:
         """One right-padded pass; padding comes after every scored token of a causal model."""
         rows = [rest + continuation for rest, continuation in zip(rests, continuations)]
-        width = max(len(row) for row in rows) - 1
-        if width < 1:  # nothing but empty continuations
+        width = max(len(row) for row in rows)
+        if width < 2:  # nothing but empty continuations
             return [Score(0.0, True, 0)] * len(rows)
         tokens = torch.zeros(len(rows), width, dtype=torch.long)
         for r, row in enumerate(rows):
-            tokens[r, : len(row) - 1] = torch.tensor(row[:-1], dtype=torch.long)
-        logits, _ = self.model.prefill(tokens.to(self.device), state)  # [R, T, V]
-        return [
-            _score(logits[r, len(rest) - 1 : len(rest) - 1 + len(continuation)], continuation)
-            for r, (rest, continuation) in enumerate(zip(rests, continuations))
-        ]
+            tokens[r, : len(row)] = torch.tensor(row, dtype=torch.long)
+        log_probs, best = (part.cpu() for part in self.log_probs(tokens.to(self.device), state))
+        scores = []
+        for r, (rest, continuation) in enumerate(zip(rests, continuations)):
+            scored = slice(len(rest) - 1, len(rest) - 1 + len(continuation))
+            total = float(log_probs[r, scored].double().sum())
+            scores.append(Score(total, bool(best[r, scored].all()), len(continuation)))
+        return scores
 
     def generate(self, prompts: Sequence[Ids], sampling: Sampling) -> list[str]:
         """A continuation of each prompt (token ids that start with BOS)."""
-        result = [""] * len(prompts)
-        for prefix in self.prefixes(prompts):
-            for i, text in zip(prefix.index, self.generate_from(prefix, sampling)):
-                result[i] = text
-        return result
+        return self.each(prompts, lambda prefix: self.generate_from(prefix, sampling))
 
-    @torch.no_grad()
     def generate_from(self, prefix: Prefix, sampling: Sampling) -> list[str]:
         """A continuation of each prompt of ``prefix``, without the stop string that ended it."""
+        return [written.text for written in self.write_from(prefix, sampling)]
+
+    @torch.no_grad()
+    def write_from(
+        self, prefix: Prefix, sampling: Sampling, on_text: Callable[[int, str], None] | None = None
+    ) -> list[Written]:
+        """A continuation of each prompt of ``prefix``.
+
+        Args:
+            on_text: called with a prompt's place in the caller's list and what was added to its text, as
+                soon as that is certain to stay.
+        """
         writers = [
-            _Writer(self.tokenizer, rest, sampling, sampling.generator(place))
-            for rest, place in zip(prefix.rests, prefix.index)
+            Writer(self.tokenizer, rest, sampling, sampling.generator(name))
+            for rest, name in zip(prefix.rests, prefix.names)
         ]
-        state = prefix.state
-        while not all(writer.done for writer in writers):
-            tokens = torch.tensor([writer.next_token for writer in writers], device=self.device)
+        state, rows = prefix.state, list(range(len(writers)))
+        while going := [row for row in rows if writers[row].finish is None]:
+            if 2 * len(going) <= len(rows):  # stop decoding what has finished
+                state, rows = select_rows(state, [rows.index(row) for row in going]), going
+            tokens = torch.tensor([writers[row].next_token for row in rows], device=self.device)
             logits, state = self.model.decode_step(tokens, state)  # [B, V]
-            for writer, row in zip(writers, logits.float().cpu()):
-                writer.read(row)
-        return [writer.text() for writer in writers]
+            for row, values in zip(rows, logits.float().cpu()):
+                text = writers[row].read(values)
+                if text and on_text is not None:
+                    on_text(prefix.index[row], text)
+        return [writer.written() for writer in writers]
 
 
-class _Writer:
-    """One row of a batch being decoded: reads the rest of its prompt, then what it draws itself."""
-
-    def __init__(
-        self, tokenizer: TextCodec, rest: Ids, sampling: Sampling, generator: torch.Generator
-    ) -> None:
-        self._tokenizer, self._forced = tokenizer, rest[1:]
-        self._sampling, self._generator = sampling, generator
-        self._ids: Ids = []
-        self.next_token = rest[0]
-        self.done = sampling.max_tokens < 1
-
-    def read(self, logits: Tensor) -> None:
-        """Take the logits [V] after ``next_token`` and choose the next one."""
-        if self.done:
-            return
-        if self._forced:
-            self.next_token = self._forced.pop(0)
-            return
-        # A model may have more rows than the tokenizer has pieces; those stand for no text.
-        logits = logits[: self._tokenizer.vocab_size]
-        self.next_token = draw(logits, self._sampling, self._generator)
-        if self.next_token == self._tokenizer.eos_id:
-            self.done = True
-            return
-        self._ids.append(self.next_token)
-        stopped = bool(self._sampling.stop) and self._stop_place() is not None
-        self.done = stopped or len(self._ids) >= self._sampling.max_tokens
-
-    def _stop_place(self) -> int | None:
-        text = self._tokenizer.decode(self._ids)
-        places = [text.find(stop) for stop in self._sampling.stop]
-        return min((place for place in places if place >= 0), default=None)
-
-    def text(self) -> str:
-        """What was written, cut before the first stop string."""
-        return self._tokenizer.decode(self._ids)[: self._stop_place()]
-
-
-def _score(logits: Tensor, continuation: Ids) -> Score:
-    """logits [n, V] that predict the n tokens of a continuation."""
-    if not continuation:
-        return Score(0.0, True, 0)
-    target = torch.tensor(continuation, device=logits.device)
-    logits = logits if logits.dtype == torch.float64 else logits.float()
-    log_probs = logits.log_softmax(-1).gather(-1, target[:, None]).sum()
-    return Score(float(log_probs), bool((logits.argmax(-1) == target).all()), len(continuation))
+def _default_state_budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return STATE_BUDGET
+    return max(STATE_BUDGET, int(torch.cuda.get_device_properties(device).total_memory) // 8)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from evals.sampling import Sampling, draw
+from evals.oracle import OracleModel
+from evals.sampling import Sampling, draw, stream_names
 from evals.scorer import Scorer, map_tensors
 from tests.evals.fakes import ByteTokenizer, RandomModel, RecurrentModel
 
@@ -40,8 +41,10 @@ def test_the_context_is_read_once_for_all_choices():
         seen.append(tokens.numel()),
         prefill(tokens, *rest, **options),
     )[1]
-    context = "c" * 1000
-    Scorer(model, TOKENIZER).log_likelihoods([(context, f" choice {i}") for i in range(8)])
+    scorer = Scorer(model, TOKENIZER)
+    assert scorer._row_limit(1000) == scorer.max_rows  # reads a little to measure a state
+    seen.clear()
+    scorer.log_likelihoods([("c" * 1000, f" choice {i}") for i in range(8)])
     assert sum(seen) < 1000 + 8 * 12
 
 
@@ -67,16 +70,16 @@ def test_rolling_scores_whole_texts():
         assert score.log_prob == pytest.approx(expected, abs=1e-10)
 
 
-def _recomputed(model, prompt, sampling, place):
+def _recomputed(model, prompt, sampling, name):
     """Generation that reads everything again for each token."""
-    ids, generator = list(prompt), sampling.generator(place)
+    ids, generator = list(prompt), sampling.generator(name)
     for _ in range(sampling.max_tokens):
         logits, _ = model.prefill(torch.tensor([ids]), model.init_state(1))
         token = draw(logits[0, -1], sampling, generator)
         if token == TOKENIZER.eos_id:
             break
         ids.append(token)
-    return TOKENIZER.decode(ids[len(prompt) :])
+    return TOKENIZER.decode(ids[len(prompt) :]).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,8 @@ def test_generation_from_state_equals_generation_by_recomputation(sampling):
         [TOKENIZER.bos_id, *TOKENIZER.encode(text)] for text in ("", "abc", "some longer prompt", "z" * 90)
     ]
     texts = Scorer(model, TOKENIZER, max_rows=3).generate(prompts, sampling)
-    assert texts == [_recomputed(model, p, sampling, i) for i, p in enumerate(prompts)]
+    names = stream_names(prompts)
+    assert texts == [_recomputed(model, p, sampling, name) for p, name in zip(prompts, names)]
 
 
 def test_generation_stops_before_the_stop_string():
@@ -128,6 +132,76 @@ def test_prefill_pieces_bound_memory():
     model = RecurrentModel()
     list(Scorer(model, TOKENIZER, prefill_chunk=64).prefixes([[1] * 1000]))
     assert model.most_tokens == 64
+
+
+def test_pieces_of_many_rows_share_one_budget(monkeypatch):
+    model = RecurrentModel()
+    monkeypatch.setattr("evals.scorer.READ_BUDGET", 1000)
+    list(Scorer(model, TOKENIZER).prefixes([[1] * 300] * 5))
+    assert model.most_tokens == 5 * 192  # 200 a row, cut to a multiple of 64
+
+
+def test_logits_of_a_long_text_are_made_in_pieces():
+    model, text = RecurrentModel(), "a text of some length, " * 20
+    whole = Scorer(model, TOKENIZER).rolling([text, text[:7]])
+    scorer = Scorer(model, TOKENIZER)
+    scorer._budget, model.most_tokens = 50, 0
+    pieces = scorer.rolling([text, text[:7]])
+    assert model.most_tokens <= 50
+    for one, other in zip(whole, pieces):
+        assert (one.greedy, one.tokens) == (other.greedy, other.tokens)
+        assert one.log_prob == pytest.approx(other.log_prob, abs=1e-9)
+
+
+def test_rows_are_bounded_by_the_bytes_of_their_states():
+    history = OracleModel([], vocab_size=TOKENIZER.vocab_size, eos_id=TOKENIZER.eos_id)  # 8 bytes a token
+    scorer = Scorer(history, TOKENIZER, state_budget=8 * 1000 * 3)
+    assert [len(batch) for batch in scorer._batches([1000] * 7)] == [3, 3, 1]
+    assert [len(batch) for batch in scorer._batches([10] * 70)] == [64, 6]
+    assert [len(batch) for batch in scorer._batches([10_000] * 2)] == [1, 1]
+    fixed = Scorer(RecurrentModel(), TOKENIZER, state_budget=24 * 8 * 5)
+    assert [len(batch) for batch in fixed._batches([10_000] * 7)] == [5, 2]
+    rows = []
+    prefill = history.prefill
+    history.prefill = lambda tokens, *rest, **options: (
+        rows.append(len(tokens)),
+        prefill(tokens, *rest, **options),
+    )[1]
+    scorer.score([[1] * 1000] * 2, [[[1]] * 4] * 2)
+    assert max(rows) == 3  # 8 rows of two prompts and four choices
+
+
+def test_what_each_prompt_answers_comes_in_the_order_of_the_prompts():
+    model = RecurrentModel()
+    prompts = [[TOKENIZER.bos_id, *range(length)] for length in (90, 3, 40, 3, 200)]
+    seen = []
+
+    def answer(prefix):
+        seen.append(prefix.index)
+        return [prefix.shared + len(rest) for rest in prefix.rests]
+
+    assert Scorer(model, TOKENIZER).each(prompts, answer) == [len(prompt) for prompt in prompts]
+    assert sorted(i for index in seen for i in index) == list(range(5))
+    assert seen[0] == [4]  # the dearest first
+
+
+@pytest.mark.parametrize("stop", [(), ("\x80",), ("e", "a", "\n")])
+def test_a_text_is_the_same_alone_and_in_a_batch_whose_rows_end_early(stop):
+    model = RecurrentModel(seed=2)
+    sampling = Sampling(max_tokens=40, temperature=1.0, seed=5, stop=stop)
+    prompts = [[TOKENIZER.bos_id, *TOKENIZER.encode("p" * length)] for length in range(9)]
+    together = Scorer(model, TOKENIZER).generate(prompts, sampling)
+    assert together == [Scorer(model, TOKENIZER).generate([prompt], sampling)[0] for prompt in prompts]
+    assert len({len(text) for text in together}) > 1
+
+
+def test_equal_prompts_draw_from_streams_of_their_own():
+    prompt = [TOKENIZER.bos_id, 1, 2]
+    sampling = Sampling(max_tokens=12, temperature=1.0, seed=5)
+    scorer = Scorer(RecurrentModel(), TOKENIZER)
+    first, second = scorer.generate([prompt, prompt], sampling)
+    assert first != second
+    assert scorer.generate([prompt, [3], prompt], sampling)[::2] == [first, second]
 
 
 def test_map_tensors_reaches_every_container():

@@ -1,0 +1,85 @@
+"""What a model, a tokenizer and the state between two calls must be to be scored.
+
+Shapes: B rows, T tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Ids = list[int]
+
+__all__ = ["CausalLM", "Ids", "TextCodec", "map_tensors", "select_rows", "state_bytes"]
+
+
+class CausalLM(Protocol):
+    """What is scored: `trellis_dist.models.language_model.LanguageModel` and anything shaped like it."""
+
+    def init_state(self, batch: int) -> Any:
+        """State before the first token."""
+
+    def prefill(self, tokens: Tensor, state: Any, *, last_only: bool = False) -> tuple[Tensor, Any]:
+        """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only, and the state after them."""
+
+    def decode_step(self, tokens: Tensor, state: Any) -> tuple[Tensor, Any]:
+        """tokens [B] -> logits [B, V] and the state after them."""
+
+
+class TextCodec(Protocol):
+    """The part of `data_pipeline.tokenizer.Tokenizer` that scoring needs.
+
+    A codec whose pieces depend on what stands before them also has ``encode_pair(context, continuation)``
+    (evals/peers.py), and one whose texts end with more than one token ``end_ids``.
+    """
+
+    bos_id: int
+    eos_id: int
+    vocab_size: int
+
+    def encode(self, text: str) -> Ids:
+        """Pieces of a text, without BOS and EOS."""
+
+    def decode(self, ids: Ids) -> str:
+        """Text of some pieces."""
+
+
+def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply ``function`` to every tensor of a state built of dataclasses, tuples, lists and mappings."""
+    if isinstance(state, Tensor):
+        return function(state)
+    if is_dataclass(state) and not isinstance(state, type):
+        changed = {f.name: map_tensors(getattr(state, f.name), function) for f in fields(state) if f.init}
+        return replace(state, **changed)
+    if isinstance(state, list | tuple):
+        parts = [map_tensors(part, function) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
+    if isinstance(state, dict):
+        return {key: map_tensors(part, function) for key, part in state.items()}
+    return state
+
+
+def select_rows(state: Any, rows: Sequence[int]) -> Any:
+    """The state whose row r continues row ``rows[r]`` of ``state``; rows may repeat.
+
+    Every tensor of a state has its rows first; a field ``batch``, where there is one, counts them. A state
+    that is built otherwise has a method ``select_rows``.
+    """
+    if hasattr(state, "select_rows"):
+        return state.select_rows(rows)
+    index = torch.tensor(list(rows), dtype=torch.long)
+    chosen = map_tensors(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+    return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes that a state holds over all rows: what it says itself, else its tensors."""
+    if hasattr(state, "bytes"):
+        return int(state.bytes())
+    sizes: list[int] = []
+    map_tensors(state, lambda tensor: (sizes.append(tensor.numel() * tensor.element_size()), tensor)[1])
+    return sum(sizes)
