@@ -7,7 +7,10 @@ from typing import Literal
 
 from trellis_dist.validation import STRICT, require
 
-TaskName = Literal["perplexity", "needle", "decode", "sample", "harness"]
+TaskName = Literal[
+    "perplexity", "needle", "decode", "sample", "harness",
+    "lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa",
+]  # fmt: skip
 Haystack = Literal["noise", "essay"]
 ValueKind = Literal["number", "uuid", "word"]
 Device = Literal["auto", "cpu", "cuda"]
@@ -36,6 +39,10 @@ class EvalConfig:
         sample_temperature: 0 is greedy.
         sample_top_p: sample among the most probable tokens that hold this mass.
         sample_seed: of the sample's draws.
+        suites_folder: holds <suite>.jsonl (or .json, .parquet) of the suites among tasks ("lambada", "piqa",
+            "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa"); None loads each from the Hugging
+            Face Hub at a fixed commit.
+        suites_limit: questions per suite, the first ones; 0 takes all.
         harness_folder: folder of lm-evaluation-harness YAML files, trusted like code.
         harness_tasks: names of tasks in that folder.
         harness_limit: questions per harness task; 0 takes all.
@@ -57,6 +64,8 @@ class EvalConfig:
     sample_temperature: float = 0.8
     sample_top_p: float = 0.95
     sample_seed: int = 0
+    suites_folder: str | None = None
+    suites_limit: int = 0
     harness_folder: str | None = None
     harness_tasks: tuple[str, ...] = ()
     harness_limit: int = 0
@@ -88,6 +97,7 @@ class EvalConfig:
         require(
             0 < self.sample_top_p <= 1, f"evals.sample_top_p = {self.sample_top_p}: use a share in (0, 1]"
         )
+        require(self.suites_limit >= 0, f"evals.suites_limit = {self.suites_limit}: use 0 (all) or more")
         require(
             "harness" not in self.tasks or bool(self.harness_folder and self.harness_tasks),
             'evals.tasks names "harness": set evals.harness_folder and evals.harness_tasks',

@@ -3,7 +3,7 @@
 Tasks are YAML files in a local folder, with their data beside them (``dataset_path: json``); the harness's
 own task index, whose scan takes many seconds, is not read. Such files may name Python functions that the
 harness then runs (``!function``), so the folder is trusted like code and never taken from a client of the
-service.
+service. `evals.suites.harness_tasks` writes such a folder for the stock definitions of seven suites.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def _generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) ->
         groups.setdefault(_sampling(options), []).append(place)
     texts = [""] * len(requests)
     for sampling, places in groups.items():
-        prompts = [scorer.encode_pair(requests[place][0], "")[0] for place in places]
+        # The whole context: nothing follows that could take the spaces at its end.
+        tokenizer = scorer.tokenizer
+        prompts = [[tokenizer.bos_id, *tokenizer.encode(requests[place][0])] for place in places]
         for place, text in zip(places, scorer.generate(prompts, sampling)):
             texts[place] = text
     return texts

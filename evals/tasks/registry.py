@@ -4,13 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals.tasks import decode, harness, needle, perplexity, sample
+from evals.tasks import decode, harness, needle, perplexity, sample, suites
 from evals.tasks.protocol import Task
 
 __all__ = ["TASKS", "get_task"]
 
 TASKS: Mapping[str, Task] = {
-    task.name: task for task in (perplexity.TASK, needle.TASK, decode.TASK, sample.TASK, harness.TASK)
+    task.name: task
+    for task in (
+        perplexity.TASK,
+        needle.TASK,
+        decode.TASK,
+        sample.TASK,
+        harness.TASK,
+        *suites.TASKS,
+    )
 }
 
 
