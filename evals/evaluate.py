@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.pins import pinned
 from evals.config import EvalConfig
+from evals.curves import events_file, write_events
 from evals.runs import (
     LoadedRun,
     checkpoint_digest,
@@ -24,7 +25,7 @@ from evals.tasks.protocol import Task
 from evals.tasks.registry import get_task
 from trellis_dist.files import digest, read_json, write_json
 
-__all__ = ["Job", "check_eval_inputs", "evaluate_run", "job_of", "run_job", "stored_result"]
+__all__ = ["Job", "check_eval_inputs", "evaluate_run", "job_of", "log_scalars", "run_job", "stored_result"]
 
 # Part of every key: raise it when a task's numbers change their meaning.
 FORMAT = 2
@@ -94,7 +95,10 @@ def stored_result(job: Job) -> dict[str, Any] | None:
         record = read_json(job.path)
     except ValueError:
         return None
-    return record if isinstance(record, dict) and record.get("key") == job.key else None
+    if not isinstance(record, dict) or record.get("key") != job.key:
+        return None
+    record.setdefault("scalars", get_task(job.task).scalars(record["result"]))
+    return record
 
 
 def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
@@ -102,7 +106,7 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
     task = get_task(job.task)
     start = time.perf_counter()
     result = task.run(loaded, config, progress)
-    record = {
+    record: dict[str, Any] = {
         "key": job.key,
         "task": job.task,
         "step": job.step,
@@ -110,11 +114,22 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
         "data": job.data,
         "seconds": time.perf_counter() - start,
         "result": result,
+        "scalars": task.scalars(result),
     }
     job.path.parent.mkdir(parents=True, exist_ok=True)
     write_json(job.path, record)
-    _log_scalars(job, task.scalars(result))
+    log_scalars(job, record)
     return record
+
+
+def log_scalars(job: Job, record: Mapping[str, Any]) -> None:
+    """The record's scalars in the run's TensorBoard folder; the same call again leaves the same points.
+
+    Whoever re-uses a stored record calls it too: its writer may have died between the record and the points.
+    """
+    path = events_file(job.run_dir, job.task, job.step)
+    if not path.is_file() or path.stat().st_mtime < job.path.stat().st_mtime:
+        write_events(path, record["scalars"], step=job.step, time=job.path.stat().st_mtime)
 
 
 def evaluate_run(
@@ -134,7 +149,7 @@ def evaluate_run(
         dataset_dir: where the run's data set lies now; None looks where the recipe says.
 
     Returns:
-        Per task its record: "key", "task", "step", "settings", "data", "seconds", "result".
+        Per task its record: "key", "task", "step", "settings", "data", "seconds", "result", "scalars".
 
     Raises:
         ValueError, OSError: no run, no verified checkpoint, no data set or another than the one trained on,
@@ -153,16 +168,7 @@ def evaluate_run(
                     run_dir, step=job.step, device=config.device, dataset_dir=dataset_dir
                 )
                 record = run_job(job, loaded, config, progress=progress)
+            else:
+                log_scalars(job, record)
             records[name] = record
     return records
-
-
-def _log_scalars(job: Job, scalars: Mapping[str, float]) -> None:
-    """TensorBoard events in the run's own log folder."""
-    if not scalars:
-        return
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(str(job.run_dir / "tensorboard"), filename_suffix=f".eval-{job.task}") as writer:
-        for name, value in scalars.items():
-            writer.add_scalar(name, value, global_step=job.step)

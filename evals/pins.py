@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from checkpoints.commit import step_name
@@ -20,6 +20,10 @@ __all__ = ["pin_job", "sync_pins", "unpin_job"]
 PREFIX = "evaluation "
 REFRESH = 24 * 3600.0  # seconds; a pin that is younger is not written again
 _log = logging.getLogger(__name__)
+
+
+def _warn(topic: str, text: str) -> None:
+    _log.warning("%s", text)
 
 
 def pin_job(checkpoint: Path, key: str) -> None:
@@ -44,12 +48,13 @@ def unpin_job(queue: Queue, root: Path, key: str) -> None:
         _log.warning("step %d of run %s stays pinned: %s", job.step, job.run, error)
 
 
-def sync_pins(queue: Queue, roots: Mapping[str, Path]) -> None:
+def sync_pins(queue: Queue, roots: Mapping[str, Path], *, warn: Callable[[str, str], None] = _warn) -> None:
     """Pin what waits or runs, and let go of what is over.
 
     Args:
         queue: whose jobs count. A pin of a job that it does not know is another queue's.
         roots: run -> folder of its checkpoints.
+        warn: gets a topic and what is wrong with it, each time that this is found.
     """
     waiting: dict[str, dict[str, int]] = {run: {} for run in roots}
     for job in queue.active():
@@ -58,7 +63,7 @@ def sync_pins(queue: Queue, roots: Mapping[str, Path]) -> None:
         try:
             _sync_run(queue, root, waiting[run])
         except OSError as error:
-            _log.warning("the pins of run %s cannot be read: %s", run, error)
+            warn(f"pins of {run}", f"the pins of run {run} cannot be read: {error}")
 
 
 def _sync_run(queue: Queue, root: Path, waiting: Mapping[str, int]) -> None:

@@ -1,20 +1,20 @@
-"""The evaluation queue: SQLite in WAL mode, one row and at most one result per key.
+"""The evaluation queue: one row and at most one result per key.
 
 A worker leases a job for some seconds and renews the lease while it works; the job of a worker that died is
-leased again once its lease has run out. Whoever finishes first stores the result; a second result of the same
-key is dropped, so every key ends with exactly one.
+leased again once its lease has run out, or sooner when its pool notices. Whoever finishes first stores the
+result; a second result of the same key is dropped, so every key ends with exactly one.
 """
 
 from __future__ import annotations
 
-import json
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from evals.database import Database, store_result
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -22,23 +22,21 @@ MAX_ATTEMPTS = 3
 # Wait before attempt n + 1 of a failed job: BACKOFF * 2**n seconds.
 BACKOFF = 5.0
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS jobs (
-  key TEXT PRIMARY KEY, run TEXT NOT NULL, step INTEGER NOT NULL, task TEXT NOT NULL, state TEXT NOT NULL,
-  priority INTEGER NOT NULL, attempts INTEGER NOT NULL DEFAULT 0, not_before REAL NOT NULL DEFAULT 0,
-  owner TEXT, lease_until REAL, error TEXT, created REAL NOT NULL);
-CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state, priority DESC, created);
-CREATE TABLE IF NOT EXISTS results (
-  key TEXT PRIMARY KEY REFERENCES jobs (key), record TEXT NOT NULL, created REAL NOT NULL);
-"""
-_COLUMNS = "key, run, step, task, state, priority, attempts, error, created"
+_COLUMNS = "key, run, step, task, state, priority, attempts, error, created, tokens"
 
-__all__ = ["Queue", "QueuedJob", "State"]
+__all__ = ["Queue", "QueueFullError", "QueuedJob", "State"]
+
+
+class QueueFullError(RuntimeError):
+    """As many jobs wait or run as there may be; try again when some are done."""
 
 
 @dataclass(frozen=True)
 class QueuedJob:
-    """A row of the queue; ``key`` identifies (checkpoint digest, task, settings, tokenizer, data)."""
+    """A row of the queue; ``key`` identifies (checkpoint digest, task, settings, tokenizer, data).
+
+    ``tokens`` are those the checkpoint was trained on, None where that is not known.
+    """
 
     key: str
     run: str
@@ -49,6 +47,7 @@ class QueuedJob:
     attempts: int
     error: str | None
     created: float
+    tokens: int | None
 
     @property
     def active(self) -> bool:
@@ -64,59 +63,72 @@ class Queue:
     """One database file; each call is one transaction, so processes and threads may share the file.
 
     Args:
-        path: created when missing.
+        path: created when missing, upgraded when an older version wrote it.
         clock: seconds; tests pass their own.
+
+    Raises:
+        ValueError: as `Database`.
     """
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time.time) -> None:
-        self._path, self._clock = path, clock
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with self._transaction() as database:
-            for statement in _SCHEMA.split(";"):
-                database.execute(statement)
+        self.database, self._clock = Database(path), clock
 
-    @contextmanager
-    def _transaction(self) -> Iterator[sqlite3.Connection]:
-        """A write transaction on a connection of its own: nothing is shared between threads."""
-        database = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-        try:
-            database.execute("PRAGMA journal_mode=WAL")
-            database.execute("PRAGMA foreign_keys=ON")
-            database.execute("BEGIN IMMEDIATE")
-            yield database
-            database.execute("COMMIT")
-        except BaseException:
-            if database.in_transaction:
-                database.execute("ROLLBACK")
-            raise
-        finally:
-            database.close()
+    def submit(
+        self,
+        key: str,
+        *,
+        run: str,
+        step: int,
+        task: str,
+        priority: int = 0,
+        tokens: int | None = None,
+        room: int | None = None,
+    ) -> bool:
+        """Queue a job; False when it is there already (one that waits takes the higher of both priorities).
 
-    def submit(self, key: str, *, run: str, step: int, task: str, priority: int = 0) -> bool:
-        """Queue a job; False when it is there already. A failed or cancelled one is queued again (True)."""
-        with self._transaction() as database:
+        A failed or cancelled one is queued again (True).
+
+        Args:
+            key, run, step, task, tokens: as in `QueuedJob`.
+            priority: higher ones are leased first.
+            room: jobs that may wait or run; None sets no limit.
+
+        Raises:
+            QueueFullError: there is no room for one more.
+        """
+        with self.database.writing() as database:
             row = database.execute("SELECT state FROM jobs WHERE key = ?", (key,)).fetchone()
             if row and row[0] not in ("failed", "cancelled"):
+                _count(database, "repeated")
+                database.execute(
+                    "UPDATE jobs SET priority = MAX(priority, ?) WHERE key = ? AND state = 'queued'",
+                    (priority, key),
+                )
                 return False
+            if room is not None and _waiting(database) >= room:
+                raise QueueFullError(f"{room} jobs wait already: submit again when some are done")
             database.execute(
-                "INSERT INTO jobs (key, run, step, task, state, priority, created) "
-                "VALUES (?, ?, ?, ?, 'queued', ?, ?) ON CONFLICT (key) DO UPDATE "
-                "SET state = 'queued', attempts = 0, not_before = 0, error = NULL",
-                (key, run, step, task, priority, self._clock()),
+                "INSERT INTO jobs (key, run, step, task, state, priority, created, tokens) "
+                "VALUES (?, ?, ?, ?, 'queued', ?, ?, ?) ON CONFLICT (key) DO UPDATE SET state = 'queued', "
+                "run = excluded.run, step = excluded.step, priority = excluded.priority, attempts = 0, "
+                "not_before = 0, error = NULL",
+                (key, run, step, task, priority, self._clock(), tokens),
             )
+            _count(database, "submitted")
             return True
 
     def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
         """Take the next job: queued, or left by a worker whose lease ran out. None when there is none."""
         now = self._clock()
-        with self._transaction() as database:
-            database.execute(
+        with self.database.writing() as database:
+            died = database.execute(
                 "UPDATE jobs SET state = 'failed', error = 'its worker died in every attempt' "
                 "WHERE state = 'running' AND lease_until <= ? AND attempts >= ?",
                 (now, MAX_ATTEMPTS),
             )
+            _count(database, "failed", died.rowcount)
             row = database.execute(
-                "SELECT key FROM jobs WHERE (state = 'queued' AND not_before <= ?) "
+                "SELECT key, state FROM jobs WHERE (state = 'queued' AND not_before <= ?) "
                 "OR (state = 'running' AND lease_until <= ?) ORDER BY priority DESC, created, key LIMIT 1",
                 (now, now),
             ).fetchone()
@@ -127,11 +139,13 @@ class Queue:
                 "WHERE key = ?",
                 (owner, now + seconds, row[0]),
             )
+            _count(database, "leased")
+            _count(database, "leases_lost", int(row[1] == "running"))
             return _job(database, row[0])
 
     def renew(self, key: str, owner: str, *, seconds: float) -> bool:
         """Hold on to a lease; False when it was lost (the job went to another worker, or was cancelled)."""
-        with self._transaction() as database:
+        with self.database.writing() as database:
             changed = database.execute(
                 "UPDATE jobs SET lease_until = ? WHERE key = ? AND owner = ? AND state = 'running'",
                 (self._clock() + seconds, key, owner),
@@ -140,73 +154,120 @@ class Queue:
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
         """Store the result of a job, from whichever worker; False when it has one or was cancelled."""
-        with self._transaction() as database:
+        with self.database.writing() as database:
             job = _job(database, key)
             if job is None or job.state == "cancelled":
+                _count(database, "results_dropped")
                 return False
-            added = database.execute(
-                "INSERT OR IGNORE INTO results (key, record, created) VALUES (?, ?, ?)",
-                (key, json.dumps(record, sort_keys=True), self._clock()),
-            )
+            added = store_result(database, key, record, created=self._clock())
             database.execute(
                 "UPDATE jobs SET state = 'done', owner = NULL, error = NULL WHERE key = ?", (key,)
             )
-            return added.rowcount == 1
+            _count(database, "results_stored" if added else "results_dropped")
+            return added
 
     def fail(self, key: str, owner: str, error: str) -> None:
         """Give a job back: tried again after a wait, or failed for good after ``MAX_ATTEMPTS``."""
-        with self._transaction() as database:
-            database.execute(
+        self._give_back("key = ? AND owner = ?", (key, owner), error, wait=BACKOFF)
+
+    def release(self, owner: str, error: str) -> None:
+        """Give back what a dead worker held: tried again at once, or failed for good as in `fail`."""
+        self._give_back("owner = ?", (owner,), error, wait=0.0)
+
+    def _give_back(self, where: str, values: tuple[str, ...], error: str, *, wait: float) -> None:
+        with self.database.writing() as database:
+            rows = database.execute(
                 "UPDATE jobs SET error = ?, owner = NULL, not_before = ? + ? * (1 << attempts), "
                 "state = CASE WHEN attempts >= ? THEN 'failed' ELSE 'queued' END "
-                "WHERE key = ? AND owner = ? AND state = 'running'",
-                (error, self._clock(), BACKOFF, MAX_ATTEMPTS, key, owner),
+                f"WHERE {where} AND state = 'running' RETURNING state",
+                (error, self._clock(), wait, MAX_ATTEMPTS, *values),
+            ).fetchall()
+            _count(database, "failed", rows.count(("failed",)))
+            _count(database, "retried", rows.count(("queued",)))
+
+    def hand_back(self, owner: str) -> None:
+        """Queue again what a worker held that is stopped for no fault of the job: no attempt is counted."""
+        with self.database.writing() as database:
+            database.execute(
+                "UPDATE jobs SET state = 'queued', owner = NULL, attempts = attempts - 1 "
+                "WHERE owner = ? AND state = 'running'",
+                (owner,),
             )
+
+    def release_all(self, error: str) -> None:
+        """`release` for every owner: called when no worker can be left, before the first one starts."""
+        self._give_back("1", (), error, wait=0.0)
+
+    def overdue(self) -> set[str]:
+        """Owners whose lease ran out: what should have renewed it is dead or does not get to run."""
+        with self.database.reading() as database:
+            query = "SELECT owner FROM jobs WHERE state = 'running' AND lease_until <= ?"
+            return {owner for (owner,) in database.execute(query, (self._clock(),))}
 
     def cancel(self, key: str) -> bool:
         """Take a job out of the queue; a running one loses its lease. False when it was in neither state."""
-        with self._transaction() as database:
+        with self.database.writing() as database:
             changed = database.execute(
                 "UPDATE jobs SET state = 'cancelled', owner = NULL "
                 "WHERE key = ? AND state IN ('queued', 'running')",
                 (key,),
             )
+            _count(database, "cancelled", changed.rowcount)
             return changed.rowcount == 1
 
     def job(self, key: str) -> QueuedJob | None:
         """The job of a key, or None."""
-        with self._transaction() as database:
+        with self.database.reading() as database:
             return _job(database, key)
 
-    def jobs(self, *, limit: int = 1000) -> list[QueuedJob]:
-        """Newest first."""
-        with self._transaction() as database:
-            query = f"SELECT {_COLUMNS} FROM jobs ORDER BY created DESC, key LIMIT ?"
-            return [QueuedJob(*row) for row in database.execute(query, (limit,))]
+    def jobs(
+        self,
+        *,
+        state: str | None = None,
+        run: str | None = None,
+        task: str | None = None,
+        limit: int = 1000,
+        offset: int = 0,
+    ) -> tuple[list[QueuedJob], int]:
+        """Newest first, of a state, a run and a task where they are given; and how many there are in all."""
+        wanted = {"state": state, "run": run, "task": task}
+        given = {name: value for name, value in wanted.items() if value is not None}
+        where = " AND ".join(f"{name} = :{name}" for name in given) or "1"
+        with self.database.reading() as database:
+            query = f"SELECT {_COLUMNS} FROM jobs WHERE {where} ORDER BY created DESC, key LIMIT {limit:d}"
+            rows = database.execute(f"{query} OFFSET {offset:d}", given).fetchall()
+            (total,) = database.execute(f"SELECT COUNT(*) FROM jobs WHERE {where}", given).fetchone()
+        return [QueuedJob(*row) for row in rows], total
 
     def active(self) -> list[QueuedJob]:
         """All that wait or run, oldest first."""
-        with self._transaction() as database:
+        with self.database.reading() as database:
             query = f"SELECT {_COLUMNS} FROM jobs WHERE state IN ('queued', 'running') ORDER BY created, key"
             return [QueuedJob(*row) for row in database.execute(query)]
 
-    def results(self, *, limit: int = 1000) -> list[dict[str, Any]]:
-        """Run, step, task and record of finished jobs, newest first."""
-        query = (
-            "SELECT jobs.run, jobs.step, jobs.task, jobs.key, results.record FROM results "
-            "JOIN jobs USING (key) ORDER BY results.created DESC, jobs.key LIMIT ?"
-        )
-        with self._transaction() as database:
-            names = ("run", "step", "task", "key")
-            return [
-                {**dict(zip(names, row)), "record": json.loads(row[4])}
-                for row in database.execute(query, (limit,))
-            ]
-
     def counts(self) -> dict[str, int]:
         """Jobs per state."""
-        with self._transaction() as database:
+        with self.database.reading() as database:
             return dict(database.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
+
+    def events(self) -> dict[str, int]:
+        """What happened since the file was made: submitted, repeated, leased, results_stored, ..."""
+        with self.database.reading() as database:
+            return dict(database.execute("SELECT name, value FROM counters ORDER BY name").fetchall())
+
+
+def _count(database: sqlite3.Connection, name: str, amount: int = 1) -> None:
+    if amount:
+        database.execute(
+            "INSERT INTO counters (name, value) VALUES (?, ?) "
+            "ON CONFLICT (name) DO UPDATE SET value = value + excluded.value",
+            (name, amount),
+        )
+
+
+def _waiting(database: sqlite3.Connection) -> int:
+    query = "SELECT COUNT(*) FROM jobs WHERE state IN ('queued', 'running')"
+    return int(database.execute(query).fetchone()[0])
 
 
 def _job(database: sqlite3.Connection, key: str) -> QueuedJob | None:

@@ -1,21 +1,30 @@
-"""Runs below one root folder, by id, and the jobs that their committed checkpoints ask for."""
+"""Runs below the served folders, by id, and the jobs that their committed checkpoints ask for."""
 
 from __future__ import annotations
 
 import logging
 import re
+import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 
 from checkpoints.commit import list_steps
+from checkpoints.manifest import MANIFEST_FILE
+from checkpoints.state import load_run_state
 from evals.config import EvalConfig
-from evals.evaluate import job_of, stored_result
+from evals.evaluate import Job, job_of, log_scalars, stored_result
 from evals.pins import pin_job, sync_pins, unpin_job
-from evals.queue import Queue
+from evals.queue import Queue, QueueFullError
 from evals.runs import read_recipe
 from evals.tasks.registry import get_task
 
-__all__ = ["PublicError", "Runs", "Watcher", "submit"]
+__all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 
+# Jobs that may wait or run at a time; more are refused until some are done.
+MAX_QUEUE = 10_000
+# Seconds after which a run that could not be read is tried again although nothing in it changed.
+RETRY = 60.0
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 _log = logging.getLogger(__name__)
 
@@ -25,26 +34,44 @@ class PublicError(ValueError):
 
 
 class Runs:
-    """The run folders directly below ``root``; a client names one by its folder name and nothing else."""
+    """The run folders directly below each of ``roots``; a client names one by its folder name alone.
 
-    def __init__(self, root: Path) -> None:
-        if not root.is_dir():
-            raise ValueError(f"{root} is no folder: name the one that holds the run folders")
-        self._root = root.resolve()
+    A run whose id an earlier root has too is not served.
+
+    Raises:
+        ValueError: a root is no folder, or two of them hold runs of one id.
+    """
+
+    def __init__(self, *roots: Path) -> None:
+        assert roots, "no folder to serve"
+        for root in roots:
+            if not root.is_dir():
+                raise ValueError(f"{root} is no folder: name the one that holds the run folders")
+        self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
+        if shadowed := self.shadowed():
+            raise ValueError(f"{shadowed[0]} has the id of a run in another folder: rename one of the two")
 
     def ids(self) -> list[str]:
         """Ids of all runs, sorted."""
-        return sorted(p.name for p in self._root.iterdir() if self._is_run(p))
+        return sorted({path.name for path in self._all()})
+
+    def shadowed(self) -> list[Path]:
+        """Run folders that are not served because an earlier root has a run of their id."""
+        return [path for path in self._all() if self.folder(path.name) != path]
 
     def folder(self, run: str) -> Path:
         """The folder of a run id. Raises PublicError for anything that is none, paths included."""
-        path = self._root / run
-        if not _ID.fullmatch(run) or not self._is_run(path):
-            raise PublicError(f"there is no run {run[:128]!r}: GET /runs lists them")
-        return path
+        if _ID.fullmatch(run):
+            for root in self.roots:
+                if self._is_run(root / run):
+                    return root / run
+        raise PublicError(f"there is no run {run[:128]!r}: GET /runs lists them")
+
+    def _all(self) -> list[Path]:
+        return [path for root in self.roots for path in root.iterdir() if self._is_run(path)]
 
     def _is_run(self, path: Path) -> bool:
-        """A real folder of this root (no link out of it) with a recipe."""
+        """A real folder of its root (no link out of it) with a recipe."""
         return bool(_ID.fullmatch(path.name)) and not path.is_symlink() and (path / "recipe.json").is_file()
 
     def config(self, run: str) -> EvalConfig:
@@ -55,27 +82,61 @@ class Runs:
         return TypeAdapter(EvalConfig).validate_python(section)
 
     def steps(self, run: str) -> dict[int, Path]:
-        """Committed checkpoints by step."""
-        return list_steps(self.checkpoints(run))
+        """Committed checkpoints by step; one that is being removed has lost its manifest and is not there."""
+        found = list_steps(self.checkpoints(run))
+        return {step: path for step, path in found.items() if (path / MANIFEST_FILE).is_file()}
+
+    def tokens(self, run: str) -> dict[int, int]:
+        """Training tokens by step, where the checkpoint says so."""
+        known = {step: _tokens_at(path) for step, path in self.steps(run).items()}
+        return {step: tokens for step, tokens in known.items() if tokens is not None}
 
     def checkpoints(self, run: str) -> Path:
         """The folder of a run's checkpoints."""
         return self.folder(run) / "checkpoints"
 
 
+def _tokens_at(checkpoint: Path) -> int | None:
+    try:
+        return _tokens(checkpoint, (checkpoint / MANIFEST_FILE).stat().st_mtime_ns)
+    except (OSError, ValueError):
+        return None  # gone or damaged: whoever scores it says so
+
+
+@lru_cache(maxsize=8192)
+def _tokens(checkpoint: Path, modified: int) -> int | None:
+    """Tokens a checkpoint was trained on; ``modified`` tells a later checkpoint of the same name apart."""
+    tokens = load_run_state(checkpoint).get("tokens")
+    return tokens if isinstance(tokens, int) else None
+
+
 def submit(
-    queue: Queue, runs: Runs, run: str, task: str, *, step: int | None = None, priority: int = 0
+    queue: Queue,
+    runs: Runs,
+    run: str,
+    task: str,
+    *,
+    step: int | None = None,
+    priority: int = 0,
+    again: bool = True,
 ) -> tuple[str, bool]:
     """Queue one task on a committed checkpoint (the newest when ``step`` is None).
 
     The checkpoint is pinned until the job is over. A result that the run folder holds already is taken over
     instead of being made again.
 
+    Args:
+        queue, runs: of the service.
+        run, task, step: what to score.
+        priority: higher ones are leased first.
+        again: also when the job failed or was cancelled.
+
     Returns:
         The job's key, and whether it is new to the queue.
 
     Raises:
         PublicError: unknown run or step.
+        QueueFullError: `MAX_QUEUE` jobs wait.
         ValueError, OSError: unknown task, or a run whose recipe or data set cannot be used.
     """
     wanted_task, steps = get_task(task), runs.steps(run)
@@ -85,47 +146,101 @@ def submit(
         raise PublicError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
     job = job_of(runs.folder(run), steps[wanted], wanted_task, runs.config(run))
     known = queue.job(job.key)
-    if known is not None and known.state == "done":
+    if known is not None and (known.state == "done" or not again):
         return job.key, False
-    try:
-        pin_job(job.checkpoint, job.key)
-    except FileNotFoundError:
-        raise PublicError(f"the checkpoint of step {wanted} is gone: submit another step") from None
-    new = queue.submit(job.key, run=run, step=wanted, task=task, priority=priority)
+    if known is None or not known.active:
+        _pin(job)
+    new = queue.submit(
+        job.key,
+        run=run,
+        step=wanted,
+        task=task,
+        priority=priority,
+        tokens=_tokens_at(job.checkpoint),
+        room=MAX_QUEUE,
+    )
     if new and (record := stored_result(job)) is not None:
+        log_scalars(job, record)
         queue.finish(job.key, record)
     unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
 
 
-class Watcher:
-    """Looks for committed checkpoints and queues the tasks of their recipes, each checkpoint once."""
+def _pin(job: Job) -> None:
+    try:
+        pin_job(job.checkpoint, job.key)
+    except FileNotFoundError:
+        raise PublicError(f"the checkpoint of step {job.step} is gone: submit another step") from None
 
-    def __init__(self, queue: Queue, runs: Runs) -> None:
-        self._queue, self._runs = queue, runs
-        self._seen: set[tuple[str, int, int]] = set()
+
+class Watcher:
+    """Looks for committed checkpoints and queues the tasks of their recipes, each checkpoint once.
+
+    What was seen is known by the times of its manifest and of the recipe: nothing is read or hashed again.
+
+    Args:
+        queue, runs: of the service.
+        clock: seconds that only grow; tests pass their own.
+    """
+
+    def __init__(self, queue: Queue, runs: Runs, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._queue, self._runs, self._clock = queue, runs, clock
+        self._seen: dict[str, dict[int, tuple[int, int]]] = {}
+        self._broken: dict[str, tuple[object, float]] = {}
+        self._said: dict[str, str] = {}
+        self._added = 0
 
     def look(self) -> int:
-        """Queue what is new and return how many jobs that were; a run that cannot be read is logged.
+        """Queue what is new and return how many jobs that were; a run that cannot be read is logged once.
 
         Pins are put right first: a service that was killed may have left jobs without one.
         """
-        sync_pins(self._queue, {run: self._runs.checkpoints(run) for run in self._runs.ids()})
-        added = 0
-        for run in self._runs.ids():
+        ids = self._runs.ids()
+        sync_pins(self._queue, {run: self._runs.checkpoints(run) for run in ids}, warn=self._warn)
+        for path in self._runs.shadowed():
+            self._warn(str(path), f"{path} is passed over: another folder has a run of that id; rename one")
+        self._seen = {run: self._seen.get(run, {}) for run in ids}
+        self._added = 0
+        for run in ids:
             try:
-                added += self._look_at(run)
-            except (ValueError, OSError) as error:
-                _log.warning("run %s is passed over: %s", run, error)
-        return added
+                self._look_at(run)
+            except QueueFullError as error:
+                self._warn("queue", f"the rest of the checkpoints waits: {error}")
+                break
+        return self._added
 
-    def _look_at(self, run: str) -> int:
-        added = 0
-        for step, path in sorted(self._runs.steps(run).items()):
-            mark = (run, step, (path / "manifest.json").stat().st_mtime_ns)
-            if mark in self._seen:
-                continue
-            for task in self._runs.config(run).tasks:
-                added += submit(self._queue, self._runs, run, task, step=step)[1]
-            self._seen.add(mark)
-        return added
+    def _look_at(self, run: str) -> None:
+        """A run that was broken is left alone until it changes, or for `RETRY` seconds."""
+        mark: object = None
+        try:
+            marks = self._marks(run)
+            mark = sorted(marks.items())
+            known, retry = self._broken.get(run, (None, 0.0))
+            if known != mark or self._clock() >= retry:
+                self._queue_new(run, marks)
+                self._broken.pop(run, None)
+                self._said.pop(run, None)
+        except (ValueError, OSError) as error:
+            self._broken[run] = (mark, self._clock() + RETRY)
+            self._warn(run, f"run {run} is passed over: {error}")
+
+    def _marks(self, run: str) -> dict[int, tuple[int, int]]:
+        recipe = (self._runs.folder(run) / "recipe.json").stat().st_mtime_ns
+        steps = self._runs.steps(run)
+        return {step: (recipe, (path / MANIFEST_FILE).stat().st_mtime_ns) for step, path in steps.items()}
+
+    def _queue_new(self, run: str, marks: dict[int, tuple[int, int]]) -> None:
+        seen = self._seen[run]
+        for step in sorted(marks):
+            if seen.get(step) != marks[step]:
+                for task in self._runs.config(run).tasks:
+                    _, new = submit(self._queue, self._runs, run, task, step=step, again=False)
+                    self._added += new
+                seen[step] = marks[step]
+        self._seen[run] = {step: mark for step, mark in seen.items() if step in marks}
+
+    def _warn(self, topic: str, text: str) -> None:
+        """Log what is wrong once, and again when it is something else."""
+        if self._said.get(topic) != text:
+            _log.warning("%s", text)
+        self._said[topic] = text

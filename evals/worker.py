@@ -3,40 +3,125 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
 import os
-import socket
 import threading
 import time
-from multiprocessing.process import BaseProcess
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
-from evals.evaluate import job_of, run_job, stored_result
+from evals.config import EvalConfig
+from evals.evaluate import Job, job_of, log_scalars, run_job, stored_result
 from evals.pins import unpin_job
 from evals.queue import Queue, QueuedJob
-from evals.runs import load_run
+from evals.runs import LoadedRun, checkpoint_digest, load_run, read_recipe
 from evals.tasks.registry import get_task
 from evals.watch import PublicError, Runs
+from trellis_dist.files import digest
 
-__all__ = ["WorkerPool", "run_worker", "work_once"]
+__all__ = [
+    "JOB_SECONDS",
+    "LEASE_SECONDS",
+    "LOST",
+    "JobSource",
+    "LocalJobs",
+    "Worker",
+    "end_process",
+    "work_once",
+]
 
 LEASE_SECONDS = 60.0
-POLL_SECONDS = 1.0
+# Most seconds between two looks whether a running job was cancelled.
+BEAT_SECONDS = 2.0
+POLL_SECONDS = 0.5
+# A task that takes longer is taken for stuck.
+JOB_SECONDS = 6 * 3600.0
+# Exit status of a worker whose job was taken away: the only way to stop a task in the midst of it.
+LOST = 3
 _log = logging.getLogger(__name__)
 
 
+class JobSource(Protocol):
+    """Where jobs come from and results go: the queue itself, or its server over HTTP (`evals.remote`)."""
+
+    def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
+        """As `Queue.lease`."""
+
+    def renew(self, key: str, owner: str, *, seconds: float) -> bool:
+        """As `Queue.renew`."""
+
+    def finish(self, key: str, record: Mapping[str, Any]) -> bool:
+        """As `Queue.finish`; the checkpoint is let go of."""
+
+    def fail(self, key: str, owner: str, error: str) -> None:
+        """As `Queue.fail`; the checkpoint is let go of when the job is over."""
+
+
+class LocalJobs:
+    """The queue of this machine, and the pins of its jobs."""
+
+    def __init__(self, queue: Queue, runs: Runs) -> None:
+        self._queue, self._runs = queue, runs
+
+    def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
+        """As `Queue.lease`."""
+        return self._queue.lease(owner, seconds=seconds)
+
+    def renew(self, key: str, owner: str, *, seconds: float) -> bool:
+        """As `Queue.renew`."""
+        return self._queue.renew(key, owner, seconds=seconds)
+
+    def finish(self, key: str, record: Mapping[str, Any]) -> bool:
+        """As `JobSource.finish`."""
+        stored = self._queue.finish(key, record)
+        self._let_go(key)
+        return stored
+
+    def fail(self, key: str, owner: str, error: str) -> None:
+        """As `JobSource.fail`."""
+        self._queue.fail(key, owner, error)
+        self._let_go(key)
+
+    def _let_go(self, key: str) -> None:
+        """Unpin the checkpoint of a job that is over; a run that went has nothing to keep."""
+        job = self._queue.job(key)
+        try:
+            if job is not None:
+                unpin_job(self._queue, self._runs.checkpoints(job.run), key)
+        except PublicError:
+            return
+
+
 class _Heartbeat:
-    """Renews a lease from a thread while the job runs."""
+    """Renews a lease from a thread while the job runs; ends the job when that is refused or it is stuck."""
 
-    def __init__(self, queue: Queue, key: str, owner: str, seconds: float) -> None:
+    def __init__(
+        self, jobs: JobSource, key: str, owner: str, *, lease: float, limit: float, lost: Callable[[], None]
+    ) -> None:
+        self._jobs, self._key, self._owner = jobs, key, owner
+        self._lease, self._limit, self._lost = lease, limit, lost
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._beat, args=(queue, key, owner, seconds), daemon=True)
+        self._thread = threading.Thread(target=self._beat, daemon=True)
 
-    def _beat(self, queue: Queue, key: str, owner: str, seconds: float) -> None:
-        while not self._stop.wait(seconds / 3):
-            if not queue.renew(key, owner, seconds=seconds):
-                return
+    def _beat(self) -> None:
+        start = held = time.monotonic()
+        while not self._stop.wait(min(self._lease / 3, BEAT_SECONDS, self._limit / 3)):
+            now = time.monotonic()
+            try:
+                if now - start > self._limit:
+                    reason = f"it took more than {self._limit:g} s (--job-timeout)"
+                    self._jobs.fail(self._key, self._owner, reason)
+                    break
+                if not self._jobs.renew(self._key, self._owner, seconds=self._lease):
+                    break
+                held = now
+            except Exception as error:
+                # A full disk or a server that restarts: the lease lasts a while longer.
+                _log.warning("the lease of %s was not renewed: %s", self._key, error)
+                if now - held > self._lease:
+                    break
+        else:
+            return
+        self._lost()
 
     def __enter__(self) -> None:
         self._thread.start()
@@ -46,82 +131,91 @@ class _Heartbeat:
         self._thread.join()
 
 
-def work_once(queue: Queue, runs: Runs, owner: str, *, lease_seconds: float = LEASE_SECONDS) -> bool:
-    """Do one job; False when the queue had none. A job that cannot be done is given back with its reason."""
-    leased = queue.lease(owner, seconds=lease_seconds)
-    if leased is None:
-        return False
-    try:
-        with _Heartbeat(queue, leased.key, owner, lease_seconds):
-            record = _score(leased, runs)
-        queue.finish(leased.key, record)
-    except Exception as error:
-        # Whatever one checkpoint does to a task, the next job still gets its worker.
-        _log.exception("%s of run %s, step %d failed", leased.task, leased.run, leased.step)
-        # Clients read the reason, and other errors' texts may name folders of this machine.
-        hidden = f"{type(error).__name__} while scoring run {leased.run}: the log of the service says why"
-        queue.fail(leased.key, owner, str(error) if isinstance(error, PublicError) else hidden)
-    _let_go(queue, runs, leased)
-    return True
+class Worker:
+    """Scores job after job and keeps the last model, which the next job often scores too.
 
-
-def _let_go(queue: Queue, runs: Runs, leased: QueuedJob) -> None:
-    """Unpin the checkpoint of a job that is over; a run that went has nothing to keep."""
-    try:
-        unpin_job(queue, runs.checkpoints(leased.run), leased.key)
-    except PublicError:
-        return
-
-
-def _score(leased: QueuedJob, runs: Runs) -> dict[str, Any]:
-    run_dir, config = runs.folder(leased.run), runs.config(leased.run)
-    steps = runs.steps(leased.run)
-    if leased.step not in steps:
-        raise PublicError(f"the checkpoint of step {leased.step} is gone")
-    job = job_of(run_dir, steps[leased.step], get_task(leased.task), config)
-    if job.key != leased.key:
-        raise PublicError("the run, its recipe or its data changed since the job was queued: submit it again")
-    record = stored_result(job)
-    if record is None:
-        loaded = load_run(run_dir, step=leased.step, device=config.device)
-        record = run_job(job, loaded, config, progress=False)
-    return record
-
-
-def run_worker(database: Path, root: Path, lease_seconds: float = LEASE_SECONDS) -> None:
-    """Work until the process is ended."""
-    queue, runs = Queue(database), Runs(root)
-    owner = f"{socket.gethostname()}/{os.getpid()}"
-    while True:
-        if not work_once(queue, runs, owner, lease_seconds=lease_seconds):
-            time.sleep(POLL_SECONDS)
-
-
-class WorkerPool:
-    """Worker processes of one service; a dead one is replaced, its job comes back when its lease runs out."""
+    Args:
+        jobs: where they come from.
+        runs: the run folders.
+        owner: name of this worker in the queue; no other has it.
+        lease_seconds: after which the job of a dead worker goes to another one.
+        job_seconds: a job that takes longer is given back with that reason.
+        lost: called from another thread when the job was taken away while it runs; it may end the process.
+            Unless it does, the job runs on and its result is stored only if there is none.
+    """
 
     def __init__(
-        self, database: Path, root: Path, *, count: int, lease_seconds: float = LEASE_SECONDS
+        self,
+        jobs: JobSource,
+        runs: Runs,
+        owner: str,
+        *,
+        lease_seconds: float = LEASE_SECONDS,
+        job_seconds: float = JOB_SECONDS,
+        lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self._arguments = (database, root, lease_seconds)
-        self._processes: list[BaseProcess | None] = [None] * count
+        self._jobs, self._runs, self._owner = jobs, runs, owner
+        self._lease, self._limit, self._lost = lease_seconds, job_seconds, lost
+        self._loaded: tuple[object, LoadedRun] | None = None
 
-    def keep_alive(self) -> None:
-        """Start what is not running."""
-        context = multiprocessing.get_context("spawn")
-        for place, process in enumerate(self._processes):
-            if process is None or not process.is_alive():
-                process = context.Process(target=run_worker, args=self._arguments, daemon=True)
-                process.start()
-                self._processes[place] = process
+    def once(self) -> bool:
+        """Do one job; False when there was none. One that cannot be done is given back with its reason."""
+        leased = self._jobs.lease(self._owner, seconds=self._lease)
+        if leased is None:
+            return False
+        beat = _Heartbeat(
+            self._jobs, leased.key, self._owner, lease=self._lease, limit=self._limit, lost=self._lost
+        )
+        try:
+            with beat:
+                record = self.score(leased)
+            self._jobs.finish(leased.key, record)
+        except Exception as error:
+            # Whatever one checkpoint does to a task, the next job still gets its worker.
+            _log.exception("%s of run %s, step %d failed", leased.task, leased.run, leased.step)
+            # Clients read the reason, and other errors' texts may name folders of this machine.
+            hidden = f"{type(error).__name__} while scoring run {leased.run}: the log of the service says why"
+            reason = str(error) if isinstance(error, PublicError) else hidden
+            self._jobs.fail(leased.key, self._owner, reason)
+        return True
 
-    def pids(self) -> list[int]:
-        """Process ids of the workers that run."""
-        return [p.pid for p in self._processes if p is not None and p.is_alive() and p.pid is not None]
+    def forever(self) -> None:
+        """Work until the process is ended."""
+        while True:
+            if not self.once():
+                time.sleep(POLL_SECONDS)
 
-    def stop(self) -> None:
-        """End all workers."""
-        for process in self._processes:
-            if process is not None:
-                process.terminate()
-                process.join()
+    def score(self, leased: QueuedJob) -> dict[str, Any]:
+        """The record of a job: the stored one, or a new one. Raises what the task raises, and PublicError."""
+        run_dir, config = self._runs.folder(leased.run), self._runs.config(leased.run)
+        steps = self._runs.steps(leased.run)
+        if leased.step not in steps:
+            raise PublicError(f"the checkpoint of step {leased.step} is gone")
+        job = job_of(run_dir, steps[leased.step], get_task(leased.task), config)
+        if job.key != leased.key:
+            raise PublicError(
+                "the run, its recipe or its data changed since the job was queued: submit it again"
+            )
+        record = stored_result(job)
+        if record is None:
+            return run_job(job, self._load(job, config), config, progress=False)
+        log_scalars(job, record)
+        return record
+
+    def _load(self, job: Job, config: EvalConfig) -> LoadedRun:
+        """The model of a job's checkpoint, loaded anew unless it is the last one."""
+        wanted = (job.checkpoint, checkpoint_digest(job.checkpoint), digest(read_recipe(job.run_dir)))
+        if self._loaded is None or self._loaded[0] != wanted:
+            self._loaded = None  # two models need not fit
+            self._loaded = (wanted, load_run(job.run_dir, step=job.step, device=config.device))
+        return self._loaded[1]
+
+
+def work_once(queue: Queue, runs: Runs, owner: str, *, lease_seconds: float = LEASE_SECONDS) -> bool:
+    """Do one job of a queue on this machine, as `Worker.once`."""
+    return Worker(LocalJobs(queue, runs), runs, owner, lease_seconds=lease_seconds).once()
+
+
+def end_process() -> None:
+    """End this process in the midst of its work: every file is written as a whole or not at all."""
+    os._exit(LOST)

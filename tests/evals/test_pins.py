@@ -13,12 +13,11 @@ import pytest
 
 from checkpoints.pins import EXPIRY, list_pins, pin, pinned_steps, unpin
 from checkpoints.retention import Retention, retain
-from evals import worker
 from evals.pins import PREFIX, sync_pins
 from evals.queue import MAX_ATTEMPTS, Queue
 from evals.service import create_app
 from evals.watch import PublicError, Runs, Watcher, submit
-from evals.worker import work_once
+from evals.worker import Worker, work_once
 from tests.evals.conftest import write_checkpoint
 
 
@@ -48,11 +47,11 @@ def test_a_checkpoint_is_pinned_while_its_job_runs(queue, runs, root, monkeypatc
     submit(queue, runs, "tiny", "sample")
     seen = []
 
-    def score(leased, runs):
+    def score(self, leased):
         seen.append((queue.job(leased.key).state, pinned_steps(root)))
         return {"result": {}}
 
-    monkeypatch.setattr(worker, "_score", score)
+    monkeypatch.setattr(Worker, "score", score)
     work_once(queue, runs, "w")
     assert seen == [("running", {7})]
     assert pinned_steps(root) == set()
@@ -61,10 +60,10 @@ def test_a_checkpoint_is_pinned_while_its_job_runs(queue, runs, root, monkeypatc
 def test_a_job_that_will_be_tried_again_keeps_its_pin_and_one_that_failed_does_not(
     queue, runs, root, clock, monkeypatch
 ):
-    def score(leased, runs):
+    def score(self, leased):
         raise PublicError("no")
 
-    monkeypatch.setattr(worker, "_score", score)
+    monkeypatch.setattr(Worker, "score", score)
     key, _ = submit(queue, runs, "tiny", "sample")
     for attempt in range(1, MAX_ATTEMPTS + 1):
         assert work_once(queue, runs, "w")
@@ -105,7 +104,7 @@ def test_a_checkpoint_that_goes_before_it_is_pinned_is_said_and_queues_nothing(
     monkeypatch.setattr("evals.watch.pin_job", gone)
     with pytest.raises(PublicError, match="the checkpoint of step 7 is gone: submit another step"):
         submit(queue, runs, "tiny", "sample")
-    assert queue.jobs() == []
+    assert queue.jobs() == ([], 0)
 
 
 def test_jobs_whose_workers_all_died_let_go_at_the_next_look(queue, runs, root, clock):

@@ -1,4 +1,4 @@
-"""Queue, worker, watcher and HTTP: each key gets exactly one result, and clients can name nothing but ids."""
+"""Worker, watcher and HTTP: what is scored is what the recipes ask for, and clients name nothing but ids."""
 
 from __future__ import annotations
 
@@ -6,105 +6,21 @@ import json
 import multiprocessing
 import os
 import signal
-import threading
 import time
 
 import pytest
 
-from evals.queue import MAX_ATTEMPTS, Queue
-from evals.service import Background, create_app, leaderboard, serve
-from evals.watch import Runs, Watcher, submit
-from evals.worker import WorkerPool, work_once
+from evals.evaluate import job_of, log_scalars
+from evals.queue import Queue
+from evals.results import Results
+from evals.service import create_app, serve
+from evals.service.page import read_files
+from evals.tasks.registry import get_task
+from evals.watch import RETRY, Runs, Watcher, submit
+from evals.worker import LocalJobs, Worker, work_once
 from tests.evals.conftest import write_checkpoint
 from tests.evals.holder import hold_one_job
-
-
-def _submit(queue, key, **options):
-    return queue.submit(key, run="r", step=1, task="sample", **options)
-
-
-def test_a_key_is_queued_once_and_gets_one_result(queue):
-    assert _submit(queue, "a")
-    assert not _submit(queue, "a")
-    assert queue.lease("w", seconds=10).key == "a"
-    assert queue.lease("v", seconds=10) is None
-    assert queue.finish("a", {"n": 1})
-    assert not queue.finish("a", {"n": 2})
-    assert [result["record"] for result in queue.results()] == [{"n": 1}]
-    assert not _submit(queue, "a")
-    assert queue.counts() == {"done": 1}
-
-
-def test_higher_priority_first_then_the_older(queue, clock):
-    for key, priority in (("a", 0), ("b", 1), ("c", 0)):
-        clock.now += 1
-        _submit(queue, key, priority=priority)
-    assert [queue.lease("w", seconds=10).key for _ in range(3)] == ["b", "a", "c"]
-
-
-def test_the_job_of_a_dead_worker_comes_back(queue, clock):
-    _submit(queue, "a")
-    queue.lease("dead", seconds=10)
-    clock.now += 9
-    assert queue.renew("a", "dead", seconds=10)
-    clock.now += 9
-    assert queue.lease("w", seconds=10) is None
-    clock.now += 2
-    assert queue.lease("w", seconds=10).attempts == 2
-    assert not queue.renew("a", "dead", seconds=10)
-    queue.fail("a", "dead", "too late to matter")
-    assert queue.job("a").state == "running"
-
-
-def test_a_failing_job_waits_longer_each_time_and_ends(queue, clock):
-    _submit(queue, "a")
-    for attempt in range(1, MAX_ATTEMPTS + 1):
-        assert queue.lease("w", seconds=10).attempts == attempt
-        queue.fail("a", "w", "ValueError: no")
-        assert queue.lease("w", seconds=10) is None
-        clock.now += 100
-    assert queue.job("a").state == "failed"
-    assert queue.job("a").error == "ValueError: no"
-    assert _submit(queue, "a")  # a person asks again
-    assert queue.job("a").state == "queued"
-
-
-def test_a_job_whose_workers_all_died_fails_with_the_reason(queue, clock):
-    _submit(queue, "a")
-    for _ in range(MAX_ATTEMPTS):
-        queue.lease("w", seconds=10)
-        clock.now += 11
-    assert queue.lease("w", seconds=10) is None
-    assert queue.job("a").error == "its worker died in every attempt"
-
-
-def test_a_cancelled_job_keeps_no_result(queue):
-    _submit(queue, "a")
-    queue.lease("w", seconds=10)
-    assert queue.cancel("a")
-    assert not queue.renew("a", "w", seconds=10)
-    assert not queue.finish("a", {})
-    assert not queue.cancel("a")
-    assert queue.results() == []
-
-
-def test_threads_share_the_queue(tmp_path):
-    queue, count = Queue(tmp_path / "queue.sqlite"), 60
-    for i in range(count):
-        _submit(queue, str(i))
-
-    def work(owner):
-        while job := queue.lease(owner, seconds=60):
-            queue.finish(job.key, {"owner": owner})
-
-    threads = [threading.Thread(target=work, args=(f"w{i}",)) for i in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert queue.counts() == {"done": count}
-    assert len(queue.results()) == count
-    assert all(job.attempts == 1 for job in queue.jobs())
+from tests.evals.test_queue import sample
 
 
 @pytest.fixture
@@ -112,28 +28,97 @@ def runs(run_dir):
     return Runs(run_dir.parent)
 
 
-def test_the_watcher_queues_each_committed_checkpoint_once(queue, runs, run_dir):
+def change_recipe(run_dir, **evals):
+    path = run_dir / "recipe.json"
+    recipe = json.loads(path.read_text())
+    recipe["evals"] |= evals
+    path.write_text(json.dumps(recipe))
+
+
+def test_the_watcher_queues_each_committed_checkpoint_once(queue, runs, run_dir, monkeypatch):
+    hashed = []
+    monkeypatch.setattr("evals.watch.job_of", lambda *given: hashed.append(given) or job_of(*given))
     watcher = Watcher(queue, runs)
     assert watcher.look() == 2  # the recipe's tasks
     assert watcher.look() == 0
+    assert len(hashed) == 2, "what was seen is hashed again"
     write_checkpoint(run_dir, step=9, seed=1)
     (run_dir / "checkpoints" / "step-00000011.tmp").mkdir()
+    (run_dir / "checkpoints" / "step-00000013").mkdir()  # being removed: its manifest went first
     assert watcher.look() == 2
-    assert {(job.step, job.task) for job in queue.jobs()} == {
+    assert {(job.step, job.task) for job in queue.jobs()[0]} == {
         (s, t) for s in (7, 9) for t in ("perplexity", "sample")
     }
     assert Watcher(queue, runs).look() == 0  # after a restart
+    change_recipe(run_dir, tasks=["perplexity", "sample", "decode"])
+    assert watcher.look() == 2
 
 
-def test_one_broken_run_does_not_stop_the_others(queue, runs, run_dir, caplog):
-    broken = run_dir.parent / "broken"
-    broken.mkdir()
-    (broken / "recipe.json").write_text("{}")
-    assert Watcher(queue, runs).look() == 2
-    (broken / "checkpoints").mkdir()
-    (broken / "checkpoints" / "step-00000001").mkdir()
+def test_what_a_person_cancelled_is_not_queued_again_by_a_restart(queue, runs):
     Watcher(queue, runs).look()
-    assert "run broken is passed over" in caplog.text
+    keys = [job.key for job in queue.active()]
+    queue.cancel(keys[0])
+    assert Watcher(queue, runs).look() == 0
+    assert queue.job(keys[0]).state == "cancelled"
+    task = queue.job(keys[0]).task
+    assert submit(queue, runs, "tiny", task) == (keys[0], True)
+
+
+def test_one_broken_run_stops_no_other_and_is_logged_once_per_change(queue, runs, run_dir, caplog, clock):
+    broken = run_dir.parent / "broken"
+    (broken / "checkpoints" / "step-00000001").mkdir(parents=True)
+    (broken / "checkpoints" / "step-00000001" / "manifest.json").write_text("{}")
+    (broken / "recipe.json").write_text("{}")
+    watcher = Watcher(queue, runs, clock=clock)
+    assert watcher.look() == 2
+    for _ in range(3):
+        watcher.look()
+        clock.now += RETRY
+    assert [r.getMessage().count("run broken is passed over") for r in caplog.records] == [1]
+    (broken / "recipe.json").write_text("no JSON")
+    watcher.look()
+    watcher.look()
+    assert caplog.text.count("run broken is passed over") == 2
+
+
+def test_a_broken_run_is_looked_at_again_when_it_changes_or_after_a_while(
+    queue, runs, run_dir, dataset_dir, clock
+):
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    moved = run_dir.parent.parent / "moved"
+    recipe["data"]["directory"] = str(moved)
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    watcher = Watcher(queue, runs, clock=clock)
+    assert watcher.look() == 0
+    moved.symlink_to(dataset_dir)
+    assert watcher.look() == 0
+    clock.now += RETRY
+    assert watcher.look() == 2
+    write_checkpoint(run_dir, step=9, seed=1)
+    moved.unlink()
+    assert watcher.look() == 0
+    moved.symlink_to(dataset_dir)
+    write_checkpoint(run_dir, step=11, seed=1)
+    assert watcher.look() == 4
+
+
+def test_ids_are_unique_over_the_folders(runs, run_dir, tmp_path, queue, caplog):
+    other = tmp_path / "other"
+    (other / "second").mkdir(parents=True)
+    (other / "second" / "recipe.json").write_text("{}")
+    both = Runs(run_dir.parent, other)
+    assert both.ids() == ["second", "tiny"]
+    assert both.folder("tiny") == run_dir
+    assert both.folder("second") == other / "second"
+    (other / "tiny").mkdir()
+    (other / "tiny" / "recipe.json").write_text("{}")
+    with pytest.raises(ValueError, match="has the id of a run in another folder"):
+        Runs(run_dir.parent, other)
+    watcher = Watcher(queue, both)
+    assert watcher.look() == 2
+    watcher.look()
+    assert both.folder("tiny") == run_dir
+    assert caplog.text.count("is passed over: another folder has a run of that id") == 1
 
 
 def test_a_worker_scores_a_job_and_a_stored_result_is_taken_over(queue, runs, run_dir, tmp_path):
@@ -142,11 +127,73 @@ def test_a_worker_scores_a_job_and_a_stored_result_is_taken_over(queue, runs, ru
     assert work_once(queue, runs, "w")
     assert queue.job(key).state == "done"
     record = json.loads((run_dir / "evals" / "sample-step-7.json").read_text())
-    assert queue.results()[0]["record"] == record
+    assert Results(queue.database).record(key) == record
     assert not work_once(queue, runs, "w")
     other = Queue(tmp_path / "other.sqlite")
     assert submit(other, runs, "tiny", "sample") == (key, True)
     assert other.counts() == {"done": 1}
+
+
+def test_a_crash_between_the_record_and_its_points_leaves_each_point_once(queue, runs, run_dir, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def points():
+        if not (run_dir / "tensorboard").is_dir():
+            return {}
+        events = EventAccumulator(str(run_dir / "tensorboard"))
+        events.Reload()
+        return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+    def crash(*_):
+        raise OSError("the process died here")
+
+    key, _ = submit(queue, runs, "tiny", "perplexity")
+    monkeypatch.setattr("evals.evaluate.log_scalars", crash)
+    work_once(queue, runs, "w")
+    assert queue.job(key).state == "queued"
+    assert points() == {}
+    monkeypatch.undo()
+    queue.cancel(key)
+    assert submit(queue, runs, "tiny", "perplexity") == (key, True)
+    expected = {"eval/bits_per_byte": [7], "eval/loss": [7], "eval/bigram_bits_per_byte": [7]}
+    assert points() == expected
+    # The other way round: the points were written, and the attempt is made again from the start.
+    (run_dir / "evals" / "perplexity-step-7.json").unlink()
+    second = Queue(run_dir / "second.sqlite")
+    submit(second, runs, "tiny", "perplexity")
+    assert work_once(second, runs, "w")
+    assert points() == expected
+
+
+def test_points_that_are_there_are_not_written_again(run_dir, runs, queue):
+    submit(queue, runs, "tiny", "perplexity")
+    work_once(queue, runs, "w")
+    (events,) = (run_dir / "tensorboard").iterdir()
+    before = events.stat()
+    job = job_of(run_dir, runs.steps("tiny")[7], get_task("perplexity"), runs.config("tiny"))
+    log_scalars(job, {"scalars": {"x": 1.0}})
+    assert events.stat().st_ino == before.st_ino
+
+
+def test_a_worker_keeps_the_model_of_a_checkpoint_for_its_next_job(queue, runs, run_dir, monkeypatch):
+    from evals.runs import load_run
+
+    loaded = []
+
+    def load(*given, **options):
+        loaded.append(options["step"])
+        return load_run(*given, **options)
+
+    monkeypatch.setattr("evals.worker.load_run", load)
+    write_checkpoint(run_dir, step=9, seed=1)
+    for step in (7, 9):
+        for task in ("sample", "perplexity"):
+            submit(queue, runs, "tiny", task, step=step, priority=-step)
+    worker = Worker(LocalJobs(queue, runs), runs, "w")
+    while worker.once():
+        pass
+    assert queue.counts() == {"done": 4}
+    assert loaded == [7, 9]
 
 
 def test_a_job_that_cannot_be_done_is_given_back_with_its_reason(queue, runs, run_dir, caplog):
@@ -161,9 +208,7 @@ def test_a_job_that_cannot_be_done_is_given_back_with_its_reason(queue, runs, ru
 
 def test_a_reason_without_paths_is_told(queue, runs, run_dir):
     key, _ = submit(queue, runs, "tiny", "sample")
-    recipe = json.loads((run_dir / "recipe.json").read_text())
-    recipe["evals"]["sample_tokens"] = 9
-    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    change_recipe(run_dir, sample_tokens=9)
     assert work_once(queue, runs, "w")
     assert "changed since the job was queued: submit it again" in queue.job(key).error
 
@@ -199,33 +244,133 @@ def test_a_job_outlives_its_killed_worker(runs, run_dir, tmp_path):
     while queue.counts() != {"done": 1} and time.monotonic() < deadline:
         work_once(queue, runs, "survivor")
         time.sleep(0.05)
-    assert len(queue.results()) == 1
-    assert queue.jobs()[0].attempts == 2
+    assert Results(queue.database).page()[1] == 1
+    assert queue.jobs()[0][0].attempts == 2
 
 
 @pytest.fixture
 def client(queue, runs):
-    return _client(create_app(queue, runs))
+    return make_client(create_app(queue, runs))
 
 
-def _client(app):
+def make_client(app):
     from fastapi.testclient import TestClient
 
-    return TestClient(app, base_url="http://127.0.0.1:8321")
+    return TestClient(app, base_url="http://127.0.0.1:8321", raise_server_exceptions=False)
 
 
 def test_http_lists_submits_and_cancels(client, queue):
-    assert client.get("/health").json() == {"status": "ok", "jobs": {}}
-    assert client.get("/runs").json()["runs"] == {"tiny": [7]}
+    assert client.get("/health").json() == {"status": "ok", "jobs": {}, "counters": {}}
+    answer = client.get("/runs").json()
+    assert answer["runs"] == {"tiny": {"steps": [7], "tokens": {}}}
+    assert "perplexity" in answer["tasks"]
     answer = client.post("/jobs", json={"run": "tiny", "task": "sample"})
     assert answer.status_code == 202
     assert answer.json()["new"]
-    assert not client.post("/jobs", json={"run": "tiny", "task": "sample", "step": 7}).json()["new"]
-    assert [job["state"] for job in client.get("/jobs").json()] == ["queued"]
+    again = {"run": "tiny", "task": "sample", "step": 7, "priority": 9}
+    assert not client.post("/jobs", json=again).json()["new"]
+    found = client.get("/jobs", params={"state": "queued", "task": "sample", "run": "tiny"}).json()
+    assert [(job["priority"], job["step"]) for job in found["jobs"]] == [(9, 7)]
+    assert client.get("/jobs", params={"state": "done"}).json() == {"jobs": [], "total": 0}
     key = answer.json()["key"]
+    assert client.get(f"/jobs/{key}").json() == found["jobs"][0]
     assert client.delete(f"/jobs/{key}").json() == {"key": key, "state": "cancelled"}
-    assert client.delete(f"/jobs/{key}").status_code == 404
-    assert client.get("/results").json() == []
+    assert client.delete(f"/jobs/{key}").status_code == 409
+    assert client.delete("/jobs/nothing").status_code == client.get("/jobs/nothing").status_code == 404
+    assert client.get("/results").json() == {"results": [], "total": 0}
+    assert client.get("/health").json()["counters"] == {"submitted": 1, "repeated": 1, "cancelled": 1}
+
+
+def test_tokens_come_from_the_checkpoint(queue, runs, run_dir, client):
+    from checkpoints.logical import LogicalTensor
+    from checkpoints.state import load_run_state, save_checkpoint
+
+    state = load_run_state(runs.steps("tiny")[7]) | {"tokens": 12345}
+    import torch
+
+    tensors = [LogicalTensor.whole("model/x", torch.zeros(1))]
+    save_checkpoint(run_dir / "checkpoints", step=8, tensors=tensors, run_state=state)
+    assert client.get("/runs").json()["runs"]["tiny"] == {"steps": [7, 8], "tokens": {"8": 12345}}
+    key, _ = submit(queue, runs, "tiny", "sample")
+    assert queue.job(key).tokens == 12345
+
+
+@pytest.fixture
+def scored(queue):
+    """Two results of one task with samples, one of another task."""
+    for key, task, scores in (("a", "sample", (1, 0, 0)), ("b", "sample", (1, 1, 0)), ("c", "decode", ())):
+        queue.submit(key, run="r", step=5, task=task, tokens=50)
+        samples = [sample(i, score=float(s), length=512, depth=0.5) for i, s in enumerate(scores)]
+        groups = {"g": {"score": 50.0, "low": 1.0, "high": 99.0, "samples": 3}}
+        record = {
+            "seconds": 1.0,
+            "result": {"groups": groups, "samples": samples},
+            "scalars": {"g/acc": 50.0},
+        }
+        queue.finish(key, record)
+
+
+def test_http_shows_what_is_stored(client, scored):
+    found = client.get("/results", params={"task": "sample", "limit": 1}).json()
+    assert found["total"] == 2
+    row = found["results"][0]
+    assert {name: row[name] for name in ("run", "step", "tokens", "task", "scalars", "seconds")} == {
+        "run": "r",
+        "step": 5,
+        "tokens": 50,
+        "task": "sample",
+        "scalars": {"g/acc": 50.0},
+        "seconds": 1.0,
+    }
+    assert row["groups"]["g"]["samples"] == 3
+    assert client.get("/results/a").json()["result"].keys() == {"groups"}
+    samples = client.get("/results/a/samples", params={"wrong": True, "limit": 1}).json()
+    assert (samples["samples"][0]["id"], samples["total"], samples["groups"]) == ("q1", 2, ["g"])
+    compared = client.get("/compare", params={"first": "a", "second": "b"}).json()
+    assert compared["task"] == "sample"
+    assert compared["groups"]["g"]["difference"] == pytest.approx(100 / 3)
+    assert 0.5 < compared["groups"]["g"]["p_better"] <= 1
+    other = {"first": "a", "second": "b", "group": "other"}
+    assert client.get("/compare", params=other).json()["groups"] == {}
+    series = client.get("/scalars", params={"run": "r", "name": "g/acc"}).json()["series"]
+    assert series == [{"run": "r", "name": "g/acc", "points": [[5, 50, 50.0]]}]
+    heat = client.get("/heatmap/b").json()
+    assert heat["lengths"] == [512]
+    assert heat["cells"][0][5] == {"score": pytest.approx(200 / 3), "samples": 3}
+
+
+@pytest.mark.parametrize(
+    "path,status",
+    [
+        ("/results/nothing", 404),
+        ("/results/nothing/samples", 404),
+        ("/heatmap/nothing", 404),
+        ("/compare?first=a&second=nothing", 404),
+        ("/compare?first=a&second=c", 409),
+        ("/compare?first=a", 422),
+        ("/results?limit=0", 422),
+        ("/results?limit=1001", 422),
+        ("/results/a/samples?limit=201", 422),
+        ("/jobs?offset=-1", 422),
+        ("/jobs?state=lost", 422),
+        ("/jobs?task=rm", 422),
+        ("/internal/lease", 404),
+        ("/docs", 404),
+    ],
+)
+def test_refusals_are_json_with_a_reason(client, scored, path, status):
+    answer = client.get(path)
+    assert answer.status_code == status
+    assert answer.json()["detail"]
+
+
+def test_metrics_are_prometheus_text(client, scored):
+    client.get("/results/nothing")
+    text = client.get("/metrics").text
+    assert 'trellis_eval_jobs{state="done"} 3\n' in text
+    assert 'trellis_eval_events_total{event="results_stored"} 3\n' in text
+    assert 'trellis_eval_requests_total{status="404"} 1\n' in text
+    assert "# TYPE trellis_eval_workers gauge\ntrellis_eval_workers 0\n" in text
 
 
 @pytest.mark.parametrize(
@@ -234,17 +379,32 @@ def test_http_lists_submits_and_cancels(client, queue):
         ({"run": "../tiny", "task": "sample"}, 404),
         ({"run": "/etc", "task": "sample"}, 404),
         ({"run": "..", "task": "sample"}, 404),
+        ({"run": "tiny/../tiny", "task": "sample"}, 404),
+        ({"run": "tiny\0", "task": "sample"}, 404),
         ({"run": "nowhere", "task": "sample"}, 404),
         ({"run": "tiny", "task": "sample", "step": 8}, 404),
         ({"run": "tiny", "task": "rm"}, 422),
         ({"run": "tiny", "task": "sample", "path": "/etc"}, 422),
+        ({"run": "tiny", "task": "harness", "harness_folder": "/etc"}, 422),
         ({"run": "tiny", "task": "sample", "step": -1}, 422),
+        ({"run": "tiny", "task": "sample", "step": float("nan")}, 422),
+        ({"run": "tiny", "task": "sample", "priority": 101}, 422),
+        ({"run": "\ud800", "task": "\ud800"}, 422),
         ({"run": "x" * 500, "task": "sample"}, 422),
     ],
 )
 def test_what_is_not_on_the_lists_is_refused(client, queue, body, status):
-    assert client.post("/jobs", json=body).status_code == status
-    assert queue.jobs() == []
+    answer = client.post("/jobs", content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert answer.status_code == status
+    assert queue.jobs() == ([], 0)
+
+
+def test_a_full_queue_says_when_to_come_again(client, queue, monkeypatch):
+    monkeypatch.setattr("evals.watch.MAX_QUEUE", 1)
+    assert client.post("/jobs", json={"run": "tiny", "task": "sample"}).status_code == 202
+    answer = client.post("/jobs", json={"run": "tiny", "task": "perplexity"})
+    assert (answer.status_code, answer.headers["retry-after"]) == (429, "60")
+    assert queue.counts() == {"queued": 1}
 
 
 def test_a_link_out_of_the_root_is_no_run(runs, run_dir, tmp_path):
@@ -259,25 +419,103 @@ def test_a_link_out_of_the_root_is_no_run(runs, run_dir, tmp_path):
 
 def test_other_hosts_origins_and_large_bodies_are_refused(client):
     assert client.get("/health", headers={"Host": "evil.example"}).status_code == 421
+    assert client.get("/health", headers={"Host": "[::1]:8321"}).status_code == 200
     body = {"run": "tiny", "task": "sample"}
-    assert client.post("/jobs", json=body, headers={"Origin": "http://evil.example"}).status_code == 403
-    for other in ("http://127.0.0.1:9999", "http://127.0.0.1", "null"):
+    for other in ("http://evil.example", "http://127.0.0.1:9999", "http://127.0.0.1", "null", ""):
         assert client.post("/jobs", json=body, headers={"Origin": other}).status_code == 403
     assert client.post("/jobs", json=body, headers={"Origin": "http://127.0.0.1:8321"}).status_code == 202
     assert client.post("/jobs", content=b"x" * 20_000).status_code == 413
+    assert client.post("/jobs", content=iter([b"x" * 9000] * 2)).status_code == 413
+    assert client.post("/jobs", content=iter([b"x"])).status_code == 422
+    assert client.get("/health", headers={f"x-{i}": "y" for i in range(70)}).status_code == 431
+    doubled = [("Host", "127.0.0.1:8321"), ("Authorization", "a"), ("Authorization", "b")]
+    assert client.get("/health", headers=doubled).status_code == 400
+
+
+def test_a_slow_answer_and_too_many_at_a_time_are_broken_off(queue, runs, monkeypatch):
+    import threading
+
+    going = threading.Event()
+    app = create_app(queue, runs)
+    monkeypatch.setattr("evals.guard.REQUEST_SECONDS", 0.2)
+    monkeypatch.setattr("evals.guard.MAX_ACTIVE", 1)
+
+    def slow():
+        going.set()
+        time.sleep(0.6)
+        return {}
+
+    app.add_api_route("/slow", slow)
+    with make_client(app) as client:
+        answers = []
+        thread = threading.Thread(target=lambda: answers.append(client.get("/slow")))
+        thread.start()
+        assert going.wait(10)
+        busy = client.get("/health")
+        thread.join()
+        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+        assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "5")
+        assert client.get("/health").status_code == 200
+
+
+def test_a_failure_of_ours_tells_nothing_but_the_log(queue, runs, monkeypatch, caplog):
+    def broken():
+        raise ValueError("/secret/place")
+
+    app = create_app(queue, runs)
+    app.add_api_route("/broken", broken)
+    answer = make_client(app).get("/broken")
+    assert answer.status_code == 500
+    assert answer.json() == {"detail": "the service failed: its log says why"}
+    assert "/secret/place" in caplog.text
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
 
 
 def test_every_answer_has_the_content_policy(client):
-    for path in ("/", "/health", "/nowhere", "/openapi.json"):
-        assert "default-src 'none'" in client.get(path).headers["content-security-policy"]
+    for path in ("/", "/health", "/nowhere", "/openapi.json", "/assets/nothing.js"):
+        policy = client.get(path).headers["content-security-policy"]
+        assert "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:" in policy
+        assert "unsafe" not in policy
     refused = client.get("/", headers={"Host": "evil.example"})
     assert "default-src 'none'" in refused.headers["content-security-policy"]
 
 
+def test_the_page_is_what_lay_in_its_folder_at_the_start(queue, runs, tmp_path):
+    web = tmp_path / "web"
+    (web / "sub.js").mkdir(parents=True)
+    (tmp_path / "secret.js").write_text("secret")
+    (web / "link.js").symlink_to(tmp_path / "secret.js")
+    for name in ("index.html", "app.js", "style.css", "notes.py"):
+        (web / name).write_text(name)
+    client = make_client(create_app(queue, runs, token="t0k", web=web))
+    (web / "late.js").write_text("late")
+    (web / "app.js").write_text("changed")
+    assert client.get("/").text == "index.html"
+    answer = client.get("/assets/app.js")
+    assert (answer.text, answer.headers["content-type"]) == ("app.js", "text/javascript; charset=utf-8")
+    for name in (
+        "notes.py",
+        "late.js",
+        "link.js",
+        "sub.js",
+        "nothing.js",
+        "../secret.js",
+        "%2e%2e/secret.js",
+    ):
+        assert client.get(f"/assets/{name}").status_code in (401, 404)
+    for name in ("..%2fsecret.js", "%2fetc%2fpasswd", "app.js%00", ".."):
+        assert "secret" not in client.get(f"/assets/{name}").text
+    assert "index.html" in read_files(web)
+
+
 def test_a_token_is_asked_for_when_there_is_one(queue, runs):
-    client = _client(create_app(queue, runs, token="secret"))
-    assert client.get("/health").status_code == 401
+    client = make_client(create_app(queue, runs, token="secret"))
+    for path in ("/health", "/runs", "/results", "/metrics", "/openapi.json", "/jobs", "/nowhere"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert client.get("/health", headers={"Authorization": "Bearer other"}).status_code == 401
+    assert client.get("/health", headers={"Authorization": b"Bearer s\xe9cret"}).status_code == 401
+    assert client.post("/", headers={}).status_code == 401
     allowed = {"Authorization": "Bearer secret"}
     assert client.get("/health", headers=allowed).status_code == 200
     # The token is what lets in: on 0.0.0.0 the service cannot know the names it is reached by.
@@ -288,38 +526,23 @@ def test_a_token_is_asked_for_when_there_is_one(queue, runs):
     assert client.post("/jobs", json=body, headers=allowed | there | origin).status_code == 403
 
 
+def test_the_workers_secret_opens_their_door_and_no_other(queue, runs):
+    client = make_client(create_app(queue, runs, token="token", secret="hush"))
+    lease = {"owner": "w", "seconds": 5}
+    worker, person = {"Authorization": "Bearer hush"}, {"Authorization": "Bearer token"}
+    assert client.post("/internal/lease", json=lease, headers=worker).json() == {"job": None}
+    for headers in (person, {}):
+        assert client.post("/internal/lease", json=lease, headers=headers).status_code == 401
+    assert client.get("/health", headers=worker).status_code == 401
+    assert client.post("/internal/lease", json=lease | {"seconds": 1e9}, headers=worker).status_code == 422
+    large = {"key": "k", "record": {"text": "x" * 100_000}}
+    assert client.post("/internal/finish", json=large, headers=worker).json() == {"stored": False}
+    assert client.post("/internal/finish", json=large, headers=person).status_code == 401
+    assert "/internal/lease" not in client.get("/openapi.json", headers=person).json()["paths"]
+
+
 def test_another_address_needs_a_token(run_dir):
     with pytest.raises(ValueError, match=r"host = 0\.0\.0\.0: .* needs a token"):
         serve(run_dir.parent, host="0.0.0.0")
-
-
-def test_the_page_is_escaped_and_sorted_by_score(queue):
-    for key, run, score in (("a", "worse", 10.5), ("b", "better", 9.5)):
-        queue.submit(key, run=run, step=1, task="perplexity")
-        result = {"model": {"bits_per_byte": score}, "bigram": {"bits_per_byte": 2.0}}
-        queue.finish(key, {"result": result})
-    queue.submit("c", run="unscored", step=1, task="sample")
-    queue.lease("w", seconds=10)
-    queue.finish("c", {"result": {}})
-    queue.submit("d", run="x", step=1, task="sample")
-    queue.lease("w", seconds=10)
-    queue.fail("d", "w", "<script>alert(1)</script>")
-    page = leaderboard(queue)
-    assert "<script" not in page
-    assert "&lt;script&gt;" in page
-    assert page.index("better") < page.index("worse") < page.index("unscored")
-
-
-def test_the_service_scores_what_it_finds(runs, run_dir, tmp_path):
-    database = tmp_path / "queue.sqlite"
-    queue = Queue(database)
-    pool = WorkerPool(database, run_dir.parent, count=1)
-    background = Background(Watcher(queue, runs), pool, seconds=0.2)
-    with _client(create_app(queue, runs, background=background)) as client:
-        deadline = time.monotonic() + 90
-        while client.get("/health").json()["jobs"] != {"done": 2} and time.monotonic() < deadline:
-            time.sleep(0.2)
-        results = client.get("/results").json()
-        assert {result["task"] for result in results} == {"perplexity", "sample"}
-        assert "tiny" in client.get("/").text
-    assert pool.pids() == []
+    with pytest.raises(ValueError, match="workers = 0"):
+        serve(run_dir.parent, workers=0)

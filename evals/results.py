@@ -1,0 +1,166 @@
+"""Reading what is stored: tables of results, samples in pages, curves, heat maps, scores in pairs."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evals.database import Database
+
+__all__ = ["DEPTH_BINS", "MAX_POINTS", "Results"]
+
+DEPTH_BINS = 10
+# Points of all curves of one answer together.
+MAX_POINTS = 50_000
+_ROW = (
+    "jobs.key, jobs.run, jobs.step, jobs.tokens, jobs.task, results.created, "
+    "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups')"
+)
+_NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups")
+# What a person searches: the texts of a sample, not the names of its fields.
+_TEXT = " || ' ' || ".join(
+    f"COALESCE(json_extract(body, '$.{name}'), '')" for name in ("prompt", "answer", "output")
+)
+
+
+class Results:
+    """Views of one database.
+
+    Every method answers with plain values that `json.dumps` takes.
+    """
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def page(
+        self, *, run: str | None = None, task: str | None = None, limit: int = 1000, offset: int = 0
+    ) -> tuple[list[dict[str, Any]], int]:
+        """Results, newest first, without their records; and how many there are in all."""
+        where, given = _filters({"jobs.run": run, "jobs.task": task})
+        tables = f"FROM results JOIN jobs USING (key) WHERE {where}"
+        with self._database.reading() as database:
+            order = f"ORDER BY results.created DESC, results.key LIMIT {limit:d} OFFSET {offset:d}"
+            rows = database.execute(f"SELECT {_ROW} {tables} {order}", given).fetchall()
+            (total,) = database.execute(f"SELECT COUNT(*) {tables}", given).fetchone()
+            return [_result(database, row) for row in rows], total
+
+    def record(self, key: str) -> dict[str, Any] | None:
+        """The record of a key without its samples, or None."""
+        with self._database.reading() as database:
+            row = database.execute("SELECT record FROM results WHERE key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
+
+    def task(self, key: str) -> str | None:
+        """The task of a key that has a result, or None."""
+        with self._database.reading() as database:
+            query = "SELECT task FROM jobs JOIN results USING (key) WHERE key = ?"
+            row = database.execute(query, (key,)).fetchone()
+        return str(row[0]) if row else None
+
+    def samples(
+        self,
+        key: str,
+        *,
+        group: str | None = None,
+        wrong: bool = False,
+        search: str = "",
+        limit: int = 100,
+        offset: int = 0,
+    ) -> tuple[list[dict[str, Any]], int, list[str]]:
+        """Samples of a result in the order of scoring, how many pass the filters, and all names of groups.
+
+        Args:
+            key: of the result.
+            group: only samples of this group.
+            wrong: only samples that were not entirely right.
+            search: only samples whose prompt, answer or output contains this; ASCII letters of any case.
+            limit, offset: the page.
+        """
+        where, given = _filters({"key": key, "grp": group})
+        where += " AND score < 1" if wrong else ""
+        if search:
+            where += f" AND instr(lower({_TEXT}), lower(?)) > 0"
+            given = (*given, search)
+        with self._database.reading() as database:
+            query = f"SELECT body FROM samples WHERE {where} ORDER BY place LIMIT {limit:d} OFFSET {offset:d}"
+            rows = database.execute(query, given).fetchall()
+            (total,) = database.execute(f"SELECT COUNT(*) FROM samples WHERE {where}", given).fetchone()
+            groups = database.execute(
+                "SELECT grp FROM samples WHERE key = ? GROUP BY grp ORDER BY MIN(place)", (key,)
+            ).fetchall()
+        return [json.loads(row[0]) for row in rows], total, [row[0] for row in groups]
+
+    def pairs(
+        self, first: str, second: str, *, group: str | None = None
+    ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
+        """By group: scores [n] of the first and of the second result on the samples that both have."""
+        scores = "SELECT grp, id, AVG(score) AS score FROM samples WHERE key = ? GROUP BY grp, id"
+        where, given = _filters({"a.grp": group})
+        query = (
+            f"SELECT a.grp, a.score, b.score FROM ({scores}) a JOIN ({scores}) b USING (grp, id) "
+            f"WHERE {where} ORDER BY a.grp, a.id"
+        )
+        found: dict[str, list[tuple[float, float]]] = {}
+        with self._database.reading() as database:
+            for name, one, other in database.execute(query, (first, second, *given)):
+                found.setdefault(name, []).append((one, other))
+        arrays = {name: np.array(pairs, dtype=np.float64) for name, pairs in found.items()}
+        return {name: (array[:, 0], array[:, 1]) for name, array in arrays.items()}
+
+    def series(self, *, run: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
+        """Curves by run and scalar: points [step, tokens, value] by step, of each step the newest result.
+
+        `MAX_POINTS` at most, the first runs by name.
+        """
+        where, given = _filters({"jobs.run": run, "scalars.name": name})
+        # SQLite takes the other columns from the row that holds the maximum.
+        query = (
+            "SELECT jobs.run, scalars.name, jobs.step, jobs.tokens, scalars.value, MAX(results.created) "
+            "FROM scalars JOIN jobs USING (key) JOIN results USING (key) "
+            f"WHERE {where} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT {MAX_POINTS}"
+        )
+        curves: dict[tuple[str, str], list[list[float | None]]] = {}
+        with self._database.reading() as database:
+            for of_run, scalar, step, tokens, value, _ in database.execute(query, given):
+                curves.setdefault((of_run, scalar), []).append([step, tokens, value])
+        return [{"run": of_run, "name": scalar, "points": p} for (of_run, scalar), p in curves.items()]
+
+    def heatmap(self, key: str) -> dict[str, Any]:
+        """Mean score in percent by prompt length and depth of what was asked for.
+
+        Returns:
+            "lengths" [L], "depths" the edges of the bins [B + 1], "cells" [L][B]: {"score", "samples"}, or
+            None where no sample lies. All are empty for a task that varies neither.
+        """
+        depth = f"MIN(CAST(json_extract(body, '$.depth') * {DEPTH_BINS} AS INTEGER), {DEPTH_BINS - 1})"
+        query = (
+            f"SELECT json_extract(body, '$.length') AS length, {depth} AS bin, AVG(score), COUNT(*) "
+            "FROM samples WHERE key = ? AND length IS NOT NULL AND bin IS NOT NULL "
+            "GROUP BY 1, 2 ORDER BY 1, 2"
+        )
+        cells: dict[int, list[dict[str, float] | None]] = {}
+        with self._database.reading() as database:
+            for length, place, score, count in database.execute(query, (key,)):
+                row = cells.setdefault(length, [None] * DEPTH_BINS)
+                row[place] = {"score": 100 * score, "samples": count}
+        edges = [i / DEPTH_BINS for i in range(DEPTH_BINS + 1)] if cells else []
+        return {"lengths": list(cells), "depths": edges, "cells": list(cells.values())}
+
+
+def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[str, ...]]:
+    given = {column: value for column, value in wanted.items() if value is not None}
+    return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
+
+
+def _result(database: sqlite3.Connection, row: tuple[Any, ...]) -> dict[str, Any]:
+    """A row of the table of results, with its scalars and its groups."""
+    found = dict(zip(_NAMES, row))
+    found["groups"] = json.loads(found["groups"] or "{}")
+    query = "SELECT name, value FROM scalars WHERE key = ? ORDER BY name"
+    found["scalars"] = dict(database.execute(query, (found["key"],)).fetchall())
+    return found
