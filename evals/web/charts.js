@@ -163,7 +163,7 @@ function grid(x, y, width) {
     const at = x.place(value);
     return [s("line", { class: "grid", x1: at, x2: at, y1: MARGIN.top, y2: bottom }), label(at, bottom + 17, compact(value), "middle")];
   });
-  const rows = ticks(y, 5).flatMap((value) => {
+  const rows = ticks(y, 6).flatMap((value) => {
     const at = y.place(value);
     return [s("line", { class: "grid", x1: MARGIN.left, x2: right, y1: at, y2: at }), label(MARGIN.left - 8, at + 4, compact(value), "end")];
   });

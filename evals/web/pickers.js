@@ -21,8 +21,8 @@ export class CheckpointPicker {
   sync(task, id) {
     this.task = task;
     const runs = store.runs().filter((run) => this.#steps(run).length);
-    const wanted = id ? splitId(id) : { run: runs[0], step: undefined };
-    const run = runs.includes(wanted.run) ? wanted.run : runs[0];
+    const wanted = id ? splitId(id) : {};
+    const run = runs.includes(wanted.run) ? wanted.run : newestRun(task) ?? runs[0];
     const steps = run === undefined ? [] : this.#steps(run);
     const step = steps.includes(wanted.step) ? wanted.step : steps[0];
     setOptions(this.run, runs.map((name) => [name, name]), run ?? "");
@@ -39,6 +39,13 @@ export class CheckpointPicker {
     const shown = Number(this.step.value);
     return this.#steps(run).sort((a, b) => Math.abs(a - shown) - Math.abs(b - shown))[0];
   }
+}
+
+/** The run that a task was scored on last. */
+function newestRun(task) {
+  let newest;
+  for (const row of store.results.values()) if (row.task === task && !(newest?.created > row.created)) newest = row;
+  return newest?.run;
 }
 
 /** Tasks whose results have groups of samples. */

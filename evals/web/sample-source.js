@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 
 export const PAGE = 50;
-const BULK = 500;
+const BULK = 200;
 // The service filters by group, and not by depth: so many samples of a group are read to filter them here.
 const MOST = 20_000;
 

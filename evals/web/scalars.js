@@ -32,6 +32,12 @@ export function lowerIsBetter(scalar) {
   return LOWER.test(scalar);
 }
 
+/** A scalar that is another one of a baseline: "eval/bigram_loss" is { name: "bigram", of: "eval/loss" }; or null. */
+export function baselineOf(scalar) {
+  const found = /^(.*\/)(bigram|unigram|uniform|chance|oracle)_(.+)$/.exec(scalar);
+  return found ? { name: found[2], of: found[1] + found[3] } : null;
+}
+
 /** What a column is called below its task's name: "acc", "4K", "state, MiB". */
 export function shortName(scalar, task) {
   const parts = scalar.split("/");

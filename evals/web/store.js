@@ -100,17 +100,18 @@ class Store {
     return [...new Set([...this.results.values()].map((row) => row.task))].sort(compareTasks);
   }
 
-  /** Value of a scalar at a checkpoint, with its interval where there is one; null without a result. */
+  /** Value of a scalar at a checkpoint and the row it comes from; null without a result. */
   value(run, step, scalar) {
     const result = this.result(run, step, this.tasks.get(scalar));
     const value = result?.scalars[scalar];
     if (value === undefined || value === null) return null;
-    return { value, result, share: shareOf(result, scalar, value) };
+    return { value, result };
   }
 }
 
-/** The group whose mean a scalar is: the same value, and a name that the scalar's holds (or the only one). */
-function shareOf(row, scalar, value) {
+/** The group whose mean a scalar is (the same value, and a name that the scalar's holds, or the only one), or null. */
+export function shareOf(row, scalar) {
+  const value = row.scalars[scalar];
   const groups = Object.entries(row.groups ?? {});
   const same = groups.filter(([, share]) => Math.abs(share.score - value) < 1e-6);
   const named = same.find(([name]) => scalar.split("/").includes(name));

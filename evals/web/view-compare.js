@@ -1,7 +1,7 @@
 // Two checkpoints on one task: difference by group with its interval, and the samples on which they differ.
 
 import { get, Refused, Unreachable } from "./api.js";
-import { field, h, integer, s, setOptions, signed } from "./dom.js";
+import { field, h, integer, s, setOptions, setText, signed } from "./dom.js";
 import { CheckpointPicker, sampledTasks } from "./pickers.js";
 import { link, set } from "./route.js";
 import { lengthName } from "./scalars.js";
@@ -9,13 +9,14 @@ import { block, excerpt, marked, verdict } from "./sample-text.js";
 import { readAll } from "./sample-source.js";
 import { store } from "./store.js";
 
-const WIDTH = 280;
+const NARROW = 640;
 const SHOWN = 200;
 
 export class Compare {
   #params = new URLSearchParams();
   #chosen = null; // { task, first, second }
   #drawn = "";
+  #answer = null; // GET /compare
   #pairs = new Map(); // what was read of both, by keys and group
 
   constructor() {
@@ -25,6 +26,7 @@ export class Compare {
     this.swap = h("button", { type: "button", on: { click: () => this.#swap() } }, "Swap");
     this.note = h("p", { class: "note", role: "status" }, "Reading the results ...");
     this.result = h("div", { class: "scroll" });
+    new ResizeObserver(() => this.#answer && this.#draw()).observe(this.result);
     this.differing = h("div", { class: "differing" });
     this.element = h("section", { "aria-label": "Compare" },
       h("form", { class: "controls", on: { submit: (event) => event.preventDefault() } },
@@ -82,37 +84,40 @@ export class Compare {
     if (this.#drawn !== keys) {
       const answer = await get("compare", { first: first.result.key, second: second.result.key });
       if (this.#chosen.first !== first || this.#chosen.second !== second) return;
-      this.#drawn = keys;
-      this.#draw(answer);
+      [this.#drawn, this.#answer] = [keys, answer];
+      this.#draw();
     }
     await this.#drawDiffering();
   }
 
-  #draw({ groups }) {
-    const { first, second } = this.#chosen;
-    const entries = Object.entries(groups);
-    this.note.textContent = `Second minus first, in percent points, on the samples that both answered; 95% intervals by paired bootstrap. ` +
-      `First: ${first.run}, step ${integer(first.step)}. Second: ${second.run}, step ${integer(second.step)}.`;
+  #draw() {
+    const entries = Object.entries(this.#answer.groups);
+    const width = this.result.clientWidth < NARROW ? 130 : 280;
+    const shown = `${this.#drawn} ${width}`;
+    if (this.result.dataset.shown === shown) return;
+    this.result.dataset.shown = shown;
+    setText(this.note, entries.length ? "Second minus first in percent points, on the samples that both answered; 95% intervals by paired bootstrap."
+      : "The two have no sample in common.");
     const reach = Math.max(1, ...entries.flatMap(([, group]) => [Math.abs(group.low), Math.abs(group.high)])) * 1.08;
     const head = h("tr", null, ["group", "first, %", "second, %", "difference"].map((text, i) => h("th", { scope: "col", class: i ? "number" : "" }, text)),
-      h("th", { scope: "col", class: "plot" }, forestHead(reach)),
+      h("th", { scope: "col", class: "bars" }, forestHead(reach, width)),
       ["95% interval", "samples", "P(better)"].map((text) => h("th", { scope: "col", class: "number extra" }, text)),
-      h("th", { scope: "col" }, h("span", { class: "hidden" }, "samples that differ")));
+      h("th", { scope: "col" }, "differ"));
     this.result.replaceChildren(h("table", { class: "forest" }, h("thead", null, head),
-      h("tbody", null, entries.map(([name, group]) => this.#row(name, group, reach)))));
+      h("tbody", null, entries.map(([name, group]) => this.#row(name, group, reach, width)))));
   }
 
-  #row(name, group, reach) {
+  #row(name, group, reach, width) {
     const range = `${signed(group.low)} to ${signed(group.high)}`;
     const clear = group.low > 0 ? "better" : group.high < 0 ? "worse" : "";
     return h("tr", { class: clear },
       h("th", { scope: "row" }, lengthName(name)),
       h("td", { class: "number" }, group.first.toFixed(1)), h("td", { class: "number" }, group.second.toFixed(1)),
       h("td", { class: "number difference" }, clear ? h("strong", null, signed(group.difference)) : signed(group.difference)),
-      h("td", { class: "plot", title: range }, forestRow(group, reach, clear)),
+      h("td", { class: "bars", title: range }, forestRow(group, reach, width, clear)),
       h("td", { class: "number extra" }, range), h("td", { class: "number extra" }, integer(group.samples)),
       h("td", { class: "number extra" }, group.p_better.toFixed(3)),
-      h("td", null, h("button", { type: "button", "data-group": name, on: { click: () => set({ group: name }) } }, "differing")));
+      h("td", null, h("button", { type: "button", "data-group": name, "aria-label": `samples of ${name} that differ`, on: { click: () => set({ group: name }) } }, "list")));
   }
 
   /** The samples of the chosen group on which the two differ. */
@@ -170,29 +175,35 @@ function drawPair({ a, b }, { first, second }) {
   item.addEventListener("toggle", () => {
     if (!item.open || item.children.length > 1) return;
     item.append(h("div", { class: "two" },
-      block(`First: ${first.run}`, marked(a.output || "(empty)", a.answer), h("a", { href: link("samples", { key: first.result.key, group: a.group, search: a.answer }) }, "open")),
-      block(`Second: ${second.run}`, marked(b.output || "(empty)", b.answer), h("a", { href: link("samples", { key: second.result.key, group: b.group, search: b.answer }) }, "open"))),
+      block(`First: ${first.run}`, marked(a.output || "(empty)", a.answer), h("a", { href: link("samples", { key: first.result.key, group: a.group, search: a.answer.slice(0, 200) }) }, "open")),
+      block(`Second: ${second.run}`, marked(b.output || "(empty)", b.answer), h("a", { href: link("samples", { key: second.result.key, group: b.group, search: b.answer.slice(0, 200) }) }, "open"))),
       block("Prompt", marked(a.prompt, a.answer)));
   }, { once: false });
   return item;
 }
 
-function place(value, reach) {
-  return WIDTH / 2 + (value / reach) * (WIDTH / 2 - 6);
+function place(value, reach, width) {
+  return width / 2 + (value / reach) * (width / 2 - 6);
+}
+
+/** Round values on both sides of zero, one or two on each. */
+function marksOf(reach, count) {
+  const base = 10 ** Math.floor(Math.log10(reach));
+  const step = base * [0.2, 0.5, 1, 2, 5].find((m) => reach / (base * m) < count + 0.9);
+  return [-2, -1, 0, 1, 2].map((i) => i * step).filter((value) => Math.abs(value) < 0.93 * reach && Math.abs(value) <= count * step);
 }
 
 /** The axis above the rows: zero and the marks on both sides of it. */
-function forestHead(reach) {
-  const base = 10 ** Math.floor(Math.log10(reach));
-  const step = base * [1, 0.5, 0.2, 0.1].find((m) => reach / (base * m) >= 1.6);
-  const marks = [-step, 0, step].map((value) => s("text", { x: place(value, reach), y: 14, "text-anchor": "middle" }, signed(value, step < 1 ? 1 : 0)));
-  return s("svg", { viewBox: `0 0 ${WIDTH} 18`, "aria-label": "difference, percent points", role: "img" }, marks);
+function forestHead(reach, width) {
+  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) => s("text", { x: place(value, reach, width), y: 14, "text-anchor": "middle" }, signed(value, Number.isInteger(value) ? 0 : 1)));
+  return s("svg", { width, height: 18, "aria-label": "difference, percent points", role: "img" }, marks);
 }
 
-function forestRow({ low, high, difference }, reach, clear) {
-  const line = s("line", { class: "interval", x1: place(low, reach), x2: place(high, reach), y1: 11, y2: 11 });
-  const ends = [low, high].map((value) => s("line", { class: "interval", x1: place(value, reach), x2: place(value, reach), y1: 7, y2: 15 }));
-  const dot = s("rect", { x: place(difference, reach) - 4, y: 7, width: 8, height: 8, class: "dot" });
-  const zero = s("line", { class: "zero", x1: WIDTH / 2, x2: WIDTH / 2, y1: 0, y2: 22 });
-  return s("svg", { viewBox: `0 0 ${WIDTH} 22`, "aria-hidden": "true", class: clear }, zero, line, ends, dot);
+function forestRow({ low, high, difference }, reach, width, clear) {
+  const at = (value) => place(value, reach, width);
+  const line = s("line", { class: "interval", x1: at(low), x2: at(high), y1: 11, y2: 11 });
+  const ends = [low, high].map((value) => s("line", { class: "interval", x1: at(value), x2: at(value), y1: 7, y2: 15 }));
+  const dot = s("rect", { x: at(difference) - 4, y: 7, width: 8, height: 8, class: "dot" });
+  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) => s("line", { class: value ? "grid" : "zero", x1: at(value), x2: at(value), y1: 0, y2: 22 }));
+  return s("svg", { width, height: 22, "aria-hidden": "true", class: clear }, marks, line, ends, dot);
 }

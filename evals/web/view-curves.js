@@ -4,7 +4,7 @@ import { key, LineChart } from "./charts.js";
 import { debounce, field, h, integer, matcher, naturally, patch, setOptions, switcher } from "./dom.js";
 import { set } from "./route.js";
 import { format, lowerIsBetter } from "./scalars.js";
-import { store } from "./store.js";
+import { shareOf, store } from "./store.js";
 
 const RUNS = 12;
 const CHARTS = 12;
@@ -167,7 +167,9 @@ export class Curves {
     const points = store.steps(run).map((step) => {
       const found = store.value(run, step, name);
       const at = x === "tokens" ? found?.result.tokens : step;
-      return found && Number.isFinite(at) ? { x: at, y: found.value, low: found.share?.low, high: found.share?.high } : null;
+      if (!found || !Number.isFinite(at)) return null;
+      const share = shareOf(found.result, name);
+      return { x: at, y: found.value, low: share?.low, high: share?.high };
     });
     return points.filter(Boolean).sort((a, b) => a.x - b.x);
   }

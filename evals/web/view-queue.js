@@ -27,16 +27,16 @@ export class QueueView {
     this.submit = new SubmitForm((wanted) => this.#submit(wanted));
     const open = h("button", { type: "button", class: "primary", on: { click: () => this.submit.open() } }, "Submit ...");
     this.note = h("p", { class: "note", role: "status" }, "Reading the queue ...");
-    this.body = h("tbody");
+    this.body = h("tbody", { role: "rowgroup" }); // roles: as cards on a narrow page it is still a table
     const names = ["state", "run", "step", "task", "tries", "age", "error", ""];
-    const head = h("tr", null, names.map((name) => h("th", { scope: "col", class: ["step", "tries", "age"].includes(name) ? "number" : "" }, name || h("span", { class: "hidden" }, "actions"))));
+    const head = h("tr", { role: "row" }, names.map((name) => h("th", { scope: "col", role: "columnheader", class: ["step", "tries", "age"].includes(name) ? "number" : "", title: name === "age" ? "since it was queued" : null }, name || h("span", { class: "hidden" }, "actions"))));
     this.previous = h("button", { type: "button", on: { click: () => this.#turn(-PAGE) } }, "Newer");
     this.next = h("button", { type: "button", on: { click: () => this.#turn(PAGE) } }, "Older");
     this.pages = h("p", { class: "pair pages", hidden: true }, this.previous, this.next);
     this.element = h("section", { "aria-label": "Queue" },
       h("form", { class: "controls", on: { submit: (event) => event.preventDefault() } },
         h("div", { class: "field" }, h("span", null, "State"), this.states), field("Run", this.run), this.runs, field("Task", this.task), open),
-      this.note, h("div", { class: "scroll" }, h("table", { class: "queue" }, h("thead", null, head), this.body)), this.pages, this.submit.dialog);
+      this.note, h("div", { class: "scroll" }, h("table", { class: "queue", role: "table" }, h("thead", { role: "rowgroup" }, head), this.body)), this.pages, this.submit.dialog);
     this.#drawStates({});
   }
 
@@ -82,7 +82,11 @@ export class QueueView {
     const wanted = Object.fromEntries(["state", "run", "task", "offset"].map((name) => [name, this.#get(name)]));
     try {
       const answer = await get("jobs", { ...wanted, limit: PAGE });
-      if (read === this.#read) this.#draw(answer);
+      // What runs stands first, however many were queued after it.
+      const running = wanted.state || wanted.offset ? [] : (await get("jobs", { ...wanted, state: "running", limit: PAGE })).jobs;
+      const first = new Set(running.map((job) => job.key));
+      const jobs = [...running, ...answer.jobs.filter((job) => !first.has(job.key))];
+      if (read === this.#read) this.#draw({ ...answer, jobs });
     } catch (error) {
       if (error instanceof Refused) this.note.textContent = error.message;
       else if (!(error instanceof Unreachable)) throw error;
@@ -91,19 +95,21 @@ export class QueueView {
 
   #draw({ jobs, total }) {
     const offset = Number(this.#get("offset")) || 0;
-    const range = total > PAGE ? `Jobs ${integer(offset + 1)} to ${integer(offset + jobs.length)} of ${integer(total)}, the newest first.` : `${integer(total)} jobs, the newest first.`;
+    const last = Math.min(offset + PAGE, total);
+    const range = total > PAGE ? `Jobs ${integer(offset + 1)} to ${integer(last)} of ${integer(total)}: what runs, then the newest first.`
+      : `${integer(total)} jobs: what runs, then the newest first.`;
     const empty = this.#get("state") || this.#get("run") || this.#get("task") ? "No job passes these filters." : "The queue is empty: checkpoints are queued as they are committed.";
     setText(this.note, total ? range : empty);
     patch(this.body, jobs, { key: (job) => job.key, create: () => newRow(), update: (row, job) => this.#update(row, job) });
     this.pages.hidden = total <= PAGE;
     this.previous.disabled = offset === 0;
-    this.next.disabled = offset + jobs.length >= total;
+    this.next.disabled = last >= total;
   }
 
   #update(row, job) {
     const [state, run, step, task, tries, past, error, action] = row.cells;
     setText(state.firstChild, `${SIGNS[job.state] ?? ""} ${job.state}`);
-    state.firstChild.className = `state ${job.state}`;
+    state.className = `state ${job.state}`;
     setText(run, job.run);
     setText(step, integer(job.step));
     setText(task, job.task);
@@ -155,6 +161,8 @@ async function told(action) {
 }
 
 function newRow() {
-  const kinds = ["", "run", "number", "", "number", "number", "error"];
-  return h("tr", null, kinds.map((kind, i) => h("td", { class: kind }, i === 0 && h("span"))), h("td", null, h("button", { type: "button", class: "small" }, "Cancel")));
+  const kinds = ["state", "run", "number step", "task", "number tries", "number age", "error"];
+  const cells = kinds.map((kind) => h("td", { role: "cell", class: kind }, kind === "state" && h("span")));
+  const button = h("button", { type: "button", class: "small" }, "Cancel");
+  return h("tr", { role: "row" }, cells, h("td", { role: "cell", class: "action" }, button));
 }
