@@ -205,19 +205,41 @@ def evaluate(
 
 @app.command("eval-service")
 def eval_service(
-    root: Annotated[Path, typer.Argument(help="folder that holds run folders")] = Path("runs"),
+    roots: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ROOT]...", help="folders that hold run folders; runs/")
+    ] = None,
     host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="port to listen on")] = 8321,
-    workers: Annotated[int, typer.Option(help="worker processes")] = 1,
+    workers: Annotated[int, typer.Option(help="worker processes, or Ray actors")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto|local", help="work on this Ray cluster; all nodes see the same ROOTs"
+        ),
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="the queue, on a local disk; ROOT/evaluations.sqlite unless given")
+    ] = None,
+    job_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="a task that takes longer is taken for stuck")
+    ] = 6 * 3600.0,
 ) -> None:
-    """Score checkpoints as they are committed, behind HTTP with a leaderboard page.
+    """Score checkpoints as they are committed, behind HTTP with a web page.
 
     On an address others can reach, clients need the token in the environment variable TRELLIS_TOKEN.
     """
     from evals.service import serve
 
-    print(f"http://{host}:{port}/ (runs in {root}; interrupt to stop)", flush=True)
-    serve(root, host=host, port=port, workers=workers, token=os.environ.get("TRELLIS_TOKEN"))
+    serve(
+        roots or [Path("runs")],
+        host=host,
+        port=port,
+        workers=workers,
+        token=os.environ.get("TRELLIS_TOKEN"),
+        ray_address=ray_address,
+        database=database,
+        job_seconds=job_timeout,
+    )
 
 
 @app.command()
