@@ -79,7 +79,7 @@ class Ranks:
         return heard
 
     def from_main(self, work: Callable[[], T]) -> T:
-        """``work()`` of rank 0, on every rank: for what must not differ, such as which checkpoint is newest."""
+        """``work()`` of rank 0, on every rank: for what must not differ, such as which step is newest."""
         found: list[Any] = self.together(lambda: work() if self.is_main else None)
         return found[0]  # type: ignore[no-any-return]
 

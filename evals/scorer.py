@@ -111,7 +111,8 @@ class Scorer:
         ranks: Ranks | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
-        self.prefill_chunk: int = prefill_chunk or getattr(model, "prefill_chunk", PREFILL_CHUNK)
+        asked_for: int = getattr(model, "prefill_chunk", PREFILL_CHUNK)
+        self.prefill_chunk = prefill_chunk or asked_for
         self.max_rows, self.ranks = max_rows, ranks or current_ranks()
         weights = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         self.device = weights.device if weights is not None else torch.device("cpu")

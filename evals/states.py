@@ -80,6 +80,12 @@ def state_bytes(state: Any) -> int:
     """Bytes that a state holds over all rows: what it says itself, else its tensors."""
     if hasattr(state, "bytes"):
         return int(state.bytes())
-    sizes: list[int] = []
-    map_tensors(state, lambda tensor: (sizes.append(tensor.numel() * tensor.element_size()), tensor)[1])
-    return sum(sizes)
+    total = 0
+
+    def count(tensor: Tensor) -> Tensor:
+        nonlocal total
+        total += tensor.numel() * tensor.element_size()
+        return tensor
+
+    map_tensors(state, count)
+    return total

@@ -1,0 +1,76 @@
+"""A tokenizer of `transformers` as the scorer uses tokenizers.
+
+Some of these tokenizers put a space before every text, and take one from the start of what they decode. A
+continuation is neither encoded nor decoded as if it began a text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+__all__ = ["PeerCodec"]
+
+# Ordinary text: what follows it is decoded as a continuation.
+_BEFORE = "a"
+
+
+class PeerCodec:
+    """Text to token ids and back, without special tokens.
+
+    Attributes:
+        bos_id: starts every context; of a tokenizer without BOS its EOS, as lm-evaluation-harness has it.
+        eos_id: ends a text.
+        end_ids: everything that ends a text, ``eos_id`` among it.
+        vocab_size: ids lie below it.
+    """
+
+    def __init__(self, tokenizer: Any, *, end_ids: Sequence[int] = (), name: str = "the tokenizer") -> None:
+        """Wrap ``tokenizer``; ``end_ids`` are what the model's generation settings end a text with.
+
+        Raises:
+            ValueError: neither BOS nor EOS is known.
+        """
+        self._tokenizer = tokenizer
+        ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *end_ids]
+        bos = tokenizer.bos_token_id
+        if bos is None and not ends:
+            raise ValueError(
+                f"{name} has neither a BOS nor an EOS token: name one in its special_tokens_map.json"
+            )
+        self.bos_id = int(ends[0] if bos is None else bos)
+        self.eos_id = int(ends[0] if ends else self.bos_id)
+        self.end_ids = frozenset(ends or [self.bos_id])
+        self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
+        self._before = self._ids(_BEFORE)
+        self._before_text = len(self._text(self._before))
+        after = self._ids(f"b {_BEFORE}")[len(self._ids("b")) :]
+        # The space before every text then stands for the one that the continuation begins with.
+        self._has_own_space = after == self._before != self._ids(f" {_BEFORE}")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, or of a continuation that begins with a space."""
+        return self._ids(text[1:] if self._has_own_space and text.startswith(" ") else text)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a text and of what follows it: what the ids of the whole have more than those of the text.
+
+        As lm-evaluation-harness has it: where the two would merge into one token, that token is cut.
+        """
+        before, whole = self._ids(context), self._ids(context + continuation)
+        return before, whole[len(before) :] or self.encode(continuation)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids that follow other text; special tokens give nothing."""
+        return self._text([*self._before, *ids])[self._before_text :]
+
+    def _ids(self, text: str) -> list[int]:
+        # verbose: it would warn of a text longer than the model was trained with.
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return ids
+
+    def _text(self, ids: Sequence[int]) -> str:
+        text: str = self._tokenizer.decode(
+            list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
