@@ -5,6 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
+from evals.subject import Subject
+from tests.evals.fakes import ByteTokenizer, RecurrentModel
+
+REAL = Path(__file__).resolve().parents[3] / "shared/data/evals"
+
 ARC_NESTED = {
     "id": "Mercury_1",
     "question": {
@@ -68,7 +75,7 @@ HELLASWAG_MARKED = {
     "ctx_b": "",
     "endings": [
         "[step] Dip it. [substeps] Only the tip.",
-        " Wait [title] Rest now.",
+        " Wait [title]Rest now.",
         "Paint    the wall [a] [b] twice.",
         "STOP",
     ],
@@ -117,3 +124,15 @@ def write_rows(folder: Path) -> Path:
     for name, rows in ROWS.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
+
+
+def fake_subject(model=None, tokenizer=None) -> Subject:
+    """An fp64 model of bytes, or what is given."""
+    return Subject(
+        name="fake",
+        model=model or RecurrentModel(),
+        tokenizer=tokenizer or ByteTokenizer(),
+        digest="d",
+        tokenizer_digest="t",
+        device=torch.device("cpu"),
+    )

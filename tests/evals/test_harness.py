@@ -16,7 +16,8 @@ from evals.sampling import Sampling
 from evals.scorer import Scorer
 from evals.summary import write_summary
 from evals.tasks.registry import get_task
-from tests.evals.fakes import ByteTokenizer, RecurrentModel
+from tests.evals.fakes import BYTES, ByteTokenizer, RecurrentModel
+from tests.evals.suite_rows import fake_subject
 
 ROWS = [
     {"question": "Ice is", "choices": ["cold", "hot", "loud"], "answer": 0},
@@ -35,6 +36,22 @@ doc_to_target: answer
 metric_list:
   - {{metric: acc, aggregation: mean, higher_is_better: true}}
   - {{metric: acc_norm, aggregation: mean, higher_is_better: true}}
+"""
+# Two filters of one answer, of which the second never matches.
+WRITE_TASK = """
+task: tiny_write
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}, cache_dir: {cache}}}
+test_split: test
+output_type: generate_until
+doc_to_text: "{{{{question}}}} "
+doc_to_target: "{target}"
+generation_kwargs: {{max_gen_toks: 12, until: ["\\n\\n"]}}
+filter_list:
+  - {{name: as-written, filter: [{{function: take_first}}]}}
+  - {{name: digits, filter: [{{function: regex, regex_pattern: "[0-9]{{{{9}}}}"}}, {{function: take_first}}]}}
+metric_list:
+  - {{metric: exact_match, aggregation: mean, higher_is_better: true}}
 """
 
 
@@ -81,9 +98,10 @@ def test_rolling_and_generation_through_the_adapter():
         scorer.rolling([text])[0].log_prob
     ]
     options = {"until": ["\n\n"], "max_gen_toks": 5}
-    prompt = scorer.encode_pair(text, "")[0]
-    expected = scorer.generate([prompt], Sampling(max_tokens=5, stop=("\n\n",)))
-    assert model.generate_until([request("generate_until", text, options)]) == expected
+    for prompt in (text, f"{text}\n "):  # written on from the whole prompt, its last spaces included
+        ids = [scorer.tokenizer.bos_id, *scorer.tokenizer.encode(prompt)]
+        expected = scorer.generate([ids], Sampling(max_tokens=5, stop=("\n\n",)))
+        assert model.generate_until([request("generate_until", prompt, options)]) == expected
 
 
 def test_our_rooms_are_imported_beside_published_packages_of_the_same_names():
@@ -108,9 +126,41 @@ def test_harness_tasks_run_as_a_task_of_a_run(folder, run_dir):
     record = evaluate_run(run_dir, config, progress=False)["harness"]
     assert set(record["result"]["results"]["tiny_choice"]) == {"acc", "acc_norm"}
     assert record["result"]["questions"] == {"tiny_choice": 2}
+    group = record["result"]["groups"]["tiny_choice"]
+    assert group["samples"] == 2
+    scalars = get_task("harness").scalars(record["result"])
+    assert scalars["harness/tiny_choice/acc"] == group["score"]
     summary = write_summary(run_dir, {})
-    assert 0 <= summary["harness/tiny_choice/acc"] <= 1
+    assert summary["harness/tiny_choice/acc"] == group["score"]
     assert "tiny_choice" in write_run_report(run_dir).read_text()
+
+
+def test_written_answers_are_samples_once_per_filter(tmp_path):
+    rows = [*ROWS, ROWS[0]]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    prompts = [f"{row['question']} " for row in rows]
+    scorer = Scorer(RecurrentModel(), ByteTokenizer())
+    written = scorer.generate([[BYTES, *prompt.encode()] for prompt in prompts], Sampling(max_tokens=12))
+    rights = [text == written[0] for text in written]
+    assert 2 <= sum(rights) < 4
+    tasks = tmp_path / "tasks"
+    tasks.mkdir()
+    target = json.dumps(written[0])[1:-1]
+    text = WRITE_TASK.format(data=tmp_path / "rows.jsonl", cache=tmp_path / "cache", target=target)
+    (tasks / "tiny_write.yaml").write_text(text)
+    config = EvalConfig(harness_folder=str(tasks), harness_tasks=("tiny_write",))
+    result = get_task("harness").run(fake_subject(), config, False)
+    assert result["questions"] == {"tiny_write": 4}
+    groups = {name: (part["score"], part["samples"]) for name, part in result["groups"].items()}
+    assert groups == {"tiny_write/as-written": (25.0 * sum(rights), 4), "tiny_write/digits": (0.0, 4)}
+    shown = [one for one in result["samples"] if one["group"] == "tiny_write/as-written"]
+    assert [one["prompt"] for one in shown] == prompts
+    assert [one["output"] for one in shown] == written
+    assert [one["score"] for one in shown] == rights
+    # The row that is there twice: two samples, each with its id.
+    assert shown[3]["id"] == f"{shown[0]['id']}-2"
+    scalars = get_task("harness").scalars(result)
+    assert scalars["harness/tiny_write/exact_match,as-written"] == 25.0 * sum(rights)
 
 
 def test_a_harness_task_needs_its_folder():

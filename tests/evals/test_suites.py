@@ -10,12 +10,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 
 from data_pipeline.tokenizer import Tokenizer
 from evals.config import EvalConfig
 from evals.scorer import Score, Scorer
-from evals.subject import Subject
 from evals.suites import scoring
 from evals.suites.catalogue import SUITES
 from evals.suites.question import Answer, Question, ask
@@ -33,13 +31,14 @@ from tests.evals.suite_rows import (
     HELLASWAG,
     HELLASWAG_CLEAN,
     HELLASWAG_MARKED,
+    REAL,
     ROWS,
+    fake_subject,
     write_rows,
 )
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
 
-REAL = Path(__file__).resolve().parents[3] / "shared/data/evals"
 HEADLINES = {  # table 1 of the paper
     "lambada": ("acc", "perplexity"),
     "piqa": ("acc",),
@@ -60,24 +59,13 @@ def folder(tmp_path_factory) -> Path:
     return REAL if REAL.is_dir() else write_rows(tmp_path_factory.mktemp("rows") / "suites")
 
 
-def subject(model=None, tokenizer=None) -> Subject:
-    return Subject(
-        name="fake",
-        model=model or RecurrentModel(),
-        tokenizer=tokenizer or ByteTokenizer(),
-        digest="d",
-        tokenizer_digest="t",
-        device=torch.device("cpu"),
-    )
-
-
 def test_all_suites_run_with_a_real_model(folder, dataset_dir):
     tokenizer = Tokenizer.load(dataset_dir / "tokenizer.model")
     trellis = TrellisConfig(slots=8, chunk_size=16, gates=["learned"])
     config = ModelConfig(
         vocab_size=VOCAB, num_layers=1, dim=16, num_heads=2, pattern=["trellis"], trellis=trellis
     )
-    trained = subject(build_language_model(config, seed=0).eval(), tokenizer)
+    trained = fake_subject(build_language_model(config, seed=0).eval(), tokenizer)
     for name, headline in HEADLINES.items():
         task = TASKS[name]
         settings = EvalConfig(tasks=(name,), suites_folder=str(folder), suites_limit=5, device="cpu")
@@ -94,6 +82,23 @@ def test_all_suites_run_with_a_real_model(folder, dataset_dir):
         json.dumps(result, allow_nan=False)
         again = task.run(trained, settings, False)
         assert [sample["id"] for sample in again["samples"]] == [sample["id"] for sample in result["samples"]]
+
+
+def test_parts_are_tokenised_as_the_harness_tokenises_the_whole(folder, dataset_dir):
+    """lm_eval's own models encode context and continuation together, and cut: the same for these rows."""
+    encode = Tokenizer.load(dataset_dir / "tokenizer.model").encode
+
+    def same(context: str, continuation: str) -> bool:
+        kept = context.rstrip()
+        continuation = context[len(kept) :] + continuation
+        return encode(kept + continuation) == encode(kept) + encode(continuation)
+
+    every = [
+        request for suite in SUITES.values() for q in read_questions(folder, suite) for request in q.requests
+    ]
+    assert all(same(*request) for request in every)
+    text = "    return self.parser"  # what would show: continuations that go on within a word
+    assert not all(same(text[:cut], text[cut:]) for cut in range(5, len(text)))
 
 
 @pytest.mark.parametrize("name", ("piqa", "lambada"))

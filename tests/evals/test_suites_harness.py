@@ -7,6 +7,7 @@ here in every original schema.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import itertools
 import json
 from collections.abc import Iterator
@@ -27,8 +28,7 @@ from evals.suites.schemas import SchemaError, hellaswag
 from evals.suites.scoring import answer_questions, perplexity, share_of
 from evals.tasks.registry import TASKS
 from tests.evals.fakes import ByteTokenizer, RecurrentModel
-from tests.evals.suite_rows import HELLASWAG_CLEAN, HELLASWAG_MARKED, write_rows
-from tests.evals.test_suites import REAL, subject
+from tests.evals.suite_rows import HELLASWAG_CLEAN, HELLASWAG_MARKED, REAL, fake_subject, write_rows
 
 # The harness's, for a choice without characters.
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning")
@@ -205,9 +205,9 @@ def test_tasks_of_both_paths_give_the_same_scalars_and_samples(folders):
     stock = EvalConfig(
         harness_folder=str(rows.tasks), harness_tasks=("arc_easy", "winogrande"), harness_limit=SCORED
     )
-    theirs = TASKS["harness"].run(subject(), stock, False)
+    theirs = TASKS["harness"].run(fake_subject(), stock, False)
     for name in stock.harness_tasks:
-        ours = TASKS[name].run(subject(), native, False)
+        ours = TASKS[name].run(fake_subject(), native, False)
         for scalar, value in TASKS[name].scalars(ours).items():
             assert TASKS["harness"].scalars(theirs)[f"harness/{scalar}"] == pytest.approx(value)
         assert theirs["groups"][name] == ours["groups"][name]
@@ -231,10 +231,13 @@ def test_preprocessed_rows_have_an_exact_original():
             harness_row(suite, HELLASWAG_CLEAN | change)
 
 
-def test_the_folder_names_the_row_that_the_harness_cannot_have(tmp_path):
+def test_the_folder_names_what_the_harness_cannot_have(tmp_path, monkeypatch):
     bad = tmp_path / "hellaswag.jsonl"
     bad.write_text(f"{json.dumps(HELLASWAG_CLEAN)}\n{json.dumps(HELLASWAG_CLEAN | {'query': 'none'})}\n")
     with pytest.raises(ValueError, match=rf"^{bad}, line 2: no original row"):
         write_harness_tasks(tmp_path, tmp_path / "tasks", suites=["hellaswag"])
     with pytest.raises(ValueError, match=r"has no file for piqa: give it piqa\.jsonl"):
         write_harness_tasks(tmp_path, tmp_path / "tasks", suites=["piqa"])
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"lm_eval is not installed: pip install 'trellis-dist\[evals\]'"):
+        write_harness_tasks(tmp_path, tmp_path / "tasks")
