@@ -77,7 +77,7 @@ def write_database(
                 queue.submit(key, run=run, step=step, task=task, tokens=step * TOKENS_PER_STEP)
                 queue.lease("worker-0", seconds=60.0)
                 queue.finish(key, record)
-    _jobs(queue, clock, list(runs)[0], steps[-1], odd or "RuntimeError: 2.1 GiB wanted, 0.4 GiB free")
+    _jobs(queue, clock, next(iter(runs)), steps[-1], odd or "RuntimeError: 2.1 GiB wanted, 0.4 GiB free")
 
 
 def _records(run: str, step: int, skill: float, *, samples: int, odd: str | None) -> dict[str, Any]:
@@ -176,7 +176,9 @@ def _needle(
     )
 
 
-def _result(found: Sequence[Sample], groups: Mapping[str, Any], scalars: Mapping[str, float]) -> dict[str, Any]:
+def _result(
+    found: Sequence[Sample], groups: Mapping[str, Any], scalars: Mapping[str, float]
+) -> dict[str, Any]:
     rows = [sample.to_json() for sample in found]
     return {"result": {"groups": dict(groups), "samples": rows}, "scalars": dict(scalars)}
 
