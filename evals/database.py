@@ -56,10 +56,17 @@ class Database:
         try:
             with self.writing() as connection:
                 _upgrade(connection, path)
+            self._open = self._hold_open()
         except sqlite3.DatabaseError as error:
             if "not a database" not in str(error):
                 raise
             raise ValueError(f"{path} is no SQLite database: move it away, or name another file") from None
+
+    def _hold_open(self) -> sqlite3.Connection:
+        """One that is never closed: the last one to close copies the log into the file, every time."""
+        connection = sqlite3.connect(self.path, check_same_thread=False)
+        connection.execute("SELECT COUNT(*) FROM jobs").fetchone()
+        return connection
 
     @contextmanager
     def writing(self) -> Iterator[sqlite3.Connection]:

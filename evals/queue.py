@@ -96,10 +96,12 @@ class Queue:
         Raises:
             QueueFullError: there is no room for one more.
         """
+        known = self.job(key)  # most are asked for again and again: no write lock for these
+        if known is not None and (known.state == "done" or known.active and known.priority >= priority):
+            return False
         with self.database.writing() as database:
             row = database.execute("SELECT state FROM jobs WHERE key = ?", (key,)).fetchone()
             if row and row[0] not in ("failed", "cancelled"):
-                _count(database, "repeated")
                 database.execute(
                     "UPDATE jobs SET priority = MAX(priority, ?) WHERE key = ? AND state = 'queued'",
                     (priority, key),
@@ -251,7 +253,7 @@ class Queue:
             return dict(database.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
 
     def events(self) -> dict[str, int]:
-        """What happened since the file was made: submitted, repeated, leased, results_stored, ..."""
+        """What happened since the file was made: submitted, leased, results_stored, ..."""
         with self.database.reading() as database:
             return dict(database.execute("SELECT name, value FROM counters ORDER BY name").fetchall())
 

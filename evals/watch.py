@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from checkpoints.commit import list_steps
 from checkpoints.manifest import MANIFEST_FILE
@@ -18,6 +19,9 @@ from evals.pins import pin_job, sync_pins, unpin_job
 from evals.queue import Queue, QueueFullError
 from evals.runs import read_recipe
 from evals.tasks.registry import get_task
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 
@@ -76,10 +80,7 @@ class Runs:
 
     def config(self, run: str) -> EvalConfig:
         """The evals section of the run's own recipe; clients cannot send settings."""
-        from pydantic import TypeAdapter
-
-        section = read_recipe(self.folder(run)).get("evals", {})
-        return TypeAdapter(EvalConfig).validate_python(section)
+        return _parser().validate_python(read_recipe(self.folder(run)).get("evals", {}))
 
     def steps(self, run: str) -> dict[int, Path]:
         """Committed checkpoints by step; one that is being removed has lost its manifest and is not there."""
@@ -94,6 +95,13 @@ class Runs:
     def checkpoints(self, run: str) -> Path:
         """The folder of a run's checkpoints."""
         return self.folder(run) / "checkpoints"
+
+
+@lru_cache(maxsize=1)
+def _parser() -> TypeAdapter[EvalConfig]:
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(EvalConfig)
 
 
 def _tokens_at(checkpoint: Path) -> int | None:

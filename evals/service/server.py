@@ -8,7 +8,7 @@ import socket
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from evals.guard import is_loopback
 from evals.pool import Pool, WorkerPool
@@ -18,7 +18,10 @@ from evals.service.background import WATCH_SECONDS, Background
 from evals.watch import Runs, Watcher
 from evals.worker import JOB_SECONDS, LEASE_SECONDS
 
-__all__ = ["serve"]
+if TYPE_CHECKING:
+    import uvicorn
+
+__all__ = ["serve", "server_config"]
 
 # Connections at a time; beyond them uvicorn answers 503 itself. The guard allows fewer requests.
 MAX_CONNECTIONS = 256
@@ -93,7 +96,14 @@ def _run(app: Any, listener: socket.socket) -> None:
 
     host, port = listener.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port}/ (interrupt to stop)", flush=True)
-    config = uvicorn.Config(
+    uvicorn.Server(server_config(app)).run(sockets=[listener])
+
+
+def server_config(app: Any) -> uvicorn.Config:
+    """uvicorn with the service's limits."""
+    import uvicorn
+
+    return uvicorn.Config(
         app,
         http=_patient_protocol(),
         h11_max_incomplete_event_size=MAX_HEAD,
@@ -104,7 +114,6 @@ def _run(app: Any, listener: socket.socket) -> None:
         access_log=False,
         server_header=False,
     )
-    uvicorn.Server(config).run(sockets=[listener])
 
 
 @contextmanager

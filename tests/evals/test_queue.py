@@ -30,7 +30,6 @@ def test_a_key_is_queued_once_and_gets_one_result(queue):
     assert queue.counts() == {"done": 1}
     assert queue.events() == {
         "submitted": 1,
-        "repeated": 2,
         "leased": 1,
         "results_stored": 1,
         "results_dropped": 1,
