@@ -26,7 +26,7 @@ from trellis_dist.models.language_model import LanguageModel, LMState, build_lan
 if TYPE_CHECKING:
     from evals.runs import LoadedRun
 
-__all__ = ["TASK", "measure", "states_at"]
+__all__ = ["TASK", "filled_state", "has_cache", "measure", "states_at"]
 
 WARMUP_STEPS, TIMED_STEPS = 4, 24
 PREFILL_CHUNK = 1024
@@ -36,8 +36,8 @@ READ = "tokens really read"
 
 def states_at(model: LanguageModel, positions: Sequence[int]) -> Iterator[LMState]:
     """One state of one row per (increasing) position."""
-    if _has_cache(model):
-        yield from (_filled(model, position) for position in positions)
+    if has_cache(model):
+        yield from (filled_state(model, position, room=WARMUP_STEPS + TIMED_STEPS) for position in positions)
         return
     state = model.init_state(1)
     weights = next(model.parameters())
@@ -50,19 +50,23 @@ def states_at(model: LanguageModel, positions: Sequence[int]) -> Iterator[LMStat
         yield state
 
 
-def _has_cache(model: LanguageModel) -> bool:
+def has_cache(model: LanguageModel) -> bool:
+    """Whether a layer keeps keys and values, so that the state grows."""
     return any(isinstance(layer, KVCache) for layer in model.init_state(1).layers)
 
 
-def _filled(model: LanguageModel, position: int) -> LMState:
-    """The first state, with ``position`` random keys and values and room for the steps in every cache."""
-    state = model.init_state(1)
+def filled_state(model: LanguageModel, position: int, *, batch: int = 1, room: int) -> LMState:
+    """The first state of ``batch`` rows, with ``position`` random keys and values in every cache.
+
+    ``room`` is kept free for that many tokens.
+    """
+    state = model.init_state(batch)
     layers = []
     for layer in state.layers:
         if isinstance(layer, KVCache):
             keys = layer.keys_values()[0]
             shape = (keys.shape[0], keys.shape[1], position, keys.shape[3])
-            layer = layer.reserve(position + WARMUP_STEPS + TIMED_STEPS)
+            layer = layer.reserve(position + room)
             layer = layer.append(keys.new_empty(shape).normal_(), keys.new_empty(shape).normal_())
         layers.append(layer)
     return replace(state, layers=tuple(layers), position=position)
@@ -79,9 +83,12 @@ def measure(
     Returns:
         Per position: "position", "state_bytes" (after the timed steps), "ms_per_token" (their median).
     """
-    if _has_cache(model):
+    if has_cache(model):
         bar = tqdm(positions, desc="decode, attention", disable=not progress)
-        timed = [_timed_steps(model, [_filled(model, position)])[0] for position in bar]
+        timed = [
+            _timed_steps(model, [filled_state(model, position, room=WARMUP_STEPS + TIMED_STEPS)])[0]
+            for position in bar
+        ]
     else:
         states = states_at(model, positions)
         bar = tqdm(states, total=len(positions), desc="decode", disable=not progress)
@@ -119,7 +126,7 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
         "attention": measure(attention, positions, progress=progress),
         "model_parameters": sum(p.numel() for p in model.parameters()),
         "attention_parameters": sum(p.numel() for p in attention.parameters()),
-        "model_method": FILLED if _has_cache(model) else READ,
+        "model_method": FILLED if has_cache(model) else READ,
         "attention_method": FILLED,
         "rows": 1,
         "device": str(loaded.device),

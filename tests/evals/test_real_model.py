@@ -106,15 +106,15 @@ def test_a_cache_has_room_for_the_steps_and_no_more():
 
 
 def test_one_cache_is_kept_at_a_time(monkeypatch):
-    buffers, alive, fill = [], [], decode._filled
+    buffers, alive, fill = [], [], decode.filled_state
 
-    def counted(model, position):
+    def counted(model, position, **how):
         alive.append(sum(buffer() is not None for buffer in buffers))
-        state = fill(model, position)
+        state = fill(model, position, **how)
         buffers.append(weakref.ref(state.layers[0].buffer))
         return state
 
-    monkeypatch.setattr(decode, "_filled", counted)
+    monkeypatch.setattr(decode, "filled_state", counted)
     decode.measure(_model(("attention",), dtype=torch.float32), POSITIONS)
     assert alive == [0] * len(POSITIONS)
 
