@@ -97,7 +97,7 @@ class Queue:
             QueueFullError: there is no room for one more.
         """
         known = self.job(key)  # most are asked for again and again: no write lock for these
-        if known is not None and (known.state == "done" or known.active and known.priority >= priority):
+        if known is not None and (known.state == "done" or (known.active and known.priority >= priority)):
             return False
         with self.database.writing() as database:
             row = database.execute("SELECT state FROM jobs WHERE key = ?", (key,)).fetchone()

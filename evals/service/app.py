@@ -51,7 +51,7 @@ def create_app(
     from evals.service.jobs import jobs_router
     from evals.service.metrics import metrics_router
     from evals.service.page import WEB, page_router
-    from evals.service.parameters import COMMON
+    from evals.service.parameters import COMMON, only_known
     from evals.service.scores import scores_router
 
     @contextlib.asynccontextmanager
@@ -67,7 +67,7 @@ def create_app(
     app.add_middleware(Guard, hosts=LOOPBACK, token=token, secret=secret, counters=counters)
     app.add_exception_handler(RequestValidationError, _invalid)  # type: ignore[arg-type]
     # The guard asks for the token; this says so in the OpenAPI document.
-    needed = [Depends(HTTPBearer(auto_error=False))] if token else []
+    needed = [Depends(only_known), *([Depends(HTTPBearer(auto_error=False))] if token else [])]
     workers = background.workers if background else lambda: 0
     for router in (
         jobs_router(queue, runs),

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fastapi import APIRouter
-from fastapi.responses import PlainTextResponse
+from fastapi import APIRouter, Response
 
 from evals.counters import Counters, Labels, Metric, render
 from evals.queue import Queue
@@ -19,10 +18,10 @@ def metrics_router(queue: Queue, counters: Counters, workers: Callable[[], int])
 
     @router.get(
         "/metrics",
-        response_class=PlainTextResponse,
+        response_class=Response,  # of no type of its own: refusals are documented as JSON
         responses={200: {"description": "Prometheus' text format", "content": {"text/plain": {}}}},
     )
-    def metrics() -> PlainTextResponse:
+    def metrics() -> Response:
         jobs: dict[Labels, float] = {(("state", name),): n for name, n in queue.counts().items()}
         events: dict[Labels, float] = {(("event", name),): n for name, n in queue.events().items()}
         found: list[Metric] = [
@@ -36,6 +35,6 @@ def metrics_router(queue: Queue, counters: Counters, workers: Callable[[], int])
             ),
             ("trellis_eval_workers", "workers that run", "gauge", {(): float(workers())}),
         ]
-        return PlainTextResponse(render(found), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(render(found), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return router

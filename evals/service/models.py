@@ -34,6 +34,20 @@ class Problem(BaseModel):
     detail: str
 
 
+class Complaint(BaseModel):
+    """What is wrong with one part of a request."""
+
+    loc: list[str | int]
+    msg: str
+    type: str
+
+
+class Invalid(BaseModel):
+    """Why a request is not as documented."""
+
+    detail: list[Complaint]
+
+
 class Health(BaseModel):
     """What the service is doing."""
 

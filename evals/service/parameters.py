@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import Path, Query
+from fastapi import Path, Query, Request
+from fastapi.exceptions import RequestValidationError
 
-from evals.service.models import Problem
+from evals.service.models import Invalid, Problem
 
 __all__ = [
     "COMMON",
@@ -17,6 +18,7 @@ __all__ = [
     "RunFilter",
     "SamplesLimit",
     "TextFilter",
+    "only_known",
     "problem",
 ]
 
@@ -31,6 +33,22 @@ SamplesLimit = Annotated[int, Query(ge=1, le=MAX_SAMPLES, description="samples o
 Offset = Annotated[int, Query(ge=0, lt=2**31, description="rows before the page")]
 RunFilter = Annotated[str | None, Query(max_length=128, description="a run's id")]
 TextFilter = Annotated[str | None, Query(max_length=256)]
+
+
+def only_known(request: Request) -> None:
+    """Refuse query parameters that the endpoint does not have: a misspelt filter would answer with everything.
+
+    Raises:
+        RequestValidationError: naming the first one.
+    """
+    known = {field.alias for field in request.scope["route"].dependant.query_params}
+    if strangers := sorted(set(request.query_params) - known):
+        error = {
+            "loc": ("query", strangers[0]),
+            "msg": "no such parameter",
+            "type": "extra_forbidden",
+        }
+        raise RequestValidationError([error])
 
 
 def problem(status: int, description: str) -> dict[int | str, dict[str, Any]]:
@@ -52,3 +70,4 @@ for _status, _words in {
     503: "busy, or too slow: try again after Retry-After seconds",
 }.items():
     COMMON |= problem(_status, _words)
+COMMON |= {422: {"model": Invalid, "description": "not as documented here"}}

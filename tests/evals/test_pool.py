@@ -144,7 +144,7 @@ def test_a_job_that_takes_too_long_is_lost_with_that_reason(queue, job, monkeypa
 
 
 def test_a_lease_that_cannot_be_renewed_for_a_while_is_kept_until_it_runs_out(queue, job, monkeypatch, clock):
-    key, work = job
+    _, work = job
     renewals = []
 
     def renew(*_, **__):

@@ -354,6 +354,8 @@ def test_http_shows_what_is_stored(client, scored):
         ("/jobs?offset=-1", 422),
         ("/jobs?state=lost", 422),
         ("/jobs?task=rm", 422),
+        ("/jobs?stat=done", 422),
+        ("/health?x=1", 422),
         ("/internal/lease", 404),
         ("/docs", 404),
     ],

@@ -1,4 +1,4 @@
-"""Fault row 20: processes killed in the midst of an evaluation, and requests that mean no good, over real HTTP."""
+"""Fault row 20: processes killed in the midst of an evaluation, and hostile requests, over real HTTP."""
 
 from __future__ import annotations
 
