@@ -8,14 +8,32 @@ from typing import Literal
 from trellis_dist.validation import STRICT, require
 
 TaskName = Literal[
-    "perplexity", "needle", "decode", "sample", "harness",
+    "perplexity", "decode", "sample", "harness",
+    "niah_single_1", "niah_single_2", "niah_single_3", "niah_single_word",
+    "niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt", "cwe", "mqar",
     "lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa",
 ]  # fmt: skip
-Haystack = Literal["noise", "essay"]
-ValueKind = Literal["number", "uuid", "word"]
 Device = Literal["auto", "cpu", "cuda"]
 
-__all__ = ["Device", "EvalConfig", "Haystack", "TaskName", "ValueKind"]
+__all__ = ["ESSAY_TASKS", "Device", "EvalConfig", "TaskName"]
+
+# RULER's tasks that hide needles in prose.
+ESSAY_TASKS: tuple[TaskName, ...] = (
+    "niah_single_2",
+    "niah_single_3",
+    "niah_single_word",
+    "niah_multikey_1",
+    "niah_multivalue",
+    "niah_multiquery",
+)
+# Tokens that hold a prompt with its answer and some haystack: of four needles, of a solved example.
+_LEAST_LENGTH: dict[TaskName, int] = {
+    "niah_multikey_1": 512,
+    "niah_multivalue": 512,
+    "niah_multiquery": 512,
+    "vt": 1024,
+    "cwe": 1024,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +41,22 @@ class EvalConfig:
     """Scoring of a finished (or saved) run.
 
     Attributes:
-        tasks: any of "perplexity" (held-out bits per byte beside n-grams), "needle", "decode" (state bytes
-            and ms per token by position, beside softmax attention), "sample" (a continuation), "harness"
-            (tasks of lm-evaluation-harness from local files).
+        tasks: any of "perplexity" (held-out bits per byte beside n-grams), "decode" (state bytes and
+            ms per token by position, beside softmax attention), "sample" (a continuation), "harness" (tasks
+            of lm-evaluation-harness from local files); of RULER "niah_single_1" (a number in noise),
+            "niah_single_2", "niah_single_3", "niah_single_word" (a number, a UUID, a word in prose),
+            "niah_multikey_1", "niah_multivalue", "niah_multiquery" (four needles in prose), "vt" (variable
+            tracking), "cwe" (common words); "mqar" (multi-query associative recall).
         device: "auto" takes a CUDA device when there is one.
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
-        needle_lengths: prompt lengths in tokens, 256 or more, 128 of them for the answer.
-        needle_samples: prompts per length.
-        needle_haystack: "noise" or "essay" (prose read from needle_essay).
-        needle_essay: a UTF-8 text file of prose, for the essay haystack.
-        needle_value: what is hidden: a 7-digit "number", a "uuid" or a "word".
-        needle_seed: fixes keys, values and places.
+        ruler_lengths: of RULER's tasks: prompt lengths in tokens, 256 or more, room for the answer included.
+        ruler_samples: prompts per length.
+        ruler_essay: a UTF-8 text file of prose, for the tasks that hide needles in prose.
+        ruler_seed: fixes keys, values and places.
+        mqar_pairs: key-value pairs of a row, each asked for once.
+        mqar_length: tokens of a row, even; at least four per pair.
+        mqar_samples: rows per number of pairs and length.
+        mqar_seed: fixes keys, values and places.
         decode_positions: positions at which decoding is measured.
         sample_tokens: tokens of the sample continuation.
         sample_temperature: 0 is greedy.
@@ -50,15 +73,17 @@ class EvalConfig:
 
     __pydantic_config__ = STRICT
 
-    tasks: tuple[TaskName, ...] = ("perplexity", "needle", "decode", "sample")
+    tasks: tuple[TaskName, ...] = ("perplexity", "niah_single_1", "decode", "sample")
     device: Device = "auto"
     ngram_max_tokens: int = 0
-    needle_lengths: tuple[int, ...] = (1024, 2048, 4096)
-    needle_samples: int = 50
-    needle_haystack: Haystack = "noise"
-    needle_essay: str | None = None
-    needle_value: ValueKind = "number"
-    needle_seed: int = 42
+    ruler_lengths: tuple[int, ...] = (1024, 2048, 4096)
+    ruler_samples: int = 50
+    ruler_essay: str | None = None
+    ruler_seed: int = 42
+    mqar_pairs: tuple[int, ...] = (4, 16, 64)
+    mqar_length: tuple[int, ...] = (256, 512)
+    mqar_samples: int = 100
+    mqar_seed: int = 0
     decode_positions: tuple[int, ...] = (1024, 2048, 4096, 8192, 16384, 32768, 65536)
     sample_tokens: int = 128
     sample_temperature: float = 0.8
@@ -71,18 +96,8 @@ class EvalConfig:
     harness_limit: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            self.needle_samples >= 1, f"evals.needle_samples = {self.needle_samples}: use 1 or more prompts"
-        )
-        require(
-            bool(self.needle_lengths) and min(self.needle_lengths) >= 256,
-            f"evals.needle_lengths = {list(self.needle_lengths)}: use 256 or more; 128 tokens are room for "
-            "the answer and the question takes about 100",
-        )
-        require(
-            self.needle_haystack != "essay" or bool(self.needle_essay),
-            'evals.needle_haystack = "essay" needs evals.needle_essay, a text file of prose',
-        )
+        self._check_ruler()
+        self._check_mqar()
         positions = self.decode_positions
         require(
             bool(positions) and positions[0] >= 1 and list(positions) == sorted(set(positions)),
@@ -103,3 +118,31 @@ class EvalConfig:
             'evals.tasks names "harness": set evals.harness_folder and evals.harness_tasks',
         )
         require(self.harness_limit >= 0, f"evals.harness_limit = {self.harness_limit}: use 0 (all) or more")
+
+    def _check_ruler(self) -> None:
+        require(self.ruler_samples >= 1, f"evals.ruler_samples = {self.ruler_samples}: use 1 or more prompts")
+        for task in ("niah_single_1", *self.tasks):
+            least = _LEAST_LENGTH.get(task, 256)
+            require(
+                bool(self.ruler_lengths) and min(self.ruler_lengths) >= least,
+                f"evals.ruler_lengths = {list(self.ruler_lengths)}: use {least} or more for {task}, whose "
+                "question and answer take most of that",
+            )
+            require(
+                task not in ESSAY_TASKS or bool(self.ruler_essay),
+                f'evals.tasks names "{task}": set evals.ruler_essay, a text file of prose',
+            )
+
+    def _check_mqar(self) -> None:
+        require(self.mqar_samples >= 1, f"evals.mqar_samples = {self.mqar_samples}: use 1 or more rows")
+        require(self.mqar_seed >= 0, f"evals.mqar_seed = {self.mqar_seed}: use 0 or more")
+        require(
+            bool(self.mqar_pairs) and min(self.mqar_pairs) >= 1,
+            f"evals.mqar_pairs = {list(self.mqar_pairs)}: use 1 or more pairs",
+        )
+        least = 4 * max(self.mqar_pairs)
+        require(
+            bool(self.mqar_length) and all(n >= least and n % 2 == 0 for n in self.mqar_length),
+            f"evals.mqar_length = {list(self.mqar_length)}: use even numbers of {least} or more, four tokens "
+            f"for each of the {max(self.mqar_pairs)} pairs, or fewer evals.mqar_pairs",
+        )

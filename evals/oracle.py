@@ -1,14 +1,14 @@
-"""A scripted stand-in for a language model: shows that a task's scoring can be passed."""
+"""Scripted stand-ins for a language model: they show that a task's scoring can be passed."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["OracleModel"]
+__all__ = ["OracleModel", "RecallModel"]
 
 # Logit of the right token; the others are 0. exp(-30) leaves the rest of any vocabulary without mass.
 CERTAIN = 30.0
@@ -17,6 +17,10 @@ CERTAIN = 30.0
 @dataclass(frozen=True)
 class _History:
     tokens: Tensor  # [B, T] everything read so far
+
+    def read(self, tokens: Tensor) -> _History:
+        """Tokens [B, T] more."""
+        return _History(torch.cat([self.tokens, tokens.cpu()], 1))
 
 
 class OracleModel:
@@ -39,12 +43,12 @@ class OracleModel:
 
     def prefill(self, tokens: Tensor, state: _History, *, last_only: bool = False) -> tuple[Tensor, _History]:
         """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only."""
-        before = state.tokens.shape[1]
-        state = replace(state, tokens=torch.cat([state.tokens, tokens.cpu()], 1))
-        logits = torch.zeros(*tokens.shape, self._vocab_size)
+        before, state = state.tokens.shape[1], state.read(tokens)
+        first = state.tokens.shape[1] - 1 if last_only else before
+        logits = torch.zeros(len(tokens), state.tokens.shape[1] - first, self._vocab_size)
         for row, history in enumerate(state.tokens):
             for line, start in zip(self._lines, self._answer_start):
-                self._mark(logits[row], history, line, start=start, before=before)
+                self._mark(logits[row], history, line, start=start, before=first)
         return logits[:, -1] if last_only else logits, state
 
     @staticmethod
@@ -57,6 +61,36 @@ class OracleModel:
                 return
             if position >= before:
                 logits[position - before, line[position + 1]] = CERTAIN
+
+    def decode_step(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
+        """tokens [B] -> logits [B, V]."""
+        return self.prefill(tokens[:, None], state, last_only=True)
+
+
+class RecallModel:
+    """Predicts what followed a token when it was read first, and token 0 after one that is new."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
+
+    def init_state(self, batch: int) -> _History:
+        """Nothing read."""
+        return _History(torch.zeros(batch, 0, dtype=torch.long))
+
+    def prefill(self, tokens: Tensor, state: _History, *, last_only: bool = False) -> tuple[Tensor, _History]:
+        """tokens [B, T] -> logits [B, T, V], or the last token's [B, V] only."""
+        state = state.read(tokens)
+        first = state.tokens.shape[1] - (1 if last_only else tokens.shape[1])
+        logits = torch.zeros(len(tokens), state.tokens.shape[1] - first, self._vocab_size)
+        for row, history in enumerate(state.tokens.tolist()):
+            for position in range(first, len(history)):
+                logits[row, position - first, self._recall(history, position)] = CERTAIN
+        return logits[:, -1] if last_only else logits, state
+
+    @staticmethod
+    def _recall(history: list[int], position: int) -> int:
+        place = history.index(history[position])
+        return history[place + 1] if place < position else 0
 
     def decode_step(self, tokens: Tensor, state: _History) -> tuple[Tensor, _History]:
         """tokens [B] -> logits [B, V]."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evals.ruler.catalogue import RULER
 from evals.runs import read_recipe
 from evals.summary import read_metrics, read_results, summarise
 from trellis_dist.files import atomic_write, read_json
@@ -21,6 +22,15 @@ NEEDLE_TEXT = (
     "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts "
     "when the output contains it; choice, when it is the most likely of ten values of the same form. "
     "The oracle row scores a program that copies the answer, through the same code."
+)
+RULER_TEXT = (
+    "RULER: the score of a prompt is the share of the right answers that the output contains. The oracle row "
+    "scores a program that knows the answers, through the same code."
+)
+MQAR_TEXT = (
+    "Pairs of a key and a value (random tokens), then the keys again: the share of them after which the "
+    "value is the most probable token of the whole vocabulary. The oracle row scores a program that looks "
+    "it up."
 )
 SMALL_MODEL = 20_000_000
 SMALL_MODEL_TEXT = (
@@ -52,7 +62,7 @@ def write_run_report(run_dir: Path) -> Path:
     for name, section in _SECTIONS.items():
         if name in results:
             section(report, results[name]["result"])
-            if name == "needle" and parameters < SMALL_MODEL:
+            if name == "niah_single_1" and parameters < SMALL_MODEL:
                 report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
     _seconds(report, summary, results)
     path = run_dir / "report.html"
@@ -162,17 +172,29 @@ def _loss_cells(entry: Json) -> list[str]:
     return [f"{entry['bits_per_byte']:.3f}", f"{entry['loss']:.3f}", f"{math.exp(entry['loss']):,.1f}"]
 
 
-def _needle(report: Report, result: Json) -> None:
-    report.section("A needle in a long text")
-    report.text(NEEDLE_TEXT)
+def _ruler(report: Report, result: Json) -> None:
+    ways = tuple(result["chance"])  # a single needle is scored in two
+    report.section(f"{'A needle in a long text' if len(ways) > 1 else 'RULER'}: {result['title']}")
+    report.text(NEEDLE_TEXT if len(ways) > 1 else RULER_TEXT)
     rows = [
-        [f"{row['length']:,} tokens", row["samples"], _share(row["generation"]), _share(row["choice"])]
+        [f"{row['length']:,} tokens", row["samples"], *(_share(row[way]) for way in ways)]
         for row in result["rows"]
     ]
-    chance, oracle = result["chance"], result["oracle"]
-    rows.append(["chance", "", f"{chance['generation']:.0f}", f"{chance['choice']:.0f}"])
-    rows.append(["oracle", oracle["samples"], f"{oracle['generation']:.0f}", f"{oracle['choice']:.0f}"])
-    report.table(["", "prompts", "generation, % (95% interval)", "choice among 10, % (95% interval)"], rows)
+    rows.append(["chance", "", *(f"{result['chance'][way]:.0f}" for way in ways)])
+    rows.append(["oracle", result["oracle"]["samples"], *(f"{result['oracle'][way]:.0f}" for way in ways)])
+    names = {"generation": "generation, % (95% interval)", "choice": "choice among 10, % (95% interval)"}
+    report.table(["", "prompts", *(names[way] for way in ways)], rows)
+
+
+def _mqar(report: Report, result: Json) -> None:
+    report.section("Recall of pairs")
+    report.text(MQAR_TEXT)
+    rows = [
+        [f"{pairs} pairs in {length} tokens", part["samples"], _share(part)]
+        for (pairs, length), part in ((group.split("/"), part) for group, part in result["groups"].items())
+    ]
+    rows += [[bound, "", f"{result[bound]:.2g}"] for bound in ("chance", "oracle")]
+    report.table(["", "rows", "right, % (95% interval)"], rows)
 
 
 def _share(share: Json) -> str:
@@ -242,7 +264,8 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
 
 _SECTIONS = {
     "perplexity": _perplexity,
-    "needle": _needle,
+    **dict.fromkeys(RULER, _ruler),
+    "mqar": _mqar,
     "decode": _decode,
     "harness": _harness,
     "sample": _sample,

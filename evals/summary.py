@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from evals.ruler.catalogue import RULER
+from evals.tasks import harness
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.metrics import read_rows
 
@@ -48,7 +51,13 @@ def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
     results = read_results(run_dir)
     metrics = read_metrics(run_dir)
     summary: dict[str, Any] = _training(metrics)
-    parts = {"perplexity": _perplexity, "needle": _needle, "decode": _decode, "harness": _harness}
+    parts: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
+        "perplexity": _perplexity,
+        **{name: partial(_ruler, name) for name in RULER},
+        "mqar": _mqar,
+        "decode": _decode,
+        "harness": harness.TASK.scalars,
+    }
     for name, part in parts.items():
         if name in results:
             summary |= part(results[name]["result"])
@@ -84,16 +93,21 @@ def _perplexity(result: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _needle(result: Mapping[str, Any]) -> dict[str, float]:
-    summary = {
-        f"needle/{kind}/{row['length']}": row[kind]["score"]
-        for row in result["rows"]
-        for kind in ("generation", "choice")
-    }
-    for kind in ("generation", "choice"):
-        summary[f"needle/{kind}/chance"] = result["chance"][kind]
-        summary[f"needle/{kind}/oracle"] = result["oracle"][kind]
+def _ruler(name: str, result: Mapping[str, Any]) -> dict[str, float]:
+    """By length, for a single needle in each of its two ways of scoring; with chance and the oracle."""
+    ways = tuple(result["chance"])
+    summary: dict[str, float] = {}
+    for way in ways:
+        prefix = f"{name}/{way}" if len(ways) > 1 else name
+        summary |= {f"{prefix}/{row['length']}": row[way]["score"] for row in result["rows"]}
+        summary |= {f"{prefix}/{bound}": result[bound][way] for bound in ("chance", "oracle")}
     return summary
+
+
+def _mqar(result: Mapping[str, Any]) -> dict[str, float]:
+    """By pairs and length."""
+    summary = {f"mqar/{group}": part["score"] for group, part in result["groups"].items()}
+    return summary | {f"mqar/{bound}": result[bound] for bound in ("chance", "oracle")}
 
 
 def _decode(result: Mapping[str, Any]) -> dict[str, float]:
@@ -102,12 +116,4 @@ def _decode(result: Mapping[str, Any]) -> dict[str, float]:
         for model in ("model", "attention")
         for row in result[model]
         for name in ("state_bytes", "ms_per_token")
-    }
-
-
-def _harness(result: Mapping[str, Any]) -> dict[str, float]:
-    return {
-        f"harness/{task}/{metric}": value
-        for task, metrics in result["results"].items()
-        for metric, value in metrics.items()
     }

@@ -27,7 +27,7 @@ from evals.tasks.registry import get_task
 from tests.evals.conftest import LENGTH, VOCAB, write_checkpoint
 
 SMALL = EvalConfig(
-    needle_lengths=(512,), needle_samples=3, decode_positions=(16, 64), sample_tokens=8, device="cpu"
+    ruler_lengths=(512,), ruler_samples=3, decode_positions=(16, 64), sample_tokens=8, device="cpu"
 )
 
 
@@ -77,7 +77,7 @@ def test_positions_count_from_the_start_of_the_document_in_its_row():
 
 def test_results_are_reused_until_something_they_depend_on_changes(run_dir, monkeypatch):
     first = evaluate_run(run_dir, SMALL, progress=False)
-    assert set(first) == {"perplexity", "needle", "decode", "sample"}
+    assert set(first) == {"perplexity", "niah_single_1", "decode", "sample"}
     _check_events(run_dir, first)
     for task in first:
         assert json.loads((run_dir / "evals" / f"{task}-step-7.json").read_text()) == first[task]
@@ -85,9 +85,9 @@ def test_results_are_reused_until_something_they_depend_on_changes(run_dir, monk
     assert evaluate_run(run_dir, SMALL, progress=False) == first
     monkeypatch.undo()
     changed = evaluate_run(
-        run_dir, replace(SMALL, sample_tokens=4, tasks=("sample", "needle")), progress=False
+        run_dir, replace(SMALL, sample_tokens=4, tasks=("sample", "niah_single_1")), progress=False
     )
-    assert changed["needle"] == first["needle"]
+    assert changed["niah_single_1"] == first["niah_single_1"]
     assert changed["sample"]["key"] != first["sample"]["key"]
     write_checkpoint(run_dir, step=9, seed=1)
     newer = evaluate_run(run_dir, replace(SMALL, tasks=("sample",)), progress=False)
@@ -102,8 +102,8 @@ def _never(*args, **kwargs):
 
 def _check_report(run_dir):
     summary = write_summary(run_dir, {"eval": 1.0})
-    assert summary["needle/choice/oracle"] == summary["needle/generation/oracle"] == 100
-    assert summary["needle/choice/chance"] == 10
+    assert summary["niah_single_1/choice/oracle"] == summary["niah_single_1/generation/oracle"] == 100
+    assert summary["niah_single_1/choice/chance"] == 10
     sizes = {summary[f"decode/model/state_bytes/{p}"] for p in (16, 64)}
     assert len(sizes) == 1
     assert summary["decode/attention/state_bytes/64"] > summary["decode/attention/state_bytes/16"]
@@ -121,7 +121,7 @@ def _check_events(run_dir, records):
     for task, record in records.items():
         expected |= get_task(task).scalars(record["result"])
     assert set(events.Tags()["scalars"]) == set(expected)
-    assert {"eval/bits_per_byte", "needle/choice/512", "decode/state_bytes"} <= set(expected)
+    assert {"eval/bits_per_byte", "niah_single_1/choice/512", "decode/state_bytes"} <= set(expected)
     for name, value in expected.items():
         (event,) = events.Scalars(name)
         assert (event.step, event.value) == (7, pytest.approx(value, rel=1e-6)), name
@@ -167,11 +167,11 @@ def test_the_device_and_not_auto_is_part_of_a_results_key(run_dir):
 
 def test_missing_inputs_are_refused_before_training(tmp_path):
     check_eval_inputs(SMALL)
-    essay = replace(SMALL, needle_haystack="essay", needle_essay=str(tmp_path / "essay.txt"))
-    with pytest.raises(FileNotFoundError, match=r"evals\.needle_essay = .*essay\.txt: no such file"):
+    essay = replace(SMALL, tasks=("niah_multiquery",), ruler_essay=str(tmp_path / "essay.txt"))
+    with pytest.raises(FileNotFoundError, match=r"evals\.ruler_essay = .*essay\.txt: no such file"):
         check_eval_inputs(essay)
     (tmp_path / "essay.txt").write_bytes(b"\xff\xfe")
-    with pytest.raises(ValueError, match=r"evals\.needle_essay = .*essay\.txt: not UTF-8"):
+    with pytest.raises(ValueError, match=r"evals\.ruler_essay = .*essay\.txt: not UTF-8"):
         check_eval_inputs(essay)
     harness = EvalConfig(tasks=("harness",), harness_folder=str(tmp_path / "none"), harness_tasks=("x",))
     with pytest.raises(ValueError, match=r"evals\.harness_folder = .*none"):

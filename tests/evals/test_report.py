@@ -29,11 +29,19 @@ RESULTS = {
         "training_targets": 80_000,
         "by_position": [{"from": 0, "to": 16, "tokens": 10, "loss": 4.0}],
     },
-    "needle": {
+    "niah_single_1": {
+        "title": "a number in repeated noise",
         "rows": [{"length": 1024, "samples": 10, "generation": SHARE, "choice": SHARE}],
         "chance": {"generation": 0.0, "choice": 10.0},
         "oracle": {"samples": 8, "generation": 100.0, "choice": 100.0},
     },
+    "vt": {
+        "title": "variables that share a value",
+        "rows": [{"length": 2048, "samples": 10, "generation": SHARE}],
+        "chance": {"generation": 0.0},
+        "oracle": {"samples": 8, "generation": 100.0},
+    },
+    "mqar": {"groups": {"4/256": SHARE | {"samples": 10}}, "chance": 0.02, "oracle": 100.0},
     "decode": {
         "model": [{"position": 1024, "state_bytes": 100, "ms_per_token": 1.0}],
         "attention": [{"position": 1024, "state_bytes": 900, "ms_per_token": 2.0}],
@@ -86,9 +94,11 @@ def test_summary_has_the_keys_of_the_contract(run):
     assert summary["ln_vocab"] == 8.3
     assert summary["perf/tokens_per_second"] == 300.0  # the median; the step written twice counts once
     assert summary["seconds/train"] == 12.5
-    assert summary["needle/choice/1024"] == 10.0
-    assert summary["needle/choice/chance"] == 10.0
-    assert summary["needle/generation/oracle"] == 100.0
+    assert summary["niah_single_1/choice/1024"] == 10.0
+    assert summary["niah_single_1/choice/chance"] == 10.0
+    assert summary["niah_single_1/generation/oracle"] == 100.0
+    assert summary["vt/2048"] == summary["mqar/4/256"] == 10.0
+    assert (summary["vt/chance"], summary["vt/oracle"], summary["mqar/oracle"]) == (0.0, 100.0, 100.0)
     assert summary["decode/model/state_bytes/1024"] == 100
     assert summary["decode/attention/ms_per_token/1024"] == 2.0
     assert summary["step"] == 2
@@ -108,6 +118,13 @@ def test_report_is_complete_and_escaped(run):
     assert "<script" not in page
     assert page.count("&lt;script&gt;") >= 4
     for text in ("Where the time went", "12.5", "Kneser-Ney", "near chance on generation", "oracle", "2.000"):
+        assert text in page, text
+    for text in (
+        "a number in repeated noise",
+        "RULER: variables that share",
+        "4 pairs in 256 tokens",
+        "10 (1-30)",
+    ):
         assert text in page, text
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert "https://" not in page

@@ -26,7 +26,7 @@ def test_a_run_keeps_its_recipe_once_it_has_a_checkpoint(tmp_path: Path) -> None
 def test_what_decides_no_weight_may_change(tmp_path: Path) -> None:
     claim_run(tmp_path, load_recipe(BASE))
     (tmp_path / "checkpoints" / "step-00000010").mkdir(parents=True)
-    claim_run(tmp_path, load_recipe(BASE, ["logging.interval=1", "evals.needle_samples=3"]))
+    claim_run(tmp_path, load_recipe(BASE, ["logging.interval=1", "evals.ruler_samples=3"]))
     assert recipe_of_run(tmp_path).logging.interval == 1
 
 

@@ -87,7 +87,7 @@ def test_the_first_loss_is_timed_after_a_start_without_one_and_recorded_at_once(
     "overrides, words",
     [
         (["mesh.dp=2"], "needs 2 ranks, one per CUDA device"),
-        (["mesh.dp=", "evals.needle_haystack=essay", "evals.needle_essay=nowhere.txt"], "nowhere.txt"),
+        (["mesh.dp=", 'evals.tasks=["niah_single_2"]', "evals.ruler_essay=nowhere.txt"], "nowhere.txt"),
     ],
 )
 def test_the_machine_is_refused_before_the_text_is_prepared(
