@@ -159,7 +159,7 @@ def store_result(
     scalars = record.get("scalars", {})
     connection.executemany(
         "INSERT INTO scalars (key, name, value) VALUES (?, ?, ?)",
-        [(key, name, value) for name, value in scalars.items() if math.isfinite(value)],
+        [(key, name, value) for name, value in scalars.items() if value is not None and math.isfinite(value)],
     )
     return True
 

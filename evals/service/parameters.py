@@ -36,7 +36,7 @@ TextFilter = Annotated[str | None, Query(max_length=256)]
 
 
 def only_known(request: Request) -> None:
-    """Refuse query parameters that the endpoint does not have: a misspelt filter would answer with everything.
+    """Refuse query parameters that the endpoint does not have: a misspelt filter would filter nothing.
 
     Raises:
         RequestValidationError: naming the first one.
