@@ -8,7 +8,7 @@ from typing import Literal
 from trellis_dist.validation import STRICT, require
 
 TaskName = Literal[
-    "perplexity", "decode", "sample", "harness",
+    "perplexity", "context_length", "decode", "sample", "harness",
     "niah_single_1", "niah_single_2", "niah_single_3", "niah_single_word",
     "niah_multikey_1", "niah_multivalue", "niah_multiquery", "vt", "cwe", "mqar",
     "lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa",
@@ -41,7 +41,8 @@ class EvalConfig:
     """Scoring of a finished (or saved) run.
 
     Attributes:
-        tasks: any of "perplexity" (held-out bits per byte beside n-grams), "decode" (state bytes and
+        tasks: any of "perplexity" (held-out bits per byte beside n-grams), "context_length" (the loss of the
+            same held-out tokens, given more and more of what stands before them), "decode" (state bytes and
             ms per token by position, beside softmax attention), "sample" (a continuation), "harness" (tasks
             of lm-evaluation-harness from local files); of RULER "niah_single_1" (a number in noise),
             "niah_single_2", "niah_single_3", "niah_single_word" (a number, a UUID, a word in prose),
@@ -49,6 +50,9 @@ class EvalConfig:
             tracking), "cwe" (common words); "mqar" (multi-query associative recall).
         device: "auto" takes a CUDA device when there is one.
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
+        context_lengths: tokens of context before the targets, 1 or more; those that the held-out text does
+            not hold are left out.
+        context_documents: windows of held-out text for it, at most.
         ruler_lengths: of RULER's tasks: prompt lengths in tokens, 256 or more, room for the answer included.
         ruler_samples: prompts per length.
         ruler_essay: a UTF-8 text file of prose, for the tasks that hide needles in prose.
@@ -76,6 +80,8 @@ class EvalConfig:
     tasks: tuple[TaskName, ...] = ("perplexity", "niah_single_1", "decode", "sample")
     device: Device = "auto"
     ngram_max_tokens: int = 0
+    context_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
+    context_documents: int = 32
     ruler_lengths: tuple[int, ...] = (1024, 2048, 4096)
     ruler_samples: int = 50
     ruler_essay: str | None = None
@@ -98,6 +104,15 @@ class EvalConfig:
     def __post_init__(self) -> None:
         self._check_ruler()
         self._check_mqar()
+        lengths = list(self.context_lengths)
+        require(
+            bool(lengths) and min(lengths) >= 1,
+            f"evals.context_lengths = {lengths}: use 1 or more tokens of context",
+        )
+        require(
+            self.context_documents >= 1,
+            f"evals.context_documents = {self.context_documents}: use 1 or more windows of text",
+        )
         positions = self.decode_positions
         require(
             bool(positions) and positions[0] >= 1 and list(positions) == sorted(set(positions)),

@@ -1,17 +1,23 @@
-"""Score a run: each task's result is one JSON file, kept under a key of everything it depends on."""
+"""Score a run, or another model: each task's result is one JSON file, under a key of all it depends on.
+
+On several ranks (evals/ranks.py) every rank calls the same function; rank 0 reads and writes the files.
+"""
 
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from checkpoints.pins import pinned
 from evals.config import EvalConfig
 from evals.curves import events_file, write_events
+from evals.ranks import current_ranks
 from evals.runs import (
     LoadedRun,
     checkpoint_digest,
@@ -21,14 +27,25 @@ from evals.runs import (
     read_recipe,
     step_of_checkpoint,
 )
+from evals.subject import Subject
 from evals.tasks.protocol import Task
-from evals.tasks.registry import get_task
+from evals.tasks.registry import TASKS, get_task
 from trellis_dist.files import digest, read_json, write_json
 
-__all__ = ["Job", "check_eval_inputs", "evaluate_run", "job_of", "log_scalars", "run_job", "stored_result"]
+__all__ = [
+    "Job",
+    "check_eval_inputs",
+    "check_tasks",
+    "evaluate_run",
+    "evaluate_subject",
+    "job_of",
+    "log_scalars",
+    "run_job",
+    "stored_result",
+]
 
 # Part of every key: raise it when a task's numbers change their meaning.
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -89,37 +106,31 @@ def job_of(
 
 def stored_result(job: Job) -> dict[str, Any] | None:
     """The record of a job that was run before, or None; a file of another key or a damaged one is None."""
-    if not job.path.is_file():
-        return None
-    try:
-        record = read_json(job.path)
-    except ValueError:
-        return None
-    if not isinstance(record, dict) or record.get("key") != job.key:
-        return None
-    record.setdefault("scalars", get_task(job.task).scalars(record["result"]))
+    record = _stored(job.path, job.key)
+    if record is not None:
+        record.setdefault("scalars", get_task(job.task).scalars(record["result"]))
     return record
 
 
 def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     """Run the task, keep its record and log its scalars at the training step."""
-    task = get_task(job.task)
-    start = time.perf_counter()
-    result = task.run(loaded, config, progress)
-    record: dict[str, Any] = {
-        "key": job.key,
-        "task": job.task,
-        "step": job.step,
-        "settings": dict(job.settings),
-        "data": job.data,
-        "seconds": time.perf_counter() - start,
-        "result": result,
-        "scalars": task.scalars(result),
-    }
-    job.path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(job.path, record)
-    log_scalars(job, record)
+    about = {"key": job.key, "task": job.task, "step": job.step, "settings": dict(job.settings)}
+    record = {**about, "data": job.data, **_measured(get_task(job.task), loaded, config, progress=progress)}
+    current_ranks().from_main(partial(_keep, job, record))
     return record
+
+
+def _measured(task: Task, subject: Subject, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
+    """What running a task adds to its record."""
+    start = time.perf_counter()
+    result = task.run(subject, config, progress and current_ranks().is_main)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "result": result, "scalars": task.scalars(result)}
+
+
+def _keep(job: Job, record: Mapping[str, Any]) -> None:
+    _write(job.path, record)
+    log_scalars(job, record)
 
 
 def log_scalars(job: Job, record: Mapping[str, Any]) -> None:
@@ -155,20 +166,96 @@ def evaluate_run(
         ValueError, OSError: no run, no verified checkpoint, no data set or another than the one trained on,
             or settings that do not fit them.
     """
-    run_dir = Path(run_dir)
-    checkpoint = find_checkpoint(run_dir, step=step)
+    run_dir, ranks = Path(run_dir), current_ranks()
+    # A run at work saves newer ones meanwhile: one rank chooses.
+    checkpoint = ranks.from_main(partial(find_checkpoint, run_dir, step=step))
     loaded: LoadedRun | None = None
     records: dict[str, Any] = {}
-    with pinned(checkpoint, f"eval-{os.getpid()}"):  # a run at work may be about to remove it
+    with pinned(checkpoint, f"eval-{socket.gethostname()}-{os.getpid()}"):  # it may be about to remove it
         for name in config.tasks:
             job = job_of(run_dir, checkpoint, get_task(name), config, dataset_dir=dataset_dir)
-            record = stored_result(job)
+            record = ranks.from_main(partial(_known, job))
             if record is None:
                 loaded = loaded or load_run(
                     run_dir, step=job.step, device=config.device, dataset_dir=dataset_dir
                 )
                 record = run_job(job, loaded, config, progress=progress)
-            else:
-                log_scalars(job, record)
             records[name] = record
     return records
+
+
+def _known(job: Job) -> dict[str, Any] | None:
+    """The stored record, its scalars logged."""
+    record = stored_result(job)
+    if record is not None:
+        log_scalars(job, record)
+    return record
+
+
+def check_tasks(config: EvalConfig, *, run: bool, name: str) -> None:
+    """Refuse tasks that score a run where ``name`` is none. Raises ValueError."""
+    strangers = [task for task in config.tasks if get_task(task).needs_run]
+    if strangers and not run:
+        others = ", ".join(sorted(task for task in TASKS if not TASKS[task].needs_run))
+        raise ValueError(
+            f"{strangers[0]} scores a trained run on its held-out text, and {name} is no run folder: choose "
+            f"others with --tasks ({others})"
+        )
+
+
+def evaluate_subject(
+    subject: Subject, config: EvalConfig, output: Path, *, progress: bool = True
+) -> dict[str, Any]:
+    """Score any model on the tasks of ``config``; a result in ``output`` whose key is the same is re-used.
+
+    Writes output/<task>.json. Of a run the keys are not those of its own folder: nothing there is read.
+
+    Returns:
+        Per task its record: "key", "task", "model", "digest", "settings", "seconds", "result", "scalars".
+
+    Raises:
+        ValueError, OSError: a task that scores a run, or as the tasks raise.
+    """
+    ranks, output = current_ranks(), Path(output)
+    check_tasks(config, run=isinstance(subject, LoadedRun), name=subject.name)
+    records: dict[str, Any] = {}
+    for name in config.tasks:
+        task, path = get_task(name), output / f"{name}.json"
+        about = _about(subject, task, config)
+        record = ranks.from_main(partial(_stored, path, about["key"]))
+        if record is None:
+            record = {**about, **_measured(task, subject, config, progress=progress)}
+            ranks.from_main(partial(_write, path, record))
+        records[name] = record
+    return records
+
+
+def _about(subject: Subject, task: Task, config: EvalConfig) -> dict[str, Any]:
+    """The part of a record that is known before the task has run."""
+    settings = dict(task.settings(config))
+    parts = {
+        "format": FORMAT,
+        "checkpoint": subject.digest,
+        "task": task.name,
+        "settings": settings,
+        "tokenizer": subject.tokenizer_digest,
+    }
+    if isinstance(subject, LoadedRun):
+        length = subject.recipe["data"].get("sequence_length")
+        parts |= {"data": subject.data, "sequence_length": length}
+    known = {"model": subject.name, "digest": subject.digest, "settings": settings}
+    return {"key": digest(parts), "task": task.name, **known}
+
+
+def _stored(path: Path, key: str) -> dict[str, Any] | None:
+    """A record that was written before under this key."""
+    try:
+        record = read_json(path) if path.is_file() else None
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and record.get("key") == key else None
+
+
+def _write(path: Path, record: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)

@@ -1,7 +1,8 @@
 """One evaluation on several ranks: the work is divided, and every rank gets every result.
 
 All exchange between ranks goes through `Ranks.together`, so that a rank which fails anywhere is heard by the
-others at their next exchange, wherever that is: it raises its own error, they raise an `EchoError`.
+others at their next exchange, wherever that is: it raises its own error, they raise an `EchoError`. What runs
+on ranks is therefore called by `together` as a whole.
 """
 
 from __future__ import annotations
@@ -52,7 +53,8 @@ class Ranks:
         """``work()`` of every rank, in rank order, on every rank; every rank must call it at the same place.
 
         Raises:
-            EchoError: another rank failed, which raises what its own ``work`` raised.
+            EchoError: another rank failed. The first rank that did raises what its ``work`` raised, so that a
+                failure of all of them is said once.
         """
         if self.size == 1:
             return [work()]
@@ -66,7 +68,10 @@ class Ranks:
         heard = self._exchange(message)
         failed = [(rank, text) for rank, (text, _) in enumerate(heard) if text]
         if failed:
-            raised = own or EchoError(f"another rank failed: rank {failed[0][0]}: {failed[0][1]}")
+            first, text = failed[0]
+            raised = (
+                own if own is not None and first == self.rank else EchoError(f"another rank, {first}: {text}")
+            )
             setattr(raised, _TOLD, True)
             raise raised
         return [pickle.loads(content) for _, content in heard]

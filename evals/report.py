@@ -16,7 +16,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.report import Report
 
-__all__ = ["write_run_report"]
+__all__ = ["add_sections", "write_run_report"]
 
 NEEDLE_TEXT = (
     "A value is hidden in a long text and asked for at its end (RULER, single needle). Generation counts "
@@ -59,15 +59,25 @@ def write_run_report(run_dir: Path) -> Path:
     facts = _facts(recipe, summary) | {"Parameters": f"{parameters:,}"} | _identity(results)
     report.facts(facts)
     _learning(report, metrics, results.get("perplexity"))
-    for name, section in _SECTIONS.items():
-        if name in results:
-            section(report, results[name]["result"])
-            if name == "niah_single_1" and parameters < SMALL_MODEL:
-                report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
+    add_sections(report, results, parameters=parameters)
     _seconds(report, summary, results)
     path = run_dir / "report.html"
     atomic_write(path, report.render())
     return path
+
+
+def add_sections(report: Report, results: Mapping[str, Json], *, parameters: int | None = None) -> None:
+    """A section for each task's record; ``parameters`` of the model, where they are known."""
+    for name in [*_SECTIONS, *sorted(set(results) - set(_SECTIONS))]:
+        if name not in results:
+            continue
+        result = results[name]["result"]
+        if name in _SECTIONS:
+            _SECTIONS[name](report, result)
+        elif "groups" in result:
+            _groups(report, name, result)
+        if name == "niah_single_1" and parameters is not None and parameters < SMALL_MODEL:
+            report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
 
 
 def _stored_summary(run_dir: Path) -> dict[str, Any]:
@@ -201,6 +211,33 @@ def _share(share: Json) -> str:
     return f"{share['score']:.0f} ({share['low']:.0f}-{share['high']:.0f})"
 
 
+def _context_length(report: Report, result: Json) -> None:
+    report.section("Loss by length of context")
+    text = "windows in single documents" if result["text"] == "documents" else "documents put end to end"
+    report.text(
+        f"The same {result['targets']:,} held-out tokens, given more and more of the text before them "
+        f"({result['windows']} windows; {text}; the longest document has {result['longest_document']:,} "
+        f"tokens). The model was trained on rows of {result['trained_length']:,} tokens."
+    )
+    rows = [[f"{row['length']:,}", *_loss_cells(row)] for row in result["rows"]]
+    report.table(["tokens of context", "bits per byte", "nats per token", "perplexity"], rows)
+    points = [(max(part["from"], 1), part["loss"]) for part in result["by_position"]]
+    report.line_chart(
+        "Loss by position in the longest window",
+        {"model": points},
+        x_label="tokens before the target",
+        y_label="nats per token",
+        log_x=True,
+    )
+
+
+def _groups(report: Report, name: str, result: Json) -> None:
+    """A task without a section of its own: its means."""
+    report.section(name)
+    rows = [[group, part["samples"], _share(part)] for group, part in result["groups"].items()]
+    report.table(["", "questions", "score, % (95% interval)"], rows)
+
+
 def _decode(report: Report, result: Json) -> None:
     report.section("The cost of a token")
     report.text(DECODE_TEXT)
@@ -264,6 +301,7 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
 
 _SECTIONS = {
     "perplexity": _perplexity,
+    "context_length": _context_length,
     **dict.fromkeys(RULER, _ruler),
     "mqar": _mqar,
     "decode": _decode,

@@ -26,7 +26,7 @@ __all__ = [
     "checkpoint_digest",
     "find_checkpoint",
     "find_dataset",
-    "load_model",
+    "load_export",
     "load_run",
     "read_recipe",
     "resolve_device",
@@ -44,6 +44,7 @@ class LoadedRun(Subject):
         recipe: the resolved recipe saved with the run.
         step: optimizer steps of the checkpoint.
         run_dir, dataset_dir, checkpoint: where things were read.
+        data: fingerprint of the data set.
     """
 
     model: LanguageModel
@@ -53,6 +54,7 @@ class LoadedRun(Subject):
     run_dir: Path
     dataset_dir: Path
     checkpoint: Path
+    data: str
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
@@ -158,7 +160,7 @@ def load_run(
     """
     recipe = read_recipe(run_dir)
     checkpoint = find_checkpoint(run_dir, step=step)
-    folder, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
+    folder, manifest = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
     reader = CheckpointReader(checkpoint)
     saved = {name.removeprefix("model/") for name in reader.names() if name.startswith("model/")}
     model = _build(recipe["model"], saved, lambda name: reader.read(f"model/{name}"), device)
@@ -174,6 +176,7 @@ def load_run(
         run_dir=run_dir,
         dataset_dir=folder,
         checkpoint=checkpoint,
+        data=manifest.fingerprint,
         digest=checkpoint_digest(checkpoint),
     )
 
@@ -187,21 +190,22 @@ def resolve_device(device: Device) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
 
 
-def load_model(
-    path: Path, *, step: int | None = None, device: Device = "auto", dataset_dir: Path | None = None
-) -> tuple[LanguageModel, Tokenizer]:
-    """Model and tokenizer of a run folder, or of an exported one (which has no steps and needs no data set).
+def load_export(path: Path, *, device: Device = "auto") -> Subject:
+    """The model of a folder that `trellis export` wrote, in fp32; it needs no data set.
 
     Raises:
-        ValueError, OSError: as `load_run` and `checkpoints.export.load_exported`.
+        ValueError, OSError: as `checkpoints.export.load_exported`, or no such device.
     """
-    if not (path / EXPORT).is_file():
-        loaded = load_run(path, step=step, device=device, dataset_dir=dataset_dir)
-        return loaded.model, loaded.tokenizer
     exported = load_exported(path)
-    weights = exported.tensors
-    return _build(exported.model_config, weights, weights.__getitem__, device), Tokenizer.load(
-        exported.tokenizer
+    weights, tokenizer = exported.tensors, Tokenizer.load(exported.tokenizer)
+    model = _build(exported.model_config, weights, weights.__getitem__, device)
+    return Subject(
+        name=path.resolve().name,
+        model=model,
+        tokenizer=tokenizer,
+        digest=sha256_file(path / EXPORT),  # which holds the hash of every file
+        tokenizer_digest=tokenizer.sha256,
+        device=next(model.parameters()).device,
     )
 
 

@@ -241,7 +241,7 @@ class Scorer:
         """Indices of prompts that fit one batch, shortest first."""
         batch: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-            full = len(batch) >= self._row_limit(lengths[i])
+            full = len(batch) >= self.row_limit(lengths[i])
             if batch and (full or lengths[i] - lengths[batch[0]] > MAX_SPREAD):
                 yield batch
                 batch = []
@@ -249,7 +249,7 @@ class Scorer:
         if batch:
             yield batch
 
-    def _row_limit(self, tokens: int) -> int:
+    def row_limit(self, tokens: int) -> int:
         """How many rows of so many tokens are kept together."""
         if tokens * self.max_rows <= _UNMEASURED_TOKENS:
             return self.max_rows
@@ -273,7 +273,7 @@ class Scorer:
         rows = [(b, c) for b, group in enumerate(choices) for c in range(len(group))]
         rows.sort(key=lambda bc: len(prefix.rests[bc[0]]) + len(choices[bc[0]][bc[1]]))
         result = [[Score(0.0, True, 0)] * len(group) for group in choices]
-        limit = self._row_limit(prefix.shared + 1)
+        limit = self.row_limit(prefix.shared + 1)
         while rows:
             part = rows[: self._rows_that_fit(prefix, choices, rows[:limit])]
             rows = rows[len(part) :]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launch.eval_commands import evaluate, generate
 from launch.export_commands import download, export, import_weights
 from launch.messages import show_warnings_plainly
 
@@ -170,37 +171,7 @@ def run(
     print(render_summary(summary, folder))
 
 
-@app.command("eval")
-def evaluate(
-    run_dir: RunArgument,
-    set_: Overrides = None,
-    step: Step = None,
-    dataset_dir: MovedDataset = None,
-    as_json: AsJson = False,
-) -> None:
-    """Score a run's checkpoint as its recipe says, and write RUN/evals/ and RUN/report.html."""
-    from launch.layers import override
-    from launch.recipe import parse_recipe, resolve
-    from launch.run_folder import StageSeconds, recipe_of_run
-
-    table = resolve(recipe_of_run(run_dir))
-    strangers = [item for item in set_ or [] if not item.startswith("evals.")]
-    if strangers:
-        raise ValueError(
-            f"--set {strangers[0]}: a trained run keeps its recipe; only evals.* can be set here"
-        )
-    override(table, set_ or [])
-    recipe = parse_recipe(table, source=str(run_dir))
-    from evals.evaluate import evaluate_run
-    from evals.report import write_run_report
-    from evals.summary import write_summary
-
-    results = evaluate_run(
-        run_dir, recipe.evals, progress=recipe.logging.progress, step=step, dataset_dir=dataset_dir
-    )
-    write_summary(run_dir, StageSeconds(run_dir).all())
-    report = write_run_report(run_dir)
-    print(json.dumps(results, indent=1) if as_json else f"results in {run_dir / 'evals'}, report {report}")
+app.command("eval")(evaluate)
 
 
 @app.command("eval-service")
@@ -242,30 +213,7 @@ def eval_service(
     )
 
 
-@app.command()
-def generate(
-    run_dir: RunArgument,
-    prompt: Annotated[str, typer.Option(help="text to continue")],
-    tokens: Annotated[int, typer.Option(help="tokens to write at most")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 is greedy")] = 0.8,
-    top_p: Annotated[
-        float, typer.Option(help="draw among the most probable tokens holding this mass")
-    ] = 0.95,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
-    step: Step = None,
-    dataset_dir: MovedDataset = None,
-) -> None:
-    """Continue a text with the model of a run, or of a folder that `trellis export` wrote."""
-    from evals.runs import load_model
-    from evals.sampling import Sampling
-    from evals.scorer import Scorer
-
-    sampling = Sampling(max_tokens=tokens, temperature=temperature, top_p=top_p, seed=seed)
-    model, tokenizer = load_model(run_dir, step=step, dataset_dir=dataset_dir)
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    print(prompt + Scorer(model, tokenizer).generate([ids], sampling)[0])
-
-
+app.command()(generate)
 app.command()(export)
 app.command("import")(import_weights)
 app.command()(download)

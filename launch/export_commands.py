@@ -57,10 +57,11 @@ def export(
     from checkpoints.hf_export import export_for_transformers
     from data_pipeline.tokenizer import Tokenizer
     from evals.runs import find_dataset
+    from evals.subjects import run_and_step
     from launch.recipe import resolve
     from launch.run_folder import recipe_of_run
 
-    run_dir, step = _run_and_step(source, step)
+    run_dir, step = run_and_step(source, step)
     recipe = recipe_of_run(run_dir)
     with _held(run_dir, step) as checkpoint:
         dataset, _ = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
@@ -74,23 +75,6 @@ def export(
         else:
             export_model(checkpoint, target, **given)
     print(f"exported {checkpoint} to {target}")
-
-
-def _run_and_step(source: Path, step: int | None) -> tuple[Path, int | None]:
-    """The run that `source` is, or is a checkpoint of, and the step asked for. Raises ValueError."""
-    from checkpoints.commit import step_of
-
-    named = step_of(source)
-    if named is None or (source / "recipe.json").is_file():
-        return source, step
-    if step is not None and step != named:
-        raise ValueError(f"{source} is step {named} and --step is {step}: leave --step out")
-    run_dir = source.absolute().parent.parent
-    if source.absolute().parent.name != "checkpoints":
-        raise ValueError(
-            f"{source} is not RUN/checkpoints/{source.name}: give the run folder and --step {named}"
-        )
-    return run_dir, named
 
 
 @contextmanager

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
@@ -27,11 +27,14 @@ from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfi
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from trellis_dist.validation import STRICT
 
+T = TypeVar("T")
+
 __all__ = [
     "Recipe",
     "differences",
     "dotted_items",
     "load_recipe",
+    "parse_evals",
     "parse_recipe",
     "recipe_digest",
     "resolve",
@@ -112,18 +115,32 @@ def load_recipe(
 
 def parse_recipe(table: Mapping[str, Any], *, source: str) -> Recipe:
     """Validate a table (TOML, or a saved ``recipe.json``): no strings for numbers, no unknown keys."""
+    recipe = _validated(Recipe, table, f"recipe {source}")
+    problems = list(_contradictions(recipe))
+    if problems:
+        raise ValueError(_headed(f"recipe {source}", problems))
+    return recipe
+
+
+def _validated(kind: type[T], table: Mapping[str, Any], source: str) -> T:
     from pydantic import TypeAdapter, ValidationError
 
     try:
         # JSON mode is strict about types and still takes arrays for tuples and tables for dataclasses.
-        recipe = TypeAdapter(Recipe).validate_json(json.dumps(table, default=str), strict=True)
+        return TypeAdapter(kind).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(problem, table) for problem in error.errors()]
         raise ValueError(_headed(source, lines)) from None
-    problems = list(_contradictions(recipe))
-    if problems:
-        raise ValueError(_headed(source, problems))
-    return recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class _EvalsAlone:
+    evals: EvalConfig = field(default_factory=EvalConfig)
+
+
+def parse_evals(table: Mapping[str, Any], *, source: str) -> EvalConfig:
+    """Validate ``{"evals": {...}}`` as `parse_recipe` validates a recipe's section; raises as it does."""
+    return _validated(_EvalsAlone, table, source).evals
 
 
 def resolve(recipe: Recipe) -> dict[str, Any]:
@@ -155,7 +172,7 @@ def differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str
 
 
 def _headed(source: str, lines: Sequence[str]) -> str:
-    return "\n".join(f"recipe {source}: {line}" for line in lines)
+    return "\n".join(f"{source}: {line}" for line in lines)
 
 
 def _explain(problem: Mapping[str, Any], table: Mapping[str, Any]) -> str:

@@ -3,13 +3,15 @@
     bits per byte = (sum of token losses in nats) / (ln 2 * bytes of the split's text)
 
 The split is read as in training, in rows of the recipe's sequence length; a document that a row cuts goes on
-in the next row without its beginning. The n-grams see the same (token, label) pairs.
+in the next row without its beginning. The n-grams see the same (token, label) pairs. On several ranks each
+batch of rows is scored by one of them; the sums are added in the order of the rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,6 +24,7 @@ from tqdm import tqdm
 from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 from evals.config import EvalConfig
 from evals.ngram import InterpolatedBigram, Lower, Unigram, count_ngrams
+from evals.ranks import current_ranks
 from evals.scorer import LOGIT_BUDGET
 from evals.tasks.protocol import Result, Task
 
@@ -31,7 +34,7 @@ if TYPE_CHECKING:
 
 Array = NDArray[Any]
 
-__all__ = ["TASK", "token_losses"]
+__all__ = ["TASK", "ContextLosses", "token_losses"]
 
 # Rows are grouped to about this many tokens per forward pass.
 BATCH_TOKENS = 8192
@@ -56,33 +59,40 @@ def token_losses(model: LanguageModel, tokens: Tensor, labels: Tensor, cu_seqlen
     return torch.cat(parts).view(labels.shape)
 
 
-class _Sums:
-    """Running sums over the scored targets: the model's, by position, and the n-grams'."""
+@dataclass
+class ContextLosses:
+    """Sums of losses by the tokens of context before the target: 0-15, 16-31, 32-63, ...
 
-    def __init__(self, unigram: Unigram, bigrams: Mapping[Lower, InterpolatedBigram], length: int) -> None:
-        self._unigram, self._bigrams = unigram, bigrams
-        self.loss = {"model": 0.0, "unigram": 0.0, **{f"bigram/{lower}": 0.0 for lower in bigrams}}
-        self.bucket_loss = np.zeros(_bucket(np.array([length]))[0] + 1)
-        self.bucket_tokens = np.zeros_like(self.bucket_loss)
+    Attributes:
+        loss, tokens: nats and targets per bucket, fp64.
+    """
 
-    def add(self, losses: Array, tokens: Array, labels: Array, positions: Array) -> None:
-        """Arrays of one shape; positions count from the start of the document in its row."""
-        scored = labels != -100
-        losses, before, target = losses[scored].astype(np.float64), tokens[scored], labels[scored]
-        self.loss["model"] += float(losses.sum())
-        self.loss["unigram"] -= float(self._unigram.log_prob(target).sum())
-        for lower, bigram in self._bigrams.items():
-            self.loss[f"bigram/{lower}"] -= float(bigram.log_prob(before, target).sum())
-        buckets, size = _bucket(positions[scored]), len(self.bucket_loss)
-        self.bucket_loss += np.bincount(buckets, weights=losses, minlength=size)
-        self.bucket_tokens += np.bincount(buckets, minlength=size)
+    loss: Array
+    tokens: Array
 
-    def by_position(self) -> list[dict[str, float]]:
-        """Mean loss of the targets after 0-15, 16-31, 32-63, ... tokens of context."""
-        edges = [0] + [FIRST_BUCKET * 2**i for i in range(len(self.bucket_loss))]
+    @classmethod
+    def up_to(cls, length: int) -> ContextLosses:
+        """Nothing yet; room for targets after fewer than ``length`` tokens."""
+        size = int(_bucket(np.array([length]))[0]) + 1
+        return cls(np.zeros(size), np.zeros(size))
+
+    def add(self, losses: Array, positions: Array) -> None:
+        """Losses [n] of targets after ``positions`` [n] tokens of context."""
+        buckets, size = _bucket(positions), len(self.loss)
+        self.loss += np.bincount(buckets, weights=losses.astype(np.float64), minlength=size)
+        self.tokens += np.bincount(buckets, minlength=size)
+
+    def merge(self, other: ContextLosses) -> None:
+        """Add the sums of other targets."""
+        self.loss += other.loss
+        self.tokens += other.tokens
+
+    def rows(self) -> list[dict[str, float]]:
+        """Mean loss of each bucket that holds targets: "from", "to" (exclusive), "tokens", "loss"."""
+        edges = [0] + [FIRST_BUCKET * 2**i for i in range(len(self.loss))]
         return [
             {"from": edges[i], "to": edges[i + 1], "tokens": int(tokens), "loss": float(loss / tokens)}
-            for i, (loss, tokens) in enumerate(zip(self.bucket_loss, self.bucket_tokens))
+            for i, (loss, tokens) in enumerate(zip(self.loss, self.tokens))
             if tokens
         ]
 
@@ -91,6 +101,38 @@ def _bucket(positions: Array) -> Array:
     return np.where(
         positions < FIRST_BUCKET, 0, np.log2(np.maximum(positions, 1) / FIRST_BUCKET).astype(int) + 1
     )
+
+
+@dataclass
+class _Sums:
+    """Sums over scored targets: nats of the model and of each n-gram, and the model's by context."""
+
+    nats: dict[str, float]
+    by_context: ContextLosses
+
+    def merge(self, other: _Sums) -> None:
+        for name, nats in other.nats.items():
+            self.nats[name] = self.nats.get(name, 0.0) + nats
+        self.by_context.merge(other.by_context)
+
+
+class _Baselines:
+    """The n-grams, counted on the training split."""
+
+    def __init__(self, unigram: Unigram, bigrams: Mapping[Lower, InterpolatedBigram]) -> None:
+        self._unigram, self._bigrams = unigram, bigrams
+
+    def score(self, losses: Array, batch: Batch, length: int) -> _Sums:
+        """The sums of one batch, of which the model's ``losses`` [B, T] are given."""
+        tokens, labels = batch.tokens.numpy(), batch.labels.numpy()
+        scored = labels != -100
+        losses, before, target = losses[scored].astype(np.float64), tokens[scored], labels[scored]
+        nats = {"model": float(losses.sum()), "unigram": -float(self._unigram.log_prob(target).sum())}
+        for lower, bigram in self._bigrams.items():
+            nats[f"bigram/{lower}"] = -float(bigram.log_prob(before, target).sum())
+        by_context = ContextLosses.up_to(length)
+        by_context.add(losses, _positions(batch)[scored])
+        return _Sums(nats, by_context)
 
 
 def _positions(batch: Batch) -> Array:
@@ -102,13 +144,6 @@ def _positions(batch: Batch) -> Array:
     return (np.arange(rows * length) - np.maximum.accumulate(starts)).reshape(rows, length)
 
 
-def _batches(dataset: TokenDataset, rows: int) -> Iterator[Batch]:
-    """Every row of the split once, in order; rows beyond the last have no labels."""
-    loader = BatchLoader(dataset, global_batch=rows, micro_batch=rows, shuffle=False)
-    for batch in range(loader.num_batches):
-        yield from loader.micro_batches(batch * rows)
-
-
 def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     length = int(loaded.recipe["data"]["sequence_length"])
     validation = TokenDataset(loaded.dataset_dir, "validation", sequence_length=length, seed=0)
@@ -117,16 +152,9 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     documents = (train.tokens_of(i) for i in range(train.num_documents))
     counts = count_ngrams(documents, vocab_size, max_tokens=config.ngram_max_tokens or None)
     lowers: tuple[Lower, ...] = ("unigram", "kneser_ney")
-    sums = _Sums(
-        Unigram(counts), {lower: InterpolatedBigram(counts, lower=lower) for lower in lowers}, length
-    )
-    rows = max(BATCH_TOKENS // length, 1)
-    total = -(-validation.num_samples // rows)
-    for batch in tqdm(_batches(validation, rows), total=total, desc="perplexity", disable=not progress):
-        tokens, labels, starts = (x.to(loaded.device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
-        losses = token_losses(loaded.model, tokens, labels, starts).cpu().numpy()
-        sums.add(losses, batch.tokens.numpy(), batch.labels.numpy(), _positions(batch))
-    scored = int(sums.bucket_tokens.sum())
+    bigrams = {lower: InterpolatedBigram(counts, lower=lower) for lower in lowers}
+    sums = _score(loaded, validation, _Baselines(Unigram(counts), bigrams), progress)
+    scored = int(sums.by_context.tokens.sum())
     expected = validation.num_tokens - validation.num_documents
     assert scored == expected, f"{scored} targets scored, the validation split has {expected}"
     available = train.num_tokens - train.num_documents
@@ -137,23 +165,45 @@ def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     }
 
 
+def _score(loaded: LoadedRun, split: TokenDataset, baselines: _Baselines, progress: bool) -> _Sums:
+    """The sums over every row of a split; rows beyond the last have no labels."""
+    length, ranks = split.sequence_length, current_ranks()
+    rows = max(BATCH_TOKENS // length, 1)
+    loader = BatchLoader(split, global_batch=rows, micro_batch=rows, shuffle=False)
+
+    def score(place: int) -> _Sums:
+        (batch,) = loader.micro_batches(place * rows)
+        tokens, labels, starts = (x.to(loaded.device) for x in (batch.tokens, batch.labels, batch.cu_seqlens))
+        losses = token_losses(loaded.model, tokens, labels, starts).cpu().numpy()
+        bar.update()
+        return baselines.score(losses, batch, length)
+
+    total = -(-loader.num_batches // ranks.size)
+    with tqdm(total=total, desc="perplexity", disable=not progress) as bar:
+        parts = ranks.divide(loader.num_batches, score)
+    sums = _Sums({}, ContextLosses.up_to(length))
+    for part in parts:
+        sums.merge(part)
+    return sums
+
+
 def _result(sums: _Sums, scored: int, num_bytes: int, vocab_size: int) -> Result:
     def entry(nats: float) -> dict[str, float]:
         return {"loss": nats / scored, "bits_per_byte": nats / (math.log(2) * num_bytes)}
 
-    lower = min(("unigram", "kneser_ney"), key=lambda name: sums.loss[f"bigram/{name}"])
+    lower = min(("unigram", "kneser_ney"), key=lambda name: sums.nats[f"bigram/{name}"])
     return {
-        "model": entry(sums.loss["model"]),
-        "bigram": {**entry(sums.loss[f"bigram/{lower}"]), "lower_order": lower},
+        "model": entry(sums.nats["model"]),
+        "bigram": {**entry(sums.nats[f"bigram/{lower}"]), "lower_order": lower},
         "bigram_by_lower_order": {
-            name.split("/")[1]: entry(n) for name, n in sums.loss.items() if "/" in name
+            name.split("/")[1]: entry(n) for name, n in sums.nats.items() if "/" in name
         },
-        "unigram": entry(sums.loss["unigram"]),
+        "unigram": entry(sums.nats["unigram"]),
         "uniform": entry(scored * math.log(vocab_size)),
         "ln_vocab": math.log(vocab_size),
         "targets": scored,
         "bytes": num_bytes,
-        "by_position": sums.by_position(),
+        "by_position": sums.by_context.rows(),
     }
 
 

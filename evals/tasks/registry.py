@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from evals.tasks import decode, harness, mqar, perplexity, ruler, sample, suites
+from evals.tasks import context_length, decode, harness, mqar, perplexity, ruler, sample, suites
 from evals.tasks.protocol import Task
 
 __all__ = ["TASKS", "get_task"]
@@ -13,6 +13,7 @@ TASKS: Mapping[str, Task] = {
     task.name: task
     for task in (
         perplexity.TASK,
+        context_length.TASK,
         mqar.TASK,
         decode.TASK,
         sample.TASK,

@@ -19,7 +19,8 @@ from evals.config import EvalConfig
 from evals.evaluate import check_eval_inputs, evaluate_run
 from evals.ngram import InterpolatedBigram, count_ngrams
 from evals.report import write_run_report
-from evals.runs import load_model, load_run
+from evals.runs import load_run
+from evals.subjects import load_subject
 from evals.summary import write_summary
 from evals.tasks.perplexity import TASK as PERPLEXITY
 from evals.tasks.perplexity import _positions
@@ -224,9 +225,10 @@ def test_an_exported_folder_gives_the_logits_of_its_run(run_dir, tmp_path):
         tokenizer=run.dataset_dir / "tokenizer.model",
         model_config=run.recipe["model"],
     )
-    model, tokenizer = load_model(tmp_path / "out", device="cpu")
+    subject = load_subject(tmp_path / "out", device="cpu")
+    model, tokenizer = subject.model, subject.tokenizer
     tokens = torch.arange(5)[None]
     assert torch.equal(model(tokens), run.model(tokens))
     assert tokenizer.sha256 == run.tokenizer.sha256
-    again, _ = load_model(run_dir, device="cpu")
+    again = load_subject(run_dir, device="cpu").model
     assert torch.equal(again(tokens), run.model(tokens))

@@ -42,7 +42,7 @@ def test_the_context_is_read_once_for_all_choices():
         prefill(tokens, *rest, **options),
     )[1]
     scorer = Scorer(model, TOKENIZER)
-    assert scorer._row_limit(1000) == scorer.max_rows  # reads a little to measure a state
+    assert scorer.row_limit(1000) == scorer.max_rows  # reads a little to measure a state
     seen.clear()
     scorer.log_likelihoods([("c" * 1000, f" choice {i}") for i in range(8)])
     assert sum(seen) < 1000 + 8 * 12

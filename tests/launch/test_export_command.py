@@ -20,7 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from checkpoints.pins import pin, pinned_steps
 from checkpoints.reader import CheckpointReader
 from checkpoints.upload import upload
-from evals.runs import load_model
+from evals.runs import load_run
 from launch.cli import main
 from launch.recipe import load_recipe, resolve
 from tests.evals.conftest import write_dataset, write_run
@@ -94,7 +94,8 @@ def test_a_fresh_process_opens_the_folder(run_dir: Path, exported: Path, way: st
     )
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])
-    model, tokenizer = load_model(run_dir, device="cpu")
+    loaded = load_run(run_dir, device="cpu")
+    model, tokenizer = loaded.model, loaded.tokenizer
     ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(TEXT)]])
     assert found["ids"] == ids.tolist()
     torch.testing.assert_close(torch.tensor(found["logits"]), model(ids).detach(), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,73 @@
+"""From any folder to a model that can be scored: a run, a checkpoint, an export, or one of Hugging Face."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from checkpoints.commit import step_of
+from checkpoints.export import EXPORT
+from evals.config import Device
+from evals.peers import Dtype, is_peer, load_peer
+from evals.runs import load_export, load_run
+from evals.subject import Subject
+
+__all__ = ["is_run", "load_subject", "run_and_step"]
+
+
+def is_run(path: Path) -> bool:
+    """True for a run folder, and for RUN/checkpoints/step-N of one."""
+    return any((folder / "recipe.json").is_file() for folder in (path, run_and_step(path, None)[0]))
+
+
+def run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
+    """The run that ``path`` is, or is a checkpoint of, and the step asked for.
+
+    Raises:
+        ValueError: a checkpoint together with another step, or one outside a run.
+    """
+    named = step_of(path)
+    if named is None or (path / "recipe.json").is_file():
+        return path, step
+    if step is not None and step != named:
+        raise ValueError(f"{path} is step {named} and --step is {step}: leave --step out")
+    if path.absolute().parent.name != "checkpoints":
+        raise ValueError(f"{path} is not RUN/checkpoints/{path.name}: give the run folder and --step {named}")
+    return path.absolute().parent.parent, named
+
+
+def load_subject(
+    path: Path,
+    *,
+    step: int | None = None,
+    device: Device = "auto",
+    dataset_dir: Path | None = None,
+    trust_remote_code: bool = False,
+    dtype: Dtype = "float32",
+) -> Subject:
+    """Open whatever model a folder holds.
+
+    Args:
+        path: a run, RUN/checkpoints/step-N, what `trellis export` wrote (fp32, as our own code has it), or a
+            Hugging Face folder.
+        step, dataset_dir: of a run, as `evals.runs.load_run`.
+        trust_remote_code, dtype: of a Hugging Face folder, as `evals.peers.load_peer`.
+
+    Raises:
+        ValueError, OSError: it is none of these, or cannot be opened; one line says why.
+    """
+    path = Path(path)
+    peer = is_peer(path) and not (path / EXPORT).is_file()
+    if dtype != "float32" and not peer:
+        raise ValueError(f"--dtype {dtype}: {path} is no Hugging Face model, and ours are scored in float32")
+    if is_run(path):
+        run_dir, step = run_and_step(path, step)
+        return load_run(run_dir, step=step, device=device, dataset_dir=dataset_dir)
+    if step is not None:
+        raise ValueError(f"--step {step}: {path} is no run folder, and only a run has steps")
+    if (path / EXPORT).is_file():
+        return load_export(path, device=device)
+    if peer:
+        return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    raise ValueError(
+        f"{path} is no run folder (recipe.json), no export ({EXPORT}) and no Hugging Face model (config.json)"
+    )
