@@ -69,9 +69,8 @@ class Ranks:
         failed = [(rank, text) for rank, (text, _) in enumerate(heard) if text]
         if failed:
             first, text = failed[0]
-            raised = (
-                own if own is not None and first == self.rank else EchoError(f"another rank, {first}: {text}")
-            )
+            echo = EchoError(f"another rank failed: rank {first}: {text}")
+            raised = own if own is not None and first == self.rank else echo
             setattr(raised, _TOLD, True)
             raise raised
         return [pickle.loads(content) for _, content in heard]
