@@ -14,12 +14,14 @@ export class BoardTable {
   #best = [];
   #reached = null; // the cell that the tab key reaches
 
-  /** `sort` gets the name of a heading, `tick` a row's id and whether it is ticked. */
-  constructor({ sort, tick }) {
+  /** `sort` gets the name of a heading, `tick` a row's id and whether it is ticked; `more` is asked for further rows. */
+  constructor({ sort, tick, more }) {
     this.head = h("thead");
     this.body = h("tbody");
     const table = h("table", { class: "board", role: "grid", "aria-label": "Leaderboard" }, this.head, this.body);
-    this.element = h("div", { class: "scroll tall" }, table);
+    this.end = h("div", { class: "end" });
+    this.element = h("div", { class: "scroll tall" }, table, this.end);
+    this.observer = new IntersectionObserver(([entry]) => entry.isIntersecting && more(), { root: this.element, rootMargin: "900px" });
     this.head.addEventListener("click", (event) => {
       const name = event.target.closest("button")?.dataset.sort;
       if (name) sort(name);
@@ -41,6 +43,8 @@ export class BoardTable {
     this.firsts = columns.map((name, i) => store.tasks.get(name) !== store.tasks.get(columns[i - 1]));
     this.#drawHead(sorted, descending);
     patch(this.body, rows, { key: (row) => row.id, create: () => h("tr"), update: (line, row) => this.#drawRow(line, row, ticked.has(row.id)) });
+    this.observer.unobserve(this.end); // observed anew it tells again where it is
+    this.observer.observe(this.end);
     if (!this.#reached?.isConnected) this.#reach(this.body.querySelector("td[data-column]"));
   }
 

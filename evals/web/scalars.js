@@ -11,7 +11,7 @@ const FAMILIES = [
   ["other", "Other", ["sample"]],
 ];
 const ORDER = new Map(FAMILIES.flatMap(([family, , tasks], i) => tasks.map((task, j) => [task, { family, place: 100 * i + j }])));
-const LOWER = /(^|[/_])(perplexity|ppl|bits_per_byte|bpb|loss|nll|ms|bytes|seconds|latency)([/_]|$)/;
+const LOWER = /(^context_length\/)|(^|[/_])(perplexity|ppl|bits_per_byte|bpb|loss|nll|ms|bytes|seconds|latency)([/_,]|$)/;
 
 /** [id, label] of every family, in order. */
 export const families = FAMILIES.map(([id, label]) => [id, label]);
@@ -27,6 +27,11 @@ export function compareTasks(a, b) {
   return x - y || naturally(a, b);
 }
 
+/** Order of the scalars of a task: by their numbers; what is chosen among given answers after what is written. */
+export function compareScalars(a, b) {
+  return a.includes("/choice/") - b.includes("/choice/") || naturally(a, b);
+}
+
 /** Whether less is better. */
 export function lowerIsBetter(scalar) {
   return LOWER.test(scalar);
@@ -38,11 +43,12 @@ export function baselineOf(scalar) {
   return found ? { name: found[2], of: found[1] + found[3] } : null;
 }
 
-/** What a column is called below its task's name: "acc", "4K", "state, MiB". */
+/** What a column is called below its task's name: "acc", "gen. 4K", "state, MiB". */
 export function shortName(scalar, task) {
   const parts = scalar.split("/");
   const rest = parts.length > 1 ? parts.slice(1) : parts;
-  const name = rest.map((part) => lengthName(part)).join(" ").replaceAll("_", " ");
+  const numbers = rest.every((part) => /^\d+$/.test(part));
+  const name = rest.map((part) => lengthName(part)).join(numbers ? "/" : " ").replaceAll("_", " ").replace("generation", "gen.");
   if (!name || name === task) return task;
   return isBytes(scalar) ? `${name.replace(/ ?bytes/, "")}, MiB` : name;
 }
@@ -61,10 +67,9 @@ function isBytes(scalar) {
 export function format(scalar, value, { unit = false } = {}) {
   if (!Number.isFinite(value)) return String(value);
   if (isBytes(scalar)) return (value / 2 ** 20).toFixed(2) + (unit ? " MiB" : "");
-  if (/bits_per_byte|loss|nll/.test(scalar)) return value.toFixed(4);
+  if (/bits_per_byte|loss|nll|^context_length/.test(scalar)) return value.toFixed(4);
   if (/ms(_per_token)?$/.test(scalar)) return value.toFixed(2) + (unit ? " ms" : "");
   if (LOWER.test(scalar)) return value.toFixed(2);
-  if (scalar.startsWith("harness/")) return value.toFixed(4); // as lm-evaluation-harness gives it: a share
   return value.toFixed(1) + (unit ? "%" : "");
 }
 

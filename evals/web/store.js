@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { naturally } from "./dom.js";
-import { compareTasks } from "./scalars.js";
+import { compareScalars, compareTasks } from "./scalars.js";
 
 const FIRST_PAGE = 100;
 const PAGE = 1000;
@@ -91,7 +91,7 @@ class Store {
   /** Names of all scalars: by family and task, then by their numbers. */
   scalars() {
     return [...this.tasks.keys()].sort(
-      (a, b) => compareTasks(this.tasks.get(a), this.tasks.get(b)) || naturally(a, b),
+      (a, b) => compareTasks(this.tasks.get(a), this.tasks.get(b)) || compareScalars(a, b),
     );
   }
 
@@ -114,7 +114,7 @@ export function shareOf(row, scalar) {
   const value = row.scalars[scalar];
   const groups = Object.entries(row.groups ?? {});
   const same = groups.filter(([, share]) => Math.abs(share.score - value) < 1e-6);
-  const named = same.find(([name]) => scalar.split("/").includes(name));
+  const named = same.find(([name]) => scalar.endsWith(`/${name}`) || scalar.split("/").includes(name));
   const found = named ?? (groups.length === 1 ? same[0] : undefined);
   return found ? { group: found[0], ...found[1] } : null;
 }

@@ -112,6 +112,9 @@ function needleTasks() {
 
 /** Depths are rows, lengths are columns. */
 function heatTable({ lengths, depths, cells }, { caption, key }) {
+  if (!lengths.length) {
+    return h("figure", { "data-of": key }, h("figcaption", null, caption), h("p", { class: "empty" }, "This task does not vary the depth."));
+  }
   const head = h("tr", null, h("th", { scope: "col", class: "corner" }, "depth \\ length"),
     lengths.map((length) => h("th", { scope: "col" }, lengthName(String(length)))));
   const rows = depths.slice(0, -1).map((low, j) => {

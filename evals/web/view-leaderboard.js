@@ -7,7 +7,7 @@ import { link, set } from "./route.js";
 import { baselineOf, families, lowerIsBetter } from "./scalars.js";
 import { store } from "./store.js";
 
-const ROWS = 500;
+const ROWS = 60; // drawn at first, and again whenever the last of them come near
 const AT = [["newest", "newest of each run"], ["best", "best of each run"], ["step", "of one step"], ["all", "all"]];
 
 export class Leaderboard {
@@ -15,12 +15,12 @@ export class Leaderboard {
   #columns = [];
   #ticked = new Set(); // "run@step"
   #limit = ROWS;
+  #hasMore = false;
 
   constructor() {
-    this.table = new BoardTable({ sort: (name) => this.#sort(name), tick: (id, on) => this.#tick(id, on) });
+    this.table = new BoardTable({ sort: (name) => this.#sort(name), tick: (id, on) => this.#tick(id, on), more: () => this.#more() });
     this.note = h("p", { class: "note", role: "status" }, "Reading the results ...");
-    this.more = h("button", { type: "button", hidden: true, on: { click: () => this.#showMore() } });
-    this.element = h("section", { "aria-label": "Leaderboard" }, this.#controls(), this.note, this.table.element, this.more);
+    this.element = h("section", { "aria-label": "Leaderboard" }, this.#controls(), this.note, this.table.element);
   }
 
   #controls() {
@@ -69,8 +69,9 @@ export class Leaderboard {
     const rows = sortRows([...checkpoints, ...baselineRows(checkpoints, this.#columns)], this.#columns, sorted, descending);
     const best = bestTexts(rows, this.#columns);
     this.table.draw({ rows: rows.slice(0, this.#limit), columns: this.#columns, best, sorted, descending, ticked: this.#ticked });
+    this.#hasMore = rows.length > this.#limit;
     this.#syncTicked();
-    this.#say(checkpoints, rows.length, filter);
+    this.#say(checkpoints, filter);
   }
 
   /** Which checkpoint of a run is its row. */
@@ -79,7 +80,7 @@ export class Leaderboard {
     return { at: this.#get("at") || "newest", by, step: Number(this.#get("step") || allSteps()[0]) };
   }
 
-  #say(checkpoints, rows, filter) {
+  #say(checkpoints, filter) {
     const found = `${integer(checkpoints.length)} checkpoints of ${integer(new Set(checkpoints.map((row) => row.run)).size)} runs, ${this.#columns.length} scalars. `;
     const texts = [
       [!store.results.size, "No results yet: they come as checkpoints are scored. The queue shows what waits."],
@@ -88,8 +89,6 @@ export class Leaderboard {
       [true, `${found}Bold: best of its column. Hover or focus a value for its interval; click it for its samples.`],
     ];
     this.note.textContent = texts.find(([when]) => when)[1];
-    this.more.hidden = rows <= this.#limit;
-    this.more.textContent = `Show more of ${integer(rows)} rows`;
   }
 
   #syncControls({ at, by, step }) {
@@ -146,7 +145,9 @@ export class Leaderboard {
     this.compare.textContent = ids.length === 2 ? "Compare" : "Compare two";
   }
 
-  #showMore() {
+  /** The end of the rows that are drawn came near. */
+  #more() {
+    if (!this.#hasMore) return;
     this.#limit += ROWS;
     this.changed();
   }

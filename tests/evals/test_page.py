@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
-import socket
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +12,12 @@ from urllib.parse import unquote
 import pytest
 
 from evals.compare import compare
-from evals.queue import Queue
 from evals.results import Results
-from evals.service import create_app
-from evals.watch import Runs
 from tests.evals.conftest import write_run
 from tests.evals.page_data import HOSTILE, LENGTHS, write_database
+from tests.evals.page_service import BROWSER, Service, open_browser
 from trellis_dist.files import digest
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt install chromium")
 
 BAD = f"bad-{HOSTILE}"
@@ -32,34 +25,6 @@ QUALITY = {"trellis": 0.9, "deltanet": 0.6, "linear": 0.3, BAD: 0.5}
 STEPS = (1000, 2000)
 VIEWS = ("leaderboard", "curves", "heatmap", "samples", "compare", "queue")
 TASK = "niah_single_1"
-
-
-class Service:
-    """The application behind a port of its own, which stays when it is stopped and started again."""
-
-    def __init__(self, folder: Path, *, token: str | None = None, port: int = 0) -> None:
-        self.queue, self._runs = Queue(folder / "queue.sqlite"), Runs(folder / "runs")
-        self._token, self._port = token, port
-        self.start()
-
-    def start(self) -> None:
-        import uvicorn
-
-        self._socket = socket.create_server(("127.0.0.1", self._port))
-        self._port = self._socket.getsockname()[1]
-        app = create_app(self.queue, self._runs, token=self._token)
-        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(config)
-        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
-        self._thread.start()
-
-    def stop(self) -> None:
-        self._server.should_exit = True
-        self._thread.join()
-        self._socket.close()
-
-    def url(self, route: str) -> str:
-        return f"http://127.0.0.1:{self._port}/#/{route}"
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +44,8 @@ def service(folder: Path) -> Iterator[Service]:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    options = ["--no-sandbox"] if os.geteuid() == 0 else []  # as root Chromium runs in no other way
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=BROWSER, args=options)
+    with open_browser() as browser:
         yield browser
-        browser.close()
 
 
 class Tab:
@@ -158,12 +118,12 @@ def test_the_leaderboard_sorts_filters_and_tells_intervals(tab: Tab, service: Se
     cell = page.locator("tr[data-key='trellis@2000'] td[data-column='0']")
     cell.focus()
     read_out = page.locator("#tip")
-    expect(read_out).to_contain_text(f"{TASK}/1024")
+    expect(read_out).to_contain_text(f"{TASK}/generation/1024")
     expect(read_out).to_contain_text(re.compile(r"95% interval \d+\.\d to \d+\.\d; 20 samples"))
     cell.press("ArrowRight")
-    expect(read_out).to_contain_text(f"{TASK}/2048")
+    expect(read_out).to_contain_text(f"{TASK}/generation/2048")
     page.go_back()
-    expect(heads).to_have_count(8)
+    expect(heads).to_have_count(9)
     other = tab.context.new_page()
     other.goto(page.url)
     other.wait_for_selector(".board tbody tr")
@@ -185,7 +145,7 @@ def test_a_checkpoint_is_the_newest_the_best_or_of_one_step(tab: Tab, service: S
 def test_curves_toggle_runs_axes_and_read_out(tab: Tab, service: Service) -> None:
     page = tab.open(service.url(f"curves?scalar={TASK}/*"))
     page.wait_for_selector(".chart polyline")
-    counts(page, ".chart", len(LENGTHS))
+    counts(page, ".chart", 2 * len(LENGTHS))  # written, chosen
     expect(page.locator(".chart").first.locator("polyline")).to_have_count(len(QUALITY))
     page.locator(".legend button", has_text="deltanet").click()
     expect(page.locator(".chart").first.locator("polyline")).to_have_count(len(QUALITY) - 1)
@@ -412,14 +372,35 @@ def test_nothing_moves_while_the_page_is_left_open(tab: Tab, service: Service) -
     assert page.evaluate("moved") == 0
 
 
+def test_rows_are_drawn_as_they_are_scrolled_to(tab: Tab, service: Service) -> None:
+    page = tab.page
+    rows = [
+        {"key": f"k{i}", "run": f"run-{i}", "step": 1, "tokens": None, "task": "piqa", "groups": {}}
+        | {"scalars": {"piqa/acc": i / 10}, "seconds": 1.0, "created": float(i)}
+        for i in range(200)
+    ]
+    page.route("**/results?*", lambda route: route.fulfill(json={"results": rows, "total": len(rows)}))
+    tab.open(service.url("leaderboard"))
+    page.wait_for_selector(".board tbody tr")
+    assert 0 < page.locator(".board tbody tr").count() < 200
+    expect(page.locator(".note").first).to_contain_text("200 checkpoints of 200 runs")
+    scroll = "document.querySelector('.tall').scrollTop = 1e6"
+    while page.locator(".board tbody tr").count() < 200:
+        before = page.locator(".board tbody tr").count()
+        page.evaluate(scroll)
+        page.wait_for_selector(f".board tbody tr:nth-child({before + 1})")
+    expect(names(page).last).to_have_text("run-0")
+
+
 def test_what_is_known_about_names(tab: Tab, service: Service) -> None:
     page = tab.open(service.url("queue"))
     lower = page.evaluate(
         "import('/assets/scalars.js').then((m) => ['eval/bits_per_byte', 'decode/ms_per_token',"
         " 'decode/state_bytes', 'lambada/perplexity', 'lambada/ppl', 'eval/loss', 'piqa/acc',"
-        " 'niah_single_1/4096', 'x/terms'].map(m.lowerIsBetter))"
+        " 'niah_single_1/4096', 'x/terms', 'harness/x/word_perplexity,none',"
+        " 'context_length/512'].map(m.lowerIsBetter))"
     )
-    assert lower == [True] * 6 + [False] * 3
+    assert lower == [True] * 6 + [False] * 3 + [True] * 2
     values = page.evaluate(
         "import('/assets/dom.js').then((m) => [m.matcher('A')('xa'), m.matcher('/^a$/')('ab'),"
         " m.matcher('/(/'), m.matcher('a.c')('abc'), m.age(59), m.age(3600), m.signed(-0.04),"
