@@ -43,14 +43,15 @@ class Written:
 class TextStream:
     """Decodes tokens one after the other, at a cost per token that does not grow with the text.
 
-    Tokens are kept back until they end a character; the others are never decoded again. Of the text, what may
-    be the start of a stop string is kept back.
+    Tokens are kept until they end a character; the others are never decoded again. Of the text, what may be
+    the start of a stop string is kept back.
     """
 
     def __init__(self, tokenizer: TextCodec, stop: Sequence[str] = ()) -> None:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._longest = max((len(text) for text in self._stop), default=0)
         self._open: Ids = []
+        self._passed_on = 0  # characters of the open tokens' text
         self._text: list[str] = []
         self._tail = ""  # of the text: what a stop string could reach back into
         self.stopped = False
@@ -59,21 +60,24 @@ class TextStream:
         """Take one token; returns the text that is now certain to stay."""
         self._open.append(token)
         text = self._tokenizer.decode(self._open)
-        if not text.endswith(_REPLACEMENT):
-            self._open = []
-            return self._settle(text)
-        return self._settle(self._certain_part(text))
+        stop = len(text.rstrip(_REPLACEMENT)) if text.endswith(_REPLACEMENT) else len(text)
+        decoded = self._close(text) if stop < len(text) else 0
+        stop = max(stop, decoded)
+        new, self._passed_on = text[self._passed_on : stop], stop - decoded
+        if stop == len(text):
+            self._open, self._passed_on = [], 0
+        return self._settle(new)
 
-    def _certain_part(self, text: str) -> str:
-        """Of open tokens that hold no character: all but the last few, if they can be decoded apart."""
+    def _close(self, text: str) -> int:
+        """Let go of open tokens that no later one changes, where there are many; the length of their text."""
         before, last = self._open[:-_CHARACTER_BYTES], self._open[-_CHARACTER_BYTES:]
         if not before:
-            return ""
+            return 0
         part = self._tokenizer.decode(before)
-        if part + self._tokenizer.decode(last) != text:
-            return ""
+        if part + self._tokenizer.decode(last) != text:  # a character lies across
+            return 0
         self._open = last
-        return part
+        return len(part)
 
     def _settle(self, text: str) -> str:
         """Add decoded text; returns what of it, and of what was kept back, no stop string can take back."""
@@ -101,13 +105,6 @@ class TextStream:
         """No token follows: what was kept back, without an unfinished character; nothing after a stop."""
         if self.stopped:
             return ""
-        if self._open:
-            text = self._tokenizer.decode(self._open).rstrip(_REPLACEMENT)
-            self._open = []
-            released = self._settle(text)
-            if self.stopped:
-                return released
-            return released + self._release(len(self._tail))
         return self._release(len(self._tail))
 
     @property
@@ -156,7 +153,7 @@ class Writer:
             self.finish = "stop"
         elif len(self._ids) >= self._sampling.max_tokens:
             text += self._stream.end()
-            self.finish = "stop" if self._stream.stopped else "length"
+            self.finish = "length"
         return text
 
     def written(self) -> Written:
