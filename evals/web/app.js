@@ -81,6 +81,7 @@ function show({ view: name, params }) {
   }
   tabs.get(name).href = link(name, params); // a tab goes back to what was last seen in it
   active.show(params);
+  if (health) active.health?.(health);
   setTitle();
 }
 
@@ -108,12 +109,14 @@ async function tick() {
 async function refresh() {
   health = await get("health");
   setTitle();
+  active?.health?.(health);
   const { done = 0 } = health.jobs;
-  if (done !== synced) {
+  const sync = async () => {
+    if (done === synced) return;
     await store.sync();
     synced = done;
-  }
-  await active?.tick?.(health);
+  };
+  await Promise.all([sync(), active?.tick?.()]);
 }
 
 function showConnection() {

@@ -149,7 +149,7 @@ function heading(id, text, { sorted, descending, low, title, kind }) {
   const on = sorted === id;
   const arrow = h("span", { class: "arrow", "aria-hidden": "true" }, on ? (descending ? "\u25bc" : "\u25b2") : "");
   const lower = low && h("span", { class: "low", title: "lower is better", "aria-label": "lower is better" }, "\u2193");
-  const button = h("button", { type: "button", "data-sort": id, title }, arrow, text, lower);
+  const button = h("button", { type: "button", "data-sort": id, title }, arrow, lower, text);
   return h("th", { scope: "col", class: kind, "aria-sort": on ? (descending ? "descending" : "ascending") : null }, button);
 }
 

@@ -51,9 +51,12 @@ export class QueueView {
     this.#refresh();
   }
 
-  tick(health) {
-    this.counts = health.jobs;
-    this.#drawStates(health.jobs);
+  health({ jobs }) {
+    this.counts = jobs;
+    this.#drawStates(jobs);
+  }
+
+  tick() {
     return this.#refresh();
   }
 
