@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from checkpoints.commit import step_of
 from checkpoints.export import EXPORT
@@ -11,12 +12,22 @@ from evals.peers import Dtype, is_peer, load_peer
 from evals.runs import load_export, load_run
 from evals.subject import Subject
 
-__all__ = ["is_run", "load_subject", "run_and_step"]
+Kind = Literal["run", "export", "peer"]
+
+__all__ = ["Kind", "kind_of", "load_subject", "run_and_step"]
 
 
-def is_run(path: Path) -> bool:
-    """True for a run folder, and for RUN/checkpoints/step-N of one."""
-    return any((folder / "recipe.json").is_file() for folder in (path, run_and_step(path, None)[0]))
+def kind_of(path: Path) -> Kind:
+    """What kind of model a folder holds. Raises ValueError: none that can be scored."""
+    if any((folder / "recipe.json").is_file() for folder in (path, run_and_step(path, None)[0])):
+        return "run"
+    if (path / EXPORT).is_file():
+        return "export"
+    if is_peer(path):
+        return "peer"
+    raise ValueError(
+        f"{path} is no run folder (recipe.json), no export ({EXPORT}) and no Hugging Face model (config.json)"
+    )
 
 
 def run_and_step(path: Path, step: int | None) -> tuple[Path, int | None]:
@@ -56,18 +67,14 @@ def load_subject(
         ValueError, OSError: it is none of these, or cannot be opened; one line says why.
     """
     path = Path(path)
-    peer = is_peer(path) and not (path / EXPORT).is_file()
-    if dtype != "float32" and not peer:
+    kind = kind_of(path)
+    if dtype != "float32" and kind != "peer":
         raise ValueError(f"--dtype {dtype}: {path} is no Hugging Face model, and ours are scored in float32")
-    if is_run(path):
+    if step is not None and kind != "run":
+        raise ValueError(f"--step {step}: {path} is no run folder, and only a run has steps")
+    if kind == "run":
         run_dir, step = run_and_step(path, step)
         return load_run(run_dir, step=step, device=device, dataset_dir=dataset_dir)
-    if step is not None:
-        raise ValueError(f"--step {step}: {path} is no run folder, and only a run has steps")
-    if (path / EXPORT).is_file():
+    if kind == "export":
         return load_export(path, device=device)
-    if peer:
-        return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
-    raise ValueError(
-        f"{path} is no run folder (recipe.json), no export ({EXPORT}) and no Hugging Face model (config.json)"
-    )
+    return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype)

@@ -52,7 +52,7 @@ class EvalRequest:
 def settings_of(request: EvalRequest) -> tuple[EvalConfig, Recipe | None]:
     """The settings, and the recipe where the model is a run. Raises ValueError for what does not fit."""
     from evals.evaluate import check_tasks
-    from evals.subjects import is_run, run_and_step
+    from evals.subjects import kind_of, run_and_step
     from launch.layers import override
     from launch.recipe import parse_evals, parse_recipe, resolve
     from launch.run_folder import recipe_of_run
@@ -61,7 +61,7 @@ def settings_of(request: EvalRequest) -> tuple[EvalConfig, Recipe | None]:
     if strangers:
         raise ValueError(f"--set {strangers[0]}: a model keeps its recipe; only evals.* can be set here")
     path = Path(request.model)
-    if is_run(path):
+    if kind_of(path) == "run":
         run_dir, _ = run_and_step(path, request.step)
         table = resolve(recipe_of_run(run_dir))
         override(table, request.assignments)
