@@ -185,9 +185,9 @@ def _replay(body: bytes, receive: Receive) -> Receive:
 def _failure(path: str, error: Exception) -> Refusal:
     """What a client is told of an error of ours; the log gets the rest."""
     if isinstance(error, TimeoutError):
-        _log.warning("%s took more than %g s", path, REQUEST_SECONDS)
+        _log.warning("%r took more than %g s", path, REQUEST_SECONDS)
         return Refusal(503, "that took too long", retry=5)
-    _log.error("%s failed", path, exc_info=error)
+    _log.error("%r failed", path, exc_info=error)
     if isinstance(error, sqlite3.OperationalError):  # locked for too long, or the disk is full
         return Refusal(503, "the queue cannot be used now", retry=5)
     return Refusal(500, "the service failed: its log says why")

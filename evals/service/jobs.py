@@ -39,7 +39,10 @@ def jobs_router(queue: Queue, runs: Runs) -> APIRouter:
 
     @router.get("/runs")
     def list_runs() -> RunList:
-        found = {run: RunSteps(steps=sorted(runs.steps(run)), tokens=runs.tokens(run)) for run in runs.ids()}
+        found = {}
+        for run in runs.ids():
+            with contextlib.suppress(PublicError, OSError):  # one that just went, or cannot be read
+                found[run] = RunSteps(steps=sorted(runs.steps(run)), tokens=runs.tokens(run))
         return RunList(runs=found, tasks=sorted(TASKS))
 
     @router.post(

@@ -68,7 +68,7 @@ class Service:
         found = psutil.Process(self.process.pid).children()
         return [child for child in found if "spawn_main" in " ".join(child.cmdline())]
 
-    def wait_for(self, condition, *, seconds=60):
+    def wait_for(self, condition, *, seconds=120):
         """The first true value of condition(jobs), looked for often."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:

@@ -44,7 +44,7 @@ def served(queue, runs):
         yield served
 
 
-def wait_for(condition, pool, *, seconds=90):
+def wait_for(condition, pool, *, seconds=120):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         pool.keep_alive()

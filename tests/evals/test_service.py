@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -134,16 +136,21 @@ def test_a_worker_scores_a_job_and_a_stored_result_is_taken_over(queue, runs, ru
     assert other.counts() == {"done": 1}
 
 
-def test_a_crash_between_the_record_and_its_points_leaves_each_point_once(queue, runs, run_dir, monkeypatch):
+def points(run_dir):
+    """Steps of every scalar that TensorBoard shows."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    def points():
-        if not (run_dir / "tensorboard").is_dir():
-            return {}
-        events = EventAccumulator(str(run_dir / "tensorboard"))
-        events.Reload()
-        return {tag: [e.step for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+    if not (run_dir / "tensorboard").is_dir():
+        return {}
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    return {tag: [event.step for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
+
+@pytest.mark.parametrize("way", ["retry", "submission"])
+def test_a_crash_between_the_record_and_its_points_leaves_each_point_once(
+    queue, runs, run_dir, monkeypatch, clock, way
+):
     def crash(*_):
         raise OSError("the process died here")
 
@@ -151,18 +158,23 @@ def test_a_crash_between_the_record_and_its_points_leaves_each_point_once(queue,
     monkeypatch.setattr("evals.evaluate.log_scalars", crash)
     work_once(queue, runs, "w")
     assert queue.job(key).state == "queued"
-    assert points() == {}
+    assert points(run_dir) == {}
     monkeypatch.undo()
-    queue.cancel(key)
-    assert submit(queue, runs, "tiny", "perplexity") == (key, True)
+    if way == "retry":
+        clock.now += 100
+        assert work_once(queue, runs, "w")
+    else:
+        queue.cancel(key)
+        assert submit(queue, runs, "tiny", "perplexity") == (key, True)
+    assert queue.job(key).state == "done"
     expected = {"eval/bits_per_byte": [7], "eval/loss": [7], "eval/bigram_bits_per_byte": [7]}
-    assert points() == expected
+    assert points(run_dir) == expected
     # The other way round: the points were written, and the attempt is made again from the start.
     (run_dir / "evals" / "perplexity-step-7.json").unlink()
     second = Queue(run_dir / "second.sqlite")
     submit(second, runs, "tiny", "perplexity")
     assert work_once(second, runs, "w")
-    assert points() == expected
+    assert points(run_dir) == expected
 
 
 def test_points_that_are_there_are_not_written_again(run_dir, runs, queue):
@@ -293,6 +305,12 @@ def test_tokens_come_from_the_checkpoint(queue, runs, run_dir, client):
     assert client.get("/runs").json()["runs"]["tiny"] == {"steps": [7, 8], "tokens": {"8": 12345}}
     key, _ = submit(queue, runs, "tiny", "sample")
     assert queue.job(key).tokens == 12345
+
+
+def test_a_run_that_just_went_is_left_out(client, monkeypatch):
+    ids = Runs.ids
+    monkeypatch.setattr(Runs, "ids", lambda self: [*ids(self), "gone"])
+    assert client.get("/runs").json()["runs"].keys() == {"tiny"}
 
 
 @pytest.fixture
@@ -434,30 +452,41 @@ def test_other_hosts_origins_and_large_bodies_are_refused(client):
     assert client.get("/health", headers=doubled).status_code == 400
 
 
-def test_a_slow_answer_and_too_many_at_a_time_are_broken_off(queue, runs, monkeypatch):
-    import threading
-
-    going = threading.Event()
+@pytest.fixture
+def slow(queue, runs):
+    """A client, and an endpoint that says when it is asked and answers when it may."""
+    asked, may_answer = threading.Event(), threading.Event()
     app = create_app(queue, runs)
-    monkeypatch.setattr("evals.guard.REQUEST_SECONDS", 0.2)
-    monkeypatch.setattr("evals.guard.MAX_ACTIVE", 1)
 
-    def slow():
-        going.set()
-        time.sleep(0.6)
+    def wait():
+        asked.set()
+        assert may_answer.wait(60)
         return {}
 
-    app.add_api_route("/slow", slow)
+    app.add_api_route("/slow", wait)
     with make_client(app) as client:
-        answers = []
-        thread = threading.Thread(target=lambda: answers.append(client.get("/slow")))
-        thread.start()
-        assert going.wait(10)
+        yield client, asked, may_answer
+        may_answer.set()
+
+
+def test_too_many_at_a_time_are_told_to_come_again(slow, monkeypatch):
+    client, asked, may_answer = slow
+    monkeypatch.setattr("evals.guard.MAX_ACTIVE", 1)
+    with ThreadPoolExecutor(1) as threads:
+        first = threads.submit(client.get, "/slow")
+        assert asked.wait(60)
         busy = client.get("/health")
-        thread.join()
-        assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
-        assert (answers[0].status_code, answers[0].headers["retry-after"]) == (503, "5")
-        assert client.get("/health").status_code == 200
+        may_answer.set()
+        assert first.result().status_code == 200
+    assert (busy.status_code, busy.headers["retry-after"]) == (503, "1")
+    assert client.get("/health").status_code == 200
+
+
+def test_an_answer_that_takes_too_long_is_broken_off(slow, monkeypatch):
+    client, _, _ = slow
+    monkeypatch.setattr("evals.guard.REQUEST_SECONDS", 0.1)
+    answer = client.get("/slow")
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
 
 
 def test_a_failure_of_ours_tells_nothing_but_the_log(queue, runs, monkeypatch, caplog):
