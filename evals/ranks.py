@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 __all__ = ["Ranks", "current_ranks"]
 
-# Set on an error that the other ranks know of: no outer exchange tells it again.
+# Set on an error that all ranks know of, to the first rank that failed: no outer exchange tells it again.
 _TOLD = "_told_to_all_ranks"
 
 
@@ -53,8 +53,7 @@ class Ranks:
         """``work()`` of every rank, in rank order, on every rank; every rank must call it at the same place.
 
         Raises:
-            EchoError: another rank failed. The first rank that did raises what its ``work`` raised, so that a
-                failure of all of them is said once.
+            EchoError: other ranks failed, and this one did not; those raise what their ``work`` raised.
         """
         if self.size == 1:
             return [work()]
@@ -62,18 +61,21 @@ class Ranks:
         try:
             message: tuple[str, bytes] = ("", pickle.dumps(work()))
         except Exception as error:
-            if getattr(error, _TOLD, False):
+            if hasattr(error, _TOLD):
                 raise
             own, message = error, (f"{type(error).__name__}: {error}", b"")
         heard = self._exchange(message)
         failed = [(rank, text) for rank, (text, _) in enumerate(heard) if text]
         if failed:
             first, text = failed[0]
-            echo = EchoError(f"another rank failed: rank {first}: {text}")
-            raised = own if own is not None and first == self.rank else echo
-            setattr(raised, _TOLD, True)
+            raised = own or EchoError(f"another rank failed: rank {first}: {text}")
+            setattr(raised, _TOLD, first)
             raise raised
         return [pickle.loads(content) for _, content in heard]
+
+    def says(self, error: Exception) -> bool:
+        """Whether this rank is the one to say an error that `together` raised, so that it is said once."""
+        return getattr(error, _TOLD, self.rank) == self.rank
 
     def _exchange(self, message: tuple[str, bytes]) -> list[tuple[str, bytes]]:
         import torch.distributed as dist
@@ -85,7 +87,7 @@ class Ranks:
     def from_main(self, work: Callable[[], T]) -> T:
         """``work()`` of rank 0, on every rank: for what must not differ, such as which step is newest."""
         found: list[Any] = self.together(lambda: work() if self.is_main else None)
-        return found[0]  # type: ignore[no-any-return]
+        return found[0]
 
     def divide(
         self, count: int, work: Callable[[int], T], *, costs: Sequence[float] | None = None

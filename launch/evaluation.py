@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -157,18 +158,18 @@ def _uses_gpus(request: EvalRequest) -> bool:
 
 def score_as_rank(request: EvalRequest) -> None:
     """As a rank that torchrun started: a failure is one line of one rank, and ends the process at once."""
+    from evals.ranks import current_ranks
     from launch.ending import end_process
     from launch.failures import lost_contact
     from launch.worker import error_line
-    from trellis_dist.training.errors import EchoError
 
     try:
         _as_rank(request)
     except Exception as error:
-        if not isinstance(error, EchoError) and not lost_contact(error):
-            print(f"trellis: error: {error_line(error)}", file=sys.stderr, flush=True)
+        if current_ranks().says(error) and not lost_contact(error):
             if "--debug" in sys.argv:
-                sys.excepthook(type(error), error, error.__traceback__)
+                traceback.print_exc()
+            print(f"trellis: error: {error_line(error)}", file=sys.stderr, flush=True)
         end_process(1)
 
 

@@ -101,12 +101,11 @@ def fails(where: str):
         return ranks.divide(4, piece)
 
     try:
-        outcome = ranks.together(work)
-    except EchoError as error:
-        outcome = f"echo: {error}"
+        ranks.together(work)
     except Exception as error:
-        outcome = f"{type(error).__name__}: {error}"
-    return outcome, ranks.together(lambda: ranks.rank)
+        kind = "echo" if isinstance(error, EchoError) else type(error).__name__
+        return f"{kind}: {error}", ranks.says(error), ranks.together(lambda: ranks.rank)
+    return "no failure", None, None
 
 
 def state_budget_differs():

@@ -52,15 +52,16 @@ FAILURES = {
         "echo: another rank failed: rank 1: ValueError: could not load",
         "ValueError: could not load",
     ],
-    "everywhere": ["ValueError: no such run", "echo: another rank failed: rank 0: ValueError: no such run"],
+    "everywhere": ["ValueError: no such run", "ValueError: no such run"],
 }
 
 
 @pytest.mark.parametrize("where", FAILURES)
 def test_a_failure_is_heard_by_all_and_said_by_one(where):
     found = gloo_pool(2).run(rank_cases.fails, where)
-    assert [outcome for outcome, _ in found] == FAILURES[where]
-    assert [after for _, after in found] == [[0, 1], [0, 1]]  # they are still in step
+    assert [outcome for outcome, _, _ in found] == FAILURES[where]
+    assert [says for _, says, _ in found] == ([True, False] if where == "everywhere" else [False, True])
+    assert [after for _, _, after in found] == [[0, 1], [0, 1]]  # they are still in step
 
 
 def test_a_result_that_cannot_travel_is_the_failure_of_its_rank():
