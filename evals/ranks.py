@@ -87,7 +87,7 @@ class Ranks:
     def from_main(self, work: Callable[[], T]) -> T:
         """``work()`` of rank 0, on every rank: for what must not differ, such as which step is newest."""
         found: list[Any] = self.together(lambda: work() if self.is_main else None)
-        return found[0]
+        return found[0]  # type: ignore[no-any-return]
 
     def divide(
         self, count: int, work: Callable[[int], T], *, costs: Sequence[float] | None = None

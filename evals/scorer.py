@@ -30,8 +30,9 @@ T = TypeVar("T")
 
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
-# Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB).
+# Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB); a GPU has room for more.
 LOGIT_BUDGET = 2**25
+_GPU_BUDGETS = 8
 # Tokens of one prefill call, over all rows: bounds the activations.
 READ_BUDGET = 2**14
 PREFILL_CHUNK = 512
@@ -117,7 +118,8 @@ class Scorer:
         weights = next(model.parameters(), None) if isinstance(model, torch.nn.Module) else None
         self.device = weights.device if weights is not None else torch.device("cpu")
         self.state_budget = state_budget or _default_state_budget(self.device)
-        self._budget = max(LOGIT_BUDGET // tokenizer.vocab_size, 1)
+        elements = LOGIT_BUDGET * (_GPU_BUDGETS if self.device.type == "cuda" else 1)
+        self._budget = max(elements // tokenizer.vocab_size, 1)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
         """Token ids of [BOS] context and of its continuation.
