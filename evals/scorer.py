@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from evals.batching import cut
 from evals.ranks import Ranks, current_ranks
 from evals.sampling import Sampling, stream_names
 from evals.states import CausalLM, Ids, TextCodec, map_tensors, select_rows, state_bytes
@@ -30,6 +32,10 @@ T = TypeVar("T")
 
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
+# Tokens that are read in the time it takes to start a batch's calls, on a CPU and on a GPU.
+BATCH_OVERHEAD = (256, 4096)
+# Continuations of a prompt, about: questions have two to four choices.
+COPIES = 3
 # Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB); a GPU has room for more.
 LOGIT_BUDGET = 2**25
 _GPU_BUDGETS = 8
@@ -240,16 +246,17 @@ class Scorer:
         return torch.cat(log_probs, 1), torch.cat(best, 1)
 
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
-        """Indices of prompts that fit one batch, shortest first."""
-        batch: list[int] = []
-        for i in sorted(range(len(lengths)), key=lambda place: lengths[place]):
-            full = len(batch) >= self.row_limit(lengths[i])
-            if batch and (full or lengths[i] - lengths[batch[0]] > MAX_SPREAD):
-                yield batch
-                batch = []
-            batch.append(i)
-        if batch:
-            yield batch
+        """Indices of prompts that are read together, shortest first."""
+        order = sorted(range(len(lengths)), key=lambda place: lengths[place])
+        places = cut(
+            [lengths[i] for i in order],
+            most=self.row_limit,
+            spread=MAX_SPREAD,
+            overhead=BATCH_OVERHEAD[self.device.type == "cuda"],
+            copies=COPIES,
+        )
+        for start, stop in pairwise(places):
+            yield order[start:stop]
 
     def row_limit(self, tokens: int) -> int:
         """How many rows of so many tokens are kept together."""

@@ -1,0 +1,58 @@
+"""Prompts are cut into the cheapest batches: compared with every way to cut them."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from evals.batching import cut
+
+
+def cost(lengths, places, *, overhead, copies):
+    total = 0
+    for start, stop in pairwise(places):
+        batch = lengths[start:stop]
+        shared = batch[0] - 1
+        total += overhead + sum(shared + copies * (length - shared) for length in batch)
+    return total
+
+
+def every_way(lengths, *, most, spread):
+    inner = range(1, len(lengths))
+    for count in range(len(lengths)):
+        for chosen in combinations(inner, count):
+            places = [0, *chosen, len(lengths)]
+            batches = [lengths[start:stop] for start, stop in pairwise(places)]
+            if all(len(b) <= most(b[-1]) and b[-1] - b[0] <= spread for b in batches):
+                yield places
+
+
+@given(
+    lengths=st.lists(st.integers(1, 40), min_size=1, max_size=8).map(sorted),
+    overhead=st.integers(0, 60),
+    copies=st.integers(1, 4),
+    rows=st.integers(1, 5),
+    spread=st.integers(0, 12),
+)
+def test_no_way_to_cut_is_cheaper(lengths, overhead, copies, rows, spread):
+    def most(length):
+        return max(1, rows - length // 20)
+
+    limits = {"most": most, "spread": spread}
+    found = cut(lengths, **limits, overhead=overhead, copies=copies)
+    ways = list(every_way(lengths, **limits))
+    assert found in ways
+    least = min(cost(lengths, places, overhead=overhead, copies=copies) for places in ways)
+    assert cost(lengths, found, overhead=overhead, copies=copies) == least
+
+
+def test_a_dear_start_makes_wide_batches_and_a_cheap_one_narrow_ones():
+    lengths, limits = [10] * 30 + [20] * 30, {"most": lambda length: 64, "spread": 32, "copies": 3}
+    assert cut(lengths, overhead=10_000, **limits) == [0, 60]
+    assert cut(lengths, overhead=100, **limits) == [0, 30, 60]
+
+
+def test_nothing_is_cut_into_nothing():
+    assert cut([], most=lambda length: 1, spread=0, overhead=1, copies=1) == [0]
