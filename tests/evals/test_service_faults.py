@@ -57,6 +57,7 @@ def test_each_checkpoint_has_one_result_after_kills_of_worker_and_server(run_dir
         health = service.ask("GET", "/health")
     assert health["jobs"] == {"done": 2, "cancelled": 1}
     assert health["counters"]["results_stored"] == 2
+    assert "leases_lost" not in health["counters"], "a lease had to run out before its job came back"
     _check_stored(root, run_dir, cancelled=key)
 
 
