@@ -22,9 +22,10 @@ import torch
 from torch import Tensor, nn
 
 from evals.peer_cache import PeerState, copied
+from evals.ranks import current_ranks
 from evals.states import Ids, select_rows
 
-__all__ = ["PeerModel", "Trust", "find_trust"]
+__all__ = ["PeerModel", "PeerWarning", "Trust", "find_trust"]
 
 # What a cache continues: pieces of text, single tokens only, or nothing.
 Trust = Literal["pieces", "steps", "nothing"]
@@ -42,6 +43,10 @@ _NOTES = {
     "nothing": "it returns no cache that continues its text: every token reads the whole text again, which "
     "is slow",
 }
+
+
+class PeerWarning(UserWarning):
+    """A model is scored in a slower way than others."""
 
 
 class PeerModel(nn.Module):
@@ -63,8 +68,8 @@ class PeerModel(nn.Module):
         self.trust: Trust = trust or "pieces"
         if trust is None:
             self.trust = find_trust(self)
-            if self.trust in _NOTES:
-                warnings.warn(f"{name}: {_NOTES[self.trust]}", stacklevel=3)
+            if self.trust in _NOTES and current_ranks().is_main:
+                warnings.warn(f"{name}: {_NOTES[self.trust]}", PeerWarning, stacklevel=3)
         self.prefill_chunk = _PIECE if self.trust == "pieces" else _LONG_PIECE
 
     def init_state(self, batch: int) -> PeerState:

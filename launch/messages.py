@@ -10,13 +10,13 @@ _usual = warnings.formatwarning
 
 
 def show_warnings_plainly() -> None:
-    """Print a damaged checkpoint's warning without the file and source line that Python adds to a warning."""
+    """Print our own warnings, such as a damaged checkpoint's, without the file and line that Python adds."""
     warnings.formatwarning = _plain
 
 
 def _plain(
     message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
 ) -> str:
-    if category.__module__.startswith("checkpoints."):
+    if category.__module__.startswith(("checkpoints.", "evals.")):
         return f"trellis: warning: {message}\n"
     return _usual(message, category, filename, lineno, line)

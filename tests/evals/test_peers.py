@@ -27,7 +27,7 @@ from transformers import (
 from checkpoints.hf_export import export_for_transformers
 from data_pipeline.tokenizer import Tokenizer
 from evals.peer_codec import PeerCodec
-from evals.peer_model import PeerModel
+from evals.peer_model import PeerModel, PeerWarning
 from evals.peers import load_peer
 from evals.runs import load_run
 from evals.sampling import Sampling
@@ -171,7 +171,7 @@ def test_a_state_is_not_changed_by_continuing_it_and_its_rows_can_be_chosen(peer
 
 def test_half_the_bits_and_what_is_lacking_is_said_once():
     model = tiny(CONFIGS["mamba"], torch.bfloat16)
-    with pytest.warns(UserWarning, match="NAME: its cache continues single tokens only"):
+    with pytest.warns(PeerWarning, match="NAME: its cache continues single tokens only"):
         peer = PeerModel(model, name="NAME")
     assert peer.trust == "steps"  # found in fp32: rounding would hide it
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
