@@ -67,7 +67,7 @@ def write_database(
         samples: questions per group.
         odd: a text that stands in samples and in an error.
     """
-    clock = Clock(now - 20.0 * len(runs) * len(steps) - 200.0)
+    clock = Clock(now - 32.0 * len(runs) * len(steps) - 300.0)
     queue = Queue(path, clock=clock)
     for step in steps:
         for run, quality in runs.items():

@@ -347,7 +347,9 @@ def test_every_view_fits_and_is_labelled(browser: Any, service: Service, width: 
 # Controls that can be seen and have no name, and tables without a heading.
 NAMELESS = """() => {
   const shown = (e) => e.checkVisibility();
-  const named = (e) => e.labels?.length || e.getAttribute('aria-label') || e.textContent.trim();
+  const labels = (e) => [...e.labels].map((label) => label.textContent).join();
+  const written = (e) => (e.matches('button, a') ? e.textContent : labels(e));
+  const named = (e) => (e.getAttribute('aria-label') ?? written(e)).trim();
   const all = (selector) => [...document.querySelectorAll(selector)].filter(shown);
   const controls = all('input, select, button, a').filter((e) => !named(e));
   const tables = all('main table').filter((e) => !e.querySelector('th'));
