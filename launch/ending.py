@@ -11,6 +11,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -30,6 +31,9 @@ __all__ = [
     "newest_step",
     "on_termination",
 ]
+
+# How long the main thread may take to hear of a signal; one that imports or computes hears at once.
+MAIN_THREAD_S = 1.0
 
 
 class TerminatedError(RuntimeError):
@@ -96,14 +100,49 @@ def end_rank_at_once(run_dir: Path | None = None) -> None:
     here. With ``run_dir`` it is said on the terminal, for want of a launcher of ours that does; but not if a
     rank left a failure there, because then it is torchrun that ends the others.
     """
+    on_termination(_EndAtOnce(run_dir))
+    _listen_beside_the_main_thread()
 
-    def end(number: int, _: FrameType | None) -> None:
-        if run_dir and not read_failures(run_dir):
+
+class _EndAtOnce:
+    """The handler of `end_rank_at_once`."""
+
+    def __init__(self, run_dir: Path | None) -> None:
+        self._run_dir = run_dir
+
+    def __call__(self, number: int, _: FrameType | None) -> None:
+        if self._run_dir and not read_failures(self._run_dir):
             line = f"ended by {signal.Signals(number).name} at once, without a save"
             print(f"trellis: {line}; the same command continues from the newest checkpoint", file=sys.stderr)
         end_process(EXIT_TERMINATED)
 
-    on_termination(end)
+
+def _listen_beside_the_main_thread() -> None:
+    """Have a thread call the handler where the main thread does not.
+
+    Python runs handlers when the main thread is back from C++. In the rendezvous, before ranks are
+    connected, it waits there for a peer that the same signal may just have ended, and would not come back.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    replaced = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    if replaced >= 0:  # one of ours, which listens as well, or another library's
+        signal.set_wakeup_fd(replaced)
+        os.close(reader)
+        os.close(writer)
+        return
+    threading.Thread(target=_listen, args=(reader,), name="trellis-signals", daemon=True).start()
+
+
+def _listen(reader: int) -> None:
+    while number := os.read(reader, 1):
+        before = signal.getsignal(number[0])
+        time.sleep(MAIN_THREAD_S)
+        handler = signal.getsignal(number[0])
+        if handler is before and isinstance(handler, _EndAtOnce):
+            handler(number[0], None)
 
 
 def end_process(status: int) -> NoReturn:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -60,6 +61,8 @@ REPEATED = (
     IsADirectoryError,
     ImportError,
 )
+# The watch and the main thread of a process may fail together.
+_RECORDING = threading.Lock()
 
 
 class RankError(RuntimeError):
@@ -146,6 +149,9 @@ def record_failure(
 ) -> Failure:
     """Leave a rank's error where the launcher finds it; a full disk must not hide the error itself.
 
+    A process has one record. What its watch found about a hang is not replaced by what its main thread says
+    when the others, who know of it, have left: that record stays, and is returned.
+
     ``echo``, ``named`` and ``restartable`` are those of ``Failure``; the last operation is taken from this
     rank's status page.
     """
@@ -160,12 +166,20 @@ def record_failure(
         step=page.step if page else None,
         operation=page.operation if page else "",
     )
-    try:
-        log_folder(run_dir).mkdir(parents=True, exist_ok=True)
-        write_json(_record(run_dir, rank), asdict(failure))
-    except OSError:
-        print(detail, flush=True)
+    with _RECORDING:
+        held = next((found for found in read_failures(run_dir) if found.rank == rank), None)
+        if failure.echo and held is not None and not held.echo and _one_start(held, failure):
+            return held
+        try:
+            log_folder(run_dir).mkdir(parents=True, exist_ok=True)
+            write_json(_record(run_dir, rank), asdict(failure))
+        except OSError:
+            print(detail, flush=True)
     return failure
+
+
+def _one_start(first: Failure, second: Failure) -> bool:
+    return (first.run_id, first.restart) == (second.run_id, second.restart)
 
 
 def read_failures(run_dir: Path) -> list[Failure]:

@@ -166,8 +166,11 @@ def main(arguments: list[str] | None = None) -> int:
             report=report,
         )
     except Exception as error:
-        if leave_failure(error, run_dir=options.run_dir, rank=rank).echo:
+        failure = leave_failure(error, run_dir=options.run_dir, rank=rank)
+        if failure.echo:
             _let_the_cause_be_said(options.run_dir)
+        elif failure.named:
+            _let_the_watch_end_this()
         return 1
     except KeyboardInterrupt:
         return 130  # every process of the terminal got the signal; the launcher says so once
@@ -202,6 +205,15 @@ def _let_the_cause_be_said(run_dir: Path) -> None:
         deadline = time.monotonic() + ECHO_SECONDS
         while time.monotonic() < deadline and all(failure.echo for failure in read_failures(run_dir)):
             time.sleep(ECHO_POLL_SECONDS)
+
+
+def _let_the_watch_end_this() -> None:
+    """It has judged a hang, and may still have to end a process that hears nothing; then it ends this one."""
+    from trellis_dist.training.watch.hang import GRACE_S
+
+    with handlers_kept(SIGNALS):
+        on_termination(lambda number, frame: None)
+        time.sleep(GRACE_S)
 
 
 def _end_failed(_: int, __: FrameType | None) -> None:

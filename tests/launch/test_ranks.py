@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.collectives import PeerFailedError
 from trellis_dist.training.guards import DivergedError
+from trellis_dist.training.watch.hang import GRACE_S
 from trellis_dist.training.watch.status_page import StatusPage, status_path
 
 BASE = str(Path(__file__).with_name("base.toml"))
@@ -122,6 +124,32 @@ def test_the_verdict_on_a_hang_is_told_though_its_judge_ended_the_rank_it_is_abo
     error = explain(ended({0: (-9, end), 1: (1, 10)}), tmp_path)
     assert str(error) == verdict
     assert error.restartable
+
+
+def test_the_verdict_of_a_watch_outlives_what_its_own_main_thread_says_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The others leave when they read the verdict, so its judge loses them before it has ended itself."""
+    verdict, waited = f"rank 1 ({HOST}) is not in all_gather", []
+
+    def hang(*_: object, report: Callable[[str, bool], None], **__: object) -> None:
+        report(verdict, False)
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:553] Connection closed by peer")
+
+    monkeypatch.setattr(worker, "train_rank", hang)
+    monkeypatch.setattr(worker, "parse_recipe", lambda table, source: None)
+    monkeypatch.setattr(worker.time, "sleep", waited.append)
+    monkeypatch.setenv("RANK", "0")
+    write_json(tmp_path / "recipe.json", {})
+    assert worker.main(["--recipe", str(tmp_path / "recipe.json"), "--run-dir", str(tmp_path)]) == 1
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == verdict
+    assert waited == [GRACE_S], "its watch ends this process, after those that hear nothing"
+
+
+def test_a_watch_that_judges_after_its_main_thread_lost_a_peer_is_heard(tmp_path: Path) -> None:
+    record_failure(tmp_path, rank=0, message="lost the connection", detail="", echo=True)
+    worker.leave_hang(tmp_path, 0, "the verdict", False)
+    assert str(explain(ended({0: (1, 10)}), tmp_path)) == "the verdict"
 
 
 def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> None:

@@ -134,6 +134,25 @@ def test_ranks_end_with_a_killed_launcher_and_the_next_start_continues(tmp_path:
     assert saved_at_the_kill < saved_last == f"step-{last:08d}"
 
 
+def test_a_rank_that_waits_in_the_rendezvous_for_a_peer_ends_when_asked() -> None:
+    """There the main thread is in C++ and runs no handler; the peer may have ended of the same signal."""
+    code = (
+        "from launch.ending import end_rank_at_once as listen; listen(); from datetime import timedelta; "
+        "from torch.distributed import TCPStore; print('up', flush=True); "
+        "TCPStore('127.0.0.1', 0, 2, True, timeout=timedelta(seconds=100))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    rank = subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+    with rank:
+        assert rank.stdout.readline() == "up\n"
+        time.sleep(0.2)  # before it waits, an ordinary handler would do
+        rank.send_signal(signal.SIGUSR1)
+        try:
+            assert rank.wait(30) == 75
+        finally:
+            rank.kill()
+
+
 @pytest.mark.skipif(not LINUX, reason="the ranks of a launcher are looked up in /proc")
 def test_a_rank_whose_launcher_is_gone_already_ends_at_once(tmp_path: Path) -> None:
     """The parent that asks is a shell, as what adopts orphans is: no Python."""
