@@ -1,4 +1,4 @@
-"""The largest number of bytes that tensors made inside a block hold at once: counted, so the same every time."""
+"""The most bytes that tensors made inside a block hold at once: counted, so the same every time."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from evals.config import EvalConfig
 from evals.runs import load_run
 from evals.scorer import Scorer
 from evals.tasks import context_length
-from evals.tasks.context_length import TASK, TARGETS, cut_windows, score_windows
+from evals.tasks.context_length import TARGETS, TASK, cut_windows, score_windows
 from tests.evals.conftest import LENGTH, VOCAB
 from tests.evals.fakes import ByteTokenizer, RecurrentModel
 from tests.evals.memory import PeakBytes
@@ -45,7 +45,9 @@ def test_windows_lie_in_one_document_each_where_enough_do(split, stream):
     begins = np.cumsum([0] + [len(split.tokens_of(i)) for i in range(split.num_documents)])
     for row, is_target in zip(windows.tokens, windows.is_target):
         start = _place(stream, row)
-        assert np.searchsorted(begins, start, "right") == np.searchsorted(begins, start + len(row) - 1, "right")
+        assert np.searchsorted(begins, start, "right") == np.searchsorted(
+            begins, start + len(row) - 1, "right"
+        )
         assert is_target.sum() == len(row) - (start in begins)
 
 
