@@ -68,7 +68,7 @@ def actors():
 
 def test_actors_score_what_is_queued_through_a_kill_and_a_cancel(ray, served, queue, runs, run_dir):
     write_checkpoint(run_dir, step=9, seed=1)
-    write_evals(run_dir, tasks=[], sample_tokens=300)
+    write_evals(run_dir, tasks=[], sample_tokens=300, sample_temperature=0.0)
     keys = [submit(queue, runs, "tiny", "sample", step=step)[0] for step in (7, 9)]
     pool = RayPool(queue, runs.roots, count=1, address="local", url=served.url, secret=SECRET)
     try:
@@ -76,7 +76,7 @@ def test_actors_score_what_is_queued_through_a_kill_and_a_cancel(ray, served, qu
         (actor,) = actors()
         actor.kill()
         wait_for(lambda: queue.counts() == {"done": 2}, pool)
-        write_evals(run_dir, tasks=[], sample_tokens=10_000_000)
+        write_evals(run_dir, tasks=[], sample_tokens=10_000_000, sample_temperature=0.0)
         endless, _ = submit(queue, runs, "tiny", "sample", step=9)
         wait_for(lambda: queue.counts().get("running"), pool)
         (actor,) = actors()

@@ -39,7 +39,7 @@ def done(count):
 
 def test_each_checkpoint_has_one_result_after_kills_of_worker_and_server(run_dir):
     write_checkpoint(run_dir, step=9, seed=1)
-    write_evals(run_dir, tasks=["sample"], sample_tokens=300)  # about a second
+    write_evals(run_dir, tasks=["sample"], sample_tokens=300, sample_temperature=0.0)  # about a second
     root = run_dir.parent
     with Service(root) as service:
         service.wait_for(running)
@@ -62,8 +62,8 @@ def test_each_checkpoint_has_one_result_after_kills_of_worker_and_server(run_dir
 
 
 def _cancel_what_runs(service, run_dir):
-    """Cancel a job that would run for hours, and see its worker go and another come."""
-    write_evals(run_dir, tasks=[], sample_tokens=10_000_000)
+    """Cancel a job that would run for hours (greedy: no draw ends it), see its worker go and another come."""
+    write_evals(run_dir, tasks=[], sample_tokens=10_000_000, sample_temperature=0.0)
     key = service.ask("POST", "/jobs", {"run": "tiny", "task": "sample", "step": 9})["key"]
     (worker,) = service.workers()
     service.wait_for(running)
