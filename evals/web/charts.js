@@ -9,7 +9,7 @@ const COLOURS = 6;
 const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4", "4 4"];
 
 /** Attributes of the line with this number: 6 colours, then the same with other dashes. */
-export function stroke(slot) {
+function stroke(slot) {
   return { class: `c${slot % COLOURS}`, "stroke-dasharray": DASHES[Math.floor(slot / COLOURS) % DASHES.length] };
 }
 
@@ -97,7 +97,10 @@ export class LineChart {
       .map((one) => ({ ...one, point: one.points.find((p) => p.x === x) }))
       .filter((one) => one.point)
       .sort((a, b) => b.point.y - a.point.y)
-      .map((one) => h("tr", null, h("td", null, key(one.slot)), h("th", null, one.name), h("td", { class: "number" }, this.#text(one.point))));
+      .map((one) => {
+        const value = h("td", { class: "number" }, this.#text(one.point));
+        return h("tr", null, h("td", null, key(one.slot)), h("th", { scope: "row" }, one.name), value);
+      });
     const box = this.plot.getBoundingClientRect();
     const near = { left: box.left + place + 12, top: box.top + MARGIN.top, bottom: box.top + MARGIN.top };
     showTip(near, h("p", null, `${this.#model.xName} ${compact(x)}`), h("table", null, h("tbody", null, rows)));
@@ -165,7 +168,8 @@ function grid(x, y, width) {
   });
   const rows = ticks(y, 6).flatMap((value) => {
     const at = y.place(value);
-    return [s("line", { class: "grid", x1: MARGIN.left, x2: right, y1: at, y2: at }), label(MARGIN.left - 8, at + 4, compact(value), "end")];
+    const line = s("line", { class: "grid", x1: MARGIN.left, x2: right, y1: at, y2: at });
+    return [line, label(MARGIN.left - 8, at + 4, compact(value), "end")];
   });
   return [...columns, ...rows];
 }

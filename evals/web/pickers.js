@@ -4,7 +4,7 @@ import { field, h, integer, setOptions } from "./dom.js";
 import { store } from "./store.js";
 
 /** "run@step" in two; the step is a number. */
-export function splitId(id) {
+function splitId(id) {
   const mark = id.lastIndexOf("@");
   return { run: id.slice(0, mark), step: Number(id.slice(mark + 1)) };
 }

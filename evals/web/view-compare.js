@@ -10,6 +10,7 @@ import { readAll } from "./sample-source.js";
 import { store } from "./store.js";
 
 const NARROW = 640;
+const METHOD = "Second minus first in percent points, on the samples that both answered; 95% intervals by paired bootstrap.";
 const SHOWN = 200;
 
 export class Compare {
@@ -96,10 +97,10 @@ export class Compare {
     const shown = `${this.#drawn} ${width}`;
     if (this.result.dataset.shown === shown) return;
     this.result.dataset.shown = shown;
-    setText(this.note, entries.length ? "Second minus first in percent points, on the samples that both answered; 95% intervals by paired bootstrap."
-      : "The two have no sample in common.");
+    setText(this.note, entries.length ? METHOD : "The two have no sample in common.");
     const reach = Math.max(1, ...entries.flatMap(([, group]) => [Math.abs(group.low), Math.abs(group.high)])) * 1.08;
-    const head = h("tr", null, ["group", "first, %", "second, %", "difference"].map((text, i) => h("th", { scope: "col", class: i ? "number" : "" }, text)),
+    const numbers = ["first, %", "second, %", "difference"];
+    const head = h("tr", null, h("th", { scope: "col" }, "group"), numbers.map((text) => h("th", { scope: "col", class: "number" }, text)),
       h("th", { scope: "col", class: "bars" }, forestHead(reach, width)),
       ["95% interval", "samples", "P(better)"].map((text) => h("th", { scope: "col", class: "number extra" }, text)),
       h("th", { scope: "col" }, "differ"));
@@ -117,7 +118,7 @@ export class Compare {
       h("td", { class: "bars", title: range }, forestRow(group, reach, width, clear)),
       h("td", { class: "number extra" }, range), h("td", { class: "number extra" }, integer(group.samples)),
       h("td", { class: "number extra" }, group.p_better.toFixed(3)),
-      h("td", null, h("button", { type: "button", "data-group": name, "aria-label": `samples of ${name} that differ`, on: { click: () => set({ group: name }) } }, "list")));
+      h("td", null, h("button", { type: "button", "aria-label": `samples of ${name} that differ`, on: { click: () => set({ group: name }) } }, "list")));
   }
 
   /** The samples of the chosen group on which the two differ. */
@@ -164,6 +165,12 @@ async function pairsOf(first, second, group, note) {
     .sort((x, y) => (y.a.score - y.b.score) - (x.a.score - x.b.score)); // what was lost comes first
 }
 
+/** What a checkpoint wrote for a sample, with a link to it among its samples. */
+function outputBlock(which, { run, result }, { output, answer, group }) {
+  const href = link("samples", { key: result.key, group, search: answer.slice(0, 200) });
+  return block(`${which}: ${run}`, marked(output || "(empty)", answer), h("a", { href }, "open"));
+}
+
 /** One sample with both outputs; its prompt is drawn when it is opened. */
 function drawPair({ a, b }, { first, second }) {
   const [x, y] = [verdict(a.score), verdict(b.score)];
@@ -174,11 +181,10 @@ function drawPair({ a, b }, { first, second }) {
   const item = h("details", null, summary);
   item.addEventListener("toggle", () => {
     if (!item.open || item.children.length > 1) return;
-    item.append(h("div", { class: "two" },
-      block(`First: ${first.run}`, marked(a.output || "(empty)", a.answer), h("a", { href: link("samples", { key: first.result.key, group: a.group, search: a.answer.slice(0, 200) }) }, "open")),
-      block(`Second: ${second.run}`, marked(b.output || "(empty)", b.answer), h("a", { href: link("samples", { key: second.result.key, group: b.group, search: b.answer.slice(0, 200) }) }, "open"))),
+    item.append(
+      h("div", { class: "two" }, outputBlock("First", first, a), outputBlock("Second", second, b)),
       block("Prompt", marked(a.prompt, a.answer)));
-  }, { once: false });
+  });
   return item;
 }
 
@@ -195,7 +201,10 @@ function marksOf(reach, count) {
 
 /** The axis above the rows: zero and the marks on both sides of it. */
 function forestHead(reach, width) {
-  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) => s("text", { x: place(value, reach, width), y: 14, "text-anchor": "middle" }, signed(value, Number.isInteger(value) ? 0 : 1)));
+  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) => {
+    const text = signed(value, Number.isInteger(value) ? 0 : 1);
+    return s("text", { x: place(value, reach, width), y: 14, "text-anchor": "middle" }, text);
+  });
   return s("svg", { width, height: 18, "aria-label": "difference, percent points", role: "img" }, marks);
 }
 
@@ -204,6 +213,7 @@ function forestRow({ low, high, difference }, reach, width, clear) {
   const line = s("line", { class: "interval", x1: at(low), x2: at(high), y1: 11, y2: 11 });
   const ends = [low, high].map((value) => s("line", { class: "interval", x1: at(value), x2: at(value), y1: 7, y2: 15 }));
   const dot = s("rect", { x: at(difference) - 4, y: 7, width: 8, height: 8, class: "dot" });
-  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) => s("line", { class: value ? "grid" : "zero", x1: at(value), x2: at(value), y1: 0, y2: 22 }));
+  const marks = marksOf(reach, width < 200 ? 1 : 2).map((value) =>
+    s("line", { class: value ? "grid" : "zero", x1: at(value), x2: at(value), y1: 0, y2: 22 }));
   return s("svg", { width, height: 22, "aria-hidden": "true", class: clear }, marks, line, ends, dot);
 }

@@ -127,7 +127,8 @@ export class Curves {
   }
 
   #say(all, shown, scalars) {
-    const runs = shown.length < all.length ? `The ${shown.length} best of ${integer(all.length)} runs by their newest value: filter to see others.` : `${shown.length} runs.`;
+    const best = `The ${shown.length} best of ${integer(all.length)} runs by their newest value: filter to see others.`;
+    const runs = shown.length < all.length ? best : `${shown.length} runs.`;
     const charts = scalars.length > CHARTS ? ` The first ${CHARTS} of ${scalars.length} scalars.` : "";
     const tokens = this.#get("x") === "tokens" ? " Runs that do not tell their tokens are left out." : "";
     this.note.textContent = store.results.size ? runs + charts + tokens : "No results yet.";
@@ -137,7 +138,10 @@ export class Curves {
     const off = new Set(this.#get("off").split(","));
     patch(this.legend, shown, {
       key: (run) => `${this.#slots.get(run)} ${run}`,
-      create: (run) => h("li", null, h("button", { type: "button", on: { click: () => this.#toggle(run) } }, key(this.#slots.get(run)), h("span", null, run))),
+      create: (run) => {
+        const parts = [key(this.#slots.get(run)), h("span", null, run)];
+        return h("li", null, h("button", { type: "button", on: { click: () => this.#toggle(run) } }, parts));
+      },
       update: (item, run) => item.firstChild.setAttribute("aria-pressed", String(!off.has(run))),
     });
   }

@@ -1,6 +1,6 @@
 // Needle accuracy by prompt length and depth; a cell leads to its samples.
 
-import { get } from "./api.js";
+import { get, Refused, Unreachable } from "./api.js";
 import { field, h, integer, patch, setOptions } from "./dom.js";
 import { CheckpointPicker, sampledTasks } from "./pickers.js";
 import { link, set } from "./route.js";
@@ -13,7 +13,7 @@ const CIVIDIS = ["#00224e", "#123570", "#3b496c", "#575d6d", "#707173", "#8a8678
 const CACHE = 200;
 
 /** Background and ink of a score from 0 to 100. */
-export function colours(score) {
+function colours(score) {
   const at = (Math.min(Math.max(score, 0), 100) / 100) * (CIVIDIS.length - 1);
   const [low, high] = [CIVIDIS[Math.floor(at)], CIVIDIS[Math.ceil(at)]];
   const mix = [1, 3, 5].map((i) => {
@@ -50,8 +50,14 @@ export class HeatMap {
     this.changed();
   }
 
+  /** The service answers again: what was missing is read. */
+  tick() {
+    return this.failed ? this.changed() : null;
+  }
+
   async changed() {
     if (!store.loaded) return;
+    this.failed = false;
     const tasks = needleTasks();
     if (!tasks.length) {
       this.note.textContent = "No needle task has been scored yet.";
@@ -88,6 +94,8 @@ export class HeatMap {
       if (this.#maps.size > CACHE) this.#maps.delete(this.#maps.keys().next().value);
       return heatTable(map, { caption, key: result.key });
     } catch (error) {
+      if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
+      this.failed ||= error instanceof Unreachable;
       return h("figure", { "data-of": `${result.key} ${error.message}` }, h("figcaption", null, caption), h("p", { class: "empty" }, error.message));
     }
   }

@@ -81,7 +81,8 @@ export class Leaderboard {
   }
 
   #say(checkpoints, filter) {
-    const found = `${integer(checkpoints.length)} checkpoints of ${integer(new Set(checkpoints.map((row) => row.run)).size)} runs, ${this.#columns.length} scalars. `;
+    const runs = new Set(checkpoints.map((row) => row.run)).size;
+    const found = `${integer(checkpoints.length)} checkpoints of ${integer(runs)} runs, ${this.#columns.length} scalars. `;
     const texts = [
       [!store.results.size, "No results yet: they come as checkpoints are scored. The queue shows what waits."],
       [!filter, "That is no regular expression; all runs are shown."],

@@ -28,15 +28,14 @@ export class QueueView {
     const open = h("button", { type: "button", class: "primary", on: { click: () => this.submit.open() } }, "Submit ...");
     this.note = h("p", { class: "note", role: "status" }, "Reading the queue ...");
     this.body = h("tbody", { role: "rowgroup" }); // roles: as cards on a narrow page it is still a table
-    const names = ["state", "run", "step", "task", "tries", "age", "error", ""];
-    const head = h("tr", { role: "row" }, names.map((name) => h("th", { scope: "col", role: "columnheader", class: ["step", "tries", "age"].includes(name) ? "number" : "", title: name === "age" ? "since it was queued" : null }, name || h("span", { class: "hidden" }, "actions"))));
     this.previous = h("button", { type: "button", on: { click: () => this.#turn(-PAGE) } }, "Newer");
     this.next = h("button", { type: "button", on: { click: () => this.#turn(PAGE) } }, "Older");
     this.pages = h("p", { class: "pair pages", hidden: true }, this.previous, this.next);
     this.element = h("section", { "aria-label": "Queue" },
       h("form", { class: "controls", on: { submit: (event) => event.preventDefault() } },
         h("div", { class: "field" }, h("span", null, "State"), this.states), field("Run", this.run), this.runs, field("Task", this.task), open),
-      this.note, h("div", { class: "scroll" }, h("table", { class: "queue", role: "table" }, h("thead", { role: "rowgroup" }, head), this.body)), this.pages, this.submit.dialog);
+      this.note, h("div", { class: "scroll" }, h("table", { class: "queue", role: "table" }, tableHead(), this.body)),
+      this.pages, this.submit.dialog);
     this.#drawStates({});
   }
 
@@ -101,7 +100,8 @@ export class QueueView {
     const last = Math.min(offset + PAGE, total);
     const range = total > PAGE ? `Jobs ${integer(offset + 1)} to ${integer(last)} of ${integer(total)}: what runs, then the newest first.`
       : `${integer(total)} jobs: what runs, then the newest first.`;
-    const empty = this.#get("state") || this.#get("run") || this.#get("task") ? "No job passes these filters." : "The queue is empty: checkpoints are queued as they are committed.";
+    const filtered = this.#get("state") || this.#get("run") || this.#get("task");
+    const empty = filtered ? "No job passes these filters." : "The queue is empty: checkpoints are queued as they are committed.";
     setText(this.note, total ? range : empty);
     patch(this.body, jobs, { key: (job) => job.key, create: () => newRow(), update: (row, job) => this.#update(row, job) });
     this.pages.hidden = total <= PAGE;
@@ -161,6 +161,16 @@ async function told(action) {
     if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
     say(error.message, { error: true });
   }
+}
+
+function tableHead() {
+  const names = ["state", "run", "step", "task", "tries", "age", "error"];
+  const cells = names.map((name) => {
+    const kind = ["step", "tries", "age"].includes(name) ? "number" : null;
+    return h("th", { scope: "col", role: "columnheader", class: kind, title: name === "age" ? "since it was queued" : null }, name);
+  });
+  const actions = h("th", { scope: "col", role: "columnheader" }, h("span", { class: "hidden" }, "actions"));
+  return h("thead", { role: "rowgroup" }, h("tr", { role: "row" }, cells, actions));
 }
 
 function newRow() {

@@ -30,7 +30,8 @@ export class Samples {
   #makeControls() {
     const typed = debounce((search) => set({ search, at: "" }, { replace: true }), 250);
     const chosen = (id) => set({ checkpoint: id, task: this.task.value, key: "", at: "" });
-    this.task = h("select", { on: { change: () => set({ task: this.task.value, checkpoint: this.#checkpoint(), key: "", group: "", depth: "", at: "" }) } });
+    const other = () => set({ task: this.task.value, checkpoint: this.#checkpoint(), key: "", group: "", depth: "", at: "" });
+    this.task = h("select", { on: { change: other } });
     this.picker = new CheckpointPicker("Run", chosen);
     this.group = h("select", { on: { change: () => set({ group: this.group.value, depth: "", at: "" }) } });
     this.wrong = h("input", { type: "checkbox", on: { change: () => set({ wrong: this.wrong.checked ? "1" : "", at: "" }) } });
