@@ -30,8 +30,13 @@ class Store {
     return this.#syncing;
   }
 
-  async #sync() {
+  /** Read which runs and checkpoints there are: new ones come without a result. */
+  async readListing() {
     this.listing = await get("runs");
+  }
+
+  async #sync() {
+    await this.readListing();
     const before = this.results.size;
     let fresh = await this.#read(this.results);
     if (new Set([...this.results.keys(), ...fresh.keys()]).size !== this.total) {

@@ -25,7 +25,7 @@ export class QueueView {
     this.task = h("select", { on: { change: () => set({ task: this.task.value, offset: "" }) } });
     this.states = h("div", { class: "switch", role: "group", "aria-label": "State" });
     this.submit = new SubmitForm((wanted) => this.#submit(wanted));
-    const open = h("button", { type: "button", class: "primary", on: { click: () => this.submit.open() } }, "Submit ...");
+    const open = h("button", { type: "button", class: "primary", on: { click: () => this.#ask() } }, "Submit ...");
     this.note = h("p", { class: "note", role: "status" }, "Reading the queue ...");
     this.body = h("tbody", { role: "rowgroup" }); // roles: as cards on a narrow page it is still a table
     this.previous = h("button", { type: "button", on: { click: () => this.#turn(-PAGE) } }, "Newer");
@@ -140,16 +140,28 @@ export class QueueView {
     window.dispatchEvent(new Event("evaluations:refresh"));
   }
 
+  async #ask() {
+    await told(() => store.readListing());
+    this.submit.open();
+  }
+
   /** Queue the chosen tasks on a checkpoint; what one refusal says is told, the others are still asked for. */
   async #submit({ run, step, tasks, priority }) {
     let added = 0;
-    await told(async () => {
-      for (const task of tasks) {
+    let there = 0;
+    const refusals = [];
+    for (const task of tasks) {
+      try {
         const { new: fresh } = await post("jobs", { run, task, priority, ...(step === null ? {} : { step }) });
-        added += fresh ? 1 : 0;
+        if (fresh) added += 1;
+        else there += 1;
+      } catch (error) {
+        if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
+        refusals.push(`${task}: ${error.message}`);
       }
-      say(added === tasks.length ? `${added} queued.` : `${added} queued, ${tasks.length - added} were there already.`);
-    });
+    }
+    const done = there ? `${added} queued, ${there} were there already.` : `${added} queued.`;
+    say([done, ...refusals].join(" "), { error: refusals.length > 0 });
     window.dispatchEvent(new Event("evaluations:refresh"));
   }
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -246,6 +247,28 @@ def test_the_queue_cancels_and_submits_after_a_question(tab: Tab, service: Servi
     page.get_by_role("button", name="failed").click()
     counts(page, ".queue tbody tr", 1)
     expect(page.locator(".queue tbody tr")).to_contain_text("harness")
+
+
+def test_submitting_names_new_runs_and_goes_on_after_a_refusal(
+    tab: Tab, service: Service, folder: Path
+) -> None:
+    page = tab.open(service.url("queue"))
+    page.wait_for_selector(".queue tbody tr")
+    shutil.copytree(folder / "runs" / "tiny", folder / "runs" / "younger")
+    try:
+        page.get_by_role("button", name="Submit ...").click()
+        dialog = page.locator("dialog[open]")
+        dialog.get_by_label("Run").select_option("younger")
+        for task in ("niah_single_2", "sample"):  # the first needs prose that the recipe does not name
+            dialog.get_by_label(task, exact=True).check()
+        page.get_by_role("button", name="Queue 2 on younger").click()
+        page.get_by_text("niah_single_2: run younger cannot be scored").wait_for()
+        asked = [job.task for job in service.queue.jobs(run="younger")[0]]
+        same = [job.task for job in service.queue.jobs(run="tiny")[0]]
+        assert "sample" in asked + same  # one result per checkpoint, whatever its run is called
+        assert "404" in tab.complaints.pop()  # the browser's own line about the refusal
+    finally:
+        shutil.rmtree(folder / "runs" / "younger")
 
 
 def test_what_the_server_sends_is_text(tab: Tab, service: Service) -> None:
