@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import sqlite3
 import time
 from collections.abc import Callable
 from functools import lru_cache
@@ -30,6 +31,8 @@ MAX_QUEUE = 10_000
 # Seconds after which a run that could not be read is tried again although nothing in it changed.
 RETRY = 60.0
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+# Errors that say nothing of the run at which they come.
+_OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
 _log = logging.getLogger(__name__)
 
 
@@ -195,6 +198,7 @@ class Watcher:
         self._queue, self._runs, self._clock = queue, runs, clock
         self._seen: dict[str, dict[int, tuple[int, int]]] = {}
         self._broken: dict[str, tuple[object, float]] = {}
+        self._passed_over: dict[str, list[str]] = {}
         self._said: dict[str, str] = {}
         self._added = 0
 
@@ -208,6 +212,7 @@ class Watcher:
         for path in self._runs.shadowed():
             self._warn(str(path), f"{path} is passed over: another folder has a run of that id; rename one")
         self._seen = {run: self._seen.get(run, {}) for run in ids}
+        self._passed_over = {run: self._passed_over.get(run, []) for run in ids}
         self._added = 0
         for run in ids:
             try:
@@ -218,37 +223,65 @@ class Watcher:
         return self._added
 
     def _look_at(self, run: str) -> None:
-        """A run that was broken is left alone until it changes, or for `RETRY` seconds."""
+        """A run of which anything was passed over is left alone until it changes, or for `RETRY` seconds."""
         mark: object = None
         try:
             marks = self._marks(run)
             mark = sorted(marks.items())
             known, retry = self._broken.get(run, (None, 0.0))
-            if known != mark or self._clock() >= retry:
-                self._queue_new(run, marks)
-                self._broken.pop(run, None)
-                self._said.pop(run, None)
-        except (ValueError, OSError) as error:
+            if known == mark and self._clock() < retry:
+                return
+            problems = self._queue_new(run, marks)
+        except _OF_THE_QUEUE:
+            raise
+        except Exception as error:  # whatever a run folder holds, the other runs are looked at
+            problems = [f"run {run} is passed over: {_said_by(error)}"]
+        self._broken.pop(run, None)
+        if problems:
             self._broken[run] = (mark, self._clock() + RETRY)
-            self._warn(run, f"run {run} is passed over: {error}")
+        for text in problems:
+            if text not in self._passed_over.get(run, ()):
+                _log.warning("%s", text)
+        self._passed_over[run] = problems
 
     def _marks(self, run: str) -> dict[int, tuple[int, int]]:
         recipe = (self._runs.folder(run) / "recipe.json").stat().st_mtime_ns
         steps = self._runs.steps(run)
         return {step: (recipe, (path / MANIFEST_FILE).stat().st_mtime_ns) for step, path in steps.items()}
 
-    def _queue_new(self, run: str, marks: dict[int, tuple[int, int]]) -> None:
-        seen = self._seen[run]
+    def _queue_new(self, run: str, marks: dict[int, tuple[int, int]]) -> list[str]:
+        """Queue what is new; what cannot be queued is passed over, and said in one line for each reason."""
+        seen, failed = self._seen[run], dict[str, list[str]]()
         for step in sorted(marks):
-            if seen.get(step) != marks[step]:
-                for task in self._runs.config(run).tasks:
-                    _, new = submit(self._queue, self._runs, run, task, step=step, again=False)
-                    self._added += new
+            if seen.get(step) == marks[step]:
+                continue
+            well = True
+            for task in self._runs.config(run).tasks:
+                try:
+                    self._added += submit(self._queue, self._runs, run, task, step=step, again=False)[1]
+                except _OF_THE_QUEUE:
+                    raise
+                except Exception as error:  # one checkpoint or task that is broken blocks no other
+                    well = False
+                    failed.setdefault(_said_by(error), []).append(f"step {step}, task {task}")
+            if well:
                 seen[step] = marks[step]
         self._seen[run] = {step: mark for step, mark in seen.items() if step in marks}
+        return [_passed_over(run, places, reason) for reason, places in failed.items()]
 
     def _warn(self, topic: str, text: str) -> None:
         """Log what is wrong once, and again when it is something else."""
         if self._said.get(topic) != text:
             _log.warning("%s", text)
         self._said[topic] = text
+
+
+def _said_by(error: Exception) -> str:
+    """Its text; other errors than those that explain themselves are named too."""
+    explained = isinstance(error, (ValueError, OSError))
+    return str(error) if explained else f"{type(error).__name__}: {error}"
+
+
+def _passed_over(run: str, places: list[str], reason: str) -> str:
+    more = f" and {len(places) - 1} more" if len(places) > 1 else ""
+    return f"run {run}: {places[0]}{more} is passed over: {reason}"

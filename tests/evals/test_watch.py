@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import signal
+import sqlite3
 import time
 
 import pytest
@@ -76,6 +77,60 @@ def test_one_broken_run_stops_no_other_and_is_logged_once_per_change(queue, runs
     watcher.look()
     watcher.look()
     assert caplog.text.count("run broken is passed over") == 2
+
+
+def test_a_broken_step_or_task_blocks_no_other_and_is_named_once(
+    queue, runs, run_dir, caplog, clock, monkeypatch
+):
+    def refuse(run, checkpoint, task, config):
+        if (checkpoint.name, task.name) in bad:
+            raise bad[checkpoint.name, task.name]
+        return job_of(run, checkpoint, task, config)
+
+    bad = {("step-00000007", "perplexity"): ValueError("no text"), ("step-00000009", "sample"): KeyError("x")}
+    monkeypatch.setattr("evals.watch.job_of", refuse)
+    for step in (9, 11):
+        write_checkpoint(run_dir, step=step, seed=1)
+    watcher = Watcher(queue, runs, clock=clock)
+    assert watcher.look() == 4
+    for _ in range(3):
+        clock.now += RETRY
+        assert watcher.look() == 0
+    assert [record.getMessage() for record in caplog.records] == [
+        "run tiny: step 7, task perplexity is passed over: no text",
+        "run tiny: step 9, task sample is passed over: KeyError: 'x'",
+    ]
+    bad["step-00000011", "sample"] = bad.pop(("step-00000009", "sample"))
+    clock.now += RETRY
+    assert watcher.look() == 1, "what went through later is not queued, or a step was seen in part"
+    bad.clear()
+    clock.now += RETRY
+    assert watcher.look() == 1
+    assert {(job.step, job.task) for job in queue.active()} == {
+        (step, task) for step in (7, 9, 11) for task in ("perplexity", "sample")
+    }
+
+
+def test_one_reason_for_many_steps_is_one_line(queue, runs, run_dir, caplog):
+    write_checkpoint(run_dir, step=9, seed=1)
+    recipe = json.loads((run_dir / "recipe.json").read_text())
+    recipe["data"]["directory"] = "/nowhere"
+    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+    assert Watcher(queue, runs).look() == 0
+    (record,) = caplog.records
+    assert "run tiny: step 7, task perplexity and 3 more is passed over" in record.getMessage()
+
+
+def test_a_queue_that_is_busy_is_no_fault_of_the_run(queue, runs, monkeypatch, clock):
+    def busy(*_, **__):
+        raise sqlite3.OperationalError("database is locked")
+
+    watcher = Watcher(queue, runs, clock=clock)
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "submit", busy)
+        with pytest.raises(sqlite3.OperationalError):
+            watcher.look()
+    assert watcher.look() == 2, "the run is taken for broken"
 
 
 def test_a_broken_run_is_looked_at_again_when_it_changes_or_after_a_while(
