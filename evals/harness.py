@@ -56,14 +56,16 @@ def _generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) ->
 
 
 def _sampling(options: dict[str, Any]) -> Sampling:
-    """The harness's ``generation_kwargs``; greedy unless it asks to sample."""
-    stop = options.get("until") or []
-    sample = bool(options.get("do_sample", False))
+    """The harness's ``generation_kwargs``, their other names included; greedy unless it asks to sample."""
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    options = normalize_gen_kwargs(options, MAX_NEW_TOKENS)
+    stop = options["until"]
     return Sampling(
-        max_tokens=int(options.get("max_gen_toks", MAX_NEW_TOKENS)),
-        temperature=float(options.get("temperature", 1.0)) if sample else 0.0,
+        max_tokens=options["max_gen_toks"],
+        temperature=float(options.get("temperature", 1.0)) if options["do_sample"] else 0.0,
         top_p=float(options.get("top_p", 1.0)),
-        stop=tuple(text for text in ([stop] if isinstance(stop, str) else stop) if text),
+        stop=tuple(text for text in stop if text),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,10 +32,15 @@ def _folder(config: EvalConfig) -> Path:
 
 
 def _settings(config: EvalConfig) -> Mapping[str, Any]:
-    """The folder counts by the content of its files, data that lies in it included."""
+    """The folder counts by the content of its files, data that lies in it included, and so does lm_eval."""
     folder = _folder(config)
-    files = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if path.is_file()}
+    files = {
+        str(path.relative_to(folder)): path
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.suffix != ".pyc"  # Python leaves those of `!function` modules there
+    }
     return {
+        "harness_version": version("lm_eval"),
         "files": {name: sha256_file(path) for name, path in files.items()},
         "tasks": sorted(config.harness_tasks),
         "limit": config.harness_limit,
@@ -42,8 +48,6 @@ def _settings(config: EvalConfig) -> Mapping[str, Any]:
 
 
 def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
-    import lm_eval
-
     scorer = Scorer(subject.model, subject.tokenizer)
     limit = config.harness_limit or None
     outcome = run_harness(scorer, config.harness_tasks, include_path=_folder(config), limit=limit)
@@ -56,7 +60,7 @@ def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
         "questions": {
             task: len({sample["doc_id"] for sample in logged}) for task, logged in outcome["samples"].items()
         },
-        "harness_version": lm_eval.__version__,
+        "harness_version": version("lm_eval"),
         "groups": {name: share(scores) for name, scores in groups.items()},
         "samples": [sample.to_json() for sample in samples],
     }

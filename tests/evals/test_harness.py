@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import json
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from evals.config import EvalConfig
 from evals.evaluate import evaluate_run
-from evals.harness import harness_model, run_harness
+from evals.harness import MAX_NEW_TOKENS, _sampling, harness_model, run_harness
 from evals.report import write_run_report
 from evals.sampling import Sampling
 from evals.scorer import Scorer
@@ -102,6 +103,42 @@ def test_rolling_and_generation_through_the_adapter():
         ids = [scorer.tokenizer.bos_id, *scorer.tokenizer.encode(prompt)]
         expected = scorer.generate([ids], Sampling(max_tokens=5, stop=("\n\n",)))
         assert model.generate_until([request("generate_until", prompt, options)]) == expected
+
+
+@pytest.mark.parametrize("name", ["max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"])
+def test_every_name_of_the_length_counts(name):
+    assert _sampling({name: 7}) == Sampling(max_tokens=7)
+    assert _sampling({}).max_tokens == MAX_NEW_TOKENS
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"),
+    [
+        ({"temperature": 0.5}, 0.5),
+        ({"temperature": 0.5, "do_sample": True}, 0.5),
+        ({"temperature": 0.5, "do_sample": False}, 0.0),
+        ({"temperature": 0.0}, 0.0),
+        ({"until": "x"}, 0.0),
+    ],
+)
+def test_a_temperature_samples_unless_sampling_is_refused(options, temperature):
+    stop = tuple(options.get("until", ""))
+    assert _sampling(options) == Sampling(max_tokens=MAX_NEW_TOKENS, temperature=temperature, stop=stop)
+
+
+def test_what_python_compiles_in_the_folder_changes_no_key(folder):
+    config = EvalConfig(harness_folder=str(folder), harness_tasks=("tiny_choice",))
+    before = get_task("harness").settings(config)
+    assert before["harness_version"] == version("lm_eval")
+    compiled = folder / "__pycache__" / "choices.cpython-311.pyc"
+    compiled.parent.mkdir()
+    compiled.write_bytes(b"x")
+    assert get_task("harness").settings(config) == before
+    (folder / "choices.py").write_text("x = 1")
+    try:
+        assert get_task("harness").settings(config) != before
+    finally:
+        (folder / "choices.py").unlink()
 
 
 def test_our_rooms_are_imported_beside_published_packages_of_the_same_names():
