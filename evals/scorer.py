@@ -179,15 +179,26 @@ class Scorer:
 
         Raises:
             EchoError: another rank failed (evals/ranks.py).
+            RuntimeError: the ranks cut other batches, as they do where their memory or models differ.
         """
         batches = list(self._batches([len(prompt) for prompt in prompts]))
         names = stream_names(prompts)
+
+        def piece(place: int) -> tuple[list[int], list[T]]:
+            # With its prompts: another rank may have cut other batches.
+            return batches[place], list(answer(self._prefill(prompts, names, batches[place])))
+
         answers = self.ranks.divide(
             len(batches),
-            lambda place: list(answer(self._prefill(prompts, names, batches[place]))),
+            piece,
             costs=[len(batch) * max(len(prompts[i]) for i in batch) for batch in batches],
         )
-        found = {i: value for batch, values in zip(batches, answers) for i, value in zip(batch, values)}
+        if sorted(i for batch, _ in answers for i in batch) != list(range(len(prompts))):
+            raise RuntimeError(
+                "the ranks cut the prompts into other batches, so some would be missing or scored twice: "
+                "give every rank the same model, and GPUs of equal memory"
+            )
+        found = {i: value for batch, values in answers for i, value in zip(batch, values)}
         return [found[i] for i in range(len(prompts))]
 
     def prefixes(self, prompts: Sequence[Ids]) -> Iterator[Prefix]:

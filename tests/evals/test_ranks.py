@@ -8,9 +8,11 @@ import shutil
 import pytest
 
 from evals.ranks import Ranks, current_ranks
+from evals.scorer import Scorer
 from tests.distributed import gloo_pool
 from tests.evals import rank_cases
 from tests.evals.conftest import write_run
+from tests.evals.fakes import RecurrentModel
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def test_tasks_give_one_rank_s_results_and_only_rank_0_writes(dataset_dir, tmp_p
     assert reused
     for result, written, known in gloo_pool(2).run(rank_cases.tasks, str(two), str(tmp_path / "two" / "out")):
         assert result == expected
-        assert (written, known) == (files, False) or known
+        assert (written, known) == (files, True)
     stored = json.loads((two / "evals" / "perplexity-step-7.json").read_text())
     assert stored["result"] == expected["perplexity"]
     assert [count for _, count in gloo_pool(2).run(rank_cases.writes)] == [1, 0]
@@ -72,6 +74,27 @@ def test_a_result_that_cannot_travel_is_the_failure_of_its_rank():
 
 def test_ranks_that_disagree_about_the_work_do_not_mix_it_up():
     assert all("AssertionError" in outcome for outcome in gloo_pool(2).run(rank_cases.state_budget_differs))
+
+
+def test_batches_that_differ_are_refused_even_when_there_are_as_many():
+    cuts = {0: [[0, 1], [2, 3]], 1: [[0], [1, 2, 3]]}
+    pieces = {}
+
+    class Alone(Ranks):
+        def divide(self, count, work, *, costs=None):
+            mine = pieces[self.rank] = [work(place) for place in range(count)]
+            return [pieces[0][0], mine[1]] if self.rank else mine  # rank 0 does the first batch
+
+    def each(rank):
+        scorer = Scorer(RecurrentModel(), rank_cases.TOKENIZER, ranks=Alone(rank, 2))
+        scorer._batches = lambda lengths: iter(cuts[rank])
+        return scorer.each([[1], [2], [3], [4]], lambda prefix: [rest[0] for rest in prefix.rests])
+
+    assert each(0) == [1, 2, 3, 4]
+    with pytest.raises(RuntimeError, match="give every rank the same model"):
+        each(1)
+    cuts[1] = [[0, 1], [3, 2]]
+    assert each(1) == [1, 2, 3, 4]  # each value goes to its own prompt
 
 
 def test_without_a_group_there_is_one_rank():
