@@ -7,6 +7,7 @@ never one too few; `sync_pins` puts both right, at the start and at every look f
 from __future__ import annotations
 
 import logging
+import sqlite3
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from checkpoints.commit import step_name
 from checkpoints.pins import Pin, list_pins, pin, unpin
 from evals.queue import Queue
 
-__all__ = ["pin_job", "sync_pins", "unpin_job"]
+__all__ = ["pin_job", "sync_pins", "unpin_job", "unpin_unqueued"]
 
 PREFIX = "evaluation "
 REFRESH = 24 * 3600.0  # seconds; a pin that is younger is not written again
@@ -46,6 +47,19 @@ def unpin_job(queue: Queue, root: Path, key: str) -> None:
         unpin(root / step_name(job.step), PREFIX + key)
     except OSError as error:
         _log.warning("step %d of run %s stays pinned: %s", job.step, job.run, error)
+
+
+def unpin_unqueued(queue: Queue, checkpoint: Path, key: str) -> None:
+    """Let go of `checkpoint` when the job `key` could not be queued; what fails is logged: pins run out.
+
+    Another submission of the same job may have come through meanwhile: that one keeps its pin.
+    """
+    try:
+        job = queue.job(key)
+        if job is None or not job.active:
+            unpin(checkpoint, PREFIX + key)
+    except (OSError, sqlite3.Error) as error:
+        _log.warning("%s stays pinned: %s", checkpoint, error)
 
 
 def sync_pins(queue: Queue, roots: Mapping[str, Path], *, warn: Callable[[str, str], None] = _warn) -> None:

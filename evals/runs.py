@@ -13,6 +13,7 @@ from checkpoints.state import CheckpointReader, latest_verified, load_run_state,
 from data_pipeline.manifest import MANIFEST, Manifest, load_manifest
 from data_pipeline.tokenizer import Tokenizer
 from evals.config import Device
+from evals.peer_codec import codec_of
 from evals.subject import Subject
 from trellis_dist.files import read_json, sha256_file
 from trellis_dist.models.config import ModelConfig
@@ -48,7 +49,6 @@ class LoadedRun(Subject):
     """
 
     model: LanguageModel
-    tokenizer: Tokenizer
     recipe: dict[str, Any]
     step: int
     run_dir: Path
@@ -58,14 +58,16 @@ class LoadedRun(Subject):
 
 
 def read_recipe(run_dir: Path) -> dict[str, Any]:
-    """The resolved recipe of a run. Raises ValueError when the folder is no run."""
+    """The resolved recipe of a run. Raises ValueError when the folder is no run, or its recipe is none."""
     path = run_dir / "recipe.json"
     if not path.is_file():
         raise ValueError(
             f"{run_dir} is no run folder (it has no recipe.json): train first, or name another folder"
         )
-    recipe: dict[str, Any] = read_json(path)
-    missing = [name for name in ("model", "data") if name not in recipe]
+    recipe = read_json(path)
+    if not isinstance(recipe, dict):
+        raise ValueError(f"{path} holds no sections: it is no resolved recipe; train the run again")
+    missing = [name for name in ("model", "data") if not isinstance(recipe.get(name), dict)]
     if missing:
         raise ValueError(
             f"{path} lacks the section {missing[0]!r}: it is no resolved recipe; train the run again"
@@ -120,14 +122,14 @@ def find_dataset(
         FileNotFoundError: there is no data set in that folder.
         ValueError: it is another one, or its tokenizer is not the one it was prepared with.
     """
-    folder = Path(dataset_dir or read_recipe(run_dir)["data"]["directory"])
+    folder = dataset_dir or _recorded_dataset(run_dir)
     if not (folder / MANIFEST).is_file():
         raise FileNotFoundError(
             f"the data set of {run_dir} is not in {folder}: move it back, or say where it is now "
             "with --dataset-dir FOLDER"
         )
     manifest = load_manifest(folder)
-    trained = load_run_state(checkpoint)["data"]["fingerprint"]
+    trained = _trained_on(checkpoint)
     if manifest.fingerprint != trained:
         raise ValueError(
             f"{folder} holds the data set {manifest.fingerprint}, but {checkpoint} was trained on {trained}: "
@@ -140,6 +142,29 @@ def find_dataset(
             "restore the file, or run `trellis prepare` again"
         )
     return folder, manifest
+
+
+def _recorded_dataset(run_dir: Path) -> Path:
+    """Where the recipe says that the data set lies. Raises ValueError when it does not."""
+    folder = read_recipe(run_dir)["data"].get("directory")
+    if not isinstance(folder, str):
+        raise ValueError(
+            f"{run_dir / 'recipe.json'}: data.directory = {folder!r} names no folder: train the run again, "
+            "or say where the data set is with --dataset-dir FOLDER"
+        )
+    return Path(folder)
+
+
+def _trained_on(checkpoint: Path) -> str:
+    """Fingerprint of the data set. Raises ValueError when the checkpoint does not say."""
+    data = load_run_state(checkpoint).get("data")
+    fingerprint = data.get("fingerprint") if isinstance(data, dict) else None
+    if not isinstance(fingerprint, str):
+        raise ValueError(
+            f"{checkpoint} does not say what data it was trained on (data.fingerprint of its run state): "
+            "choose another step, or train the run again"
+        )
+    return fingerprint
 
 
 def load_run(
@@ -168,7 +193,7 @@ def load_run(
     return LoadedRun(
         name=str(recipe.get("name", run_dir.name)),
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=codec_of(tokenizer),
         tokenizer_digest=tokenizer.sha256,
         device=next(model.parameters()).device,
         recipe=recipe,
@@ -202,7 +227,7 @@ def load_export(path: Path, *, device: Device = "auto") -> Subject:
     return Subject(
         name=path.resolve().name,
         model=model,
-        tokenizer=tokenizer,
+        tokenizer=codec_of(tokenizer),
         digest=sha256_file(path / EXPORT),  # which holds the hash of every file
         tokenizer_digest=tokenizer.sha256,
         device=next(model.parameters()).device,

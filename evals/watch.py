@@ -7,6 +7,7 @@ import re
 import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,7 @@ from checkpoints.manifest import MANIFEST_FILE
 from checkpoints.state import load_run_state
 from evals.config import EvalConfig
 from evals.evaluate import Job, job_of, log_scalars, stored_result
-from evals.pins import pin_job, sync_pins, unpin_job
+from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
 from evals.queue import Queue, QueueFullError
 from evals.runs import read_recipe
 from evals.tasks.registry import get_task
@@ -30,6 +31,7 @@ __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 MAX_QUEUE = 10_000
 # Seconds after which a run that could not be read is tried again although nothing in it changed.
 RETRY = 60.0
+NAMES = "a run is a folder, no link, named with at most 128 letters, digits, dots, dashes and underscores"
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Errors that say nothing of the run at which they come.
 _OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
@@ -79,7 +81,13 @@ class Runs:
 
     def _is_run(self, path: Path) -> bool:
         """A real folder of its root (no link out of it) with a recipe."""
-        return bool(_ID.fullmatch(path.name)) and not path.is_symlink() and (path / "recipe.json").is_file()
+        return bool(_ID.fullmatch(path.name)) and _has_recipe(path, link=False)
+
+    def refused(self) -> list[Path]:
+        """What would be a run but for its name, which no client could send, or because it is a link."""
+        found = [path for root in self.roots for path in root.iterdir()]
+        bad_names = [path for path in found if not _ID.fullmatch(path.name) and _has_recipe(path, link=False)]
+        return bad_names + [path for path in found if _has_recipe(path, link=True)]
 
     def config(self, run: str) -> EvalConfig:
         """The evals section of the run's own recipe; clients cannot send settings."""
@@ -98,6 +106,14 @@ class Runs:
     def checkpoints(self, run: str) -> Path:
         """The folder of a run's checkpoints."""
         return self.folder(run) / "checkpoints"
+
+
+def _has_recipe(path: Path, *, link: bool) -> bool:
+    """Whether a folder, or a link to one, has a recipe; one that cannot be read has none."""
+    try:
+        return path.is_symlink() == link and (path / "recipe.json").is_file()
+    except OSError:  # no permission, or a file system that went: it must not take the other runs along
+        return False
 
 
 @lru_cache(maxsize=1)
@@ -161,15 +177,22 @@ def submit(
         return job.key, False
     if known is None or not known.active:
         _pin(job)
-    new = queue.submit(
-        job.key,
-        run=run,
-        step=wanted,
-        task=task,
-        priority=priority,
-        tokens=_tokens_at(job.checkpoint),
-        room=MAX_QUEUE,
-    )
+    try:
+        new = queue.submit(
+            job.key,
+            run=run,
+            step=wanted,
+            task=task,
+            priority=priority,
+            tokens=_tokens_at(job.checkpoint),
+            room=MAX_QUEUE,
+        )
+    except Exception:
+        unpin_unqueued(queue, job.checkpoint, job.key)
+        raise
+    if new:  # until then, whoever looked found a job that was over, or none, and may have let go of it
+        with suppress(FileNotFoundError):  # its worker will say so
+            pin_job(job.checkpoint, job.key)
     if new and (record := stored_result(job)) is not None:
         log_scalars(job, record)
         queue.finish(job.key, record)
@@ -211,6 +234,9 @@ class Watcher:
         sync_pins(self._queue, {run: self._runs.checkpoints(run) for run in ids}, warn=self._warn)
         for path in self._runs.shadowed():
             self._warn(str(path), f"{path} is passed over: another folder has a run of that id; rename one")
+        for path in self._runs.refused():
+            why = "a link" if _ID.fullmatch(path.name) else "a name that clients cannot send"
+            self._warn(str(path), f"{str(path)!r} is passed over: {why}; {NAMES}")
         self._seen = {run: self._seen.get(run, {}) for run in ids}
         self._passed_over = {run: self._passed_over.get(run, []) for run in ids}
         self._added = 0

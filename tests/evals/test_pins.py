@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 from checkpoints.pins import EXPIRY, list_pins, pin, pinned_steps, unpin
 from checkpoints.retention import Retention, retain
 from evals.pins import PREFIX, sync_pins
-from evals.queue import MAX_ATTEMPTS, Queue
+from evals.queue import MAX_ATTEMPTS, Queue, QueueFullError
 from evals.service import create_app
 from evals.watch import PublicError, Runs, Watcher, submit
 from evals.worker import Worker, work_once
@@ -105,6 +106,49 @@ def test_a_checkpoint_that_goes_before_it_is_pinned_is_said_and_queues_nothing(
     with pytest.raises(PublicError, match="the checkpoint of step 7 is gone: submit another step"):
         submit(queue, runs, "tiny", "sample")
     assert queue.jobs() == ([], 0)
+
+
+@pytest.mark.parametrize("error", [QueueFullError("full"), sqlite3.OperationalError("database is locked")])
+def test_what_could_not_be_queued_is_not_pinned(queue, runs, root, monkeypatch, error):
+    def refuse(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(queue, "submit", refuse)
+        with pytest.raises(type(error)):
+            submit(queue, runs, "tiny", "sample")
+    assert list_pins(root) == []
+    key, _ = submit(queue, runs, "tiny", "sample")
+    queue.cancel(key)
+    monkeypatch.setattr(queue, "submit", refuse)
+    with pytest.raises(type(error)):
+        submit(queue, runs, "tiny", "sample")
+    assert pinned_steps(root) == set(), "a cancelled job"
+
+
+def test_a_job_that_another_queued_meanwhile_keeps_its_pin(queue, runs, root, monkeypatch):
+    def lost(*given, **options):
+        Queue.submit(queue, *given, **options)
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(queue, "submit", lost)
+    with pytest.raises(sqlite3.OperationalError):
+        submit(queue, runs, "tiny", "sample")
+    assert pinned_steps(root) == {7}
+
+
+def test_a_look_between_the_pin_and_its_job_takes_no_pin_away(queue, runs, root, monkeypatch):
+    key, _ = submit(queue, runs, "tiny", "sample")
+    queue.cancel(key)
+
+    def overtaken(*given, **options):
+        sync_pins(queue, {"tiny": root})
+        assert list_pins(root) == []
+        return Queue.submit(queue, *given, **options)
+
+    monkeypatch.setattr(queue, "submit", overtaken)
+    assert submit(queue, runs, "tiny", "sample") == (key, True)
+    assert pinned_steps(root) == {7}
 
 
 def test_jobs_whose_workers_all_died_let_go_at_the_next_look(queue, runs, root, clock):

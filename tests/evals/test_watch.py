@@ -8,6 +8,7 @@ import os
 import signal
 import sqlite3
 import time
+from pathlib import Path
 
 import pytest
 
@@ -109,6 +110,68 @@ def test_a_broken_step_or_task_blocks_no_other_and_is_named_once(
     assert {(job.step, job.task) for job in queue.active()} == {
         (step, task) for step in (7, 9, 11) for task in ("perplexity", "sample")
     }
+
+
+@pytest.mark.parametrize(
+    "text", ["5", "[]", '{"model": {}}', '{"model": {}, "data": null}', '{"model": {}, "data": {}}']
+)
+def test_a_malformed_recipe_is_a_run_that_cannot_be_scored(queue, runs, run_dir, caplog, text):
+    (run_dir / "recipe.json").write_text(text)
+    check_refusal(queue, runs, caplog, "train the run again")
+
+
+@pytest.mark.parametrize("state", [{}, {"data": None}, {"data": {}}, {"data": 5}])
+def test_a_run_state_that_names_no_data_is_a_run_that_cannot_be_scored(
+    queue, runs, caplog, monkeypatch, state
+):
+    monkeypatch.setattr("evals.runs.load_run_state", lambda checkpoint: state)
+    monkeypatch.setattr("evals.watch.load_run_state", lambda checkpoint: state)
+    assert runs.tokens("tiny") == {}
+    check_refusal(queue, runs, caplog, "does not say what data it was trained on")
+
+
+def check_refusal(queue, runs, caplog, reason):
+    """Both ways to a job end in one line of the log; a client reads 404."""
+    from fastapi.testclient import TestClient
+
+    from evals.service import create_app
+
+    assert Watcher(queue, runs).look() == 0
+    assert len(caplog.records) == 1
+    assert reason in caplog.text
+    client = TestClient(create_app(queue, runs), base_url="http://127.0.0.1:8321")
+    assert client.post("/jobs", json={"run": "tiny", "task": "sample"}).status_code == 404
+    assert queue.jobs() == ([], 0)
+
+
+def test_what_cannot_be_read_is_no_run_and_stops_no_other(queue, runs, run_dir, monkeypatch):
+    secret = run_dir.parent / "secret"
+    secret.mkdir()
+    is_file = Path.is_file
+
+    def denied(self):
+        if secret in self.parents:
+            raise PermissionError(13, "Permission denied", str(self))
+        return is_file(self)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    assert Runs(run_dir.parent).ids() == ["tiny"]
+    assert Watcher(queue, runs).look() == 2
+
+
+def test_names_that_no_client_can_send_and_links_are_said_once(queue, runs, run_dir, caplog):
+    for name in ("350M c4", "-x", "a" * 129):
+        (run_dir.parent / name).mkdir()
+        (run_dir.parent / name / "recipe.json").write_text("{}")
+    (run_dir.parent / "link").symlink_to(run_dir)
+    (run_dir.parent / "no run").mkdir()
+    watcher = Watcher(queue, runs)
+    assert watcher.look() == 2
+    watcher.look()
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == 4
+    assert all("letters, digits, dots, dashes and underscores" in text for text in said)
+    assert sum(f"{str(run_dir.parent / 'link')!r} is passed over: a link" in text for text in said) == 1
 
 
 def test_one_reason_for_many_steps_is_one_line(queue, runs, run_dir, caplog):
