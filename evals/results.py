@@ -98,11 +98,19 @@ class Results:
     def pairs(
         self, first: str, second: str, *, group: str | None = None
     ) -> dict[str, tuple[NDArray[np.float64], NDArray[np.float64]]]:
-        """By group: scores [n] of the first and of the second result on the samples that both have."""
-        scores = "SELECT grp, id, AVG(score) AS score FROM samples WHERE key = ? GROUP BY grp, id"
+        """By group: scores [n] of the first and of the second result on the samples that both have.
+
+        A question is the same where its id, its prompt and its right answer are: the text of some prompts
+        also depends on the tokenizer or on a file, and of a long one only the ends are kept.
+        """
+        question = "json_extract(body, '$.prompt') AS prompt, json_extract(body, '$.answer') AS answer"
+        scores = (
+            f"SELECT grp, id, {question}, AVG(score) AS score FROM samples WHERE key = ? GROUP BY 1, 2, 3, 4"
+        )
         where, given = _filters({"a.grp": group})
         query = (
-            f"SELECT a.grp, a.score, b.score FROM ({scores}) a JOIN ({scores}) b USING (grp, id) "
+            f"SELECT a.grp, a.score, b.score FROM ({scores}) a JOIN ({scores}) b ON a.grp = b.grp "
+            "AND a.id = b.id AND a.prompt IS b.prompt AND a.answer IS b.answer "
             f"WHERE {where} ORDER BY a.grp, a.id"
         )
         found: dict[str, list[tuple[float, float]]] = {}

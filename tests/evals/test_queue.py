@@ -239,6 +239,16 @@ def sample(place, **values):
     return Sample(**default | values).to_json()
 
 
+def test_only_equal_questions_are_paired(stored):
+    """The text of some questions depends on the tokenizer or on a file, their ids do not."""
+    stored("a", [sample(0, score=1.0, prompt="x"), sample(1, prompt="y"), sample(2, prompt="z", answer="7")])
+    results = stored("b", [sample(0, score=0.0, prompt="x"), sample(1, prompt="Y"), sample(2, prompt="z")])
+    first, second = results.pairs("a", "b")["g"]
+    assert (first.tolist(), second.tolist()) == ([1.0], [0.0])
+    stored("c", [sample(0, prompt="other"), sample(1, prompt="")])
+    assert results.pairs("a", "c") == {}
+
+
 @pytest.fixture
 def stored(queue, clock):
     """Store a result and return the view of it."""
