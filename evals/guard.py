@@ -80,6 +80,7 @@ class Guard:
     ) -> None:
         self._app, self._hosts, self._token, self._secret = app, hosts, token, secret
         self._counters, self._active = counters, 0
+        self._answering: set[asyncio.Task[None]] = set()  # the event loop itself would let go of a task
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse or pass on."""
@@ -115,10 +116,43 @@ class Guard:
         self._active += 1
         try:
             body = await _body(headers, receive, MAX_RESULT if internal else MAX_BODY, internal=internal)
-            async with asyncio.timeout(RESULT_SECONDS if internal else REQUEST_SECONDS):
-                await self._app(scope, _replay(body, receive), send)
-        finally:
+        except BaseException:
             self._active -= 1
+            raise
+        seconds = RESULT_SECONDS if internal else REQUEST_SECONDS
+        await self._answer(scope, _replay(body, receive), send, seconds=seconds)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send, *, seconds: float) -> None:
+        """Run the application. Raises TimeoutError after so long.
+
+        A handler's thread cannot be ended: its request stays one of the active ones until it returns, and
+        what it answers then is dropped.
+        """
+        over = sending = False
+
+        async def send_in_time(message: dict[str, Any]) -> None:
+            nonlocal sending
+            if not over:
+                sending = True
+                await send(message)
+                sending = False
+
+        def done(task: asyncio.Task[None]) -> None:
+            self._active -= 1
+            self._answering.discard(task)
+            if over and not task.cancelled() and (error := task.exception()) is not None:
+                _log.error("%r failed after its time", scope["path"], exc_info=error)
+
+        task = asyncio.create_task(self._app(scope, receive, send_in_time))
+        self._answering.add(task)
+        task.add_done_callback(done)
+        try:
+            async with asyncio.timeout(seconds):
+                await asyncio.shield(task)
+        finally:
+            over = True
+            if sending:  # to a client that does not read; no thread works for it any more
+                task.cancel()
 
     def _check(self, method: str, path: str, headers: Mapping[str, str]) -> None:
         """Raise the Refusal of a request by its headers."""

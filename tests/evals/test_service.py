@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from evals.counters import Counters
+from evals.guard import LOOPBACK, Guard
 from evals.service import create_app, serve
 from evals.service.page import read_files
 from evals.watch import Runs, submit
@@ -250,6 +254,41 @@ def test_an_answer_that_takes_too_long_is_broken_off(slow, monkeypatch):
     monkeypatch.setattr("evals.guard.REQUEST_SECONDS", 0.1)
     answer = client.get("/slow")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "5")
+
+
+def test_a_handler_that_works_on_after_its_time_keeps_its_place(slow, monkeypatch, caplog):
+    client, _, may_answer = slow
+    monkeypatch.setattr("evals.guard.MAX_ACTIVE", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("evals.guard.REQUEST_SECONDS", 0.1)
+        assert client.get("/slow").json() == {"detail": "that took too long"}
+    assert client.get("/health").json() == {"detail": "the service is busy"}
+    may_answer.set()
+    deadline = time.monotonic() + 60
+    while client.get("/health").status_code != 200:
+        assert time.monotonic() < deadline, "its place is not given back"
+        time.sleep(0.01)
+    assert "after its time" not in caplog.text, "what it answered late was sent"
+
+
+def test_a_client_that_does_not_read_keeps_no_place(monkeypatch):
+    async def application(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def stuck(message):
+        await asyncio.Event().wait()
+
+    async def ask():
+        scope = {"type": "http", "method": "GET", "path": "/", "headers": [(b"host", b"localhost")]}
+        with pytest.raises(TimeoutError):
+            await guard(scope, None, stuck)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return guard._active
+
+    monkeypatch.setattr("evals.guard.REQUEST_SECONDS", 0.05)
+    guard = Guard(application, hosts=LOOPBACK, token=None, secret=None, counters=Counters())
+    assert asyncio.run(ask()) == 0
 
 
 def test_a_failure_of_ours_tells_nothing_but_the_log(queue, runs, monkeypatch, caplog):
