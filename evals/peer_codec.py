@@ -1,4 +1,4 @@
-"""A tokenizer of `transformers` as the scorer uses tokenizers.
+"""A tokenizer of `transformers`, or a tokenizer.json of ours, as the scorer uses tokenizers.
 
 Some of these tokenizers put a space before every text, and take one from the start of what they decode. A
 continuation is neither encoded nor decoded as if it began a text.
@@ -7,15 +7,55 @@ continuation is neither encoded nor decoded as if it began a text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["PeerCodec"]
+if TYPE_CHECKING:
+    from data_pipeline.tokenizer import Tokenizer
+    from evals.states import TextCodec
+
+__all__ = ["NativeCodec", "PeerCodec", "codec_of"]
 
 # Ordinary text: what follows it is decoded as a continuation.
 _BEFORE = "a"
 
 
-class PeerCodec:
+class _InText:
+    """Encodes and decodes what stands in a text, by what a tokenizer does with whole texts."""
+
+    def _look(self) -> None:
+        """Find out what the tokenizer puts before a text; called when `_ids` and `_text` work."""
+        self._before = self._ids(_BEFORE)
+        self._before_text = len(self._text(self._before))
+        after = self._ids(f"b {_BEFORE}")[len(self._ids("b")) :]
+        # The space before every text then stands for the one that the continuation begins with.
+        self._has_own_space = after == self._before != self._ids(f" {_BEFORE}")
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, or of a continuation that begins with a space."""
+        return self._ids(text[1:] if self._has_own_space and text.startswith(" ") else text)
+
+    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
+        """Ids of a text and of what follows it: what the ids of the whole have more than those of the text.
+
+        As lm-evaluation-harness has it: where the two would merge into one token, that token is cut.
+        """
+        before, whole = self._ids(context), self._ids(context + continuation)
+        return before, whole[len(before) :] or self.encode(continuation)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids that follow other text; special tokens give nothing."""
+        return self._text([*self._before, *ids])[self._before_text :]
+
+    def _ids(self, text: str) -> list[int]:
+        """Ids of a whole text."""
+        raise NotImplementedError
+
+    def _text(self, ids: Sequence[int]) -> str:
+        """Text of the ids of a whole text."""
+        raise NotImplementedError
+
+
+class PeerCodec(_InText):
     """Text to token ids and back, without special tokens.
 
     Attributes:
@@ -42,27 +82,7 @@ class PeerCodec:
         self.eos_id = int(ends[0] if ends else self.bos_id)
         self.end_ids = frozenset(ends or [self.bos_id])
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
-        self._before = self._ids(_BEFORE)
-        self._before_text = len(self._text(self._before))
-        after = self._ids(f"b {_BEFORE}")[len(self._ids("b")) :]
-        # The space before every text then stands for the one that the continuation begins with.
-        self._has_own_space = after == self._before != self._ids(f" {_BEFORE}")
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a text, or of a continuation that begins with a space."""
-        return self._ids(text[1:] if self._has_own_space and text.startswith(" ") else text)
-
-    def encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
-        """Ids of a text and of what follows it: what the ids of the whole have more than those of the text.
-
-        As lm-evaluation-harness has it: where the two would merge into one token, that token is cut.
-        """
-        before, whole = self._ids(context), self._ids(context + continuation)
-        return before, whole[len(before) :] or self.encode(continuation)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids that follow other text; special tokens give nothing."""
-        return self._text([*self._before, *ids])[self._before_text :]
+        self._look()
 
     def _ids(self, text: str) -> list[int]:
         # verbose: it would warn of a text longer than the model was trained with.
@@ -74,3 +94,28 @@ class PeerCodec:
             list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
         return text
+
+
+class NativeCodec(_InText):
+    """A tokenizer.json that does not give every text back as it was: one that puts a space before it, say.
+
+    Attributes:
+        bos_id, eos_id, vocab_size: as `data_pipeline.tokenizer.Tokenizer`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self.bos_id, self.eos_id = tokenizer.bos_id, tokenizer.eos_id
+        self.vocab_size = tokenizer.vocab_size
+        self._look()
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text)
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids)
+
+
+def codec_of(tokenizer: Tokenizer) -> TextCodec:
+    """One of ours for the scorer: as it is where texts can be encoded and decoded in parts."""
+    return tokenizer if tokenizer.lossless else NativeCodec(tokenizer)

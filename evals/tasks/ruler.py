@@ -114,10 +114,17 @@ def _match(question: Question, output: str) -> float:
     return sum(found) / len(found)
 
 
+# Of a prompt, as many characters as tell how the value after it is encoded.
+_END = 200
+
+
 def _choose(scorer: Scorer, prefix: Prefix, questions: Sequence[Question]) -> list[str | None]:
     """The most likely of each question's values; None where it has no others."""
     orders = [_shuffled(question) for question in questions]
-    encoded = [[scorer.tokenizer.encode(f" {value}") for value in order] for order in orders]
+    encoded = [
+        [scorer.encode_pair(question.prompt[-_END:], f" {value}")[1] for value in order]
+        for question, order in zip(questions, orders)
+    ]
     result: list[str | None] = []
     for order, scores in zip(orders, scorer.score_from(prefix, encoded)):
         best = max(range(len(order)), key=lambda place: scores[place].log_prob, default=None)

@@ -29,10 +29,14 @@ from data_pipeline.tokenizer import Tokenizer
 from evals.peer_codec import PeerCodec
 from evals.peer_model import PeerModel, PeerWarning
 from evals.peers import load_peer
+from evals.ruler.question import Question
 from evals.runs import load_run
 from evals.sampling import Sampling
 from evals.scorer import Scorer
 from evals.states import select_rows
+from evals.tasks.ruler import score_questions
+from evals.writing import TextStream
+from tests.evals.fakes import RecurrentModel
 
 END = "<|end|>"
 BYTES = pre_tokenizers.ByteLevel.alphabet()
@@ -219,6 +223,52 @@ def test_a_continuation_is_decoded_and_encoded_as_one():
     assert codec.decode([2, 4, 3]) == "b a"
     assert codec.encode_pair("b", " a") == ([0, 2], [3])
     assert codec.encode_pair("b", "a") == ([0, 2], [1])  # not the space before a text
+
+
+def spaced_tokenizer():
+    """As Llama's: a space before every text, none at the start of what is decoded."""
+    pieces = ["<s>", "\u2581", *"theskyisbu", "\u2581the", "\u2581sky"]
+    merges = [
+        ("\u2581", "t"),
+        ("\u2581t", "h"),
+        ("\u2581th", "e"),
+        ("\u2581", "s"),
+        ("\u2581s", "k"),
+        ("\u2581sk", "y"),
+    ]
+    pieces += [left + right for left, right in merges]
+    raw = RawTokenizer(
+        models.BPE({piece: place for place, piece in enumerate(dict.fromkeys(pieces))}, merges)
+    )
+    raw.add_special_tokens(["<s>"])
+    raw.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    raw.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return Tokenizer(raw.to_str().encode())
+
+
+def test_a_tokenizer_json_of_ours_that_puts_a_space_before_a_text(run_dir, monkeypatch):
+    tokenizer = spaced_tokenizer()
+    monkeypatch.setattr("evals.runs.Tokenizer.load", lambda path: tokenizer)
+    codec = load_run(run_dir, device="cpu").tokenizer
+    assert (codec.bos_id, codec.eos_id, codec.vocab_size) == (0, 0, tokenizer.vocab_size)
+    whole = tokenizer.encode("the sky is the sky")
+    before, after = Scorer(RecurrentModel(tokenizer.vocab_size), codec).encode_pair("the sky is", " the sky")
+    assert before[1:] + after == whole  # no space of its own
+    stream = TextStream(codec)
+    assert "".join(map(stream.add, after)) == " the sky"
+    questions = [Question(prompt="the sky is", ids=before, answers=("sky",), reply="", distractors=("the",))]
+    asked = []
+    scorer = Scorer(RecurrentModel(tokenizer.vocab_size), codec)
+    score = scorer.score_from
+    monkeypatch.setattr(scorer, "score_from", lambda prefix, rows: asked.append(rows) or score(prefix, rows))
+    score_questions(scorer, questions, answer_tokens=1)
+    assert sorted(asked[0][0]) == sorted([tokenizer.encode("sky"), tokenizer.encode("the")])
+
+
+def test_a_lossless_tokenizer_of_ours_stays_as_it_is(run_dir):
+    assert type(load_run(run_dir, device="cpu").tokenizer) is Tokenizer
 
 
 def test_a_tokenizer_without_bos_starts_with_eos(codec):
