@@ -11,8 +11,10 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from data_pipeline.workers import ray_session
+from evals.guard import LOOPBACK, is_loopback
 from evals.pool import Member, Pool
 from evals.queue import Queue
 from evals.remote import RefusedError, RemoteJobs
@@ -110,6 +112,19 @@ class _Actor:
         return "its worker lost the server"
 
 
+def _check_reach(ray: Any, url: str) -> None:
+    """Refuse a loopback address where actors may run on other nodes: each would ask its own for ever."""
+    host = urlsplit(url).hostname or ""
+    if not is_loopback(host):
+        return
+    alive = {str(node["NodeManagerAddress"]) for node in ray.nodes() if node["Alive"]}
+    if others := sorted(alive - {*LOOPBACK, str(ray.util.get_node_ip_address())}):
+        raise ValueError(
+            f"host = {host}: the workers on the cluster's other nodes ({', '.join(others[:3])}) cannot reach "
+            "it: give --host an address of this machine that they can reach, and set TRELLIS_TOKEN"
+        )
+
+
 class RayPool(Pool):
     """Actors on a Ray cluster, each with one core (and one GPU where the cluster has any).
 
@@ -121,7 +136,8 @@ class RayPool(Pool):
         lease_seconds, job_seconds: as in `Worker`.
 
     Raises:
-        ValueError: Ray is missing, does not start, cannot be reached, or the cluster is open to the network.
+        ValueError: Ray is missing, does not start, cannot be reached, the cluster is open to the network, or
+            it has other nodes and ``url`` is a loopback address.
     """
 
     def __init__(
@@ -140,6 +156,11 @@ class RayPool(Pool):
         self._stack = ExitStack()
         session = ray_session(workers=count, ray_address=resolve_address(address))
         self._ray = self._stack.enter_context(session)
+        try:
+            _check_reach(self._ray, url)
+        except BaseException:
+            self._stack.close()
+            raise
         self._before, self._after = (url, secret), (tuple(map(str, roots)), lease_seconds, job_seconds)
 
     def _start(self, owner: str) -> Member:

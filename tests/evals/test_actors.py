@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -152,6 +154,49 @@ def test_a_cluster_on_the_network_without_a_token_is_refused(queue, runs, monkey
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.2:6379")
     with pytest.raises(ValueError, match="RAY_AUTH_MODE=token"):
         RayPool(queue, runs.roots, count=1, address="auto", url="http://x", secret=SECRET)
+
+
+@pytest.fixture
+def cluster(monkeypatch):
+    """A session of Ray on 10.0.0.1; ``alive`` says which nodes live, ``open`` whether it is still open."""
+    cluster = SimpleNamespace(alive={}, open=False)
+    util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1")
+
+    def nodes():
+        return [{"NodeManagerAddress": address, "Alive": alive} for address, alive in cluster.alive.items()]
+
+    @contextmanager
+    def session(**_):
+        cluster.open = True
+        try:
+            yield SimpleNamespace(nodes=nodes, util=util)
+        finally:
+            cluster.open = False
+
+    monkeypatch.setattr("evals.actors.ray_session", session)
+    return cluster
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80", "http://[::1]:80"])
+def test_a_loopback_address_is_refused_where_the_cluster_has_other_nodes(cluster, queue, runs, url):
+    cluster.alive = {"10.0.0.1": True, "10.0.0.8": True, "10.0.0.7": True}
+    with pytest.raises(ValueError, match=r"nodes \(10.0.0.7, 10.0.0.8\) .* --host .* TRELLIS_TOKEN"):
+        RayPool(queue, runs.roots, count=1, address="local", url=url, secret=SECRET)
+    assert not cluster.open
+
+
+@pytest.mark.parametrize(
+    ("alive", "url"),
+    [
+        ({"10.0.0.1": True, "127.0.0.1": True, "10.0.0.7": False}, "http://127.0.0.1:80"),
+        ({"10.0.0.1": True, "10.0.0.7": True}, "http://10.0.0.1:80"),
+    ],
+)
+def test_a_loopback_address_is_enough_where_no_other_node_lives(cluster, queue, runs, alive, url):
+    cluster.alive = alive
+    pool = RayPool(queue, runs.roots, count=1, address="local", url=url, secret=SECRET)
+    assert cluster.open
+    pool.stop()
 
 
 def test_where_actors_find_the_server():
