@@ -271,7 +271,7 @@ def _harness(report: Report, result: Json) -> None:
         f"Tasks from local files, scored by harness {result['harness_version']} with our log-likelihoods."
     )
     rows = [
-        [task, metric, f"{value:.4f}", result["questions"][task]]
+        [task, metric, f"{value:.4f}", result["questions"].get(task, "")]  # a group has none
         for task, metrics in sorted(result["results"].items())
         for metric, value in sorted(metrics.items())
     ]

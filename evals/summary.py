@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from evals.ruler.catalogue import RULER
-from evals.tasks import harness
+from evals.tasks.registry import TASKS
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.metrics import read_rows
 
@@ -56,11 +56,10 @@ def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
         **{name: partial(_ruler, name) for name in RULER},
         "mqar": _mqar,
         "decode": _decode,
-        "harness": harness.TASK.scalars,
     }
-    for name, part in parts.items():
+    for name, task in TASKS.items():
         if name in results:
-            summary |= part(results[name]["result"])
+            summary |= parts.get(name, task.scalars)(results[name]["result"])
             summary["step"] = max(summary.get("step", 0), results[name]["step"])
     summary |= {f"seconds/{name}": float(seconds) for name, seconds in stages.items()}
     return summary

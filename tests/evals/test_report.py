@@ -8,10 +8,11 @@ import re
 
 import pytest
 
-from evals.report import _held_out, write_run_report
+from evals.report import _harness, _held_out, write_run_report
 from evals.summary import read_metrics, read_results, write_summary
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import parameter_counts
+from trellis_dist.report import Report
 
 SCRIPT = "<script>alert('corpus')</script>"
 ENTRY = {"loss": 3.0, "bits_per_byte": 1.5}
@@ -103,6 +104,26 @@ def test_summary_has_the_keys_of_the_contract(run):
     assert summary["decode/attention/ms_per_token/1024"] == 2.0
     assert summary["step"] == 2
     assert "loss/validation" not in summary  # of some rows; validation/loss is of the whole split
+
+
+def test_tasks_without_a_part_of_their_own_give_their_scalars(run):
+    results = {
+        "context_length": {"rows": [{"length": 512, "bits_per_byte": 1.25}]},
+        "harness": {
+            "results": {"one": {"acc": 0.5}, "all": {"acc": 0.25}},
+            "questions": {"one": 8},
+            "harness_version": "0",
+            "groups": {},
+        },
+    }
+    for task, result in results.items():
+        record = {"task": task, "step": 4, "key": "k", "data": "d", "seconds": 1.0, "result": result}
+        (run / "evals" / f"{task}-step-4.json").write_text(json.dumps(record))
+    summary = write_summary(run, {})
+    assert (summary["context_length/512"], summary["step"]) == (1.25, 4)
+    assert (summary["harness/one/acc"], summary["harness/all/acc"]) == (50.0, 25.0)
+    report = Report("a group")
+    _harness(report, results["harness"])  # a group of tasks has no questions of its own
 
 
 def test_a_line_cut_short_and_a_step_written_twice_are_read_right(run):
