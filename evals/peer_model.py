@@ -55,6 +55,7 @@ class PeerModel(nn.Module):
     Attributes:
         trust: what its cache continues.
         prefill_chunk: tokens of a prompt to read at a time, which the scorer asks for.
+        reads_again: a continued text may be read as a whole, so that its tokens count, not those added.
     """
 
     def __init__(self, model: nn.Module, *, name: str = "the model", trust: Trust | None = None) -> None:
@@ -70,6 +71,7 @@ class PeerModel(nn.Module):
             self.trust = find_trust(self)
             if self.trust in _NOTES and current_ranks().is_main:
                 warnings.warn(f"{name}: {_NOTES[self.trust]}", PeerWarning, stacklevel=3)
+        self.reads_again = self.trust != "pieces"
         self.prefill_chunk = _PIECE if self.trust == "pieces" else _LONG_PIECE
 
     def init_state(self, batch: int) -> PeerState:

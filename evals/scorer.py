@@ -46,8 +46,6 @@ PREFILL_CHUNK = 512
 _PIECE = 64
 # Bytes of the states of all rows of a batch; a key-value cache reaches it with few rows of a long prompt.
 STATE_BUDGET = 2**31
-# A batch of so few tokens is not measured: no model's state is that large.
-_UNMEASURED_TOKENS = 4096
 # Lengths at which the bytes of a state are measured.
 _MEASURED = (16, 48)
 
@@ -271,10 +269,11 @@ class Scorer:
 
     def row_limit(self, tokens: int) -> int:
         """How many rows of so many tokens are kept together."""
-        if tokens * self.max_rows <= _UNMEASURED_TOKENS:
-            return self.max_rows
         first, per_token = self._bytes_of_a_row
-        return max(1, min(self.max_rows, int(self.state_budget / max(first + per_token * tokens, 1))))
+        rows = min(self.max_rows, int(self.state_budget / max(first + per_token * tokens, 1)))
+        if getattr(self.model, "reads_again", False):  # all of it in one call, for every piece
+            rows = min(rows, READ_BUDGET // max(tokens, 1))
+        return max(1, rows)
 
     @cached_property
     @torch.no_grad()

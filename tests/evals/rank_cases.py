@@ -46,6 +46,8 @@ def scores(ranks=None):
 
     model.prefill = counted
     scorer = Scorer(model, TOKENIZER, max_rows=2, ranks=ranks)
+    scorer.row_limit(1)  # every rank measures a state
+    read = 0
     prompts = [[TOKENIZER.bos_id, *TOKENIZER.encode(text)] for text in TEXTS]
     sampling = Sampling(max_tokens=9, temperature=1.0, seed=4, stop=("a",))
     found = {

@@ -161,6 +161,7 @@ def test_rows_are_bounded_by_the_bytes_of_their_states():
     assert [len(batch) for batch in scorer._batches([10_000] * 2)] == [1, 1]
     fixed = Scorer(RecurrentModel(), TOKENIZER, state_budget=24 * 8 * 5)
     assert [len(batch) for batch in fixed._batches([10_000] * 7)] == [5, 2]
+    assert fixed.row_limit(1) == 5  # a state of one size may be large after few tokens
     rows = []
     prefill = history.prefill
     history.prefill = lambda tokens, *rest, **options: (
