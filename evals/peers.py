@@ -20,9 +20,15 @@ __all__ = ["Dtype", "is_peer", "load_peer"]
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
 CONFIG, WEIGHTS = "config.json", "*.safetensors"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 # Weights in formats that run code when they are opened.
 PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_TOKENIZER_FILES = re.compile(r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece).*")
+_TOKENIZER_FILES = re.compile(
+    r"(tokenizer|special_tokens|added_tokens|vocab|merges|spiece|sentencepiece).*"
+    r"|tekken\.json|.*\.tiktoken|.*\.bpe\.model"
+)
+# Of a model beside its weights: what it is, and what it ends a text with.
+_MODEL_FILES = (CONFIG, "generation_config.json")
 
 
 def is_peer(path: Path) -> bool:
@@ -78,7 +84,7 @@ def _subject(path: Path, model: Any, tokenizer: Any, *, device: str, dtype: Dtyp
     peer = PeerModel(model.to(device).eval(), name=str(path))
     files = sorted(item for item in path.iterdir() if item.is_file())
     mine = [item for item in files if _TOKENIZER_FILES.fullmatch(item.name)]
-    weights = [item for item in files if item.match(WEIGHTS) or item.name == CONFIG]
+    weights = [item for item in files if item.match(WEIGHTS) or item.name in _MODEL_FILES]
     weights += [item for item in files if code and item.suffix == ".py"]
     return Subject(
         name=path.resolve().name,
@@ -108,7 +114,8 @@ def _check_folder(path: Path, trust_remote_code: bool) -> bool:
             f"{path}: its model is code in the folder ({config.get('model_type')!r} is none of "
             "transformers'): read that code, and give --trust-remote-code to run it"
         )
-    return trust_remote_code and "auto_map" in config
+    tokenizer = read_json(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
+    return trust_remote_code and ("auto_map" in config or "auto_map" in tokenizer)
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:

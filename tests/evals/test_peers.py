@@ -201,6 +201,20 @@ def test_a_long_text_after_steps_is_not_read_again(monkeypatch):
         assert widths == expected
 
 
+@pytest.mark.parametrize("trust", ["pieces", "steps", "nothing"])
+def test_a_call_that_reads_texts_again_stays_within_the_budget(codec, monkeypatch, trust):
+    monkeypatch.setattr("evals.scorer.READ_BUDGET", 128)
+    model, sizes = PeerModel(tiny(CONFIGS["llama"]), trust=trust), []
+    model.inner.register_forward_pre_hook(
+        lambda *call: sizes.append(call[2]["input_ids"].numel()), with_kwargs=True
+    )
+    scorer = Scorer(model, codec)
+    assert scorer.row_limit(30) == (64 if trust == "pieces" else 4)
+    sizes.clear()
+    scorer.log_likelihoods([("x" * 29, f"{choice}") for choice in "abcdefghijk"])
+    assert max(sizes) <= 128
+
+
 def test_a_text_beyond_the_table_of_positions_is_refused(codec):
     model = PeerModel(tiny(CONFIGS["gpt2"]), name="NAME", trust="pieces")
     with pytest.raises(ValueError, match="NAME has 160 positions and cannot read 161 tokens"):
@@ -322,6 +336,31 @@ def test_the_digest_is_of_weights_and_dtype_and_the_tokenizers_its_own(folder, t
     changed = load_peer(other, device="cpu")
     assert changed.digest == first.digest
     assert changed.tokenizer_digest != first.tokenizer_digest
+    for name in ("a.tiktoken", "tekken.json", "a.bpe.model"):
+        before = load_peer(other, device="cpu")
+        (other / name).write_text("{}")
+        found = load_peer(other, device="cpu")
+        assert found.digest == first.digest
+        assert found.tokenizer_digest != before.tokenizer_digest, name
+    settings = json.loads((other / "generation_config.json").read_text())
+    (other / "generation_config.json").write_text(json.dumps(settings | {"eos_token_id": 7}))
+    assert load_peer(other, device="cpu").digest != first.digest
+
+
+def test_code_that_only_the_tokenizer_names_is_part_of_the_digest(folder, tmp_path):
+    other = shutil.copytree(folder, tmp_path / "other")
+    digests = set()
+    for code in ("x = 1\n", "x = 2\n"):
+        (other / "own_tokenizer.py").write_text(code)
+        digests.add(load_peer(other, device="cpu", trust_remote_code=True).digest)
+    assert len(digests) == 1  # nothing names it
+    config = json.loads((other / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own_tokenizer.x"}
+    (other / "tokenizer_config.json").write_text(json.dumps(config))
+    for code in ("x = 1\n", "x = 2\n"):
+        (other / "own_tokenizer.py").write_text(code)
+        digests.add(load_peer(other, device="cpu", trust_remote_code=True).digest)
+    assert len(digests) == 3
 
 
 def _no_folder(path):
