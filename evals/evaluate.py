@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 # Part of every key: raise it when a task's numbers change their meaning.
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Job:
         task: its name.
         settings: the part of the configuration its numbers depend on.
         data: fingerprint of the data set.
-        key: hash of (checkpoint digest, task, settings, tokenizer, data set).
+        key: hash of (checkpoint digest, task, settings, tokenizer, data set, model section).
     """
 
     run_dir: Path
@@ -99,6 +99,7 @@ def job_of(
         "tokenizer": manifest.tokenizer["sha256"],
         "data": manifest.fingerprint,
         "sequence_length": recipe["data"].get("sequence_length"),
+        "model": recipe["model"],  # a chunk size changes the function and no weight
     }
     step, data = step_of_checkpoint(checkpoint), manifest.fingerprint
     return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts))
@@ -242,7 +243,7 @@ def _about(subject: Subject, task: Task, config: EvalConfig) -> dict[str, Any]:
     }
     if isinstance(subject, LoadedRun):
         length = subject.recipe["data"].get("sequence_length")
-        parts |= {"data": subject.data, "sequence_length": length}
+        parts |= {"data": subject.data, "sequence_length": length, "model": subject.recipe["model"]}
     known = {"model": subject.name, "digest": subject.digest, "settings": settings}
     return {"key": digest(parts), "task": task.name, **known}
 

@@ -16,10 +16,10 @@ from checkpoints.export import export_model
 from data_pipeline.loader import TokenDataset
 from data_pipeline.manifest import fingerprint_of, load_manifest, write_manifest
 from evals.config import EvalConfig
-from evals.evaluate import check_eval_inputs, evaluate_run
+from evals.evaluate import _about, check_eval_inputs, evaluate_run, job_of
 from evals.ngram import InterpolatedBigram, count_ngrams
 from evals.report import write_run_report
-from evals.runs import load_run
+from evals.runs import find_checkpoint, load_run
 from evals.subjects import load_subject
 from evals.summary import write_summary
 from evals.tasks.perplexity import TASK as PERPLEXITY
@@ -95,6 +95,24 @@ def test_results_are_reused_until_something_they_depend_on_changes(run_dir, monk
     assert newer["sample"]["step"] == 9
     assert (run_dir / "evals" / "sample-step-7.json").is_file()
     _check_report(run_dir)
+
+
+def test_the_model_section_is_part_of_a_key(run_dir):
+    def key():
+        job = job_of(run_dir, find_checkpoint(run_dir), get_task("sample"), SMALL)
+        about = _about(load_run(run_dir, device="cpu"), get_task("sample"), SMALL)
+        return job.key, about["key"]
+
+    before, file = key(), run_dir / "recipe.json"
+    text = file.read_text()
+    recipe = json.loads(text)
+    recipe["model"]["trellis"]["chunk_size"] *= 2
+    file.write_text(json.dumps(recipe))
+    try:
+        assert all(one != other for one, other in zip(before, key()))
+    finally:
+        file.write_text(text)
+    assert key() == before
 
 
 def _never(*args, **kwargs):
