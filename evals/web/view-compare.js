@@ -161,7 +161,8 @@ async function pairsOf(first, second, group, note) {
   const known = new Map(one.samples.map((sample) => [sample.id, sample]));
   return other.samples
     .map((b) => ({ a: known.get(b.id), b }))
-    .filter(({ a, b }) => a && a.score !== b.score)
+    .filter(({ a, b }) => a && a.prompt === b.prompt && a.answer === b.answer) // the same question, not only its id
+    .filter(({ a, b }) => a.score !== b.score)
     .sort((x, y) => (y.a.score - y.b.score) - (x.a.score - x.b.score)); // what was lost comes first
 }
 
