@@ -1,7 +1,7 @@
 """Decoding: time to the first token, tokens per second and bytes of state, beside attention with a cache.
 
     python -m benchmarks.decode            writes benchmarks/results/decode.json, 15 minutes on two cores
-    python -m benchmarks.decode --show     its table, as docs/evaluation.md has it
+    python -m benchmarks.decode --show     its table, as a Markdown table
 
 Two models of one configuration, every layer Trellis or every layer softmax attention with a key-value cache
 (Transformer++), random weights. Steps of both are timed in turns, round by round, so that a machine that

@@ -33,7 +33,7 @@ T = TypeVar("T")
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
 # Tokens that are read in the time it takes to start a batch's calls, on a CPU and on a GPU.
-BATCH_OVERHEAD = (256, 4096)
+BATCH_OVERHEAD = (512, 4096)
 # Continuations of a prompt, about: questions have two to four choices.
 COPIES = 3
 # Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB); a GPU has room for more.

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import evals as bench
+from trellis_dist.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -53,3 +54,13 @@ def test_a_child_measures_its_own_peak_above_the_loaded_model(tmp_path: Path) ->
         held[place] = 1
     del held
     assert 30 <= bench._status("VmHWM") - before <= 64
+
+
+def test_the_page_has_the_tables_of_the_result() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "evaluation.md").read_text()
+    inside = page.split("<!-- evals table -->\n")[1].split("\n<!-- end -->")[0]
+    found = read_json(bench.RESULT)
+    assert inside == bench.render(found)
+    peaks = [row["peak_above_mib"] for row in found["needles"]]
+    assert found["needles"][-1]["prompt_tokens"] > 7 * found["needles"][0]["prompt_tokens"]
+    assert peaks[-1] <= 1.05 * peaks[0]
