@@ -10,6 +10,7 @@ asked when it is loaded (evals/peers.py).
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -66,7 +67,7 @@ def copied(cache: Any, *, batch: int, rows: Sequence[int] | None = None) -> Any:
     return _Copy(batch, rows).of(cache)
 
 
-class _Walk:
+class _Walk(ABC):
     """Rebuilds a value from its parts; an object met twice is rebuilt once."""
 
     def __init__(self) -> None:
@@ -101,8 +102,9 @@ class _Walk:
         self._alive.append(value)
         return made
 
+    @abstractmethod
     def tensor(self, tensor: Tensor, *, shared: bool) -> Tensor:
-        raise NotImplementedError
+        """What stands for ``tensor``."""
 
 
 class _Copy(_Walk):

@@ -6,6 +6,7 @@ continuation is neither encoded nor decoded as if it began a text.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +20,7 @@ __all__ = ["NativeCodec", "PeerCodec", "codec_of"]
 _BEFORE = "a"
 
 
-class _InText:
+class _InText(ABC):
     """Encodes and decodes what stands in a text, by what a tokenizer does with whole texts."""
 
     def _look(self) -> None:
@@ -46,20 +47,21 @@ class _InText:
         """Text of ids that follow other text; special tokens give nothing."""
         return self._text([*self._before, *ids])[self._before_text :]
 
+    @abstractmethod
     def _ids(self, text: str) -> list[int]:
         """Ids of a whole text."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _text(self, ids: Sequence[int]) -> str:
         """Text of the ids of a whole text."""
-        raise NotImplementedError
 
 
 class PeerCodec(_InText):
     """Text to token ids and back, without special tokens.
 
     Attributes:
-        bos_id: starts every context; of a tokenizer without BOS its EOS, as lm-evaluation-harness has it.
+        bos_id: starts every context; of a tokenizer without BOS its EOS (lm-evaluation-harness adds that to an
+            empty context only).
         eos_id: ends a text.
         end_ids: everything that ends a text, ``eos_id`` among it.
         vocab_size: ids lie below it.
