@@ -60,8 +60,8 @@ class PeerCodec(_InText):
     """Text to token ids and back, without special tokens.
 
     Attributes:
-        bos_id: starts every context; of a tokenizer without BOS its EOS (lm-evaluation-harness adds that to an
-            empty context only).
+        bos_id: starts every context; of a tokenizer without BOS its EOS (which lm-evaluation-harness adds
+            to an empty context only).
         eos_id: ends a text.
         end_ids: everything that ends a text, ``eos_id`` among it.
         vocab_size: ids lie below it.
