@@ -168,14 +168,7 @@ def _perplexity(report: Report, result: Json) -> None:
     rows = [[label, *_loss_cells(result[key])] for label, key in entries]
     rows[-1][0] = f"uniform (ln V = {result['ln_vocab']:.3f})"
     report.table(["", "bits per byte", "nats per token", "perplexity"], rows)
-    points = [(max(b["from"], 1), b["loss"]) for b in result["by_position"]]
-    report.line_chart(
-        "Loss by tokens of context",
-        {"model": points},
-        x_label="tokens before the target",
-        y_label="nats per token",
-        log_x=True,
-    )
+    _by_position(report, "Loss by tokens of context", result)
 
 
 def _loss_cells(entry: Json) -> list[str]:
@@ -221,13 +214,13 @@ def _context_length(report: Report, result: Json) -> None:
     )
     rows = [[f"{row['length']:,}", *_loss_cells(row)] for row in result["rows"]]
     report.table(["tokens of context", "bits per byte", "nats per token", "perplexity"], rows)
+    _by_position(report, "Loss by position in the longest window", result)
+
+
+def _by_position(report: Report, title: str, result: Json) -> None:
     points = [(max(part["from"], 1), part["loss"]) for part in result["by_position"]]
     report.line_chart(
-        "Loss by position in the longest window",
-        {"model": points},
-        x_label="tokens before the target",
-        y_label="nats per token",
-        log_x=True,
+        title, {"model": points}, x_label="tokens before the target", y_label="nats per token", log_x=True
     )
 
 

@@ -17,9 +17,9 @@ from launch import evaluation
 from launch.cli import main
 from launch.evaluation import EvalRequest, settings_of
 from launch.failures import read_failures
-from launch.recipe import load_recipe, resolve
-from tests.evals.conftest import write_checkpoint, write_dataset, write_run
+from tests.evals.conftest import write_checkpoint
 from tests.evals.test_peers import save_peer
+from tests.launch.scored_run import write_scored_run
 from trellis_dist.training.errors import EchoError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,17 +40,7 @@ REQUEST = EvalRequest(
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_dataset(folder / "data")
-    run = write_run(folder / "runs" / "tiny", folder / "data")
-    table = resolve(load_recipe(str(ROOT / "tests" / "launch" / "base.toml")))
-    own = json.loads((run / "recipe.json").read_text())
-    table["model"] = own["model"]
-    table["data"]["directory"] = own["data"]["directory"]
-    table["data"]["tokenizer"]["vocab_size"] = own["model"]["vocab_size"]
-    table["logging"]["progress"] = False
-    (run / "recipe.json").write_text(json.dumps(table))
-    return run
+    return write_scored_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")

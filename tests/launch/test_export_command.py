@@ -22,8 +22,8 @@ from checkpoints.reader import CheckpointReader
 from checkpoints.upload import upload
 from evals.runs import load_run
 from launch.cli import main
-from launch.recipe import load_recipe, resolve
-from tests.evals.conftest import write_dataset, write_run
+from launch.recipe import load_recipe
+from tests.launch.scored_run import write_scored_run
 
 ROOT = Path(__file__).resolve().parents[2]
 TEXT = "def parse(self, text):\n    return <s>text</s>"
@@ -51,16 +51,7 @@ WAYS = {
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("run")
-    write_dataset(folder / "data")
-    run = write_run(folder / "runs" / "tiny", folder / "data")
-    table = resolve(load_recipe(str(ROOT / "tests" / "launch" / "base.toml")))
-    own = json.loads((run / "recipe.json").read_text())
-    table["model"] = own["model"]
-    table["data"]["directory"] = own["data"]["directory"]
-    table["data"]["tokenizer"]["vocab_size"] = own["model"]["vocab_size"]
-    (run / "recipe.json").write_text(json.dumps(table))
-    return run
+    return write_scored_run(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
