@@ -1,21 +1,24 @@
-"""Which prompts are read together: few batches, and little that is read more than once.
+"""Which prompts and which continuations are read together: few calls, and little that is read for nothing.
 
 A batch is read up to its shortest prompt; what is left of the others is read again with each continuation.
 So the sorted lengths l_1 <= ... <= l_n are cut into batches such that the tokens read are least:
 
     sum over batches of   overhead + sum over its prompts of (l_min - 1) + copies (l - l_min + 1)
 
-by dynamic programming over the place of the last cut. A batch costs ``overhead`` tokens on top: what its
-calls would have read in the time that starting them takes.
+The continuations of a batch, as rows of l_1 <= ... <= l_n tokens, are padded to the longest of a call:
+
+    sum over calls of   overhead + rows l_max
+
+Both by dynamic programming over the place of the last cut. ``overhead`` is in tokens: what would have been
+read in the time that starting the calls takes.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
-__all__ = ["cut"]
+__all__ = ["cut", "cut_rows"]
 
 
 def cut(
@@ -36,20 +39,52 @@ def cut(
         copies: continuations of a prompt, about.
     """
     before = [0, *accumulate(lengths)]
+
+    def cost(start: int, end: int) -> float:
+        rows, shared = end - start, lengths[start] - 1
+        again = before[end] - before[start] - rows * shared
+        return overhead + rows * shared + copies * again
+
+    def fits(start: int, end: int) -> bool:
+        longest = lengths[end - 1]
+        return end - start <= most(longest) and longest - lengths[start] <= spread
+
+    return _cheapest(len(lengths), cost, fits)
+
+
+def cut_rows(lengths: Sequence[int], *, most: int, budget: int, overhead: int) -> list[int]:
+    """Places before which a new call begins, the end included, as ``cut`` gives them.
+
+    Args:
+        lengths: of the rows in tokens, ascending.
+        most: rows of a call.
+        budget: tokens of a call, pads included; a row that is longer has a call of its own.
+        overhead: tokens that a call costs whatever is in it.
+    """
+
+    def fits(start: int, end: int) -> bool:
+        return end - start <= most and (end - start) * lengths[end - 1] <= budget
+
+    return _cheapest(len(lengths), lambda start, end: overhead + (end - start) * lengths[end - 1], fits)
+
+
+def _cheapest(count: int, cost: Callable[[int, int], float], fits: Callable[[int, int], bool]) -> list[int]:
+    """The places that cut ``count`` things at the least cost.
+
+    ``fits`` is asked of more than one thing, and what does not fit does not with another one before it.
+    """
     least, last = [0.0], [0]
-    for end in range(1, len(lengths) + 1):
-        longest, best, place = lengths[end - 1], math.inf, end - 1
-        for start in range(end - 1, max(end - most(longest), 0) - 1, -1):
-            if longest - lengths[start] > spread:
+    for end in range(1, count + 1):
+        best, place = least[end - 1] + cost(end - 1, end), end - 1
+        for start in range(end - 2, -1, -1):
+            if not fits(start, end):
                 break
-            rows, shared = end - start, lengths[start] - 1
-            again = before[end] - before[start] - rows * shared
-            cost = least[start] + overhead + rows * shared + copies * again
-            if cost < best:
-                best, place = cost, start
+            whole = least[start] + cost(start, end)
+            if whole < best:
+                best, place = whole, start
         least.append(best)
         last.append(place)
-    places = [len(lengths)]
+    places = [count]
     while places[-1]:
         places.append(last[places[-1]])
     return places[::-1]

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from evals.batching import cut
+from evals.batching import cut, cut_rows
 from evals.ranks import Ranks, current_ranks
 from evals.sampling import Sampling, stream_names
 from evals.states import CausalLM, Ids, TextCodec, map_tensors, select_rows, state_bytes
@@ -32,8 +32,8 @@ T = TypeVar("T")
 
 # Prompts of one batch differ by at most this many tokens: the rest of a prompt is read once per choice.
 MAX_SPREAD = 32
-# Tokens that are read in the time it takes to start a batch's calls, on a CPU and on a GPU.
-BATCH_OVERHEAD = (512, 4096)
+# Tokens that are read in the time it takes to start a call and to fetch the weights, on a CPU and on a GPU.
+CALL_OVERHEAD = (192, 2048)
 # Continuations of a prompt, about: questions have two to four choices.
 COPIES = 3
 # Elements of the largest logits tensor, [tokens, V] at once (fp32: 128 MiB); a GPU has room for more.
@@ -123,6 +123,7 @@ class Scorer:
         self.device = weights.device if weights is not None else torch.device("cpu")
         self.state_budget = state_budget or _default_state_budget(self.device)
         elements = LOGIT_BUDGET * (_GPU_BUDGETS if self.device.type == "cuda" else 1)
+        self._overhead = CALL_OVERHEAD[self.device.type == "cuda"]
         self._budget = max(elements // tokenizer.vocab_size, 1)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
@@ -261,7 +262,7 @@ class Scorer:
             [lengths[i] for i in order],
             most=self.row_limit,
             spread=MAX_SPREAD,
-            overhead=BATCH_OVERHEAD[self.device.type == "cuda"],
+            overhead=2 * self._overhead,  # one call reads the prompts, one more is not full
             copies=COPIES,
         )
         for start, stop in pairwise(places):
@@ -293,9 +294,10 @@ class Scorer:
         rows.sort(key=lambda bc: len(prefix.rests[bc[0]]) + len(choices[bc[0]][bc[1]]))
         result = [[Score(0.0, True, 0)] * len(group) for group in choices]
         limit = self.row_limit(prefix.shared + 1)
-        while rows:
-            part = rows[: self._rows_that_fit(prefix, choices, rows[:limit])]
-            rows = rows[len(part) :]
+        lengths = [len(prefix.rests[b]) + len(choices[b][c]) for b, c in rows]
+        places = cut_rows(lengths, most=limit, budget=self._budget, overhead=self._overhead)
+        for start, stop in pairwise(places):
+            part = rows[start:stop]
             scores = self._score_rows(
                 select_rows(prefix.state, [b for b, _ in part]),
                 [prefix.rests[b] for b, _ in part],
@@ -304,17 +306,6 @@ class Scorer:
             for (b, c), score in zip(part, scores):
                 result[b][c] = score
         return result
-
-    def _rows_that_fit(
-        self, prefix: Prefix, choices: Sequence[Sequence[Ids]], rows: list[tuple[int, int]]
-    ) -> int:
-        """How many of the (length-sorted) rows fit the logit budget together; at least one."""
-        count = 1
-        for b, c in rows[1:]:
-            if (count + 1) * (len(prefix.rests[b]) + len(choices[b][c])) > self._budget:
-                break
-            count += 1
-        return count
 
     def _score_rows(self, state: Any, rests: list[Ids], continuations: list[Ids]) -> list[Score]:
         """One right-padded pass; padding comes after every scored token of a causal model."""

@@ -24,7 +24,7 @@ __all__ = ["adjoint_of_last", "ending_starts", "last_starts", "outside_adjoint",
 
 def stale_of_chunks(start: Tensor, pair: Tensor) -> Tensor:
     """Stale memory of every chunk [P, ...]: the one at its start, in first chunks the pair's [N', ...]."""
-    return torch.cat((pair, start[pair.shape[0] :]))
+    return pair if pair.shape[0] == start.shape[0] else torch.cat((pair, start[pair.shape[0] :]))
 
 
 def ending_starts(layout: PackedLayout, stale: Tensor, total: Tensor | None) -> tuple[Tensor, Tensor] | None:

@@ -18,7 +18,7 @@ from kernels import carry, stages
 from kernels.layout import PackedLayout
 from kernels.types import Memories, Operands, Rule
 
-__all__ = ["backward", "forward", "saved_count"]
+__all__ = ["backward", "forward", "read", "saved_count"]
 
 # On a CPU a piece is just large enough to keep the matrix products busy (chunks x heads) and for the memory
 # at its start to be small beside its tokens, so that what the stages hand to each other stays in cache. No
@@ -68,6 +68,42 @@ def forward(
     )
     whole = Memories(torch.cat([x.key for x in saved]), torch.cat([x.value for x in saved]))
     return y, _unranked(layout, memory), _unranked(layout, last), whole
+
+
+def read(
+    operands: Operands,
+    initial: Memories,
+    stale: Memories | None,
+    *,
+    chunk_size: int,
+    rule: Rule,
+) -> tuple[Tensor, Memories]:
+    """Output [B, T, H, V] and final memories of rows of whole chunks; nothing is kept for a backward pass.
+
+    Args:
+        operands, initial, rule: as in ``forward``; T a multiple of ``chunk_size``.
+        stale: what the inner gradients of the first chunk are taken at; None takes ``initial``.
+        chunk_size: C, or all tokens of a part of a chunk (kernels.parts).
+    """
+    y = operands.v.new_empty(operands.v.shape)
+    last = Memories(torch.empty_like(initial.key), torch.empty_like(initial.value))
+    for piece in _pieces(find_grid(operands, chunk_size), operands.v.shape[2]):
+        source = last if piece.layout.first_step else initial
+        inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
+        states, final = stages.scan_forward(
+            inputs,
+            Memories(source.key[piece.documents], source.value[piece.documents]),
+            stale=piece.entering(stale),
+        )
+        piece.layout.write_tokens(y, stages.readout_forward(inputs, states))
+        last.key[piece.documents], last.value[piece.documents] = final.key, final.value
+    return y, last
+
+
+def find_grid(operands: Operands, chunk_size: int) -> PackedLayout:
+    """The chunk grid of rows of equal length that begin and end with a chunk."""
+    batch, length = operands.q.shape[:2]
+    return PackedLayout.uniform(batch, length, chunk_size).to(operands.q.device)
 
 
 def backward(

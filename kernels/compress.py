@@ -16,6 +16,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from dataclasses import dataclass
 from types import ModuleType
 
 import torch
@@ -29,7 +30,16 @@ from kernels.operator import compress, find_layout, full_precision
 from kernels.reference import reference
 from kernels.types import CompressState, Memories, Operands, Rule
 
-__all__ = ["choose_backend", "compress_kv", "stages_for", "stale_pair", "zero_state"]
+__all__ = [
+    "Call",
+    "checked_call",
+    "choose_backend",
+    "compress_kv",
+    "run_call",
+    "stages_for",
+    "stale_pair",
+    "zero_state",
+]
 
 
 def compress_kv(
@@ -88,24 +98,74 @@ def compress_kv(
         remedy.
     """
     gates = (log_decay, step_size, value_log_decay, value_step_size)
-    operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
-    rule = Rule(phi, readout, update)
+    call = checked_call(
+        Operands(q, k, v, alpha, *gates, readout_weight, readout_bias),
+        Rule(phi, readout, update),
+        chunk_size=chunk_size,
+        state=initial_state,
+        layout=layout,
+        cu_seqlens=cu_seqlens,
+        backend=backend,
+        check_values=check_values,
+    )
+    y, final, start = run_call(call)
+    return y, call.state_after(final, start) if output_final_state else None
+
+
+@dataclass(frozen=True)
+class Call:
+    """The arguments of one call, which were checked.
+
+    Attributes:
+        operands, rule, chunk_size: the function and what it is taken of.
+        state: entered with, of the operands' shapes.
+        layout: of packed documents; None for rows of equal length.
+        offsets: of the documents, or one for all.
+        backend: that will run.
+    """
+
+    operands: Operands
+    rule: Rule
+    chunk_size: int
+    state: CompressState
+    layout: PackedLayout | None
+    offsets: list[int]
+    backend: str
+
+    @property
+    def initial(self) -> Memories:
+        """The memories entered with, in the compute type."""
+        dtype = self.operands.compute_dtype
+        return Memories(self.state.key_memory.to(dtype), self.state.value_memory.to(dtype))
+
+    def state_after(self, final: Memories, start: Memories) -> CompressState:
+        """The state of these memories and chunk-start pair after the last token."""
+        length = self.operands.q.shape[1]
+        offset = _end_offset(length, self.chunk_size, self.state.offset, self.layout)
+        return CompressState(final.key, final.value, start.key, start.value, offset)
+
+
+def checked_call(
+    operands: Operands,
+    rule: Rule,
+    *,
+    chunk_size: int,
+    state: CompressState | None,
+    layout: PackedLayout | None,
+    cu_seqlens: Tensor | None,
+    backend: str,
+    check_values: bool | None,
+) -> Call:
+    """What ``compress_kv`` was given, checked (ValueError as there) and completed."""
     check_operands(operands, dims="B, T, H", check_values=check_values)
     check_choices(rule, backend)
     check_chunk_size(chunk_size)
-    backend = choose_backend(backend, q.device, operands.compute_dtype, rule)
+    backend = choose_backend(backend, operands.q.device, operands.compute_dtype, rule)
     if cu_seqlens is not None:
-        layout = _from_cu_seqlens(operands, layout, cu_seqlens, chunk_size, initial_state)
-    state = _entering_state(operands, layout, initial_state)
+        layout = _from_cu_seqlens(operands, layout, cu_seqlens, chunk_size, state)
+    state = _entering_state(operands, layout, state)
     offsets = check_grid(operands, chunk_size, state.offset, layout)
-    bounds = None if layout is None else layout.bounds
-    y, final, start = _run(
-        operands, state, bounds=bounds, offsets=offsets, chunk_size=chunk_size, rule=rule, backend=backend
-    )
-    if not output_final_state:
-        return y, None
-    offset = _end_offset(q.shape[1], chunk_size, state.offset, layout)
-    return y, CompressState(final.key, final.value, start.key, start.value, offset)
+    return Call(operands, rule, chunk_size, state, layout, offsets, backend)
 
 
 def _entering_state(
@@ -121,22 +181,13 @@ def _entering_state(
     return state
 
 
-def _run(
-    operands: Operands,
-    state: CompressState,
-    *,
-    bounds: Tensor | None,
-    offsets: list[int],
-    chunk_size: int,
-    rule: Rule,
-    backend: str,
-) -> tuple[Tensor, Memories, Memories]:
+def run_call(call: Call) -> tuple[Tensor, Memories, Memories]:
     """Output, final memories and final chunk-start pair on a backend that can run."""
-    dtype = operands.compute_dtype
-    initial = Memories(state.key_memory.to(dtype), state.value_memory.to(dtype))
-    stale = stale_pair(state, initial)
-    if backend == "reference":
-        grid = find_layout(operands, bounds, offsets, chunk_size)
+    operands, initial, rule = call.operands, call.initial, call.rule
+    stale = stale_pair(call.state, initial)
+    bounds = None if call.layout is None else call.layout.bounds
+    if call.backend == "reference":
+        grid = find_layout(operands, bounds, call.offsets, call.chunk_size)
         with full_precision(operands.q):
             return reference(operands, initial, stale, layout=grid, rule=rule)
     return compress(
@@ -144,10 +195,10 @@ def _run(
         initial,
         stale,
         bounds=bounds,
-        offsets=offsets,
-        chunk_size=chunk_size,
+        offsets=call.offsets,
+        chunk_size=call.chunk_size,
         rule=rule,
-        backend=backend,
+        backend=call.backend,
     )
 
 

@@ -14,7 +14,7 @@ Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; gates [B, H]; readout a
 
 from __future__ import annotations
 
-from typing import Any, Required, TypedDict, Unpack
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,30 +22,15 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import apply_readout, inner_backward, inner_gradient
 from kernels.checks import check_choices, check_operands, check_state
-from kernels.compress import choose_backend, compress_kv, stale_pair
+from kernels.compress import checked_call, choose_backend, run_call, stale_pair
 from kernels.layout import PackedLayout, check_chunk_size
 from kernels.operator import full_precision
+from kernels.parts import read_parts
 from kernels.types import CompressState, Memories, Operands, Rule
 
 __all__ = ["decode_step", "prefill"]
 
 _STEP_BACKENDS = ("auto", "chunkwise", "triton")
-
-
-class PrefillOptions(TypedDict, total=False):
-    """Keyword arguments of ``prefill``: those of ``compress_kv`` that are not about states."""
-
-    chunk_size: Required[int]
-    phi: str
-    readout: str
-    update: str
-    value_log_decay: Tensor | None
-    value_step_size: Tensor | None
-    readout_weight: Tensor | None
-    readout_bias: Tensor | None
-    layout: PackedLayout | None
-    backend: str
-    check_values: bool | None
 
 
 def prefill(
@@ -56,14 +41,28 @@ def prefill(
     log_decay: Tensor,
     step_size: Tensor,
     state: CompressState | None = None,
-    **options: Unpack[PrefillOptions],
+    *,
+    chunk_size: int,
+    phi: str = "silu",
+    readout: str = "ln_silu",
+    update: str = "stale",
+    value_log_decay: Tensor | None = None,
+    value_step_size: Tensor | None = None,
+    readout_weight: Tensor | None = None,
+    readout_bias: Tensor | None = None,
+    layout: PackedLayout | None = None,
+    backend: str = "auto",
+    check_values: bool | None = None,
 ) -> tuple[Tensor, CompressState]:
     """Consume a prompt of any length in the parallel form, without keeping anything for a backward pass.
+
+    On a CPU what begins or ends inside a chunk takes the time of its own tokens (kernels.parts), so a few
+    tokens after a long prompt are cheap.
 
     Args:
         q, k, v, alpha, log_decay, step_size: operands [B, T, H, .] as in ``compress_kv``.
         state: of the tokens before, at any offset; None starts with zero memories.
-        options: chunk_size and the others of ``compress_kv`` but for its states (``PrefillOptions``).
+        others: as in ``compress_kv``.
 
     Returns:
         y [B, T, H, V] in v's dtype, and the state that ``decode_step`` or another prefill continues.
@@ -71,11 +70,22 @@ def prefill(
     Raises:
         ValueError: as in ``compress_kv``.
     """
-    operands = (q, k, v, alpha, log_decay, step_size)
-    with torch.no_grad():
-        y, after = compress_kv(*operands, **options, initial_state=state, output_final_state=True)
-    assert after is not None, "asked for above"
-    return y, after
+    gates = (log_decay, step_size, value_log_decay, value_step_size)
+    operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
+    with torch.no_grad(), full_precision(q):
+        call = checked_call(
+            operands,
+            Rule(phi, readout, update),
+            chunk_size=chunk_size,
+            state=state,
+            layout=layout,
+            cu_seqlens=None,
+            backend=backend,
+            check_values=check_values,
+        )
+        even = layout is None and len(call.offsets) == 1 and not torch.compiler.is_compiling()
+        y, final, start = (read_parts if even and call.backend == "chunkwise" else run_call)(call)
+        return y, call.state_after(final, start)
 
 
 def decode_step(

@@ -335,11 +335,14 @@ def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> t
     gates, corrected = own.gates, inputs.rule.corrected
     weighted = own.x * (gates.tail * -gates.step)  # [P, H, C, F]
     reading = own.x * gates.mu if corrected else own.x
-    start = initial.new_empty(own.x.shape[0], *initial.shape[1:])
+    one = len(inputs.layout.steps) == 1
+    start = initial if one else initial.new_empty(own.x.shape[0], *initial.shape[1:])
     z, u, final = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha), torch.empty_like(initial)
     every = (start, reading, inputs.alpha, gates.total, weighted, z, u)
     steps = _by_step(inputs.layout, *every, own.inverse if corrected else own.x)
-    steps[0][0].copy_(initial.flatten(0, 1))
+    if not one:
+        steps[0][0].copy_(initial.flatten(0, 1))
+    ends = final.flatten(0, 1)
     now, x, _, _, write, _, u_now, inverse = steps[0]
     with faster((x, now.mT), (u_now.mT, write), *([(inverse, u_now)] if corrected else [])):
         for i, (now, x, alpha, total, write, z_now, u_now, inverse) in enumerate(steps):
@@ -351,11 +354,14 @@ def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> t
                     u_now.baddbmm_(x, (now - at).mT)
                 u_now.copy_(torch.bmm(inverse, u_now))
             rest = steps[i + 1][0] if i + 1 < len(steps) else now[:0]  # a prefix of the documents goes on
-            after = rest if len(rest) == len(now) else torch.empty_like(now)
-            torch.mul(now, total, out=after).baddbmm_(u_now.mT, write)
-            if after is not rest:
+            if len(rest) == len(now):
+                torch.mul(now, total, out=rest).baddbmm_(u_now.mT, write)
+            elif len(rest) == 0:
+                torch.mul(now, total, out=ends[: len(now)]).baddbmm_(u_now.mT, write)
+            else:
+                after = torch.mul(now, total).baddbmm_(u_now.mT, write)
                 rest.copy_(after[: len(rest)])
-                final.flatten(0, 1)[len(rest) : len(now)] = after[len(rest) :]
+                ends[len(rest) : len(now)] = after[len(rest) :]
     taken = start if stale is None else stale_of_chunks(start, stale)
     return PassStates(start, taken, z, u, u * gates.step), final
 

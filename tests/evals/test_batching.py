@@ -7,7 +7,7 @@ from itertools import combinations, pairwise
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evals.batching import cut
+from evals.batching import cut, cut_rows
 
 
 def cost(lengths, places, *, overhead, copies):
@@ -56,3 +56,25 @@ def test_a_dear_start_makes_wide_batches_and_a_cheap_one_narrow_ones():
 
 def test_nothing_is_cut_into_nothing():
     assert cut([], most=lambda length: 1, spread=0, overhead=1, copies=1) == [0]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), min_size=1, max_size=8).map(sorted),
+    overhead=st.integers(0, 60),
+    rows=st.integers(1, 5),
+    budget=st.integers(1, 100),
+)
+def test_no_way_to_cut_rows_is_cheaper(lengths, overhead, rows, budget):
+    found = cut_rows(lengths, most=rows, budget=budget, overhead=overhead)
+
+    def padded(places):
+        return sum(overhead + (b - a) * lengths[b - 1] for a, b in pairwise(places))
+
+    def fits(places):
+        calls = [(b - a, lengths[b - 1]) for a, b in pairwise(places)]
+        return all(n == 1 or (n <= rows and n * longest <= budget) for n, longest in calls)
+
+    inner = range(1, len(lengths))
+    ways = [[0, *chosen, len(lengths)] for n in range(len(lengths)) for chosen in combinations(inner, n)]
+    assert fits(found)
+    assert padded(found) == min(padded(places) for places in ways if fits(places))

@@ -137,11 +137,26 @@ def test_prefill_is_the_parallel_form_without_a_graph() -> None:
     assert end is not None
     assert whole.requires_grad
     assert not any(x.requires_grad for x in (y, *parts(state).values()))
-    assert_equal({"y": y} | parts(state), {"y": whole} | parts(end))
+    assert_close({"y": y} | parts(state), {"y": whole} | parts(end), TOLERANCE)
     y1, middle = prefill(**tokens(operands, slice(0, 6)), state=start, **options)  # 2 + 6: a chunk's end
     y2, last = prefill(**tokens(operands, slice(6, LENGTH)), state=middle, **options)
     assert middle.offset == 0
     assert_close({"y": torch.cat((y1, y2), 1)} | parts(last), {"y": whole} | parts(end), TOLERANCE)
+
+
+@pytest.mark.parametrize("update", UPDATE)
+@pytest.mark.parametrize("offset", (0, 3))
+@pytest.mark.parametrize("length", (1, 5, 8, 13, 16, 21))
+def test_a_prefill_cut_at_its_chunks_equals_the_whole_grid(length: int, offset: int, update: str) -> None:
+    operands, memories = case(length, offset, update, extra=EVERYTHING)
+    own = tokens(operands, slice(0, length))
+    start = CompressState(**memories, offset=offset)
+    options = {"chunk_size": CHUNK_SIZE, "update": update}
+    whole, end = compress_kv(**own, initial_state=start, output_final_state=True, **options)
+    y, state = prefill(**own, state=start, **options)
+    assert end is not None
+    assert state.offset == end.offset
+    assert_close({"y": y} | parts(state), {"y": whole} | parts(end), TOLERANCE)
 
 
 @pytest.mark.parametrize("update", UPDATE)

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import CompressState, compress_kv, decode_step
+from kernels import CompressState, compress_kv, decode_step, prefill
 from trellis_dist.models.carry import CarriedRows
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
@@ -208,13 +208,8 @@ class TrellisMixer(nn.Module):
     def prefill(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
         """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
         projected = self._project(x)
-        y, memory = self.operation(
-            **self._inputs(projected, tail=state.tail),
-            **self._settings(),
-            initial_state=state.memory,
-            output_final_state=True,
-        )
-        assert memory is not None, "the operation returned no state although one was asked for"
+        inputs = self._inputs(projected, tail=state.tail)
+        y, memory = prefill(**inputs, **self._settings(), state=state.memory)
         return self._output(y, projected.output_gate), self._advance(state, memory, projected.query_key)
 
     def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
