@@ -14,8 +14,9 @@ TaskName = Literal[
     "lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa",
 ]  # fmt: skip
 Device = Literal["auto", "cpu", "cuda"]
+PeerBos = Literal["tokenizer", "always"]
 
-__all__ = ["ESSAY_TASKS", "Device", "EvalConfig", "TaskName"]
+__all__ = ["ESSAY_TASKS", "Device", "EvalConfig", "PeerBos", "TaskName"]
 
 # RULER's tasks that hide needles in prose.
 ESSAY_TASKS: tuple[TaskName, ...] = (
@@ -49,6 +50,9 @@ class EvalConfig:
             "niah_multikey_1", "niah_multivalue", "niah_multiquery" (four needles in prose), "vt" (variable
             tracking), "cwe" (common words); "mqar" (multi-query associative recall).
         device: "auto" takes a CUDA device when there is one.
+        peer_bos: what starts a context of a Hugging Face model: "tokenizer" what its tokenizer puts before a
+            text by itself, be it nothing, as lm-evaluation-harness does; "always" BOS (EOS where there is
+            none). An empty context is BOS in both.
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
         context_lengths: tokens of context before the targets, 1 or more; those that the held-out text does
             not hold are left out.
@@ -79,6 +83,7 @@ class EvalConfig:
 
     tasks: tuple[TaskName, ...] = ("perplexity", "niah_single_1", "decode", "sample")
     device: Device = "auto"
+    peer_bos: PeerBos = "tokenizer"
     ngram_max_tokens: int = 0
     context_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
     context_documents: int = 32

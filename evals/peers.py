@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import torch
 
-from evals.config import Device
+from evals.config import Device, PeerBos
 from evals.peer_codec import PeerCodec
 from evals.peer_model import PeerModel
 from evals.subject import Subject
@@ -37,7 +37,12 @@ def is_peer(path: Path) -> bool:
 
 
 def load_peer(
-    path: Path | str, *, trust_remote_code: bool = False, device: Device = "auto", dtype: Dtype = "float32"
+    path: Path | str,
+    *,
+    trust_remote_code: bool = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    bos: PeerBos = "tokenizer",
 ) -> Subject:
     """Open a local folder of AutoModelForCausalLM and AutoTokenizer; nothing is downloaded.
 
@@ -46,6 +51,7 @@ def load_peer(
         trust_remote_code: run the Python files of that folder. Only ever a local user's explicit choice.
         device: "auto" takes a CUDA device when there is one.
         dtype: of weights and activations; part of the digest.
+        bos: what starts a context, as `evals.peer_codec.PeerCodec`; part of the tokenizer's digest.
 
     Raises:
         ValueError: no such folder, pickled weights, weights that do not fill the model, code in the folder
@@ -77,11 +83,14 @@ def load_peer(
                 f"{path}: {kind.replace('_keys', '')} weights ({found[0]}, {len(found)} in all): the folder "
                 "does not hold what its config.json describes; load it as the class it was saved from"
             )
-    return _subject(path, model, tokenizer, device=resolve_device(device), dtype=dtype, code=code)
+    codec = PeerCodec(tokenizer, end_ids=_end_ids(model), bos=bos, name=str(path))
+    peer = PeerModel(model.to(resolve_device(device)).eval(), name=str(path))
+    return _subject(path, peer, codec, dtype=dtype, bos=bos, code=code)
 
 
-def _subject(path: Path, model: Any, tokenizer: Any, *, device: str, dtype: Dtype, code: bool) -> Subject:
-    peer = PeerModel(model.to(device).eval(), name=str(path))
+def _subject(
+    path: Path, peer: PeerModel, codec: PeerCodec, *, dtype: Dtype, bos: PeerBos, code: bool
+) -> Subject:
     files = sorted(item for item in path.iterdir() if item.is_file())
     mine = [item for item in files if _TOKENIZER_FILES.fullmatch(item.name)]
     weights = [item for item in files if item.match(WEIGHTS) or item.name in _MODEL_FILES]
@@ -89,9 +98,9 @@ def _subject(path: Path, model: Any, tokenizer: Any, *, device: str, dtype: Dtyp
     return Subject(
         name=path.resolve().name,
         model=peer,
-        tokenizer=PeerCodec(tokenizer, end_ids=_end_ids(model), name=str(path)),
+        tokenizer=codec,
         digest=digest({"dtype": dtype, "files": {item.name: sha256_file(item) for item in weights}}),
-        tokenizer_digest=digest({item.name: sha256_file(item) for item in mine}),
+        tokenizer_digest=digest({"bos": bos, "files": {item.name: sha256_file(item) for item in mine}}),
         device=peer.device,
     )
 

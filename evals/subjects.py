@@ -7,7 +7,7 @@ from typing import Literal
 
 from checkpoints.commit import step_of
 from checkpoints.export import EXPORT
-from evals.config import Device
+from evals.config import Device, PeerBos
 from evals.peers import Dtype, is_peer, load_peer
 from evals.runs import load_export, load_run
 from evals.subject import Subject
@@ -54,6 +54,7 @@ def load_subject(
     dataset_dir: Path | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype = "float32",
+    peer_bos: PeerBos = "tokenizer",
 ) -> Subject:
     """Open whatever model a folder holds.
 
@@ -61,7 +62,7 @@ def load_subject(
         path: a run, RUN/checkpoints/step-N, what `trellis export` wrote (fp32, as our own code has it), or a
             Hugging Face folder.
         step, dataset_dir: of a run, as `evals.runs.load_run`.
-        trust_remote_code, dtype: of a Hugging Face folder, as `evals.peers.load_peer`.
+        trust_remote_code, dtype, peer_bos: of a Hugging Face folder, as `evals.peers.load_peer`.
 
     Raises:
         ValueError, OSError: it is none of these, or cannot be opened; one line says why.
@@ -77,4 +78,4 @@ def load_subject(
         return load_run(run_dir, step=step, device=device, dataset_dir=dataset_dir)
     if kind == "export":
         return load_export(path, device=device)
-    return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype, bos=peer_bos)

@@ -114,6 +114,7 @@ def _score_model(request: EvalRequest, config: EvalConfig, *, progress: bool) ->
         dataset_dir=Path(request.dataset_dir) if request.dataset_dir else None,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,  # type: ignore[arg-type] # one of Dtype
+        peer_bos=config.peer_bos,
     )
     return evaluate_subject(subject, config, Path(request.output), progress=progress)
 

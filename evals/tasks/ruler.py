@@ -24,7 +24,8 @@ from evals.ruler.niah import CHOICES
 from evals.ruler.question import Question
 from evals.samples import Sample, clip, share
 from evals.sampling import Sampling
-from evals.scorer import Ids, Prefix, Scorer, TextCodec
+from evals.scorer import Prefix, Scorer, TextCodec
+from evals.states import context_ids
 from evals.tasks.protocol import Result, Task
 from trellis_dist.files import digest
 
@@ -176,10 +177,7 @@ def _questions(
     make: Maker, tokenizer: TextCodec, config: EvalConfig, *, length: int
 ) -> Iterator[tuple[int, list[Question]]]:
     """The questions of one length, as many at a time as may be kept, each time with the first one's index."""
-
-    def encode(text: str) -> Ids:
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
-
+    encode = partial(context_ids, tokenizer)
     step = max(KEPT_TOKENS // length, 1)
     for start in range(0, config.ruler_samples, step):
         indices = range(start, min(start + step, config.ruler_samples))
