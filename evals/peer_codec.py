@@ -88,12 +88,12 @@ class PeerCodec(_InText):
         """
         self._tokenizer = tokenizer
         ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *end_ids]
-        bos = tokenizer.bos_token_id
-        if bos is None and not ends:
+        known = tokenizer.bos_token_id
+        if known is None and not ends:
             raise ValueError(
                 f"{name} has neither a BOS nor an EOS token: name one in its special_tokens_map.json"
             )
-        self.bos_id = int(ends[0] if bos is None else bos)
+        self.bos_id = int(ends[0] if known is None else known)
         self.eos_id = int(ends[0] if ends else self.bos_id)
         self.end_ids = frozenset(ends or [self.bos_id])
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
