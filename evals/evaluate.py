@@ -39,7 +39,10 @@ __all__ = [
     "evaluate_run",
     "evaluate_subject",
     "job_of",
+    "keep_copy",
     "log_scalars",
+    "record_file",
+    "recorded_key",
     "run_job",
     "stored_result",
 ]
@@ -58,6 +61,7 @@ class Job:
         settings: the part of the configuration its numbers depend on.
         data: fingerprint of the data set.
         key: hash of (checkpoint digest, task, settings, tokenizer, data set, model section).
+        digest: of the checkpoint.
     """
 
     run_dir: Path
@@ -67,11 +71,17 @@ class Job:
     settings: Mapping[str, Any]
     data: str
     key: str
+    digest: str
 
     @property
     def path(self) -> Path:
         """Where the result is kept."""
-        return self.run_dir / "evals" / f"{self.task}-step-{self.step}.json"
+        return record_file(self.run_dir, self.task, self.step)
+
+
+def record_file(run_dir: Path, task: str, step: int) -> Path:
+    """Where a run keeps the result of a task at a step."""
+    return run_dir / "evals" / f"{task}-step-{step}.json"
 
 
 def check_eval_inputs(config: EvalConfig) -> None:
@@ -90,10 +100,10 @@ def job_of(
     """The job and its key. Raises ValueError or OSError when the run's data set is missing or another."""
     recipe = read_recipe(run_dir)
     _, manifest = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
-    settings = dict(task.settings(config))
+    settings, weights = dict(task.settings(config)), checkpoint_digest(checkpoint)
     parts = {
         "format": FORMAT,
-        "checkpoint": checkpoint_digest(checkpoint),
+        "checkpoint": weights,
         "task": task.name,
         "settings": settings,
         "tokenizer": manifest.tokenizer["sha256"],
@@ -102,7 +112,7 @@ def job_of(
         "model": recipe["model"],  # a chunk size changes the function and no weight
     }
     step, data = step_of_checkpoint(checkpoint), manifest.fingerprint
-    return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts))
+    return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts), weights)
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
@@ -139,9 +149,35 @@ def log_scalars(job: Job, record: Mapping[str, Any]) -> None:
 
     Whoever re-uses a stored record calls it too: its writer may have died between the record and the points.
     """
-    path = events_file(job.run_dir, job.task, job.step)
-    if not path.is_file() or path.stat().st_mtime < job.path.stat().st_mtime:
-        write_events(path, record["scalars"], step=job.step, time=job.path.stat().st_mtime)
+    _log(job.run_dir, job.task, job.step, record)
+
+
+def _log(run_dir: Path, task: str, step: int, record: Mapping[str, Any]) -> None:
+    path, kept = events_file(run_dir, task, step), record_file(run_dir, task, step).stat().st_mtime
+    if not path.is_file() or path.stat().st_mtime < kept:
+        write_events(path, record["scalars"], step=step, time=kept)
+
+
+def keep_copy(run_dir: Path, record: Mapping[str, Any], *, task: str, step: int) -> None:
+    """Keep and log a record in a run whose checkpoint of ``step`` is the one that it was made of elsewhere.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    scalars = {name: value for name, value in (record.get("scalars") or {}).items() if value is not None}
+    whole = {**record, "scalars": scalars}
+    _write(record_file(run_dir, task, step), whole)
+    _log(run_dir, task, step, whole)
+
+
+def recorded_key(run_dir: Path, *, task: str, step: int) -> str | None:
+    """Key of the record that a run has of a task at a step; None without one that can be read."""
+    path = record_file(run_dir, task, step)
+    try:
+        record = read_json(path) if path.is_file() else None
+    except ValueError:
+        return None
+    return record.get("key") if isinstance(record, dict) else None
 
 
 def evaluate_run(

@@ -18,7 +18,7 @@ DEPTH_BINS = 10
 # Points of all curves of one answer together.
 MAX_POINTS = 50_000
 _ROW = (
-    "jobs.key, jobs.run, jobs.step, jobs.tokens, jobs.task, results.created, "
+    "places.key, places.run, places.step, places.tokens, places.task, places.scored, "
     "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups')"
 )
 _NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups")
@@ -40,13 +40,18 @@ class Results:
     def page(
         self, *, run: str | None = None, task: str | None = None, limit: int = 1000, offset: int = 0
     ) -> tuple[list[dict[str, Any]], int]:
-        """Results, newest first, without their records; and how many there are in all."""
-        where, given = _filters({"jobs.run": run, "jobs.task": task})
-        tables = f"FROM results JOIN jobs USING (key) WHERE {where}"
+        """Results, newest first, without their records; and how many there are in all.
+
+        A result is a row for each place of its checkpoint; "created" says since when it counts there.
+        """
+        where, given = _filters({"run": run, "task": task})
+        where = f"scored IS NOT NULL AND {where}"
+        order = "scored DESC, run, step, task, key"
+        page = f"SELECT * FROM places WHERE {where} ORDER BY {order} LIMIT {limit:d} OFFSET {offset:d}"
         with self._database.reading() as database:
-            order = f"ORDER BY results.created DESC, results.key LIMIT {limit:d} OFFSET {offset:d}"
-            rows = database.execute(f"SELECT {_ROW} {tables} {order}", given).fetchall()
-            (total,) = database.execute(f"SELECT COUNT(*) {tables}", given).fetchone()
+            query = f"SELECT {_ROW} FROM ({page}) AS places JOIN results USING (key) ORDER BY {order}"
+            rows = database.execute(query, given).fetchall()
+            (total,) = database.execute(f"SELECT COUNT(*) FROM places WHERE {where}", given).fetchone()
             return [_result(database, row) for row in rows], total
 
     def record(self, key: str) -> dict[str, Any] | None:
@@ -54,6 +59,17 @@ class Results:
         with self._database.reading() as database:
             row = database.execute("SELECT record FROM results WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
+
+    def whole(self, key: str) -> dict[str, Any] | None:
+        """The record of a key as its run folder has it, with its samples, or None."""
+        record = self.record(key)
+        if record is not None and isinstance(record.get("result"), dict):
+            query = "SELECT body FROM samples WHERE key = ? ORDER BY place"
+            with self._database.reading() as database:
+                bodies = database.execute(query, (key,)).fetchall()
+            if bodies:
+                record["result"]["samples"] = [json.loads(body) for (body,) in bodies]
+        return record
 
     def task(self, key: str) -> str | None:
         """The task of a key that has a result, or None."""
@@ -125,12 +141,12 @@ class Results:
 
         `MAX_POINTS` at most, the first runs by name.
         """
-        where, given = _filters({"jobs.run": run, "scalars.name": name})
+        where, given = _filters({"places.run": run, "scalars.name": name})
         # SQLite takes the other columns from the row that holds the maximum.
         query = (
-            "SELECT jobs.run, scalars.name, jobs.step, jobs.tokens, scalars.value, MAX(results.created) "
-            "FROM scalars JOIN jobs USING (key) JOIN results USING (key) "
-            f"WHERE {where} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT {MAX_POINTS}"
+            "SELECT places.run, scalars.name, places.step, places.tokens, scalars.value, MAX(places.scored) "
+            "FROM scalars JOIN places USING (key) "
+            f"WHERE scored IS NOT NULL AND {where} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT {MAX_POINTS}"
         )
         curves: dict[tuple[str, str], list[list[float | None]]] = {}
         with self._database.reading() as database:

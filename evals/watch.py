@@ -6,11 +6,11 @@ import logging
 import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.commit import list_steps
 from checkpoints.manifest import MANIFEST_FILE
@@ -18,9 +18,12 @@ from checkpoints.state import load_run_state
 from evals.config import EvalConfig
 from evals.evaluate import Job, job_of, log_scalars, stored_result
 from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
+from evals.places import Place
 from evals.queue import Queue, QueueFullError
 from evals.runs import read_recipe
+from evals.sharing import finish, give_stored, supersede
 from evals.tasks.registry import get_task
+from trellis_dist.files import digest
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -35,6 +38,12 @@ NAMES = "a run is a folder, no link, named with at most 128 letters, digits, dot
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Errors that say nothing of the run at which they come.
 _OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
+# Of a checkpoint's run state (trellis_dist.training.state), by section.
+_LASTING = {
+    "data": ("fingerprint", "sequence_length", "seed"),
+    "model": ("vocab_size", "num_layers", "dim", "num_heads"),
+    "init_from": ("manifest_sha256",),
+}
 _log = logging.getLogger(__name__)
 
 
@@ -100,7 +109,7 @@ class Runs:
 
     def tokens(self, run: str) -> dict[int, int]:
         """Training tokens by step, where the checkpoint says so."""
-        known = {step: _tokens_at(path) for step, path in self.steps(run).items()}
+        known = {step: _state_at(path)[0] for step, path in self.steps(run).items()}
         return {step: tokens for step, tokens in known.items() if tokens is not None}
 
     def checkpoints(self, run: str) -> Path:
@@ -123,18 +132,34 @@ def _parser() -> TypeAdapter[EvalConfig]:
     return TypeAdapter(EvalConfig)
 
 
-def _tokens_at(checkpoint: Path) -> int | None:
+def _state_at(checkpoint: Path) -> tuple[int | None, str | None]:
+    """Tokens and identity of a checkpoint."""
     try:
-        return _tokens(checkpoint, (checkpoint / MANIFEST_FILE).stat().st_mtime_ns)
+        return _state(checkpoint, (checkpoint / MANIFEST_FILE).stat().st_mtime_ns)
     except (OSError, ValueError):
-        return None  # gone or damaged: whoever scores it says so
+        return None, None  # gone or damaged: whoever scores it says so
 
 
 @lru_cache(maxsize=8192)
-def _tokens(checkpoint: Path, modified: int) -> int | None:
-    """Tokens a checkpoint was trained on; ``modified`` tells a later checkpoint of the same name apart."""
-    tokens = load_run_state(checkpoint).get("tokens")
-    return tokens if isinstance(tokens, int) else None
+def _state(checkpoint: Path, modified: int) -> tuple[int | None, str | None]:
+    """What its run state says; ``modified`` tells a later checkpoint of the same name apart."""
+    state = load_run_state(checkpoint)
+    tokens = state.get("tokens")
+    return (tokens if isinstance(tokens, int) else None), _identity(state)
+
+
+def _identity(state: Mapping[str, Any]) -> str | None:
+    """What training refuses to change between two starts of a run, of states of every version.
+
+    A difference is a run trained anew under the same name; the same may be one too, with the same seed.
+    """
+    if not isinstance(state.get("data"), dict):
+        return None
+    parts: dict[str, Any] = {}
+    for section, names in _LASTING.items():
+        found = state.get(section)
+        parts[section] = {name: found.get(name) for name in names} if isinstance(found, dict) else None
+    return digest(parts)
 
 
 def submit(
@@ -150,7 +175,8 @@ def submit(
     """Queue one task on a committed checkpoint (the newest when ``step`` is None).
 
     The checkpoint is pinned until the job is over. A result that the run folder holds already is taken over
-    instead of being made again.
+    instead of being made again. One that an equal checkpoint of another run has counts for this one too, and
+    comes into its folder. What was scored on checkpoints that this one shows to be gone counts no more.
 
     Args:
         queue, runs: of the service.
@@ -172,8 +198,16 @@ def submit(
         have = ", ".join(map(str, sorted(steps))) or "none"
         raise PublicError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
     job = job_of(runs.folder(run), steps[wanted], wanted_task, runs.config(run))
+    tokens, identity = _state_at(job.checkpoint)
+    place = Place(
+        run=run, step=wanted, task=task, key=job.key, digest=job.digest, identity=identity, tokens=tokens
+    )
+    supersede(queue, runs, place)
     known = queue.job(job.key)
     if known is not None and (known.state == "done" or not again):
+        if known.state == "done":
+            give_stored(queue, job, place)
+        queue.note(place)
         return job.key, False
     if known is None or not known.active:
         _pin(job)
@@ -184,7 +218,9 @@ def submit(
             step=wanted,
             task=task,
             priority=priority,
-            tokens=_tokens_at(job.checkpoint),
+            tokens=tokens,
+            digest=job.digest,
+            identity=identity,
             room=MAX_QUEUE,
         )
     except Exception:
@@ -195,7 +231,7 @@ def submit(
             pin_job(job.checkpoint, job.key)
     if new and (record := stored_result(job)) is not None:
         log_scalars(job, record)
-        queue.finish(job.key, record)
+        finish(queue, runs, job.key, record)
     unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
 

@@ -14,6 +14,7 @@ from evals.evaluate import Job, job_of, log_scalars, run_job, stored_result
 from evals.pins import unpin_job
 from evals.queue import Queue, QueuedJob
 from evals.runs import LoadedRun, checkpoint_digest, load_run, read_recipe
+from evals.sharing import finish, settle
 from evals.tasks.registry import get_task
 from evals.watch import PublicError, Runs
 from trellis_dist.files import digest
@@ -50,7 +51,7 @@ class JobSource(Protocol):
         """As `Queue.renew`."""
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
-        """As `Queue.finish`; the checkpoint is let go of."""
+        """As `Queue.finish`; every run with the checkpoint gets the record, and it is let go of."""
 
     def fail(self, key: str, owner: str, error: str) -> None:
         """As `Queue.fail`; the checkpoint is let go of when the job is over."""
@@ -63,8 +64,9 @@ class LocalJobs:
         self._queue, self._runs = queue, runs
 
     def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
-        """As `Queue.lease`."""
-        return self._queue.lease(owner, seconds=seconds)
+        """As `Queue.lease`, at a place of the job whose checkpoint is there."""
+        job = self._queue.lease(owner, seconds=seconds)
+        return job and settle(self._queue, self._runs, job)
 
     def renew(self, key: str, owner: str, *, seconds: float) -> bool:
         """As `Queue.renew`."""
@@ -72,7 +74,7 @@ class LocalJobs:
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
         """As `JobSource.finish`."""
-        stored = self._queue.finish(key, record)
+        stored = finish(self._queue, self._runs, key, record)
         self._let_go(key)
         return stored
 

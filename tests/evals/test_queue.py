@@ -197,13 +197,14 @@ def test_a_file_of_the_first_schema_is_upgraded_in_place(tmp_path):
         queue = Queue(path)
         results = Results(queue.database)
         assert results.record("k") == {"result": {"rows": [1]}}
-        assert results.page()[0][0]["created"] == 5.0
+        assert results.page(run="r")[0][0]["created"] == 5.0
+        assert [place.run for place in queue.places("q")] == ["r"], "what waits has a place"
         samples, total, groups = results.samples("k", wrong=True)
         assert (total, groups, samples[0]["score"]) == (1, ["512"], 0.0)
         assert queue.job("k").tokens is None
     assert queue.lease("w", seconds=10).key == "q"
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
     database.close()
 
 
@@ -226,7 +227,7 @@ def test_a_newer_file_and_one_that_is_no_database_are_refused_in_one_line(tmp_pa
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ValueError, match=r"has schema 99, .* knows up to 2: update") as refused:
+    with pytest.raises(ValueError, match=r"has schema 99, .* knows up to 3: update") as refused:
         Queue(path)
     assert "\n" not in str(refused.value)
     path.write_text("no database at all, but long enough to have a header" * 10)
