@@ -76,6 +76,10 @@ def add_sections(report: Report, results: Mapping[str, Json], *, parameters: int
             _SECTIONS[name](report, result)
         elif "groups" in result:
             _groups(report, name, result)
+        else:
+            continue
+        if "step" in results[name]:  # of a run
+            report.text(f"Scored at step {results[name]['step']:,}.")
         if name == "niah_single_1" and parameters is not None and parameters < SMALL_MODEL:
             report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
 
@@ -93,10 +97,11 @@ def _facts(recipe: Json, summary: Json) -> dict[str, str]:
         ("Held-out bits per byte", "validation/bits_per_byte", "{:.3f}"),
         ("Token bigram, bits per byte", "baseline/bigram_bits_per_byte", "{:.3f}"),
         ("Step", "step", "{:,}"),
+        ("Last step trained", "step/train", "{:,}"),
         ("Tokens trained on", "tokens", "{:,}"),
         ("Tokens per second (median)", "perf/tokens_per_second", "{:,.0f}"),
     ):
-        if key in summary:
+        if key in summary and not (key == "step/train" and "step" in summary):
             facts[label] = form.format(summary[key])
     names = ("num_layers", "dim", "num_heads", "vocab_size")
     facts["Model"] = ", ".join(f"{name} {model[name]}" for name in names if name in model)
@@ -286,7 +291,10 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
     }
     first_loss = stages.pop("first_loss", None)
     rows = [[name, f"{value:,.1f}"] for name, value in stages.items()]
-    rows += [[f"eval: {name}", f"{record['seconds']:,.1f}"] for name, record in sorted(results.items())]
+    rows += [
+        [f"eval: {name}, step {record['step']:,}", f"{record['seconds']:,.1f}"]
+        for name, record in sorted(results.items())
+    ]
     report.table(["stage", "seconds"], rows)
     if first_loss is not None:
         report.text(f"Time to the first loss line: {first_loss:,.1f} seconds after the start.")
