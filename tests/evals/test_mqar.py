@@ -15,7 +15,7 @@ from evals.oracle import RecallModel
 from evals.scorer import Scorer
 from evals.subject import Subject
 from evals.tasks.registry import get_task
-from tests.evals.conftest import _documents
+from tests.evals.conftest import library_texts
 from tests.evals.fakes import ByteTokenizer, RandomModel, RecurrentModel
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
@@ -92,7 +92,7 @@ def test_gaps_follow_the_power_law():
 
 
 def test_pieces_are_ordinary_and_of_two_kinds():
-    documents = _documents()
+    documents = library_texts()
     tokenizer = Tokenizer(train_tokenizer(TokenizerConfig(vocab_size=2048, threads=1), documents))
     pieces = find_pieces(tokenizer, pairs=64)
     every = [pieces.filler, *pieces.keys, *pieces.values]
