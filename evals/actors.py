@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipeline.workers import ray_session
+from evals.baselines import Baselines
 from evals.guard import LOOPBACK, is_loopback
 from evals.pool import Member, Pool
 from evals.queue import Queue
@@ -47,14 +48,20 @@ def resolve_address(address: str) -> str | None:
 
 
 def _work(
-    url: str, secret: str, owner: str, roots: tuple[str, ...], lease_seconds: float, job_seconds: float
+    url: str,
+    secret: str,
+    owner: str,
+    roots: tuple[str, ...],
+    baselines: Baselines | None,
+    lease_seconds: float,
+    job_seconds: float,
 ) -> None:
     """What an actor runs until its server refuses it or is gone."""
-    from evals.watch import Runs
+    from evals.folders import Runs
 
     worker = Worker(
         RemoteJobs(url, secret),
-        Runs(*map(Path, roots)),
+        Runs(*map(Path, roots), baselines=baselines),
         owner,
         lease_seconds=lease_seconds,
         job_seconds=job_seconds,
@@ -130,7 +137,7 @@ class RayPool(Pool):
 
     Args:
         queue, count: as in `Pool`.
-        roots: folders that hold the run folders, on every node.
+        roots, baselines: as in `evals.folders.Runs`, on every node.
         address: "local" starts Ray here, on loopback; "auto" finds a running cluster; or host:port.
         url, secret: how actors reach the server.
         lease_seconds, job_seconds: as in `Worker`.
@@ -149,6 +156,7 @@ class RayPool(Pool):
         address: str,
         url: str,
         secret: str,
+        baselines: Baselines | None = None,
         lease_seconds: float = LEASE_SECONDS,
         job_seconds: float = JOB_SECONDS,
     ) -> None:
@@ -161,7 +169,10 @@ class RayPool(Pool):
         except BaseException:
             self._stack.close()
             raise
-        self._before, self._after = (url, secret), (tuple(map(str, roots)), lease_seconds, job_seconds)
+        self._before, self._after = (
+            (url, secret),
+            (tuple(map(str, roots)), baselines, lease_seconds, job_seconds),
+        )
 
     def _start(self, owner: str) -> Member:
         return _Actor(self._ray, (*self._before, owner, *self._after))

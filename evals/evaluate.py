@@ -44,7 +44,9 @@ __all__ = [
     "record_file",
     "recorded_key",
     "run_job",
+    "score_subject",
     "stored_result",
+    "subject_key",
 ]
 
 # Part of every key: raise it when a task's numbers change their meaning.
@@ -119,7 +121,9 @@ def stored_result(job: Job) -> dict[str, Any] | None:
     """The record of a job that was run before, or None; a file of another key or a damaged one is None."""
     record = _stored(job.path, job.key)
     if record is not None:
-        record.setdefault("scalars", get_task(job.task).scalars(record["result"]))
+        task = get_task(job.task)
+        record.setdefault("scalars", task.scalars(record["result"]))
+        record.setdefault("chance", task.chance(record["result"]))
     return record
 
 
@@ -131,12 +135,22 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
     return record
 
 
+def score_subject(task: Task, subject: Subject, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
+    """The record of a task on any model, kept nowhere. Raises what the task raises."""
+    return {**_about(subject, task, config), **_measured(task, subject, config, progress=progress)}
+
+
 def _measured(task: Task, subject: Subject, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     """What running a task adds to its record."""
     start = time.perf_counter()
     result = task.run(subject, config, progress and current_ranks().is_main)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "result": result, "scalars": task.scalars(result)}
+    return {
+        "seconds": seconds,
+        "result": result,
+        "scalars": task.scalars(result),
+        "chance": task.chance(result),
+    }
 
 
 def _keep(job: Job, record: Mapping[str, Any]) -> None:
@@ -231,12 +245,13 @@ def _known(job: Job) -> dict[str, Any] | None:
 
 def check_tasks(config: EvalConfig, *, run: bool, name: str) -> None:
     """Refuse tasks that score a run where ``name`` is none. Raises ValueError."""
-    strangers = [task for task in config.tasks if get_task(task).needs_run]
-    if strangers and not run:
-        others = ", ".join(sorted(task for task in TASKS if not TASKS[task].needs_run))
+    strangers = [task for task in config.tasks if not get_task(task).suits(config, run=run)]
+    if strangers:
+        others = ", ".join(sorted(task for task in TASKS if TASKS[task].suits(config, run=False)))
+        text = ", or name a text with evals.perplexity_text" if get_task(strangers[0]).takes_text else ""
         raise ValueError(
             f"{strangers[0]} scores a trained run on its held-out text, and {name} is no run folder: choose "
-            f"others with --tasks ({others})"
+            f"others with --tasks ({others}){text}"
         )
 
 
@@ -269,19 +284,26 @@ def evaluate_subject(
 
 def _about(subject: Subject, task: Task, config: EvalConfig) -> dict[str, Any]:
     """The part of a record that is known before the task has run."""
-    settings = dict(task.settings(config))
-    parts = {
-        "format": FORMAT,
-        "checkpoint": subject.digest,
-        "task": task.name,
-        "settings": settings,
-        "tokenizer": subject.tokenizer_digest,
-    }
+    run: dict[str, Any] = {}
     if isinstance(subject, LoadedRun):
         length = subject.recipe["data"].get("sequence_length")
-        parts |= {"data": subject.data, "sequence_length": length, "model": subject.recipe["model"]}
-    known = {"model": subject.name, "digest": subject.digest, "settings": settings}
-    return {"key": digest(parts), "task": task.name, **known}
+        run = {"data": subject.data, "sequence_length": length, "model": subject.recipe["model"]}
+    weights, tokenizer = subject.digest, subject.tokenizer_digest
+    key = subject_key(task, config, weights=weights, tokenizer=tokenizer, **run)
+    known = {"model": subject.name, "digest": subject.digest, "settings": dict(task.settings(config))}
+    return {"key": key, "task": task.name, **known}
+
+
+def subject_key(task: Task, config: EvalConfig, *, weights: str, tokenizer: str, **run: Any) -> str:
+    """Hash of what a task's numbers depend on: digests of weights and tokenizer, settings, of a run more."""
+    parts = {
+        "format": FORMAT,
+        "checkpoint": weights,
+        "task": task.name,
+        "settings": dict(task.settings(config)),
+        "tokenizer": tokenizer,
+    }
+    return digest(parts | run)
 
 
 def _stored(path: Path, key: str) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from evals.peer_model import PeerModel
 from evals.subject import Subject
 from trellis_dist.files import digest, read_json, sha256_file
 
-__all__ = ["Dtype", "is_peer", "load_peer"]
+__all__ = ["Dtype", "is_peer", "load_peer", "peer_digests"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -91,17 +91,36 @@ def load_peer(
 def _subject(
     path: Path, peer: PeerModel, codec: PeerCodec, *, dtype: Dtype, bos: PeerBos, code: bool
 ) -> Subject:
-    files = sorted(item for item in path.iterdir() if item.is_file())
-    mine = [item for item in files if _TOKENIZER_FILES.fullmatch(item.name)]
-    weights = [item for item in files if item.match(WEIGHTS) or item.name in _MODEL_FILES]
-    weights += [item for item in files if code and item.suffix == ".py"]
+    weights, tokenizer = _digests(path, dtype=dtype, bos=bos, code=code)
     return Subject(
         name=path.resolve().name,
         model=peer,
         tokenizer=codec,
-        digest=digest({"dtype": dtype, "files": {item.name: sha256_file(item) for item in weights}}),
-        tokenizer_digest=digest({"bos": bos, "files": {item.name: sha256_file(item) for item in mine}}),
+        digest=weights,
+        tokenizer_digest=tokenizer,
         device=peer.device,
+    )
+
+
+def peer_digests(
+    path: Path, *, trust_remote_code: bool = False, dtype: Dtype = "float32", bos: PeerBos = "tokenizer"
+) -> tuple[str, str]:
+    """Digests of the weights and of the tokenizer that `load_peer` will give its subject.
+
+    Raises:
+        ValueError: it would refuse the folder.
+    """
+    return _digests(path, dtype=dtype, bos=bos, code=_check_folder(path, trust_remote_code))
+
+
+def _digests(path: Path, *, dtype: Dtype, bos: PeerBos, code: bool) -> tuple[str, str]:
+    files = sorted(item for item in path.iterdir() if item.is_file())
+    mine = [item for item in files if _TOKENIZER_FILES.fullmatch(item.name)]
+    weights = [item for item in files if item.match(WEIGHTS) or item.name in _MODEL_FILES]
+    weights += [item for item in files if code and item.suffix == ".py"]
+    return (
+        digest({"dtype": dtype, "files": {item.name: sha256_file(item) for item in weights}}),
+        digest({"bos": bos, "files": {item.name: sha256_file(item) for item in mine}}),
     )
 
 

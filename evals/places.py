@@ -10,8 +10,10 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-__all__ = ["Place", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
+__all__ = ["NO_STEP", "Place", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
 
+# The step of a model that has none: a baseline.
+NO_STEP = -1
 _COLUMNS = "run, step, task, key, digest, identity, tokens"
 _THIS = "run = :run AND step = :step AND task = :task"
 

@@ -19,9 +19,10 @@ DEPTH_BINS = 10
 MAX_POINTS = 50_000
 _ROW = (
     "places.key, places.run, places.step, places.tokens, places.task, places.scored, "
-    "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups')"
+    "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups'), "
+    "json_extract(results.record, '$.chance')"
 )
-_NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups")
+_NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups", "chance")
 # What a person searches: the texts of a sample, not the names of its fields.
 _TEXT = " || ' ' || ".join(
     f"COALESCE(json_extract(body, '$.{name}'), '')" for name in ("prompt", "answer", "output")
@@ -184,7 +185,8 @@ def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[str, ...]]:
 def _result(database: sqlite3.Connection, row: tuple[Any, ...]) -> dict[str, Any]:
     """A row of the table of results, with its scalars and its groups."""
     found = dict(zip(_NAMES, row))
-    found["groups"] = json.loads(found["groups"] or "{}")
+    for name in ("groups", "chance"):
+        found[name] = json.loads(found[name] or "{}")
     query = "SELECT name, value FROM scalars WHERE key = ? ORDER BY name"
     found["scalars"] = dict(database.execute(query, (found["key"],)).fetchall())
     return found

@@ -26,7 +26,7 @@ from evals.results import Results
 from evals.runs import checkpoint_digest
 
 if TYPE_CHECKING:
-    from evals.watch import Runs
+    from evals.folders import Runs
 
 __all__ = ["SUPERSEDED", "finish", "give_stored", "settle", "supersede"]
 

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from evals.config import TaskName
+from evals.places import NO_STEP
 from evals.queue import State
 
 Percent = Annotated[float, Field(description="percent (or percent points)")]
+Step = Annotated[
+    int | None,
+    BeforeValidator(lambda step: None if step == NO_STEP else step),
+    Field(description="of training; null of a baseline"),
+]
 Key = Annotated[str, Field(description="identifies checkpoint, task, settings, tokenizer and data set")]
 
 
@@ -67,6 +73,7 @@ class RunList(BaseModel):
     """What can be scored."""
 
     runs: dict[str, RunSteps]
+    baselines: list[str] = Field(description="models without steps")
     tasks: list[str]
 
 
@@ -82,7 +89,7 @@ class JobEntry(BaseModel):
 
     key: Key
     run: str
-    step: int
+    step: Step
     task: str
     state: State
     priority: int
@@ -122,10 +129,11 @@ class ResultEntry(BaseModel):
 
     key: Key
     run: str
-    step: int
+    step: Step
     tokens: int | None
     task: str
     scalars: dict[str, float]
+    chance: dict[str, Percent] = Field(description="what a guess would get of those scalars")
     groups: dict[str, Group]
     seconds: float | None = Field(description="how long scoring took")
     created: float = Field(description="seconds since 1970")
@@ -192,7 +200,7 @@ class Series(BaseModel):
 
     run: str
     name: str
-    points: list[tuple[int, int | None, float]] = Field(description="[step, tokens, value]")
+    points: list[tuple[Step, int | None, float]] = Field(description="[step, tokens, value]")
 
 
 class SeriesList(BaseModel):

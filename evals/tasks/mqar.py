@@ -95,4 +95,8 @@ def _scalars(result: Result) -> dict[str, float]:
     return {f"mqar/{group}": part["score"] for group, part in result["groups"].items()}
 
 
-TASK = Task(name="mqar", settings=_settings, run=_run, scalars=_scalars)
+def _chance(result: Result) -> dict[str, float]:
+    return {f"mqar/{group}": result["chance"] for group in result["groups"]}
+
+
+TASK = Task(name="mqar", settings=_settings, run=_run, scalars=_scalars, chance=_chance)

@@ -56,6 +56,7 @@ def ruler_task(task: RulerTask) -> Task:
         settings=partial(_settings, task),
         run=partial(_run, task),
         scalars=partial(_scalars, task),
+        chance=partial(_chance, task),
     )
 
 
@@ -236,6 +237,12 @@ def _scalars(task: RulerTask, result: Result) -> dict[str, float]:
         for row in result["rows"]
         for way in ("generation", "choice")
     }
+
+
+def _chance(task: RulerTask, result: Result) -> dict[str, float]:
+    """Nobody guesses what is written; of the choices one in ten is right."""
+    chance = result["chance"]
+    return {name: chance["choice" if "/choice/" in name else "generation"] for name in _scalars(task, result)}
 
 
 TASKS = tuple(ruler_task(task) for task in RULER.values())

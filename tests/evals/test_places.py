@@ -205,7 +205,7 @@ def test_newer_points_of_a_superseded_step_stay(queue, runs, run_dir, scoring):
 
 def test_another_identity_supersedes_the_steps_before_too(queue, runs, run_dir, monkeypatch):
     state = {"data": {"fingerprint": "f", "seed": 0}, "model": {"dim": 8}, "guards": 1}
-    monkeypatch.setattr("evals.watch.load_run_state", lambda checkpoint: state)
+    monkeypatch.setattr("evals.folders.load_run_state", lambda checkpoint: state)
     queue.submit("old", run="tiny", step=3, task="sample", digest="gone")
     submit(queue, runs, "tiny", "sample")
     queue.note(Place(run="tiny", step=3, task="sample", key="old", digest="gone", identity="another"))
