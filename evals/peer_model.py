@@ -56,6 +56,8 @@ class PeerModel(nn.Module):
         trust: what its cache continues.
         prefill_chunk: tokens of a prompt to read at a time, which the scorer asks for.
         reads_again: a continued text may be read as a whole, so that its tokens count, not those added.
+        limit: tokens that it can read, where a table of learned positions ends; None where there is none.
+        positions: tokens that it was made to read, by its configuration; None where that does not say.
     """
 
     def __init__(self, model: nn.Module, *, name: str = "the model", trust: Trust | None = None) -> None:
@@ -65,7 +67,8 @@ class PeerModel(nn.Module):
         self.name = name
         self._arguments = inspect.signature(model.forward).parameters
         self._cache_name = ""
-        self._limit = _position_limit(model)
+        self.limit = _position_limit(model)
+        self.positions = _positions(self.inner.config, self.limit)
         self.trust: Trust = trust or "pieces"
         if trust is None:
             self.trust = find_trust(self)
@@ -145,9 +148,9 @@ class PeerModel(nn.Module):
         return output.logits[:, -keep:], found.get(self._cache_name)
 
     def _check_length(self, tokens: int) -> None:
-        if self._limit is not None and tokens > self._limit:
+        if self.limit is not None and tokens > self.limit:
             raise ValueError(
-                f"{self.name} has {self._limit} positions and cannot read {tokens} tokens: use shorter texts"
+                f"{self.name} has {self.limit} positions and cannot read {tokens} tokens: use shorter texts"
             )
 
 
@@ -159,6 +162,13 @@ def _position_limit(model: nn.Module) -> int | None:
         if isinstance(module, nn.Embedding) and _POSITIONS.search(name)
     ]
     return min(limits, default=None)
+
+
+def _positions(config: Any, limit: int | None) -> int | None:
+    """Tokens that a model was made to read."""
+    stated = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    found = [count for count in (stated, limit) if count]
+    return min(found, default=None)
 
 
 # Tokens of the text that a model is asked with, and how many of them are read first.

@@ -88,7 +88,11 @@ def _training(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _perplexity(result: Mapping[str, Any]) -> dict[str, float]:
+    on_text = (
+        {"text/bits_per_byte": result["on_text"]["model"]["bits_per_byte"]} if "on_text" in result else {}
+    )
     return {
+        **on_text,
         "validation/bits_per_byte": result["model"]["bits_per_byte"],
         "validation/loss": result["model"]["loss"],
         "baseline/bigram_bits_per_byte": result["bigram"]["bits_per_byte"],
