@@ -15,7 +15,7 @@ from evals.database import Database
 __all__ = ["DEPTH_BINS", "MAX_POINTS", "Results"]
 
 DEPTH_BINS = 10
-# Points of all curves of one answer together.
+# Points of all curves of one answer together, about: each keeps its last one.
 MAX_POINTS = 50_000
 _ROW = (
     "places.key, places.run, places.step, places.tokens, places.task, places.scored, "
@@ -23,6 +23,7 @@ _ROW = (
     "json_extract(results.record, '$.chance')"
 )
 _NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups", "chance")
+_DEPTH = f"json_extract(body, '$.depth') * {DEPTH_BINS}"
 # What a person searches: the texts of a sample, not the names of its fields.
 _TEXT = " || ' ' || ".join(
     f"COALESCE(json_extract(body, '$.{name}'), '')" for name in ("prompt", "answer", "output")
@@ -86,6 +87,7 @@ class Results:
         group: str | None = None,
         wrong: bool = False,
         search: str = "",
+        depths: tuple[float | None, float | None] = (None, None),
         limit: int = 100,
         offset: int = 0,
     ) -> tuple[list[dict[str, Any]], int, list[str]]:
@@ -95,11 +97,20 @@ class Results:
             key: of the result.
             group: only samples of this group.
             wrong: only samples that were not entirely right.
+            depths: only samples at such a depth: from the first, below the second (with 1, to the end); None
+                sets no bound.
             search: only samples whose prompt, answer or output contains this; ASCII letters of any case.
             limit, offset: the page.
         """
         where, given = _filters({"key": key, "grp": group})
         where += " AND score < 1" if wrong else ""
+        # The product that `heatmap` sorts into bins: there its edges are whole numbers.
+        low, high = (None if bound is None else DEPTH_BINS * bound for bound in depths)
+        if low is not None:
+            where, given = f"{where} AND {_DEPTH} >= ?", (*given, low)
+        if high is not None:
+            last = "<=" if high >= DEPTH_BINS else "<"
+            where, given = f"{where} AND {_DEPTH} {last} ?", (*given, high)
         if search:
             where += f" AND instr(lower({_TEXT}), lower(?)) > 0"
             given = (*given, search)
@@ -137,23 +148,35 @@ class Results:
         arrays = {name: np.array(pairs, dtype=np.float64) for name, pairs in found.items()}
         return {name: (array[:, 0], array[:, 1]) for name, array in arrays.items()}
 
-    def series(self, *, run: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
+    def series(self, *, run: str | None = None, name: str | None = None) -> tuple[list[dict[str, Any]], int]:
         """Curves by run and scalar: points [step, tokens, value] by step, of each step the newest result.
 
-        `MAX_POINTS` at most, the first runs by name.
+        Of more than `MAX_POINTS` every curve keeps each second, third, ... point, and its last one.
+
+        Returns:
+            The curves, and how many points there are in all.
         """
         where, given = _filters({"places.run": run, "scalars.name": name})
         # SQLite takes the other columns from the row that holds the maximum.
-        query = (
+        points = (
             "SELECT places.run, scalars.name, places.step, places.tokens, scalars.value, MAX(places.scored) "
             "FROM scalars JOIN places USING (key) "
-            f"WHERE scored IS NOT NULL AND {where} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT {MAX_POINTS}"
+            f"WHERE scored IS NOT NULL AND {where} GROUP BY 1, 2, 3"
+        )
+        query = (
+            "SELECT run, name, step, tokens, value FROM (SELECT *, COUNT(*) OVER line AS size, "
+            "ROW_NUMBER() OVER (line ORDER BY step) AS place "
+            f"FROM ({points}) WINDOW line AS (PARTITION BY run, name)) "
+            "WHERE (place - 1) % ? = 0 OR place = size ORDER BY run, name, step"
         )
         curves: dict[tuple[str, str], list[list[float | None]]] = {}
         with self._database.reading() as database:
-            for of_run, scalar, step, tokens, value, _ in database.execute(query, given):
+            (total,) = database.execute(f"SELECT COUNT(*) FROM ({points})", given).fetchone()
+            every = max(-(-total // MAX_POINTS), 1)
+            for of_run, scalar, step, tokens, value in database.execute(query, (*given, every)):
                 curves.setdefault((of_run, scalar), []).append([step, tokens, value])
-        return [{"run": of_run, "name": scalar, "points": p} for (of_run, scalar), p in curves.items()]
+        found = [{"run": of_run, "name": scalar, "points": p} for (of_run, scalar), p in curves.items()]
+        return found, total
 
     def heatmap(self, key: str) -> dict[str, Any]:
         """Mean score in percent by prompt length and depth of what was asked for.
@@ -162,7 +185,7 @@ class Results:
             "lengths" [L], "depths" the edges of the bins [B + 1], "cells" [L][B]: {"score", "samples"}, or
             None where no sample lies. All are empty for a task that varies neither.
         """
-        depth = f"MIN(CAST(json_extract(body, '$.depth') * {DEPTH_BINS} AS INTEGER), {DEPTH_BINS - 1})"
+        depth = f"MIN(CAST({_DEPTH} AS INTEGER), {DEPTH_BINS - 1})"
         query = (
             f"SELECT json_extract(body, '$.length') AS length, {depth} AS bin, AVG(score), COUNT(*) "
             "FROM samples WHERE key = ? AND length IS NOT NULL AND bin IS NOT NULL "

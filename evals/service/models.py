@@ -207,6 +207,8 @@ class SeriesList(BaseModel):
     """Curves."""
 
     series: list[Series]
+    thinned: bool = Field(description="whether there are more points than these")
+    total: int = Field(description="points in all")
 
 
 class Cell(BaseModel):

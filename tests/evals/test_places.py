@@ -77,7 +77,7 @@ def test_a_copied_run_has_the_results_of_its_checkpoints(queue, runs, run_dir, s
         ("copy", "perplexity"),
         ("copy", "sample"),
     }
-    assert [s["run"] for s in Results(queue.database).series(name="sample/x")] == ["copy", "tiny"]
+    assert [s["run"] for s in Results(queue.database).series(name="sample/x")[0]] == ["copy", "tiny"]
     assert {job.run for job in queue.jobs(run="copy")[0]} == {"copy"}
     before = record.stat().st_ino
     monkeypatch.setattr(queue.database, "writing", None)  # nothing is left to write
@@ -224,7 +224,7 @@ def test_the_settings_asked_for_last_are_the_ones_of_the_curve(queue, clock):
         queue.submit(key, run="r", step=1, task="sample")
         queue.finish(key, {"scalars": {"x": value}})
     results = Results(queue.database)
-    assert results.series()[0]["points"] == [[1, None, 2.0]]
+    assert results.series()[0][0]["points"] == [[1, None, 2.0]]
     clock.now += 1
     assert not queue.submit("a", run="r", step=1, task="sample")
-    assert results.series()[0]["points"] == [[1, None, 1.0]]
+    assert results.series()[0][0]["points"] == [[1, None, 1.0]]
