@@ -55,8 +55,8 @@ PREFILL_CHUNK = 512
 _PIECE = 64
 # Bytes of the states of all rows of a batch; a key-value cache reaches it with few rows of a long prompt.
 STATE_BUDGET = 2**31
-# Lengths at which the bytes of a state are measured.
-_MEASURED = (16, 48)
+# Lengths at which the bytes of a state are measured: a buffer that doubles has room for twice as many.
+_MEASURED = (32, 96)
 
 __all__ = [
     "LOGIT_BUDGET",
