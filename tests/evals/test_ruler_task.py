@@ -11,7 +11,7 @@ import torch
 from evals.config import ESSAY_TASKS, EvalConfig, TaskName
 from evals.oracle import OracleModel
 from evals.ruler.catalogue import RULER
-from evals.scorer import MAX_SPREAD, Scorer
+from evals.scorer import _MEASURED, MAX_SPREAD, Scorer
 from evals.subject import Subject
 from evals.summary import _ruler as summary_of
 from evals.tasks import ruler as task
