@@ -308,6 +308,12 @@ class Queue:
         with self.database.reading() as database:
             return dict(database.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
 
+    def scored(self) -> int:
+        """Places that have a result."""
+        with self.database.reading() as database:
+            query = "SELECT COUNT(*) FROM places WHERE scored IS NOT NULL"
+            return int(database.execute(query).fetchone()[0])
+
     def events(self) -> dict[str, int]:
         """What happened since the file was made: submitted, leased, results_stored, ..."""
         with self.database.reading() as database:

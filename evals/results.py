@@ -200,7 +200,7 @@ class Results:
         return {"lengths": list(cells), "depths": edges, "cells": list(cells.values())}
 
 
-def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[str, ...]]:
+def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[Any, ...]]:
     given = {column: value for column, value in wanted.items() if value is not None}
     return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
 

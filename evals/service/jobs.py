@@ -36,7 +36,8 @@ def jobs_router(queue: Queue, runs: Runs) -> APIRouter:
 
     @router.get("/health")
     def health() -> Health:
-        return Health(status="ok", jobs=queue.counts(), counters=queue.events())  # type: ignore[arg-type]
+        counts, events = queue.counts(), queue.events()
+        return Health(status="ok", jobs=counts, results=queue.scored(), counters=events)  # type: ignore[arg-type]
 
     @router.get("/runs")
     def list_runs() -> RunList:

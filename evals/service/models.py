@@ -59,6 +59,7 @@ class Health(BaseModel):
 
     status: str
     jobs: dict[State, int] = Field(description="jobs by state")
+    results: int = Field(description="rows of GET /results")
     counters: dict[str, int] = Field(description="what happened since the queue was made")
 
 

@@ -49,7 +49,7 @@ def test_answers_name_runs_and_no_folders(client, run_dir, caplog, broken):
 
 
 def test_http_lists_submits_and_cancels(client, queue):
-    assert client.get("/health").json() == {"status": "ok", "jobs": {}, "counters": {}}
+    assert client.get("/health").json() == {"status": "ok", "jobs": {}, "results": 0, "counters": {}}
     answer = client.get("/runs").json()
     assert answer["runs"] == {"tiny": {"steps": [7], "tokens": {}}}
     assert "perplexity" in answer["tasks"]
