@@ -106,6 +106,19 @@ def test_a_job_that_waits_serves_all_its_places(queue, runs, run_dir, scoring):
     assert list_pins(run_dir / "checkpoints") == []
 
 
+def test_a_service_that_dies_before_the_result_is_stored_has_served_all(queue, runs, run_dir, monkeypatch):
+    def dies(*_):
+        raise OSError("killed here")
+
+    key, _ = submit(queue, runs, "tiny", "perplexity")
+    copy = copy_run(run_dir, "copy")
+    submit(queue, runs, "copy", "perplexity")
+    monkeypatch.setattr(queue, "finish", dies)
+    with pytest.raises(OSError, match="killed here"):
+        LocalJobs(queue, runs).finish(key, {"key": key, "scalars": {"x": None}})
+    assert json.loads(record_file(copy, "perplexity", 7).read_text())["key"] == key
+
+
 def test_a_job_is_done_and_pinned_where_its_checkpoint_still_is(queue, runs, run_dir, scoring):
     key, _ = submit(queue, runs, "tiny", "perplexity")
     copy = copy_run(run_dir, "copy")
