@@ -1,13 +1,18 @@
 """The quickstart's result as the README shows it: ``python -m benchmarks.quickstart [RUN]``.
 
 Reads a finished run folder (default runs/quickstart), writes benchmarks/results/quickstart.json and the
-picture of the README, docs/quickstart.png. Nothing is measured here: the numbers are the run's own.
+picture of the README, docs/quickstart.png. Nothing is measured here: the numbers are the run's own. The
+picture needs matplotlib, which the quickstart does not install.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,15 +84,20 @@ def _nats(record: dict[str, Any], name: str) -> float:
     return float(summary[f"baseline/{name}_bits_per_byte"] * per_token)
 
 
-def main() -> None:
-    """Write the JSON and the picture."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Write the JSON, and the picture where there is a matplotlib to draw it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("run", nargs="?", type=Path, default=ROOT / "runs" / "quickstart")
-    run = parser.parse_args().run
+    run = parser.parse_args(arguments).run
     record = collect(run)
     write_json(RESULT, record)
+    print(f"wrote {RESULT}")
+    if importlib.util.find_spec("matplotlib") is None:
+        pip = shlex.join([sys.executable, "-m", "pip", "install", "-c", str(ROOT / "constraints.txt")])
+        print(f"{PICTURE} is not drawn anew: matplotlib is missing; {pip} matplotlib, and run this again")
+        return
     draw(run, record, PICTURE)
-    print(f"wrote {RESULT} and {PICTURE}")
+    print(f"wrote {PICTURE}")
 
 
 if __name__ == "__main__":

@@ -14,8 +14,9 @@ TaskName = Literal[
     "lambada", "piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "siqa",
 ]  # fmt: skip
 Device = Literal["auto", "cpu", "cuda"]
+PeerBos = Literal["tokenizer", "always"]
 
-__all__ = ["ESSAY_TASKS", "Device", "EvalConfig", "TaskName"]
+__all__ = ["ESSAY_TASKS", "Device", "EvalConfig", "PeerBos", "TaskName"]
 
 # RULER's tasks that hide needles in prose.
 ESSAY_TASKS: tuple[TaskName, ...] = (
@@ -49,6 +50,14 @@ class EvalConfig:
             "niah_multikey_1", "niah_multivalue", "niah_multiquery" (four needles in prose), "vt" (variable
             tracking), "cwe" (common words); "mqar" (multi-query associative recall).
         device: "auto" takes a CUDA device when there is one.
+        peer_bos: what starts a context of a Hugging Face model: "tokenizer" what its tokenizer puts before a
+            text by itself, be it nothing, as lm-evaluation-harness does; "always" BOS (EOS where there is
+            none). An empty context is BOS in both.
+        perplexity_text: a .txt or .jsonl file, or a folder of them, on which "perplexity" and
+            "context_length" score any model, a run beside its own held-out text: each .txt file is a
+            document, and each line of a .jsonl file, under "text".
+        perplexity_length: tokens of its rows; 0 takes the run's data.sequence_length, and 2048 of another
+            model (fewer where it has fewer positions).
         ngram_max_tokens: training tokens the n-gram baselines are counted on; 0 counts all.
         context_lengths: tokens of context before the targets, 1 or more; those that the held-out text does
             not hold are left out.
@@ -79,6 +88,9 @@ class EvalConfig:
 
     tasks: tuple[TaskName, ...] = ("perplexity", "niah_single_1", "decode", "sample")
     device: Device = "auto"
+    peer_bos: PeerBos = "tokenizer"
+    perplexity_text: str | None = None
+    perplexity_length: int = 0
     ngram_max_tokens: int = 0
     context_lengths: tuple[int, ...] = (512, 1024, 2048, 4096, 8192, 16384, 32768)
     context_documents: int = 32
@@ -118,6 +130,8 @@ class EvalConfig:
             bool(positions) and positions[0] >= 1 and list(positions) == sorted(set(positions)),
             f"evals.decode_positions = {positions}: use increasing positions of 1 or more",
         )
+        length = self.perplexity_length
+        require(length >= 0, f"evals.perplexity_length = {length}: use tokens of a row, or 0 (the model's)")
         require(self.ngram_max_tokens >= 0, f"evals.ngram_max_tokens = {self.ngram_max_tokens}: use 0 (all)")
         require(self.sample_tokens >= 1, f"evals.sample_tokens = {self.sample_tokens}: use 1 or more")
         require(

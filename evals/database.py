@@ -38,6 +38,20 @@ _SECOND = (
       PRIMARY KEY (key, name))""",
     "CREATE TABLE counters (name TEXT PRIMARY KEY, value INTEGER NOT NULL)",
 )
+# A key's result counts wherever its checkpoint is; before, a job knew one place of it.
+_THIRD = (
+    """CREATE TABLE places (
+      run TEXT NOT NULL, step INTEGER NOT NULL, task TEXT NOT NULL, key TEXT NOT NULL REFERENCES jobs (key),
+      digest TEXT, identity TEXT, tokens INTEGER, created REAL NOT NULL, scored REAL,
+      PRIMARY KEY (run, step, task, key)) WITHOUT ROWID""",
+    "CREATE INDEX places_by_key ON places (key)",
+    "CREATE INDEX places_by_age ON places (scored DESC, run, step, task)",
+    "CREATE INDEX places_by_identity ON places (run, identity)",
+    "DROP INDEX results_by_age",
+    """INSERT INTO places (run, step, task, key, tokens, created, scored)
+      SELECT jobs.run, jobs.step, jobs.task, jobs.key, jobs.tokens, jobs.created, results.created
+      FROM jobs LEFT JOIN results USING (key)""",
+)
 
 
 class Database:
@@ -115,7 +129,12 @@ def _to_second(connection: sqlite3.Connection) -> None:
         store_result(connection, key, json.loads(record), created=created)
 
 
-_UPGRADES: tuple[Callable[[sqlite3.Connection], None], ...] = (_to_first, _to_second)
+def _to_third(connection: sqlite3.Connection) -> None:
+    """Every place of a key is a row."""
+    _run_all(connection, _THIRD)
+
+
+_UPGRADES: tuple[Callable[[sqlite3.Connection], None], ...] = (_to_first, _to_second, _to_third)
 
 
 def _upgrade(connection: sqlite3.Connection, path: Path) -> None:

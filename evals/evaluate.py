@@ -39,9 +39,14 @@ __all__ = [
     "evaluate_run",
     "evaluate_subject",
     "job_of",
+    "keep_copy",
     "log_scalars",
+    "record_file",
+    "recorded_key",
     "run_job",
+    "score_subject",
     "stored_result",
+    "subject_key",
 ]
 
 # Part of every key: raise it when a task's numbers change their meaning.
@@ -58,6 +63,7 @@ class Job:
         settings: the part of the configuration its numbers depend on.
         data: fingerprint of the data set.
         key: hash of (checkpoint digest, task, settings, tokenizer, data set, model section).
+        digest: of the checkpoint.
     """
 
     run_dir: Path
@@ -67,11 +73,17 @@ class Job:
     settings: Mapping[str, Any]
     data: str
     key: str
+    digest: str
 
     @property
     def path(self) -> Path:
         """Where the result is kept."""
-        return self.run_dir / "evals" / f"{self.task}-step-{self.step}.json"
+        return record_file(self.run_dir, self.task, self.step)
+
+
+def record_file(run_dir: Path, task: str, step: int) -> Path:
+    """Where a run keeps the result of a task at a step."""
+    return run_dir / "evals" / f"{task}-step-{step}.json"
 
 
 def check_eval_inputs(config: EvalConfig) -> None:
@@ -90,10 +102,10 @@ def job_of(
     """The job and its key. Raises ValueError or OSError when the run's data set is missing or another."""
     recipe = read_recipe(run_dir)
     _, manifest = find_dataset(run_dir, checkpoint, dataset_dir=dataset_dir)
-    settings = dict(task.settings(config))
+    settings, weights = dict(task.settings(config)), checkpoint_digest(checkpoint)
     parts = {
         "format": FORMAT,
-        "checkpoint": checkpoint_digest(checkpoint),
+        "checkpoint": weights,
         "task": task.name,
         "settings": settings,
         "tokenizer": manifest.tokenizer["sha256"],
@@ -102,14 +114,16 @@ def job_of(
         "model": recipe["model"],  # a chunk size changes the function and no weight
     }
     step, data = step_of_checkpoint(checkpoint), manifest.fingerprint
-    return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts))
+    return Job(run_dir, checkpoint, step, task.name, settings, data, digest(parts), weights)
 
 
 def stored_result(job: Job) -> dict[str, Any] | None:
     """The record of a job that was run before, or None; a file of another key or a damaged one is None."""
     record = _stored(job.path, job.key)
     if record is not None:
-        record.setdefault("scalars", get_task(job.task).scalars(record["result"]))
+        task = get_task(job.task)
+        record.setdefault("scalars", task.scalars(record["result"]))
+        record.setdefault("chance", task.chance(record["result"]))
     return record
 
 
@@ -121,12 +135,22 @@ def run_job(job: Job, loaded: LoadedRun, config: EvalConfig, *, progress: bool) 
     return record
 
 
+def score_subject(task: Task, subject: Subject, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
+    """The record of a task on any model, kept nowhere. Raises what the task raises."""
+    return {**_about(subject, task, config), **_measured(task, subject, config, progress=progress)}
+
+
 def _measured(task: Task, subject: Subject, config: EvalConfig, *, progress: bool) -> dict[str, Any]:
     """What running a task adds to its record."""
     start = time.perf_counter()
     result = task.run(subject, config, progress and current_ranks().is_main)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "result": result, "scalars": task.scalars(result)}
+    return {
+        "seconds": seconds,
+        "result": result,
+        "scalars": task.scalars(result),
+        "chance": task.chance(result),
+    }
 
 
 def _keep(job: Job, record: Mapping[str, Any]) -> None:
@@ -139,9 +163,35 @@ def log_scalars(job: Job, record: Mapping[str, Any]) -> None:
 
     Whoever re-uses a stored record calls it too: its writer may have died between the record and the points.
     """
-    path = events_file(job.run_dir, job.task, job.step)
-    if not path.is_file() or path.stat().st_mtime < job.path.stat().st_mtime:
-        write_events(path, record["scalars"], step=job.step, time=job.path.stat().st_mtime)
+    _log(job.run_dir, job.task, job.step, record)
+
+
+def _log(run_dir: Path, task: str, step: int, record: Mapping[str, Any]) -> None:
+    path, kept = events_file(run_dir, task, step), record_file(run_dir, task, step).stat().st_mtime
+    if not path.is_file() or path.stat().st_mtime < kept:
+        write_events(path, record["scalars"], step=step, time=kept)
+
+
+def keep_copy(run_dir: Path, record: Mapping[str, Any], *, task: str, step: int) -> None:
+    """Keep and log a record in a run whose checkpoint of ``step`` is the one that it was made of elsewhere.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    scalars = {name: value for name, value in (record.get("scalars") or {}).items() if value is not None}
+    whole = {**record, "scalars": scalars}
+    _write(record_file(run_dir, task, step), whole)
+    _log(run_dir, task, step, whole)
+
+
+def recorded_key(run_dir: Path, *, task: str, step: int) -> str | None:
+    """Key of the record that a run has of a task at a step; None without one that can be read."""
+    path = record_file(run_dir, task, step)
+    try:
+        record = read_json(path) if path.is_file() else None
+    except ValueError:
+        return None
+    return record.get("key") if isinstance(record, dict) else None
 
 
 def evaluate_run(
@@ -195,12 +245,13 @@ def _known(job: Job) -> dict[str, Any] | None:
 
 def check_tasks(config: EvalConfig, *, run: bool, name: str) -> None:
     """Refuse tasks that score a run where ``name`` is none. Raises ValueError."""
-    strangers = [task for task in config.tasks if get_task(task).needs_run]
-    if strangers and not run:
-        others = ", ".join(sorted(task for task in TASKS if not TASKS[task].needs_run))
+    strangers = [task for task in config.tasks if not get_task(task).suits(config, run=run)]
+    if strangers:
+        others = ", ".join(sorted(task for task in TASKS if TASKS[task].suits(config, run=False)))
+        text = ", or name a text with evals.perplexity_text" if get_task(strangers[0]).takes_text else ""
         raise ValueError(
             f"{strangers[0]} scores a trained run on its held-out text, and {name} is no run folder: choose "
-            f"others with --tasks ({others})"
+            f"others with --tasks ({others}){text}"
         )
 
 
@@ -233,19 +284,26 @@ def evaluate_subject(
 
 def _about(subject: Subject, task: Task, config: EvalConfig) -> dict[str, Any]:
     """The part of a record that is known before the task has run."""
-    settings = dict(task.settings(config))
-    parts = {
-        "format": FORMAT,
-        "checkpoint": subject.digest,
-        "task": task.name,
-        "settings": settings,
-        "tokenizer": subject.tokenizer_digest,
-    }
+    run: dict[str, Any] = {}
     if isinstance(subject, LoadedRun):
         length = subject.recipe["data"].get("sequence_length")
-        parts |= {"data": subject.data, "sequence_length": length, "model": subject.recipe["model"]}
-    known = {"model": subject.name, "digest": subject.digest, "settings": settings}
-    return {"key": digest(parts), "task": task.name, **known}
+        run = {"data": subject.data, "sequence_length": length, "model": subject.recipe["model"]}
+    weights, tokenizer = subject.digest, subject.tokenizer_digest
+    key = subject_key(task, config, weights=weights, tokenizer=tokenizer, **run)
+    known = {"model": subject.name, "digest": subject.digest, "settings": dict(task.settings(config))}
+    return {"key": key, "task": task.name, **known}
+
+
+def subject_key(task: Task, config: EvalConfig, *, weights: str, tokenizer: str, **run: Any) -> str:
+    """Hash of what a task's numbers depend on: digests of weights and tokenizer, settings, of a run more."""
+    parts = {
+        "format": FORMAT,
+        "checkpoint": weights,
+        "task": task.name,
+        "settings": dict(task.settings(config)),
+        "tokenizer": tokenizer,
+    }
+    return digest(parts | run)
 
 
 def _stored(path: Path, key: str) -> dict[str, Any] | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 from evals.sampling import Sampling
 from evals.scorer import Scorer
+from evals.states import context_ids
 from evals.subject import Subject
 from evals.writing import Written
 
@@ -64,8 +65,8 @@ def generate(
         on_text: called with a prompt's place and what was added to its continuation, as soon as that is
             certain to stay: whole characters, and nothing that a stop string takes back.
     """
-    scorer, bos = Scorer(subject.model, subject.tokenizer), subject.tokenizer.bos_id
-    ids = [[bos, *subject.tokenizer.encode(prompt)] for prompt in prompts]
+    scorer = Scorer(subject.model, subject.tokenizer)
+    ids = [context_ids(subject.tokenizer, prompt) for prompt in prompts]
     return scorer.each(ids, lambda prefix: scorer.write_from(prefix, sampling, on_text))
 
 

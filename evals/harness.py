@@ -14,6 +14,7 @@ from typing import Any
 
 from evals.sampling import Sampling
 from evals.scorer import Scorer
+from evals.states import context_ids
 
 __all__ = ["harness_model", "run_harness"]
 
@@ -48,8 +49,7 @@ def _generate(scorer: Scorer, requests: Sequence[tuple[str, dict[str, Any]]]) ->
     texts = [""] * len(requests)
     for sampling, places in groups.items():
         # The whole context: nothing follows that could take the spaces at its end.
-        tokenizer = scorer.tokenizer
-        prompts = [[tokenizer.bos_id, *tokenizer.encode(requests[place][0])] for place in places]
+        prompts = [context_ids(scorer.tokenizer, requests[place][0]) for place in places]
         for place, text in zip(places, scorer.generate(prompts, sampling)):
             texts[place] = text
     return texts

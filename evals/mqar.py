@@ -1,6 +1,6 @@
 """Multi-query associative recall (Arora et al., arXiv 2312.04927) with the pieces of any tokenizer.
 
-A row of D = 2 pairs and L = 12 tokens after BOS, "." the filler:
+A row of D = 2 pairs and L = 12 tokens after what starts a context (BOS, say), "." the filler:
 
     tokens    <s> k1 v1 k2 v2  .  .  k2 .  .  .  k1 .
     predicts                         v2          v1
@@ -9,7 +9,7 @@ Every key is asked for once, in one of (L - 2 D) / 2 places of two tokens; place
 proportional to (g + 1)^(a - 1), a = 0.01: near ones are the likelier, as with the gaps between repeated
 bigrams of text. The answer is not in the row again. Keys and values come from two ranges of pieces.
 
-Shapes: N rows, D pairs, L tokens after BOS, V vocabulary.
+Shapes: N rows, D pairs, S tokens that start a context (0 or more), L tokens after them, V vocabulary.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Rows:
     """N rows.
 
     Attributes:
-        tokens: [N, 1 + L], BOS first.
+        tokens: [N, S + L].
         asked: [N, D] positions of the repeated keys, increasing.
         answers: [N, D] the value of the key at each of them.
     """
@@ -61,7 +61,7 @@ class Rows:
         return Rows(self.tokens[chosen], self.asked[chosen], self.answers[chosen])
 
     def labels(self) -> Tensor:
-        """[N, 1 + L] what the model must predict at each position, -100 where nothing: for training."""
+        """[N, S + L] what the model must predict at each position, -100 where nothing: for training."""
         return torch.full_like(self.tokens, -100).scatter(1, self.asked, self.answers)
 
 
@@ -95,11 +95,12 @@ def _ordinary(tokenizer: TextCodec, piece: int) -> bool:
 
 
 def make_rows(
-    pieces: Pieces, *, bos_id: int, pairs: int, length: int, indices: Sequence[int], seed: int
+    pieces: Pieces, *, start: Sequence[int], pairs: int, length: int, indices: Sequence[int], seed: int
 ) -> Rows:
     """Rows by their indices: row ``i`` depends on (seed, pairs, length, i) and on nothing else.
 
     Args:
+        start: the S tokens that start a context.
         length: L, even and at least 4 ``pairs``.
     """
     assert length % 2 == 0, f"{length} tokens are an odd number: refused by the configuration"
@@ -107,18 +108,19 @@ def make_rows(
     places = (length - 2 * pairs) // 2
     weights = np.arange(1, places + 1) ** (POWER - 1)
     weights /= weights.sum()
-    tokens = np.full((len(indices), 1 + length), pieces.filler)
-    tokens[:, 0] = bos_id
+    first = len(start)
+    tokens = np.full((len(indices), first + length), pieces.filler)
+    tokens[:, :first] = start
     asked = np.zeros((len(indices), pairs), dtype=np.int64)
     answers = np.zeros_like(asked)
     for row, index in enumerate(indices):
         rng = np.random.default_rng([seed, pairs, length, index])
         keys = rng.choice(pieces.keys, pairs, replace=False)
         values = rng.choice(pieces.values, pairs, replace=False)
-        tokens[row, 1 : 1 + 2 * pairs] = np.stack([keys, values], 1).ravel()
+        tokens[row, first : first + 2 * pairs] = np.stack([keys, values], 1).ravel()
         gaps = rng.choice(places, pairs, replace=False, p=weights)
         order = gaps.argsort()
-        asked[row] = 1 + 2 * pairs + 2 * gaps[order]
+        asked[row] = first + 2 * pairs + 2 * gaps[order]
         answers[row] = values[order]
         tokens[row, asked[row]] = keys[order]
     return Rows(*(torch.from_numpy(part.astype(np.int64)) for part in (tokens, asked, answers)))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from data_pipeline.tokenizer import Tokenizer
+    from evals.config import PeerBos
     from evals.states import TextCodec
 
 __all__ = ["NativeCodec", "PeerCodec", "codec_of"]
@@ -60,31 +61,65 @@ class PeerCodec(_InText):
     """Text to token ids and back, without special tokens.
 
     Attributes:
-        bos_id: starts every context; of a tokenizer without BOS its EOS (which lm-evaluation-harness adds
-            to an empty context only).
+        bos_id: starts an empty context; of a tokenizer without BOS its EOS, as in lm-evaluation-harness.
         eos_id: ends a text.
         end_ids: everything that ends a text, ``eos_id`` among it.
         vocab_size: ids lie below it.
     """
 
-    def __init__(self, tokenizer: Any, *, end_ids: Sequence[int] = (), name: str = "the tokenizer") -> None:
-        """Wrap ``tokenizer``; ``end_ids`` are what the model's generation settings end a text with.
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        end_ids: Sequence[int] = (),
+        bos: PeerBos = "tokenizer",
+        name: str = "the tokenizer",
+    ) -> None:
+        """Wrap a tokenizer.
+
+        Args:
+            end_ids: what the model's generation settings end a text with.
+            bos: what starts a context that is not empty: "always" BOS, or what the "tokenizer" puts before a
+                text by itself, which may be nothing (as lm-evaluation-harness has it).
+            name: of the model, for messages.
 
         Raises:
-            ValueError: neither BOS nor EOS is known.
+            ValueError: neither BOS nor EOS is known, or what the tokenizer adds cannot be told.
         """
         self._tokenizer = tokenizer
         ends = [*([] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]), *end_ids]
-        bos = tokenizer.bos_token_id
-        if bos is None and not ends:
+        known = tokenizer.bos_token_id
+        if known is None and not ends:
             raise ValueError(
                 f"{name} has neither a BOS nor an EOS token: name one in its special_tokens_map.json"
             )
-        self.bos_id = int(ends[0] if bos is None else bos)
+        self.bos_id = int(ends[0] if known is None else known)
         self.eos_id = int(ends[0] if ends else self.bos_id)
         self.end_ids = frozenset(ends or [self.bos_id])
         self.vocab_size = max(len(tokenizer), 1 + max(tokenizer.get_vocab().values()))
         self._look()
+        self._start = [self.bos_id] if bos == "always" else self._added(name)
+
+    def start(self, ids: Sequence[int]) -> list[int]:
+        """What is read before ``ids`` where they begin a context.
+
+        An empty context is BOS; one that begins with BOS already, written out in its text, gets nothing.
+        """
+        if not ids:
+            return [self.bos_id]
+        return [] if ids[0] == self.bos_id else self._start
+
+    def _added(self, name: str) -> list[int]:
+        """What the tokenizer puts before a text by itself."""
+        plain = self._before
+        whole = self._tokenizer.encode(_BEFORE, verbose=False)
+        for place in range(len(whole) - len(plain) + 1):
+            if whole[place : place + len(plain)] == plain:
+                return list(whole[:place])
+        raise ValueError(
+            f"{name} encodes a text in another way when it adds special tokens, so what it puts before one "
+            'cannot be told: set evals.peer_bos = "always"'
+        )
 
     def _ids(self, text: str) -> list[int]:
         # verbose: it would warn of a text longer than the model was trained with.

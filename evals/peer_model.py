@@ -56,6 +56,8 @@ class PeerModel(nn.Module):
         trust: what its cache continues.
         prefill_chunk: tokens of a prompt to read at a time, which the scorer asks for.
         reads_again: a continued text may be read as a whole, so that its tokens count, not those added.
+        limit: tokens that it can read, where a table of learned positions ends; None where there is none.
+        positions: tokens that it was made to read, by its configuration; None where that does not say.
     """
 
     def __init__(self, model: nn.Module, *, name: str = "the model", trust: Trust | None = None) -> None:
@@ -65,7 +67,8 @@ class PeerModel(nn.Module):
         self.name = name
         self._arguments = inspect.signature(model.forward).parameters
         self._cache_name = ""
-        self._limit = _position_limit(model)
+        self.limit = _position_limit(model)
+        self.positions = _positions(self.inner.config, self.limit)
         self.trust: Trust = trust or "pieces"
         if trust is None:
             self.trust = find_trust(self)
@@ -145,9 +148,9 @@ class PeerModel(nn.Module):
         return output.logits[:, -keep:], found.get(self._cache_name)
 
     def _check_length(self, tokens: int) -> None:
-        if self._limit is not None and tokens > self._limit:
+        if self.limit is not None and tokens > self.limit:
             raise ValueError(
-                f"{self.name} has {self._limit} positions and cannot read {tokens} tokens: use shorter texts"
+                f"{self.name} has {self.limit} positions and cannot read {tokens} tokens: use shorter texts"
             )
 
 
@@ -161,6 +164,13 @@ def _position_limit(model: nn.Module) -> int | None:
     return min(limits, default=None)
 
 
+def _positions(config: Any, limit: int | None) -> int | None:
+    """Tokens that a model was made to read."""
+    stated = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    found = [count for count in (stated, limit) if count]
+    return min(found, default=None)
+
+
 # Tokens of the text that a model is asked with, and how many of them are read first.
 _ASKED, _FIRST, _STEPS = 24, 11, 4
 # Largest error that is rounding, in standard deviations of the logits: by the device, and in 16 bits.
@@ -168,8 +178,8 @@ _ROUNDING = {"cpu": 1e-4, "cuda": 3e-3}
 _ROUNDING_16 = 0.1
 
 
-# A model of no more weights is asked in fp32, where rounding hides nothing.
-_WIDENED = 4_000_000_000
+# A model of no more weights is asked in fp32, where rounding hides nothing: 2 GB more than in 16 bits.
+_WIDENED = 1_000_000_000
 
 
 @contextmanager
@@ -191,7 +201,13 @@ def _in_fp32(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def find_trust(peer: PeerModel) -> Trust:
-    """What the cache of a model continues: whatever gives the logits of reading all at once."""
+    """What the cache of a model continues: whatever gives the logits of reading all at once.
+
+    Weights of 16 bits, up to a billion of them, are fp32 meanwhile, which takes at most 2 GB more. A larger
+    model is asked as it is, in no more memory: a logit may then be off by a tenth of a standard deviation
+    (the median over the tokens). In either case it may be off by a third of what forgetting the state would
+    make: a model whose state counts for less than rounding is not trusted, and scored in the slower way.
+    """
     with _in_fp32(peer.inner):
         return _find_trust(peer)
 
@@ -222,7 +238,9 @@ class _Question:
         self._whole = peer.prefill(self._tokens, peer.init_state(2))[0].double()
         floor = _ROUNDING_16 if self._half else _ROUNDING.get(peer.device.type, _ROUNDING["cuda"])
         swapped, _ = peer.prefill(self._tokens[[1, 0], : _ASKED - 4], peer.init_state(2))
-        self._allowed = max(floor, 10 * self._error(swapped, [1, 0], 0))
+        forgetful, _ = peer.prefill(self._tokens[:, _FIRST:], peer.init_state(2))
+        forgotten = self._error(forgetful, [0, 1], _FIRST)
+        self._allowed = min(max(floor, 10 * self._error(swapped, [1, 0], 0)), forgotten / 3)
 
     def continues(self, pieces: Ids) -> bool:
         """Whether these pieces give the same logits from one state, from rows of it, and from it again."""

@@ -9,13 +9,13 @@ from typing import Any, Literal
 
 import torch
 
-from evals.config import Device
+from evals.config import Device, PeerBos
 from evals.peer_codec import PeerCodec
 from evals.peer_model import PeerModel
 from evals.subject import Subject
 from trellis_dist.files import digest, read_json, sha256_file
 
-__all__ = ["Dtype", "is_peer", "load_peer"]
+__all__ = ["Dtype", "is_peer", "load_peer", "peer_digests"]
 
 Dtype = Literal["float32", "bfloat16", "float16", "float64"]
 
@@ -37,7 +37,12 @@ def is_peer(path: Path) -> bool:
 
 
 def load_peer(
-    path: Path | str, *, trust_remote_code: bool = False, device: Device = "auto", dtype: Dtype = "float32"
+    path: Path | str,
+    *,
+    trust_remote_code: bool = False,
+    device: Device = "auto",
+    dtype: Dtype = "float32",
+    bos: PeerBos = "tokenizer",
 ) -> Subject:
     """Open a local folder of AutoModelForCausalLM and AutoTokenizer; nothing is downloaded.
 
@@ -46,6 +51,7 @@ def load_peer(
         trust_remote_code: run the Python files of that folder. Only ever a local user's explicit choice.
         device: "auto" takes a CUDA device when there is one.
         dtype: of weights and activations; part of the digest.
+        bos: what starts a context, as `evals.peer_codec.PeerCodec`; part of the tokenizer's digest.
 
     Raises:
         ValueError: no such folder, pickled weights, weights that do not fill the model, code in the folder
@@ -77,22 +83,44 @@ def load_peer(
                 f"{path}: {kind.replace('_keys', '')} weights ({found[0]}, {len(found)} in all): the folder "
                 "does not hold what its config.json describes; load it as the class it was saved from"
             )
-    return _subject(path, model, tokenizer, device=resolve_device(device), dtype=dtype, code=code)
+    codec = PeerCodec(tokenizer, end_ids=_end_ids(model), bos=bos, name=str(path))
+    peer = PeerModel(model.to(resolve_device(device)).eval(), name=str(path))
+    return _subject(path, peer, codec, dtype=dtype, bos=bos, code=code)
 
 
-def _subject(path: Path, model: Any, tokenizer: Any, *, device: str, dtype: Dtype, code: bool) -> Subject:
-    peer = PeerModel(model.to(device).eval(), name=str(path))
+def _subject(
+    path: Path, peer: PeerModel, codec: PeerCodec, *, dtype: Dtype, bos: PeerBos, code: bool
+) -> Subject:
+    weights, tokenizer = _digests(path, dtype=dtype, bos=bos, code=code)
+    return Subject(
+        name=path.resolve().name,
+        model=peer,
+        tokenizer=codec,
+        digest=weights,
+        tokenizer_digest=tokenizer,
+        device=peer.device,
+    )
+
+
+def peer_digests(
+    path: Path, *, trust_remote_code: bool = False, dtype: Dtype = "float32", bos: PeerBos = "tokenizer"
+) -> tuple[str, str]:
+    """Digests of the weights and of the tokenizer that `load_peer` will give its subject.
+
+    Raises:
+        ValueError: it would refuse the folder.
+    """
+    return _digests(path, dtype=dtype, bos=bos, code=_check_folder(path, trust_remote_code))
+
+
+def _digests(path: Path, *, dtype: Dtype, bos: PeerBos, code: bool) -> tuple[str, str]:
     files = sorted(item for item in path.iterdir() if item.is_file())
     mine = [item for item in files if _TOKENIZER_FILES.fullmatch(item.name)]
     weights = [item for item in files if item.match(WEIGHTS) or item.name in _MODEL_FILES]
     weights += [item for item in files if code and item.suffix == ".py"]
-    return Subject(
-        name=path.resolve().name,
-        model=peer,
-        tokenizer=PeerCodec(tokenizer, end_ids=_end_ids(model), name=str(path)),
-        digest=digest({"dtype": dtype, "files": {item.name: sha256_file(item) for item in weights}}),
-        tokenizer_digest=digest({item.name: sha256_file(item) for item in mine}),
-        device=peer.device,
+    return (
+        digest({"dtype": dtype, "files": {item.name: sha256_file(item) for item in weights}}),
+        digest({"bos": bos, "files": {item.name: sha256_file(item) for item in mine}}),
     )
 
 

@@ -75,17 +75,20 @@ def sync_pins(queue: Queue, roots: Mapping[str, Path], *, warn: Callable[[str, s
         waiting.get(job.run, {})[job.key] = job.step
     for run, root in roots.items():
         try:
-            _sync_run(queue, root, waiting[run])
+            _sync_run(queue, run, root, waiting[run])
         except OSError as error:
             warn(f"pins of {run}", f"the pins of run {run} cannot be read: {error}")
 
 
-def _sync_run(queue: Queue, root: Path, waiting: Mapping[str, int]) -> None:
+def _sync_run(queue: Queue, run: str, root: Path, waiting: Mapping[str, int]) -> None:
     pins = {item.owner[len(PREFIX) :]: item for item in list_pins(root) if item.owner.startswith(PREFIX)}
     for key, step in waiting.items():
         _refresh(root / step_name(step), key, pins.get(key))
     for key in pins.keys() - waiting.keys():
-        unpin_job(queue, root, key)
+        job = queue.job(key)
+        # Of several runs with its checkpoint a job keeps the one that it will be done in.
+        if job is not None and not (job.active and job.run == run):
+            unpin(root / step_name(pins[key].step), PREFIX + key)
 
 
 def _refresh(checkpoint: Path, key: str, present: Pin | None) -> None:

@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Protocol
 
+from evals.baselines import Baselines
 from evals.queue import Queue
 from evals.worker import JOB_SECONDS, LEASE_SECONDS, LOST, LocalJobs, Worker, end_process
 
@@ -121,7 +122,7 @@ class WorkerPool(Pool):
 
     Args:
         queue, count: as in `Pool`.
-        roots: folders that hold the run folders.
+        roots, baselines: as in `evals.folders.Runs`.
         lease_seconds, job_seconds: as in `Worker`.
     """
 
@@ -131,11 +132,12 @@ class WorkerPool(Pool):
         roots: tuple[Path, ...],
         *,
         count: int,
+        baselines: Baselines | None = None,
         lease_seconds: float = LEASE_SECONDS,
         job_seconds: float = JOB_SECONDS,
     ) -> None:
         super().__init__(queue, count=count)
-        self._arguments = (queue.database.path, roots, lease_seconds, job_seconds)
+        self._arguments = (queue.database.path, roots, baselines, lease_seconds, job_seconds)
 
     def _start(self, owner: str) -> Member:
         return _Process((owner, *self._arguments))
@@ -148,14 +150,19 @@ class WorkerPool(Pool):
 
 
 def run_worker(
-    owner: str, database: Path, roots: tuple[Path, ...], lease_seconds: float, job_seconds: float
+    owner: str,
+    database: Path,
+    roots: tuple[Path, ...],
+    baselines: Baselines | None,
+    lease_seconds: float,
+    job_seconds: float,
 ) -> None:
     """What a worker process runs, until it or the server ends."""
-    from evals.watch import Runs
+    from evals.folders import Runs
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # of a terminal: the server stops its workers itself
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    queue, runs = Queue(database), Runs(*roots)
+    queue, runs = Queue(database), Runs(*roots, baselines=baselines)
     worker = Worker(
         LocalJobs(queue, runs),
         runs,

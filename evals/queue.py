@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from evals.database import Database, store_result
+from evals.places import Place, doubted, forget, is_noted, mark_scored, note, places_of
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -82,22 +83,30 @@ class Queue:
         task: str,
         priority: int = 0,
         tokens: int | None = None,
+        digest: str | None = None,
+        identity: str | None = None,
         room: int | None = None,
     ) -> bool:
         """Queue a job; False when it is there already (one that waits takes the higher of both priorities).
 
-        A failed or cancelled one is queued again (True).
+        A failed or cancelled one is queued again (True). Its result will count here, and at every place that
+        it was submitted for before.
 
         Args:
             key, run, step, task, tokens: as in `QueuedJob`.
             priority: higher ones are leased first.
+            digest, identity: as in `Place`.
             room: jobs that may wait or run; None sets no limit.
 
         Raises:
             QueueFullError: there is no room for one more.
         """
+        place = Place(run=run, step=step, task=task, key=key, digest=digest, identity=identity, tokens=tokens)
         known = self.job(key)  # most are asked for again and again: no write lock for these
-        if known is not None and (known.state == "done" or (known.active and known.priority >= priority)):
+        settled = known is not None and (
+            known.state == "done" or (known.active and known.priority >= priority)
+        )
+        if settled and self.is_noted(place):
             return False
         with self.database.writing() as database:
             row = database.execute("SELECT state FROM jobs WHERE key = ?", (key,)).fetchone()
@@ -106,6 +115,7 @@ class Queue:
                     "UPDATE jobs SET priority = MAX(priority, ?) WHERE key = ? AND state = 'queued'",
                     (priority, key),
                 )
+                note(database, place, now=self._clock())
                 return False
             if room is not None and _waiting(database) >= room:
                 raise QueueFullError(f"{room} jobs wait already: submit again when some are done")
@@ -116,8 +126,44 @@ class Queue:
                 "not_before = 0, error = NULL",
                 (key, run, step, task, priority, self._clock(), tokens),
             )
+            note(database, place, now=self._clock())
             _count(database, "submitted")
             return True
+
+    def is_noted(self, place: Place) -> bool:
+        """Whether a place is known as it is, and its key is the last of its checkpoint's task."""
+        with self.database.reading() as database:
+            return is_noted(database, place)
+
+    def note(self, place: Place) -> None:
+        """Keep a place of a job that is there, which itself stays as it is."""
+        if not self.is_noted(place):
+            with self.database.writing() as database:
+                note(database, place, now=self._clock())
+
+    def places(self, key: str) -> list[Place]:
+        """Where the result of a key counts, by run and step."""
+        with self.database.reading() as database:
+            return places_of(database, key)
+
+    def doubted(self, place: Place) -> list[Place]:
+        """Places of the run that may be of an earlier training, now that ``place`` is known."""
+        with self.database.reading() as database:
+            return doubted(database, place)
+
+    def forget(self, places: Sequence[Place]) -> None:
+        """Drop places, and the jobs that no place needs and that have no result."""
+        with self.database.writing() as database:
+            forget(database, places)
+            _count(database, "superseded", len(places))
+
+    def move(self, key: str, run: str, step: int) -> None:
+        """Have a job that waits or runs done at another of its places."""
+        with self.database.writing() as database:
+            database.execute(
+                "UPDATE jobs SET run = ?, step = ? WHERE key = ? AND state IN ('queued', 'running')",
+                (run, step, key),
+            )
 
     def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
         """Take the next job: queued, or left by a worker whose lease ran out. None when there is none."""
@@ -161,7 +207,9 @@ class Queue:
             if job is None or job.state == "cancelled":
                 _count(database, "results_dropped")
                 return False
-            added = store_result(database, key, record, created=self._clock())
+            now = self._clock()
+            added = store_result(database, key, record, created=now)
+            mark_scored(database, key, now=now)
             database.execute(
                 "UPDATE jobs SET state = 'done', owner = NULL, error = NULL WHERE key = ?", (key,)
             )
@@ -231,12 +279,20 @@ class Queue:
         limit: int = 1000,
         offset: int = 0,
     ) -> tuple[list[QueuedJob], int]:
-        """Newest first, of a state, a run and a task where they are given; and how many there are in all."""
+        """Newest first, of a state, a run and a task where they are given; and how many there are in all.
+
+        A job is of every run that has a place of it, and is shown as the one of the run that was asked for.
+        """
         wanted = {"state": state, "run": run, "task": task}
         given = {name: value for name, value in wanted.items() if value is not None}
-        where = " AND ".join(f"{name} = :{name}" for name in given) or "1"
+        terms = {name: f"{name} = :{name}" for name in given}
+        columns = _COLUMNS
+        if run is not None:
+            terms["run"] = "(run = :run OR key IN (SELECT key FROM places WHERE places.run = :run))"
+            columns = _COLUMNS.replace("run", ":run", 1)
+        where = " AND ".join(terms.values()) or "1"
         with self.database.reading() as database:
-            query = f"SELECT {_COLUMNS} FROM jobs WHERE {where} ORDER BY created DESC, key LIMIT {limit:d}"
+            query = f"SELECT {columns} FROM jobs WHERE {where} ORDER BY created DESC, key LIMIT {limit:d}"
             rows = database.execute(f"{query} OFFSET {offset:d}", given).fetchall()
             (total,) = database.execute(f"SELECT COUNT(*) FROM jobs WHERE {where}", given).fetchone()
         return [QueuedJob(*row) for row in rows], total
@@ -251,6 +307,12 @@ class Queue:
         """Jobs per state."""
         with self.database.reading() as database:
             return dict(database.execute("SELECT state, COUNT(*) FROM jobs GROUP BY state").fetchall())
+
+    def scored(self) -> int:
+        """Places that have a result."""
+        with self.database.reading() as database:
+            query = "SELECT COUNT(*) FROM places WHERE scored IS NOT NULL"
+            return int(database.execute(query).fetchone()[0])
 
     def events(self) -> dict[str, int]:
         """What happened since the file was made: submitted, leased, results_stored, ..."""

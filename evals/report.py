@@ -32,6 +32,7 @@ MQAR_TEXT = (
     "value is the most probable token of the whole vocabulary. The oracle row scores a program that looks "
     "it up."
 )
+LOSS_HEADER = ["", "bits per byte", "nats per token", "perplexity"]
 SMALL_MODEL = 20_000_000
 SMALL_MODEL_TEXT = (
     "A model this small ({:.1f} million parameters) is expected near chance on generation: it has not "
@@ -76,6 +77,10 @@ def add_sections(report: Report, results: Mapping[str, Json], *, parameters: int
             _SECTIONS[name](report, result)
         elif "groups" in result:
             _groups(report, name, result)
+        else:
+            continue
+        if "step" in results[name]:  # of a run
+            report.text(f"Scored at step {results[name]['step']:,}.")
         if name == "niah_single_1" and parameters is not None and parameters < SMALL_MODEL:
             report.text(SMALL_MODEL_TEXT.format(parameters / 1e6))
 
@@ -93,10 +98,11 @@ def _facts(recipe: Json, summary: Json) -> dict[str, str]:
         ("Held-out bits per byte", "validation/bits_per_byte", "{:.3f}"),
         ("Token bigram, bits per byte", "baseline/bigram_bits_per_byte", "{:.3f}"),
         ("Step", "step", "{:,}"),
+        ("Last step trained", "step/train", "{:,}"),
         ("Tokens trained on", "tokens", "{:,}"),
         ("Tokens per second (median)", "perf/tokens_per_second", "{:,.0f}"),
     ):
-        if key in summary:
+        if key in summary and not (key == "step/train" and "step" in summary):
             facts[label] = form.format(summary[key])
     names = ("num_layers", "dim", "num_heads", "vocab_size")
     facts["Model"] = ", ".join(f"{name} {model[name]}" for name in names if name in model)
@@ -150,6 +156,33 @@ def _held_out(metrics: list[dict[str, Any]], perplexity: Json) -> list[tuple[flo
 
 
 def _perplexity(report: Report, result: Json) -> None:
+    if "model" in result:  # of a run
+        _held_out_losses(report, result)
+    if "on_text" in result:
+        _text_losses(report, result["on_text"])
+
+
+def _text_losses(report: Report, result: Json) -> None:
+    """Of a named text."""
+    report.section("A named text")
+    report.text(
+        f"{result['documents']:,} documents, {result['bytes']:,} bytes, read in rows of {result['length']:,} "
+        f"tokens ({result['targets']:,} tokens of this model's tokenizer, each scored once). Bits per byte "
+        "can be compared between models of different tokenizers, nats per token and perplexity cannot."
+    )
+    if result["changed_documents"]:
+        report.text(
+            f"The tokenizer does not give {result['changed_documents']:,} documents back as they were: it "
+            "had less to predict than their bytes, and its bits per byte look better than they are."
+        )
+    entries = (("this model", "model"), ("token bigram", "bigram"), ("unigram", "unigram"))
+    rows = [[label, *_loss_cells(result[key])] for label, key in entries if key in result]
+    rows.append([f"uniform (ln V = {result['ln_vocab']:.3f})", *_loss_cells(result["uniform"])])
+    report.table(LOSS_HEADER, rows)
+    _by_position(report, "Loss by tokens of context, named text", result)
+
+
+def _held_out_losses(report: Report, result: Json) -> None:
     report.section("Held-out text")
     lower = {"kneser_ney": "Kneser-Ney", "unigram": "add-one unigram"}[result["bigram"]["lower_order"]]
     report.text(
@@ -167,7 +200,7 @@ def _perplexity(report: Report, result: Json) -> None:
     )
     rows = [[label, *_loss_cells(result[key])] for label, key in entries]
     rows[-1][0] = f"uniform (ln V = {result['ln_vocab']:.3f})"
-    report.table(["", "bits per byte", "nats per token", "perplexity"], rows)
+    report.table(LOSS_HEADER, rows)
     _by_position(report, "Loss by tokens of context", result)
 
 
@@ -205,13 +238,30 @@ def _share(share: Json) -> str:
 
 
 def _context_length(report: Report, result: Json) -> None:
-    report.section("Loss by length of context")
+    if "rows" in result:  # of a run
+        report.section("Loss by length of context")
+        report.text(
+            f"The same {result['targets']:,} held-out tokens, given more and more of the text before them "
+            f"({_windows(result)}; the longest document has {result['longest_document']:,} tokens). The "
+            f"model was trained on rows of {result['trained_length']:,} tokens."
+        )
+        _lengths(report, result)
+    if "on_text" in result:
+        on_text = result["on_text"]
+        report.section("Loss by length of context, named text")
+        report.text(
+            f"The same {on_text['bytes']:,} bytes, given more and more tokens of the text before them "
+            f"({_windows(on_text)}). Bits per byte can be compared between models of different tokenizers."
+        )
+        _lengths(report, on_text)
+
+
+def _windows(result: Json) -> str:
     text = "windows in single documents" if result["text"] == "documents" else "documents put end to end"
-    report.text(
-        f"The same {result['targets']:,} held-out tokens, given more and more of the text before them "
-        f"({result['windows']} windows; {text}; the longest document has {result['longest_document']:,} "
-        f"tokens). The model was trained on rows of {result['trained_length']:,} tokens."
-    )
+    return f"{result['windows']} windows; {text}"
+
+
+def _lengths(report: Report, result: Json) -> None:
     rows = [[f"{row['length']:,}", *_loss_cells(row)] for row in result["rows"]]
     report.table(["tokens of context", "bits per byte", "nats per token", "perplexity"], rows)
     _by_position(report, "Loss by position in the longest window", result)
@@ -286,7 +336,10 @@ def _seconds(report: Report, summary: Json, results: Mapping[str, Json]) -> None
     }
     first_loss = stages.pop("first_loss", None)
     rows = [[name, f"{value:,.1f}"] for name, value in stages.items()]
-    rows += [[f"eval: {name}", f"{record['seconds']:,.1f}"] for name, record in sorted(results.items())]
+    rows += [
+        [f"eval: {name}, step {record['step']:,}", f"{record['seconds']:,.1f}"]
+        for name, record in sorted(results.items())
+    ]
     report.table(["stage", "seconds"], rows)
     if first_loss is not None:
         report.text(f"Time to the first loss line: {first_loss:,.1f} seconds after the start.")

@@ -15,13 +15,15 @@ from evals.database import Database
 __all__ = ["DEPTH_BINS", "MAX_POINTS", "Results"]
 
 DEPTH_BINS = 10
-# Points of all curves of one answer together.
+# Points of all curves of one answer together, about: each keeps its last one.
 MAX_POINTS = 50_000
 _ROW = (
-    "jobs.key, jobs.run, jobs.step, jobs.tokens, jobs.task, results.created, "
-    "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups')"
+    "places.key, places.run, places.step, places.tokens, places.task, places.scored, "
+    "json_extract(results.record, '$.seconds'), json_extract(results.record, '$.result.groups'), "
+    "json_extract(results.record, '$.chance')"
 )
-_NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups")
+_NAMES = ("key", "run", "step", "tokens", "task", "created", "seconds", "groups", "chance")
+_DEPTH = f"json_extract(body, '$.depth') * {DEPTH_BINS}"
 # What a person searches: the texts of a sample, not the names of its fields.
 _TEXT = " || ' ' || ".join(
     f"COALESCE(json_extract(body, '$.{name}'), '')" for name in ("prompt", "answer", "output")
@@ -40,13 +42,18 @@ class Results:
     def page(
         self, *, run: str | None = None, task: str | None = None, limit: int = 1000, offset: int = 0
     ) -> tuple[list[dict[str, Any]], int]:
-        """Results, newest first, without their records; and how many there are in all."""
-        where, given = _filters({"jobs.run": run, "jobs.task": task})
-        tables = f"FROM results JOIN jobs USING (key) WHERE {where}"
+        """Results, newest first, without their records; and how many there are in all.
+
+        A result is a row for each place of its checkpoint; "created" says since when it counts there.
+        """
+        where, given = _filters({"run": run, "task": task})
+        where = f"scored IS NOT NULL AND {where}"
+        order = "scored DESC, run, step, task, key"
+        page = f"SELECT * FROM places WHERE {where} ORDER BY {order} LIMIT {limit:d} OFFSET {offset:d}"
         with self._database.reading() as database:
-            order = f"ORDER BY results.created DESC, results.key LIMIT {limit:d} OFFSET {offset:d}"
-            rows = database.execute(f"SELECT {_ROW} {tables} {order}", given).fetchall()
-            (total,) = database.execute(f"SELECT COUNT(*) {tables}", given).fetchone()
+            query = f"SELECT {_ROW} FROM ({page}) AS places JOIN results USING (key) ORDER BY {order}"
+            rows = database.execute(query, given).fetchall()
+            (total,) = database.execute(f"SELECT COUNT(*) FROM places WHERE {where}", given).fetchone()
             return [_result(database, row) for row in rows], total
 
     def record(self, key: str) -> dict[str, Any] | None:
@@ -54,6 +61,17 @@ class Results:
         with self._database.reading() as database:
             row = database.execute("SELECT record FROM results WHERE key = ?", (key,)).fetchone()
         return json.loads(row[0]) if row else None
+
+    def whole(self, key: str) -> dict[str, Any] | None:
+        """The record of a key as its run folder has it, with its samples, or None."""
+        record = self.record(key)
+        if record is not None and isinstance(record.get("result"), dict):
+            query = "SELECT body FROM samples WHERE key = ? ORDER BY place"
+            with self._database.reading() as database:
+                bodies = database.execute(query, (key,)).fetchall()
+            if bodies:
+                record["result"]["samples"] = [json.loads(body) for (body,) in bodies]
+        return record
 
     def task(self, key: str) -> str | None:
         """The task of a key that has a result, or None."""
@@ -69,6 +87,7 @@ class Results:
         group: str | None = None,
         wrong: bool = False,
         search: str = "",
+        depths: tuple[float | None, float | None] = (None, None),
         limit: int = 100,
         offset: int = 0,
     ) -> tuple[list[dict[str, Any]], int, list[str]]:
@@ -78,11 +97,20 @@ class Results:
             key: of the result.
             group: only samples of this group.
             wrong: only samples that were not entirely right.
+            depths: only samples at such a depth: from the first, below the second (with 1, to the end); None
+                sets no bound.
             search: only samples whose prompt, answer or output contains this; ASCII letters of any case.
             limit, offset: the page.
         """
         where, given = _filters({"key": key, "grp": group})
         where += " AND score < 1" if wrong else ""
+        # The product that `heatmap` sorts into bins: there its edges are whole numbers.
+        low, high = (None if bound is None else DEPTH_BINS * bound for bound in depths)
+        if low is not None:
+            where, given = f"{where} AND {_DEPTH} >= ?", (*given, low)
+        if high is not None:
+            last = "<=" if high >= DEPTH_BINS else "<"
+            where, given = f"{where} AND {_DEPTH} {last} ?", (*given, high)
         if search:
             where += f" AND instr(lower({_TEXT}), lower(?)) > 0"
             given = (*given, search)
@@ -120,23 +148,35 @@ class Results:
         arrays = {name: np.array(pairs, dtype=np.float64) for name, pairs in found.items()}
         return {name: (array[:, 0], array[:, 1]) for name, array in arrays.items()}
 
-    def series(self, *, run: str | None = None, name: str | None = None) -> list[dict[str, Any]]:
+    def series(self, *, run: str | None = None, name: str | None = None) -> tuple[list[dict[str, Any]], int]:
         """Curves by run and scalar: points [step, tokens, value] by step, of each step the newest result.
 
-        `MAX_POINTS` at most, the first runs by name.
+        Of more than `MAX_POINTS` every curve keeps each second, third, ... point, and its last one.
+
+        Returns:
+            The curves, and how many points there are in all.
         """
-        where, given = _filters({"jobs.run": run, "scalars.name": name})
+        where, given = _filters({"places.run": run, "scalars.name": name})
         # SQLite takes the other columns from the row that holds the maximum.
+        points = (
+            "SELECT places.run, scalars.name, places.step, places.tokens, scalars.value, MAX(places.scored) "
+            "FROM scalars JOIN places USING (key) "
+            f"WHERE scored IS NOT NULL AND {where} GROUP BY 1, 2, 3"
+        )
         query = (
-            "SELECT jobs.run, scalars.name, jobs.step, jobs.tokens, scalars.value, MAX(results.created) "
-            "FROM scalars JOIN jobs USING (key) JOIN results USING (key) "
-            f"WHERE {where} GROUP BY 1, 2, 3 ORDER BY 1, 2, 3 LIMIT {MAX_POINTS}"
+            "SELECT run, name, step, tokens, value FROM (SELECT *, COUNT(*) OVER line AS size, "
+            "ROW_NUMBER() OVER (line ORDER BY step) AS place "
+            f"FROM ({points}) WINDOW line AS (PARTITION BY run, name)) "
+            "WHERE (place - 1) % ? = 0 OR place = size ORDER BY run, name, step"
         )
         curves: dict[tuple[str, str], list[list[float | None]]] = {}
         with self._database.reading() as database:
-            for of_run, scalar, step, tokens, value, _ in database.execute(query, given):
+            (total,) = database.execute(f"SELECT COUNT(*) FROM ({points})", given).fetchone()
+            every = max(-(-total // MAX_POINTS), 1)
+            for of_run, scalar, step, tokens, value in database.execute(query, (*given, every)):
                 curves.setdefault((of_run, scalar), []).append([step, tokens, value])
-        return [{"run": of_run, "name": scalar, "points": p} for (of_run, scalar), p in curves.items()]
+        found = [{"run": of_run, "name": scalar, "points": p} for (of_run, scalar), p in curves.items()]
+        return found, total
 
     def heatmap(self, key: str) -> dict[str, Any]:
         """Mean score in percent by prompt length and depth of what was asked for.
@@ -145,7 +185,7 @@ class Results:
             "lengths" [L], "depths" the edges of the bins [B + 1], "cells" [L][B]: {"score", "samples"}, or
             None where no sample lies. All are empty for a task that varies neither.
         """
-        depth = f"MIN(CAST(json_extract(body, '$.depth') * {DEPTH_BINS} AS INTEGER), {DEPTH_BINS - 1})"
+        depth = f"MIN(CAST({_DEPTH} AS INTEGER), {DEPTH_BINS - 1})"
         query = (
             f"SELECT json_extract(body, '$.length') AS length, {depth} AS bin, AVG(score), COUNT(*) "
             "FROM samples WHERE key = ? AND length IS NOT NULL AND bin IS NOT NULL "
@@ -160,7 +200,7 @@ class Results:
         return {"lengths": list(cells), "depths": edges, "cells": list(cells.values())}
 
 
-def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[str, ...]]:
+def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[Any, ...]]:
     given = {column: value for column, value in wanted.items() if value is not None}
     return " AND ".join(f"{column} = ?" for column in given) or "1", tuple(given.values())
 
@@ -168,7 +208,8 @@ def _filters(wanted: Mapping[str, str | None]) -> tuple[str, tuple[str, ...]]:
 def _result(database: sqlite3.Connection, row: tuple[Any, ...]) -> dict[str, Any]:
     """A row of the table of results, with its scalars and its groups."""
     found = dict(zip(_NAMES, row))
-    found["groups"] = json.loads(found["groups"] or "{}")
+    for name in ("groups", "chance"):
+        found[name] = json.loads(found[name] or "{}")
     query = "SELECT name, value FROM scalars WHERE key = ? ORDER BY name"
     found["scalars"] = dict(database.execute(query, (found["key"],)).fetchall())
     return found

@@ -13,7 +13,7 @@ from typing import Any
 
 from trellis_dist.validation import require
 
-__all__ = ["TEXT_LIMIT", "Sample", "clip", "share"]
+__all__ = ["TEXT_LIMIT", "Sample", "chance_of", "clip", "share"]
 
 # Characters of a text that are kept with a sample: the middle of a longer one goes.
 TEXT_LIMIT = 2000
@@ -60,6 +60,12 @@ def clip(text: str, limit: int = TEXT_LIMIT) -> str:
         return text
     half = limit // 2
     return f"{text[:half]}\n[... {len(text) - 2 * half:,} characters ...]\n{text[-half:]}"
+
+
+def chance_of(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Mean share of a guess among the "choices" in the details of samples (as JSON); 0 for those without."""
+    counts = [len(sample["details"].get("choices", ())) for sample in samples]
+    return sum(1 / count for count in counts if count > 1) / len(counts) if counts else 0.0
 
 
 def share(scores: Sequence[float]) -> dict[str, float]:

@@ -25,7 +25,16 @@ from torch import Tensor
 from evals.batching import cut, cut_rows
 from evals.ranks import Ranks, current_ranks
 from evals.sampling import Sampling, stream_names
-from evals.states import CausalLM, Ids, TextCodec, map_tensors, select_rows, state_bytes
+from evals.states import (
+    CausalLM,
+    Ids,
+    TextCodec,
+    context_ids,
+    context_start,
+    map_tensors,
+    select_rows,
+    state_bytes,
+)
 from evals.writing import Writer, Written
 
 T = TypeVar("T")
@@ -46,8 +55,8 @@ PREFILL_CHUNK = 512
 _PIECE = 64
 # Bytes of the states of all rows of a batch; a key-value cache reaches it with few rows of a long prompt.
 STATE_BUDGET = 2**31
-# Lengths at which the bytes of a state are measured.
-_MEASURED = (16, 48)
+# Lengths at which the bytes of a state are measured: a buffer that doubles has room for twice as many.
+_MEASURED = (32, 96)
 
 __all__ = [
     "LOGIT_BUDGET",
@@ -97,7 +106,7 @@ class Scorer:
 
     Args:
         model: the language model; its own device and dtype are used.
-        tokenizer: BOS starts every context.
+        tokenizer: says what starts a context: BOS, unless it is a peer's (evals/peer_codec.py).
         prefill_chunk: tokens per row and prefill call; bounds memory for any prompt length. None takes what
             the model asks for (its attribute ``prefill_chunk``), else 512.
         max_rows: rows decoded or scored together; fewer where their states would exceed the budget.
@@ -127,7 +136,7 @@ class Scorer:
         self._budget = max(elements // tokenizer.vocab_size, 1)
 
     def encode_pair(self, context: str, continuation: str) -> tuple[Ids, Ids]:
-        """Token ids of [BOS] context and of its continuation.
+        """Token ids of a context, begun as the codec has it, and of its continuation.
 
         Spaces at the end of the context move to the continuation, where training text has them. The two
         parts are tokenised separately, so all choices of a question share one context exactly; a codec with
@@ -135,13 +144,10 @@ class Scorer:
         """
         kept = context.rstrip()
         continuation = context[len(kept) :] + continuation
-        encode, bos = self.tokenizer.encode, [self.tokenizer.bos_id]
-        if not kept:
-            return bos, encode(continuation)
-        if hasattr(self.tokenizer, "encode_pair"):
+        if kept and hasattr(self.tokenizer, "encode_pair"):
             before, after = self.tokenizer.encode_pair(kept, continuation)
-            return [*bos, *before], after
-        return [*bos, *encode(kept)], encode(continuation)
+            return [*context_start(self.tokenizer, before), *before], after
+        return context_ids(self.tokenizer, kept), self.tokenizer.encode(continuation)
 
     def log_likelihoods(self, requests: Sequence[tuple[str, str]]) -> list[Score]:
         """Score of each (context, continuation); requests with one context share its prefilled state."""
@@ -157,11 +163,11 @@ class Scorer:
         return result
 
     def rolling(self, texts: Sequence[str]) -> list[Score]:
-        """Score of each whole text from its first token on, each on its own after BOS."""
-        bos = [self.tokenizer.bos_id]
+        """Score of each whole text from its first token on, each on its own after an empty context."""
+        start = context_start(self.tokenizer, [])
         return [
             scores[0]
-            for scores in self.score([bos] * len(texts), [[self.tokenizer.encode(t)] for t in texts])
+            for scores in self.score([start] * len(texts), [[self.tokenizer.encode(t)] for t in texts])
         ]
 
     def score(self, contexts: Sequence[Ids], choices: Sequence[Sequence[Ids]]) -> list[list[Score]]:
@@ -172,7 +178,7 @@ class Scorer:
         """What ``answer`` gives for every prompt, in the order of ``prompts``, on every rank.
 
         Args:
-            prompts: token ids, each at least its BOS.
+            prompts: token ids, each at least one (`evals.states.context_ids`).
             answer: called with a batch of prompts that were read; returns a (pickleable) value for each of
                 ``prefix.index``. On several ranks each batch is answered by one of them.
 
@@ -209,7 +215,7 @@ class Scorer:
     @torch.no_grad()
     def _prefill(self, prompts: Sequence[Ids], names: Sequence[str], index: list[int]) -> Prefix:
         shared = min(len(prompts[i]) for i in index) - 1
-        assert shared >= 0, "a prompt has at least its BOS"
+        assert shared >= 0, "a prompt has at least one token"
         tokens = torch.tensor([prompts[i][:shared] for i in index], dtype=torch.long, device=self.device)
         state = self.read(tokens, self.model.init_state(len(index)))
         return Prefix(
@@ -325,7 +331,7 @@ class Scorer:
         return scores
 
     def generate(self, prompts: Sequence[Ids], sampling: Sampling) -> list[str]:
-        """A continuation of each prompt (token ids that start with BOS)."""
+        """A continuation of each prompt (token ids, as `evals.states.context_ids` makes them)."""
         return self.each(prompts, lambda prefix: self.generate_from(prefix, sampling))
 
     def generate_from(self, prefix: Prefix, sampling: Sampling) -> list[str]:

@@ -14,7 +14,16 @@ from torch import Tensor
 
 Ids = list[int]
 
-__all__ = ["CausalLM", "Ids", "TextCodec", "map_tensors", "select_rows", "state_bytes"]
+__all__ = [
+    "CausalLM",
+    "Ids",
+    "TextCodec",
+    "context_ids",
+    "context_start",
+    "map_tensors",
+    "select_rows",
+    "state_bytes",
+]
 
 
 class CausalLM(Protocol):
@@ -34,7 +43,8 @@ class TextCodec(Protocol):
     """The part of `data_pipeline.tokenizer.Tokenizer` that scoring needs.
 
     A codec whose pieces depend on what stands before them also has ``encode_pair(context, continuation)``
-    (evals/peers.py), and one whose texts end with more than one token ``end_ids``.
+    (evals/peer_codec.py), one whose texts end with more than one token ``end_ids``, and one whose contexts
+    begin otherwise than with BOS ``start(ids)``.
     """
 
     bos_id: int
@@ -46,6 +56,19 @@ class TextCodec(Protocol):
 
     def decode(self, ids: Ids) -> str:
         """Text of some pieces."""
+
+
+def context_start(tokenizer: TextCodec, ids: Sequence[int]) -> Ids:
+    """What a model reads before ``ids`` where they begin a context: what the codec says, else BOS."""
+    if hasattr(tokenizer, "start"):
+        return list(tokenizer.start(ids))
+    return [tokenizer.bos_id]
+
+
+def context_ids(tokenizer: TextCodec, text: str) -> Ids:
+    """Token ids of a text that begins a context, at least one."""
+    ids = tokenizer.encode(text)
+    return [*context_start(tokenizer, ids), *ids]
 
 
 def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -20,7 +20,7 @@ class Subject:
     Attributes:
         name: for people: a run's name, or a model folder's.
         model: in evaluation mode.
-        tokenizer: BOS starts every context.
+        tokenizer: also says what starts a context (`evals.states.context_start`).
         digest: identifies the weights; part of a result's key.
         tokenizer_digest: identifies the tokenizer; part of a result's key.
         device: where the model is.

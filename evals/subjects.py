@@ -6,15 +6,16 @@ from pathlib import Path
 from typing import Literal
 
 from checkpoints.commit import step_of
-from checkpoints.export import EXPORT
-from evals.config import Device
-from evals.peers import Dtype, is_peer, load_peer
+from checkpoints.export import EXPORT, TOKENIZER
+from evals.config import Device, PeerBos
+from evals.peers import Dtype, is_peer, load_peer, peer_digests
 from evals.runs import load_export, load_run
 from evals.subject import Subject
+from trellis_dist.files import sha256_file
 
 Kind = Literal["run", "export", "peer"]
 
-__all__ = ["Kind", "kind_of", "load_subject", "run_and_step"]
+__all__ = ["Kind", "identify", "kind_of", "load_subject", "run_and_step"]
 
 
 def kind_of(path: Path) -> Kind:
@@ -54,6 +55,7 @@ def load_subject(
     dataset_dir: Path | None = None,
     trust_remote_code: bool = False,
     dtype: Dtype = "float32",
+    peer_bos: PeerBos = "tokenizer",
 ) -> Subject:
     """Open whatever model a folder holds.
 
@@ -61,7 +63,7 @@ def load_subject(
         path: a run, RUN/checkpoints/step-N, what `trellis export` wrote (fp32, as our own code has it), or a
             Hugging Face folder.
         step, dataset_dir: of a run, as `evals.runs.load_run`.
-        trust_remote_code, dtype: of a Hugging Face folder, as `evals.peers.load_peer`.
+        trust_remote_code, dtype, peer_bos: of a Hugging Face folder, as `evals.peers.load_peer`.
 
     Raises:
         ValueError, OSError: it is none of these, or cannot be opened; one line says why.
@@ -77,4 +79,20 @@ def load_subject(
         return load_run(run_dir, step=step, device=device, dataset_dir=dataset_dir)
     if kind == "export":
         return load_export(path, device=device)
-    return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype)
+    return load_peer(path, trust_remote_code=trust_remote_code, device=device, dtype=dtype, bos=peer_bos)
+
+
+def identify(
+    path: Path, *, trust_remote_code: bool = False, peer_bos: PeerBos = "tokenizer"
+) -> tuple[str, str]:
+    """Digests of the weights and of the tokenizer that `load_subject` gives an export or a peer; not loaded.
+
+    Raises:
+        ValueError, OSError: it is neither, or would be refused.
+    """
+    kind = kind_of(path)
+    if kind == "run":
+        raise ValueError(f"{path} is a run: it is scored checkpoint by checkpoint")
+    if kind == "export":
+        return sha256_file(path / EXPORT), sha256_file(path / TOKENIZER)
+    return peer_digests(path, trust_remote_code=trust_remote_code, bos=peer_bos)

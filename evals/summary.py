@@ -47,10 +47,14 @@ def write_summary(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
 
 
 def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
-    """The summary of what a run folder holds."""
+    """The summary of what a run folder holds: "step/TASK" says what was scored, "step" where all are equal.
+
+    "step/train" is the last step trained, whose "tokens" and "loss/train" these are.
+    """
     results = read_results(run_dir)
     metrics = read_metrics(run_dir)
     summary: dict[str, Any] = _training(metrics)
+    steps = {"train": summary.pop("step")} if "step" in summary else {}
     parts: dict[str, Callable[[dict[str, Any]], dict[str, float]]] = {
         "perplexity": _perplexity,
         **{name: partial(_ruler, name) for name in RULER},
@@ -60,7 +64,10 @@ def summarise(run_dir: Path, stages: Mapping[str, float]) -> dict[str, Any]:
     for name, task in TASKS.items():
         if name in results:
             summary |= parts.get(name, task.scalars)(results[name]["result"])
-            summary["step"] = max(summary.get("step", 0), results[name]["step"])
+            steps[name] = results[name]["step"]
+    summary |= {f"step/{name}": step for name, step in steps.items()}
+    if len(set(steps.values())) == 1:
+        summary["step"] = next(iter(steps.values()))
     summary |= {f"seconds/{name}": float(seconds) for name, seconds in stages.items()}
     return summary
 
@@ -81,7 +88,11 @@ def _training(metrics: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _perplexity(result: Mapping[str, Any]) -> dict[str, float]:
+    on_text = (
+        {"text/bits_per_byte": result["on_text"]["model"]["bits_per_byte"]} if "on_text" in result else {}
+    )
     return {
+        **on_text,
         "validation/bits_per_byte": result["model"]["bits_per_byte"],
         "validation/loss": result["model"]["loss"],
         "baseline/bigram_bits_per_byte": result["bigram"]["bits_per_byte"],

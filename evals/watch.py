@@ -1,29 +1,22 @@
-"""Runs below the served folders, by id, and the jobs that their committed checkpoints ask for."""
+"""The jobs that committed checkpoints, and the models beside the runs, ask for."""
 
 from __future__ import annotations
 
 import logging
-import re
 import sqlite3
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
-from checkpoints.commit import list_steps
 from checkpoints.manifest import MANIFEST_FILE
-from checkpoints.state import load_run_state
-from evals.config import EvalConfig
+from evals.baselines import ID, Baselines
 from evals.evaluate import Job, job_of, log_scalars, stored_result
+from evals.folders import PublicError, Runs, state_at
 from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
+from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueueFullError
-from evals.runs import read_recipe
+from evals.sharing import finish, give_stored, supersede
 from evals.tasks.registry import get_task
-
-if TYPE_CHECKING:
-    from pydantic import TypeAdapter
 
 __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 
@@ -32,109 +25,9 @@ MAX_QUEUE = 10_000
 # Seconds after which a run that could not be read is tried again although nothing in it changed.
 RETRY = 60.0
 NAMES = "a run is a folder, no link, named with at most 128 letters, digits, dots, dashes and underscores"
-_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 # Errors that say nothing of the run at which they come.
 _OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
 _log = logging.getLogger(__name__)
-
-
-class PublicError(ValueError):
-    """A refusal whose text names ids and nothing of this machine, so that a client may read it."""
-
-
-class Runs:
-    """The run folders directly below each of ``roots``; a client names one by its folder name alone.
-
-    A run whose id an earlier root has too is not served.
-
-    Raises:
-        ValueError: a root is no folder, or two of them hold runs of one id.
-    """
-
-    def __init__(self, *roots: Path) -> None:
-        assert roots, "no folder to serve"
-        for root in roots:
-            if not root.is_dir():
-                raise ValueError(f"{root} is no folder: name the one that holds the run folders")
-        self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
-        if shadowed := self.shadowed():
-            raise ValueError(f"{shadowed[0]} has the id of a run in another folder: rename one of the two")
-
-    def ids(self) -> list[str]:
-        """Ids of all runs, sorted."""
-        return sorted({path.name for path in self._all()})
-
-    def shadowed(self) -> list[Path]:
-        """Run folders that are not served because an earlier root has a run of their id."""
-        return [path for path in self._all() if self.folder(path.name) != path]
-
-    def folder(self, run: str) -> Path:
-        """The folder of a run id. Raises PublicError for anything that is none, paths included."""
-        if _ID.fullmatch(run):
-            for root in self.roots:
-                if self._is_run(root / run):
-                    return root / run
-        raise PublicError(f"there is no run {run[:128]!r}: GET /runs lists them")
-
-    def _all(self) -> list[Path]:
-        return [path for root in self.roots for path in root.iterdir() if self._is_run(path)]
-
-    def _is_run(self, path: Path) -> bool:
-        """A real folder of its root (no link out of it) with a recipe."""
-        return bool(_ID.fullmatch(path.name)) and _has_recipe(path, link=False)
-
-    def refused(self) -> list[Path]:
-        """What would be a run but for its name, which no client could send, or because it is a link."""
-        found = [path for root in self.roots for path in root.iterdir()]
-        bad_names = [path for path in found if not _ID.fullmatch(path.name) and _has_recipe(path, link=False)]
-        return bad_names + [path for path in found if _has_recipe(path, link=True)]
-
-    def config(self, run: str) -> EvalConfig:
-        """The evals section of the run's own recipe; clients cannot send settings."""
-        return _parser().validate_python(read_recipe(self.folder(run)).get("evals", {}))
-
-    def steps(self, run: str) -> dict[int, Path]:
-        """Committed checkpoints by step; one that is being removed has lost its manifest and is not there."""
-        found = list_steps(self.checkpoints(run))
-        return {step: path for step, path in found.items() if (path / MANIFEST_FILE).is_file()}
-
-    def tokens(self, run: str) -> dict[int, int]:
-        """Training tokens by step, where the checkpoint says so."""
-        known = {step: _tokens_at(path) for step, path in self.steps(run).items()}
-        return {step: tokens for step, tokens in known.items() if tokens is not None}
-
-    def checkpoints(self, run: str) -> Path:
-        """The folder of a run's checkpoints."""
-        return self.folder(run) / "checkpoints"
-
-
-def _has_recipe(path: Path, *, link: bool) -> bool:
-    """Whether a folder, or a link to one, has a recipe; one that cannot be read has none."""
-    try:
-        return path.is_symlink() == link and (path / "recipe.json").is_file()
-    except OSError:  # no permission, or a file system that went: it must not take the other runs along
-        return False
-
-
-@lru_cache(maxsize=1)
-def _parser() -> TypeAdapter[EvalConfig]:
-    from pydantic import TypeAdapter
-
-    return TypeAdapter(EvalConfig)
-
-
-def _tokens_at(checkpoint: Path) -> int | None:
-    try:
-        return _tokens(checkpoint, (checkpoint / MANIFEST_FILE).stat().st_mtime_ns)
-    except (OSError, ValueError):
-        return None  # gone or damaged: whoever scores it says so
-
-
-@lru_cache(maxsize=8192)
-def _tokens(checkpoint: Path, modified: int) -> int | None:
-    """Tokens a checkpoint was trained on; ``modified`` tells a later checkpoint of the same name apart."""
-    tokens = load_run_state(checkpoint).get("tokens")
-    return tokens if isinstance(tokens, int) else None
 
 
 def submit(
@@ -150,7 +43,8 @@ def submit(
     """Queue one task on a committed checkpoint (the newest when ``step`` is None).
 
     The checkpoint is pinned until the job is over. A result that the run folder holds already is taken over
-    instead of being made again.
+    instead of being made again. One that an equal checkpoint of another run has counts for this one too, and
+    comes into its folder. What was scored on checkpoints that this one shows to be gone counts no more.
 
     Args:
         queue, runs: of the service.
@@ -162,18 +56,28 @@ def submit(
         The job's key, and whether it is new to the queue.
 
     Raises:
-        PublicError: unknown run or step.
+        PublicError: unknown run or step, or a step of a baseline, which has none.
         QueueFullError: `MAX_QUEUE` jobs wait.
         ValueError, OSError: unknown task, or a run whose recipe or data set cannot be used.
     """
+    if (baselines := runs.baseline(run)) is not None:
+        return _submit_baseline(queue, baselines, run, task, step=step, priority=priority, again=again)
     wanted_task, steps = get_task(task), runs.steps(run)
     wanted = max(steps, default=-1) if step is None else step
     if wanted not in steps:
         have = ", ".join(map(str, sorted(steps))) or "none"
         raise PublicError(f"run {run} has no committed checkpoint of step {step}: it has {have}")
     job = job_of(runs.folder(run), steps[wanted], wanted_task, runs.config(run))
+    tokens, identity = state_at(job.checkpoint)
+    place = Place(
+        run=run, step=wanted, task=task, key=job.key, digest=job.digest, identity=identity, tokens=tokens
+    )
+    supersede(queue, runs, place)
     known = queue.job(job.key)
     if known is not None and (known.state == "done" or not again):
+        if known.state == "done":
+            give_stored(queue, job, place)
+        queue.note(place)
         return job.key, False
     if known is None or not known.active:
         _pin(job)
@@ -184,7 +88,9 @@ def submit(
             step=wanted,
             task=task,
             priority=priority,
-            tokens=_tokens_at(job.checkpoint),
+            tokens=tokens,
+            digest=job.digest,
+            identity=identity,
             room=MAX_QUEUE,
         )
     except Exception:
@@ -195,9 +101,37 @@ def submit(
             pin_job(job.checkpoint, job.key)
     if new and (record := stored_result(job)) is not None:
         log_scalars(job, record)
-        queue.finish(job.key, record)
+        finish(queue, runs, job.key, record)
     unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
+
+
+def _submit_baseline(
+    queue: Queue,
+    baselines: Baselines,
+    name: str,
+    task: str,
+    *,
+    step: int | None,
+    priority: int,
+    again: bool,
+) -> tuple[str, bool]:
+    """As `submit`; a model folder is not pinned, and what was scored on other files than its own goes."""
+    if step not in (None, NO_STEP):
+        raise PublicError(f"{name} is a baseline, which has no steps: submit it without one")
+    if not get_task(task).suits(baselines.config, run=False):
+        raise PublicError(f"{task} scores a run, and {name} is a baseline: submit another task")
+    place = baselines.place(name, task)
+    if stale := [one for one in queue.doubted(place) if one.step == NO_STEP]:
+        queue.forget(stale)
+    known = queue.job(place.key)
+    if known is not None and (known.state == "done" or not again):
+        queue.note(place)
+        return place.key, False
+    new = queue.submit(
+        place.key, run=name, step=NO_STEP, task=task, priority=priority, digest=place.digest, room=MAX_QUEUE
+    )
+    return place.key, new
 
 
 def _pin(job: Job) -> None:
@@ -219,7 +153,7 @@ class Watcher:
 
     def __init__(self, queue: Queue, runs: Runs, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._queue, self._runs, self._clock = queue, runs, clock
-        self._seen: dict[str, dict[int, tuple[int, int]]] = {}
+        self._seen: dict[str, dict[int, object]] = {}
         self._broken: dict[str, tuple[object, float]] = {}
         self._passed_over: dict[str, list[str]] = {}
         self._said: dict[str, str] = {}
@@ -235,8 +169,9 @@ class Watcher:
         for path in self._runs.shadowed():
             self._warn(str(path), f"{path} is passed over: another folder has a run of that id; rename one")
         for path in self._runs.refused():
-            why = "a link" if _ID.fullmatch(path.name) else "a name that clients cannot send"
+            why = "a link" if ID.fullmatch(path.name) else "a name that clients cannot send"
             self._warn(str(path), f"{str(path)!r} is passed over: {why}; {NAMES}")
+        ids += self._runs.baseline_ids()
         self._seen = {run: self._seen.get(run, {}) for run in ids}
         self._passed_over = {run: self._passed_over.get(run, []) for run in ids}
         self._added = 0
@@ -253,7 +188,7 @@ class Watcher:
         mark: object = None
         try:
             marks = self._marks(run)
-            mark = sorted(marks.items())
+            mark = sorted(marks.items(), key=str)
             known, retry = self._broken.get(run, (None, 0.0))
             if known == mark and self._clock() < retry:
                 return
@@ -270,12 +205,15 @@ class Watcher:
                 _log.warning("%s", text)
         self._passed_over[run] = problems
 
-    def _marks(self, run: str) -> dict[int, tuple[int, int]]:
+    def _marks(self, run: str) -> dict[int, object]:
+        """By step what changes when there is something new to queue."""
+        if (baselines := self._runs.baseline(run)) is not None:
+            return {NO_STEP: baselines.mark(run)}
         recipe = (self._runs.folder(run) / "recipe.json").stat().st_mtime_ns
         steps = self._runs.steps(run)
         return {step: (recipe, (path / MANIFEST_FILE).stat().st_mtime_ns) for step, path in steps.items()}
 
-    def _queue_new(self, run: str, marks: dict[int, tuple[int, int]]) -> list[str]:
+    def _queue_new(self, run: str, marks: Mapping[int, object]) -> list[str]:
         """Queue what is new; what cannot be queued is passed over, and said in one line for each reason."""
         seen, failed = self._seen[run], dict[str, list[str]]()
         for step in sorted(marks):
@@ -289,7 +227,7 @@ class Watcher:
                     raise
                 except Exception as error:  # one checkpoint or task that is broken blocks no other
                     well = False
-                    failed.setdefault(_said_by(error), []).append(f"step {step}, task {task}")
+                    failed.setdefault(_said_by(error), []).append(_named(step, task))
             if well:
                 seen[step] = marks[step]
         self._seen[run] = {step: mark for step, mark in seen.items() if step in marks}
@@ -306,6 +244,10 @@ def _said_by(error: Exception) -> str:
     """Its text; other errors than those that explain themselves are named too."""
     explained = isinstance(error, (ValueError, OSError))
     return str(error) if explained else f"{type(error).__name__}: {error}"
+
+
+def _named(step: int, task: str) -> str:
+    return f"task {task}" if step == NO_STEP else f"step {step}, task {task}"
 
 
 def _passed_over(run: str, places: list[str], reason: str) -> str:

@@ -7,15 +7,19 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 from evals.config import EvalConfig
-from evals.evaluate import Job, job_of, log_scalars, run_job, stored_result
+from evals.evaluate import Job, job_of, log_scalars, run_job, score_subject, stored_result
+from evals.folders import PublicError, Runs
 from evals.pins import unpin_job
+from evals.places import NO_STEP
 from evals.queue import Queue, QueuedJob
 from evals.runs import LoadedRun, checkpoint_digest, load_run, read_recipe
+from evals.sharing import finish, settle
+from evals.subject import Subject
 from evals.tasks.registry import get_task
-from evals.watch import PublicError, Runs
 from trellis_dist.files import digest
 
 __all__ = [
@@ -35,6 +39,7 @@ BEAT_SECONDS = 2.0
 POLL_SECONDS = 0.5
 # A task that takes longer is taken for stuck.
 JOB_SECONDS = 6 * 3600.0
+CHANGED = "the run, its recipe or its data changed since the job was queued: submit it again"
 # Exit status of a worker whose job was taken away: the only way to stop a task in the midst of it.
 LOST = 3
 _log = logging.getLogger(__name__)
@@ -50,7 +55,7 @@ class JobSource(Protocol):
         """As `Queue.renew`."""
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
-        """As `Queue.finish`; the checkpoint is let go of."""
+        """As `Queue.finish`; every run with the checkpoint gets the record, and it is let go of."""
 
     def fail(self, key: str, owner: str, error: str) -> None:
         """As `Queue.fail`; the checkpoint is let go of when the job is over."""
@@ -63,8 +68,9 @@ class LocalJobs:
         self._queue, self._runs = queue, runs
 
     def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
-        """As `Queue.lease`."""
-        return self._queue.lease(owner, seconds=seconds)
+        """As `Queue.lease`, at a place of the job whose checkpoint is there."""
+        job = self._queue.lease(owner, seconds=seconds)
+        return job and settle(self._queue, self._runs, job)
 
     def renew(self, key: str, owner: str, *, seconds: float) -> bool:
         """As `Queue.renew`."""
@@ -72,7 +78,7 @@ class LocalJobs:
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
         """As `JobSource.finish`."""
-        stored = self._queue.finish(key, record)
+        stored = finish(self._queue, self._runs, key, record)
         self._let_go(key)
         return stored
 
@@ -156,7 +162,7 @@ class Worker:
     ) -> None:
         self._jobs, self._runs, self._owner = jobs, runs, owner
         self._lease, self._limit, self._lost = lease_seconds, job_seconds, lost
-        self._loaded: tuple[object, LoadedRun] | None = None
+        self._loaded: tuple[object, Subject] | None = None
 
     def once(self) -> bool:
         """Do one job; False when there was none. One that cannot be done is given back with its reason."""
@@ -187,27 +193,43 @@ class Worker:
 
     def score(self, leased: QueuedJob) -> dict[str, Any]:
         """The record of a job: the stored one, or a new one. Raises what the task raises, and PublicError."""
+        if leased.step == NO_STEP:
+            return self._score_baseline(leased)
         run_dir, config = self._runs.folder(leased.run), self._runs.config(leased.run)
         steps = self._runs.steps(leased.run)
         if leased.step not in steps:
             raise PublicError(f"the checkpoint of step {leased.step} is gone")
         job = job_of(run_dir, steps[leased.step], get_task(leased.task), config)
         if job.key != leased.key:
-            raise PublicError(
-                "the run, its recipe or its data changed since the job was queued: submit it again"
-            )
+            raise PublicError(CHANGED)
         record = stored_result(job)
         if record is None:
             return run_job(job, self._load(job, config), config, progress=False)
         log_scalars(job, record)
         return record
 
+    def _score_baseline(self, leased: QueuedJob) -> dict[str, Any]:
+        """The record of a model that is no run; its folder is only read."""
+        baselines = self._runs.baseline(leased.run)
+        if baselines is None:
+            raise PublicError(f"there is no baseline {leased.run}")
+        subject = self._model((leased.run, baselines.mark(leased.run)), lambda: baselines.load(leased.run))
+        if baselines.key(subject, leased.task) != leased.key:
+            raise PublicError(CHANGED)
+        return score_subject(get_task(leased.task), subject, baselines.config, progress=False)
+
     def _load(self, job: Job, config: EvalConfig) -> LoadedRun:
         """The model of a job's checkpoint, loaded anew unless it is the last one."""
         wanted = (job.checkpoint, checkpoint_digest(job.checkpoint), digest(read_recipe(job.run_dir)))
+        load = partial(load_run, job.run_dir, step=job.step, device=config.device)
+        loaded = self._model(wanted, load)
+        assert isinstance(loaded, LoadedRun), f"{wanted} names a run"
+        return loaded
+
+    def _model(self, wanted: object, load: Callable[[], Subject]) -> Subject:
         if self._loaded is None or self._loaded[0] != wanted:
             self._loaded = None  # two models need not fit
-            self._loaded = (wanted, load_run(job.run_dir, step=job.step, device=config.device))
+            self._loaded = (wanted, load())
         return self._loaded[1]
 
 

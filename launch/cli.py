@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launch.eval_commands import evaluate, generate
+from launch.eval_commands import eval_service, evaluate, generate
 from launch.export_commands import download, export, import_weights
 from launch.messages import show_warnings_plainly
 
@@ -174,45 +174,7 @@ def run(
 app.command("eval")(evaluate)
 
 
-@app.command("eval-service")
-def eval_service(
-    roots: Annotated[
-        list[Path] | None, typer.Argument(metavar="[ROOT]...", help="folders that hold run folders; runs/")
-    ] = None,
-    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="port to listen on")] = 8321,
-    workers: Annotated[int, typer.Option(help="worker processes, or Ray actors")] = 1,
-    ray_address: Annotated[
-        str | None,
-        typer.Option(
-            metavar="HOST:PORT|auto|local", help="work on this Ray cluster; all nodes see the same ROOTs"
-        ),
-    ] = None,
-    database: Annotated[
-        Path | None, typer.Option(help="the queue, on a local disk; ROOT/evaluations.sqlite unless given")
-    ] = None,
-    job_timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="a task that takes longer is taken for stuck")
-    ] = 6 * 3600.0,
-) -> None:
-    """Score checkpoints as they are committed, behind HTTP with a web page.
-
-    On an address others can reach, clients need the token in the environment variable TRELLIS_TOKEN.
-    """
-    from evals.service import serve
-
-    serve(
-        roots or [Path("runs")],
-        host=host,
-        port=port,
-        workers=workers,
-        token=os.environ.get("TRELLIS_TOKEN"),
-        ray_address=ray_address,
-        database=database,
-        job_seconds=job_timeout,
-    )
-
-
+app.command("eval-service")(eval_service)
 app.command()(generate)
 app.command()(export)
 app.command("import")(import_weights)

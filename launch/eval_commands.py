@@ -1,9 +1,10 @@
-"""`trellis eval` and `trellis generate`: any model scored, on one or many ranks, or made to write."""
+"""`trellis eval`, `eval-service` and `generate`: any model scored, or made to write."""
 
 from __future__ import annotations
 
 import difflib
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,7 +14,7 @@ import typer
 if TYPE_CHECKING:
     from evals.writing import Written
 
-__all__ = ["evaluate", "generate"]
+__all__ = ["eval_service", "evaluate", "generate"]
 
 
 class Dtype(StrEnum):
@@ -108,6 +109,55 @@ def _task_assignments(tasks: str | None) -> list[str]:
     if not names:
         raise ValueError(f"--tasks {tasks!r} names none: choose among {', '.join(sorted(TASKS))}")
     return [f"evals.tasks={json.dumps(names)}"]
+
+
+def eval_service(
+    roots: Annotated[
+        list[Path] | None, typer.Argument(metavar="[ROOT]...", help="folders that hold run folders; runs/")
+    ] = None,
+    host: Annotated[str, typer.Option(help="address to listen on")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="port to listen on")] = 8321,
+    workers: Annotated[int, typer.Option(help="worker processes, or Ray actors")] = 1,
+    ray_address: Annotated[
+        str | None,
+        typer.Option(
+            metavar="HOST:PORT|auto|local", help="work on this Ray cluster; all nodes see the same ROOTs"
+        ),
+    ] = None,
+    database: Annotated[
+        Path | None, typer.Option(help="the queue, on a local disk; ROOT/evaluations.sqlite unless given")
+    ] = None,
+    baselines: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="exports and Hugging Face folders to score beside the runs"),
+    ] = None,
+    baselines_recipe: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="a recipe (.toml, .json) whose evals section they are scored on"),
+    ] = None,
+    trust_remote_code: Trust = False,
+    job_timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="a task that takes longer is taken for stuck")
+    ] = 6 * 3600.0,
+) -> None:
+    """Score checkpoints as they are committed, behind HTTP with a web page.
+
+    On an address others can reach, clients need the token in the environment variable TRELLIS_TOKEN.
+    """
+    from evals.service import serve
+    from launch.evaluation import baselines_of
+
+    serve(
+        roots or [Path("runs")],
+        host=host,
+        port=port,
+        workers=workers,
+        token=os.environ.get("TRELLIS_TOKEN"),
+        ray_address=ray_address,
+        database=database,
+        baselines=baselines_of(baselines, baselines_recipe, trust_remote_code=trust_remote_code),
+        job_seconds=job_timeout,
+    )
 
 
 def generate(

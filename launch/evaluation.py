@@ -18,10 +18,19 @@ from typing import TYPE_CHECKING, Any
 from launch.messages import show_warnings_plainly
 
 if TYPE_CHECKING:
+    from evals.baselines import Baselines
     from evals.config import EvalConfig
     from launch.recipe import Recipe
 
-__all__ = ["EvalRequest", "main", "score", "score_as_rank", "score_on_ranks", "settings_of"]
+__all__ = [
+    "EvalRequest",
+    "baselines_of",
+    "main",
+    "score",
+    "score_as_rank",
+    "score_on_ranks",
+    "settings_of",
+]
 
 # A batch of long prompts takes minutes; the connection to a rank that is lost ends at once.
 WAIT_SECONDS = 6 * 3600.0
@@ -77,6 +86,31 @@ def settings_of(request: EvalRequest) -> tuple[EvalConfig, Recipe | None]:
     return config, None
 
 
+def baselines_of(folder: Path | None, recipe: Path | None, *, trust_remote_code: bool) -> Baselines | None:
+    """The models of ``--baselines``, on the evals section of ``--baselines-recipe`` or on its defaults.
+
+    Raises:
+        ValueError, OSError: what was given does not fit, or is not there.
+    """
+    from evals.baselines import open_baselines
+    from launch.layers import read_layers
+    from launch.recipe import parse_evals
+    from trellis_dist.files import read_json
+
+    if folder is None:
+        for option, given in (("--baselines-recipe", recipe), ("--trust-remote-code", trust_remote_code)):
+            if given:
+                raise ValueError(f"{option} is of the models of --baselines FOLDER: give that too")
+        return None
+    table: Mapping[str, Any] = {}
+    if recipe is not None:
+        table = read_layers(str(recipe)) if recipe.suffix == ".toml" else read_json(recipe)
+    if not isinstance(table, Mapping):
+        raise ValueError(f"--baselines-recipe {recipe} holds no sections: it is no recipe")
+    config = parse_evals({"evals": table.get("evals", {})}, source=str(recipe))
+    return open_baselines(folder, config, trust_remote_code=trust_remote_code)
+
+
 def score(request: EvalRequest) -> None:
     """Score as one of the ranks of this process's group, or alone; rank 0 writes and prints."""
     from evals.ranks import current_ranks
@@ -114,6 +148,7 @@ def _score_model(request: EvalRequest, config: EvalConfig, *, progress: bool) ->
         dataset_dir=Path(request.dataset_dir) if request.dataset_dir else None,
         trust_remote_code=request.trust_remote_code,
         dtype=request.dtype,  # type: ignore[arg-type] # one of Dtype
+        peer_bos=config.peer_bos,
     )
     return evaluate_subject(subject, config, Path(request.output), progress=progress)
 

@@ -28,14 +28,14 @@ __all__ = ["RESULT", "main", "measure"]
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULT = ROOT / "benchmarks" / "results" / "faults.json"
-SOURCES = ("checkpoints", "data_pipeline", "kernels", "launch", "trellis_dist", "benchmarks/faults")
+SOURCES = ("checkpoints", "data_pipeline", "evals", "kernels", "launch", "trellis_dist", "benchmarks/faults")
 
 
 def all_rows() -> dict[int, Row]:
     """Number -> row, of all row modules."""
-    from benchmarks.faults import files, runs
+    from benchmarks.faults import files, runs, service
 
-    return dict(sorted({**files.ROWS, **runs.ROWS}.items()))
+    return dict(sorted({**files.ROWS, **runs.ROWS, **service.ROWS}.items()))
 
 
 def measure(rows: Mapping[int, Row], work: Path, output: Path, *, quick: bool) -> int:

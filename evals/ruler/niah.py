@@ -73,7 +73,7 @@ def make_niah(
     """Question number ``index`` for a total of ``length`` tokens, ``ANSWER_TOKENS`` of them for the answer.
 
     Args:
-        encode: token ids of a prompt, BOS first.
+        encode: token ids of a prompt, as a context begins.
 
     Raises:
         ValueError: the prompt without a haystack is longer than ``length`` allows.

@@ -20,7 +20,7 @@ class Question:
 
     Attributes:
         prompt: text that ends where the answer starts.
-        ids: its tokens, BOS first, as the model reads them.
+        ids: its tokens as the model reads them, with what starts a context.
         answers: what the output must contain; the score is the share of them that it does.
         reply: the answer as a model that knows it would write it.
         distractors: other values of the answer's form, for a choice; none for most tasks.

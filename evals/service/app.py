@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from evals.counters import Counters
+from evals.folders import Runs
 from evals.guard import LOOPBACK, Guard
 from evals.queue import Queue
 from evals.results import Results
 from evals.service.background import Background
-from evals.watch import Runs
 from evals.worker import LocalJobs
 
 if TYPE_CHECKING:

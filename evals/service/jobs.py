@@ -8,6 +8,7 @@ import logging
 from fastapi import APIRouter, HTTPException
 
 from evals.config import TaskName
+from evals.folders import PublicError, Runs
 from evals.pins import unpin_job
 from evals.queue import Queue, QueueFullError, State
 from evals.service.models import (
@@ -22,7 +23,7 @@ from evals.service.models import (
 )
 from evals.service.parameters import KeyPath, Limit, Offset, RunFilter, problem
 from evals.tasks.registry import TASKS
-from evals.watch import PublicError, Runs, submit
+from evals.watch import submit
 
 __all__ = ["jobs_router"]
 
@@ -35,7 +36,8 @@ def jobs_router(queue: Queue, runs: Runs) -> APIRouter:
 
     @router.get("/health")
     def health() -> Health:
-        return Health(status="ok", jobs=queue.counts(), counters=queue.events())  # type: ignore[arg-type]
+        counts, events = queue.counts(), queue.events()
+        return Health(status="ok", jobs=counts, results=queue.scored(), counters=events)  # type: ignore[arg-type]
 
     @router.get("/runs")
     def list_runs() -> RunList:
@@ -43,7 +45,7 @@ def jobs_router(queue: Queue, runs: Runs) -> APIRouter:
         for run in runs.ids():
             with contextlib.suppress(PublicError, OSError):  # one that just went, or cannot be read
                 found[run] = RunSteps(steps=sorted(runs.steps(run)), tokens=runs.tokens(run))
-        return RunList(runs=found, tasks=sorted(TASKS))
+        return RunList(runs=found, baselines=runs.baseline_ids(), tasks=sorted(TASKS))
 
     @router.post(
         "/jobs",

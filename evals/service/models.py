@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from evals.config import TaskName
+from evals.places import NO_STEP
 from evals.queue import State
 
 Percent = Annotated[float, Field(description="percent (or percent points)")]
+Step = Annotated[
+    int | None,
+    BeforeValidator(lambda step: None if step == NO_STEP else step),
+    Field(description="of training; null of a baseline"),
+]
 Key = Annotated[str, Field(description="identifies checkpoint, task, settings, tokenizer and data set")]
 
 
@@ -53,6 +59,7 @@ class Health(BaseModel):
 
     status: str
     jobs: dict[State, int] = Field(description="jobs by state")
+    results: int = Field(description="rows of GET /results")
     counters: dict[str, int] = Field(description="what happened since the queue was made")
 
 
@@ -67,6 +74,7 @@ class RunList(BaseModel):
     """What can be scored."""
 
     runs: dict[str, RunSteps]
+    baselines: list[str] = Field(description="models without steps")
     tasks: list[str]
 
 
@@ -82,7 +90,7 @@ class JobEntry(BaseModel):
 
     key: Key
     run: str
-    step: int
+    step: Step
     task: str
     state: State
     priority: int
@@ -122,10 +130,11 @@ class ResultEntry(BaseModel):
 
     key: Key
     run: str
-    step: int
+    step: Step
     tokens: int | None
     task: str
     scalars: dict[str, float]
+    chance: dict[str, Percent] = Field(description="what a guess would get of those scalars")
     groups: dict[str, Group]
     seconds: float | None = Field(description="how long scoring took")
     created: float = Field(description="seconds since 1970")
@@ -192,13 +201,15 @@ class Series(BaseModel):
 
     run: str
     name: str
-    points: list[tuple[int, int | None, float]] = Field(description="[step, tokens, value]")
+    points: list[tuple[Step, int | None, float]] = Field(description="[step, tokens, value]")
 
 
 class SeriesList(BaseModel):
     """Curves."""
 
     series: list[Series]
+    thinned: bool = Field(description="whether there are more points than these")
+    total: int = Field(description="points in all")
 
 
 class Cell(BaseModel):

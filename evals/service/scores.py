@@ -59,12 +59,22 @@ def scores_router(results: Results) -> APIRouter:
         group: TextFilter = None,
         wrong: Annotated[bool, Query(description="only those that are not entirely right")] = False,
         search: Annotated[str, Query(max_length=256, description="in prompt, answer or output")] = "",
+        depth_from: Annotated[float | None, Query(ge=0, le=1, description="at this depth or deeper")] = None,
+        depth_to: Annotated[
+            float | None, Query(ge=0, le=1, description="less deep; with 1, to the end")
+        ] = None,
         limit: SamplesLimit = 50,
         offset: Offset = 0,
     ) -> SamplePage:
         _task(results, key)
         found, total, groups = results.samples(
-            key, group=group, wrong=wrong, search=search, limit=limit, offset=offset
+            key,
+            group=group,
+            wrong=wrong,
+            search=search,
+            depths=(depth_from, depth_to),
+            limit=limit,
+            offset=offset,
         )
         return SamplePage(samples=found, total=total, groups=groups)  # type: ignore[arg-type]
 
@@ -79,7 +89,9 @@ def scores_router(results: Results) -> APIRouter:
 
     @router.get("/scalars")
     def list_scalars(run: RunFilter = None, name: TextFilter = None) -> SeriesList:
-        return SeriesList(series=results.series(run=run, name=name))  # type: ignore[arg-type]
+        series, total = results.series(run=run, name=name)
+        thinned = sum(len(one["points"]) for one in series) < total
+        return SeriesList(series=series, thinned=thinned, total=total)  # type: ignore[arg-type]
 
     @router.get("/heatmap/{key}", responses=_GONE)
     def show_heatmap(key: KeyPath) -> Heatmap:

@@ -11,12 +11,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from evals.baselines import Baselines
+from evals.folders import Runs
 from evals.guard import is_loopback
 from evals.pool import Pool, WorkerPool
 from evals.queue import Queue
 from evals.service.app import create_app
 from evals.service.background import WATCH_SECONDS, Background
-from evals.watch import Runs, Watcher
+from evals.watch import Watcher
 from evals.worker import JOB_SECONDS, LEASE_SECONDS
 
 if TYPE_CHECKING:
@@ -42,6 +44,7 @@ def serve(
     token: str | None = None,
     ray_address: str | None = None,
     database: Path | None = None,
+    baselines: Baselines | None = None,
     job_seconds: float = JOB_SECONDS,
     lease_seconds: float = LEASE_SECONDS,
     watch_seconds: float = WATCH_SECONDS,
@@ -56,6 +59,7 @@ def serve(
         token: clients send it as ``Authorization: Bearer <token>``.
         ray_address: "local", "auto" or host:port of a Ray cluster, whose nodes then work instead.
         database: the queue, on a disk of this machine; the first root's evaluations.sqlite unless given.
+        baselines: models that are scored beside the runs.
         job_seconds: a job that takes longer is given back.
         lease_seconds: after which the job of a dead worker goes to another one.
         watch_seconds: between two looks for new checkpoints.
@@ -70,23 +74,24 @@ def serve(
         raise ValueError(f"workers = {workers}: use 1 or more")
     if job_seconds <= 0:
         raise ValueError(f"job_seconds = {job_seconds:g}: use more than 0")
-    runs = Runs(*([roots] if isinstance(roots, Path) else roots))
+    runs = Runs(*([roots] if isinstance(roots, Path) else roots), baselines=baselines)
     path = database or runs.roots[0] / DATABASE
     with _only_server(path), _listening(host, port) as listener:
         queue, secret = Queue(path), secrets.token_urlsafe(32) if ray_address else None
         # Workers end with their server, so whoever holds a job now is dead.
         queue.release_all("the service was ended while it ran")
-        timing: dict[str, Any] = {"lease_seconds": lease_seconds, "job_seconds": job_seconds}
+        given: dict[str, Any] = {"lease_seconds": lease_seconds, "job_seconds": job_seconds}
+        given["baselines"] = baselines
         pool: Pool
         if ray_address is not None and secret is not None:
             from evals.actors import RayPool, public_url
 
             url = public_url(host, listener.getsockname()[1])
             pool = RayPool(
-                queue, runs.roots, count=workers, address=ray_address, url=url, secret=secret, **timing
+                queue, runs.roots, count=workers, address=ray_address, url=url, secret=secret, **given
             )
         else:
-            pool = WorkerPool(queue, runs.roots, count=workers, **timing)
+            pool = WorkerPool(queue, runs.roots, count=workers, **given)
         background = Background(Watcher(queue, runs), pool, seconds=watch_seconds)
         # An empty variable is no token.
         _run(create_app(queue, runs, token=token or None, secret=secret, background=background), listener)

@@ -1,15 +1,18 @@
-"""Length extrapolation: a model's loss on the same held-out tokens, given ever more of what stands before.
+"""Length extrapolation: a model's loss on the same text, given ever more of what stands before it.
 
-A window of held-out text is [context | targets]. For each context length L the model reads the last L tokens
-of the context from an empty state and is scored on the targets, so that the numbers of two lengths differ by
-context alone. The longest context is scored at every position too.
+A window of text is [context | targets]. For each context length L the model reads the last L tokens of the
+context from an empty state and is scored on the targets, so that the numbers of two lengths differ by context
+alone. The longest context is scored at every position too.
 
-    window      c_0 ... c_{N-1} | t_0 ... t_{K-1}          K = TARGETS, N = the longest length
+    window      c_0 ... c_{N-1} | t_0 ... t_{K-1}          N = the longest length
     loss(L)   = mean over windows and i of  -ln p(t_i | c_{N-L} ... c_{N-1}, t_0 ... t_{i-1})
 
-Windows are cut from documents that are long enough; where there are too few of those, from all documents end
-to end, and the result says which. Documents that begin inside such a window are part of the context; the BOS
-that begins them is no target.
+Of a run, windows with K = TARGETS tokens are cut from its held-out documents that are long enough; where
+there are too few of those, from all documents end to end, and the result says which. Documents that begin
+inside such a window are part of the context; the BOS that begins them is no target.
+
+With ``evals.perplexity_text`` any model is scored on windows of that text too, whose targets are the same
+bytes for every tokenizer, and whose contexts begin as that model's do (evals/text_windows.py).
 """
 
 from __future__ import annotations
@@ -26,42 +29,24 @@ from tqdm import tqdm
 
 from data_pipeline.loader import TokenDataset
 from evals.config import EvalConfig
+from evals.losses import ContextLosses
+from evals.runs import LoadedRun
 from evals.scorer import Scorer, TextCodec
-from evals.tasks.perplexity import ContextLosses
 from evals.tasks.protocol import Result, Task
+from evals.text_windows import ENOUGH, Windows, cut_stretches, encode_stretches, spread
+from evals.texts import read_documents, text_digest
 
 if TYPE_CHECKING:
-    from evals.runs import LoadedRun
+    from evals.subject import Subject
 
 Array = NDArray[Any]
 
-__all__ = ["TARGETS", "TASK", "Windows", "cut_windows", "score_windows"]
+__all__ = ["TARGETS", "TASK", "cut_windows", "score_windows"]
 
 TARGETS = 256
 # Windows read together; fewer where their states would exceed the scorer's budget.
 ROWS = 4
-# So many windows inside single documents are enough to leave the others out.
-ENOUGH = 8
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-
-
-@dataclass(frozen=True)
-class Windows:
-    """Held-out text to be scored.
-
-    Attributes:
-        tokens: int64 [windows, longest + TARGETS].
-        is_target: bool of the same shape: False for the BOS of a document.
-        longest: tokens of context.
-        whole: each lies in one document; otherwise documents were put end to end.
-        longest_document: tokens of it, BOS and EOS included.
-    """
-
-    tokens: Array
-    is_target: Array
-    longest: int
-    whole: bool
-    longest_document: int
 
 
 def cut_windows(split: TokenDataset, lengths: Sequence[int], *, limit: int) -> Windows:
@@ -81,11 +66,11 @@ def cut_windows(split: TokenDataset, lengths: Sequence[int], *, limit: int) -> W
     sizes = np.array([len(split.tokens_of(i)) for i in range(split.num_documents)])
     whole = int((sizes // width).sum()) >= min(limit, ENOUGH)
     starts = _starts_inside(sizes, width) if whole else np.arange(0, sizes.sum() - width + 1, width)
-    chosen = starts[np.linspace(0, len(starts) - 1, min(limit, len(starts))).round().astype(int)]
+    chosen = spread(starts, limit)
     begins = np.cumsum([0, *sizes])
     tokens = np.stack([_tokens(split, begins, int(start), width) for start in chosen])
     places = chosen[:, None] + np.arange(width)
-    return Windows(tokens, ~np.isin(places, begins), longest, whole, int(sizes.max()))
+    return Windows(tokens, ~np.isin(places, begins), longest, whole)
 
 
 def _starts_inside(sizes: Array, width: int) -> Array:
@@ -133,28 +118,31 @@ def score_windows(
     total = -(-len(batches) // scorer.ranks.size)
     with tqdm(total=total, desc="context_length", disable=not progress) as bar:
         parts = scorer.ranks.divide(len(batches), score)
-    by_position = ContextLosses.up_to(windows.tokens.shape[1])
+    by_position = ContextLosses.up_to(len(windows.start) + windows.tokens.shape[1])
     for part in parts:
         by_position.merge(part.by_position)
     return {length: sum(part.nats[length] for part in parts) for length in lengths}, by_position
 
 
 def _score(scorer: Scorer, windows: Windows, part: slice, lengths: Sequence[int]) -> _Part:
-    tokens = torch.from_numpy(windows.tokens[part]).to(scorer.device)
-    is_target = windows.is_target[part]
-    nats = {}
+    tokens = torch.from_numpy(windows.tokens[part])
+    start = torch.tensor(windows.start, dtype=torch.long).expand(len(tokens), -1)
+    scored, nats = windows.scored[part], {}
     for length in lengths:
         if length == windows.longest:
             continue
-        given = tokens[:, -TARGETS - length :]
-        state = scorer.read(given[:, : length - 1], scorer.model.init_state(len(given)))
-        nats[length] = _sum(scorer, given[:, length - 1 :], state, is_target[:, -TARGETS:])
-    log_probs, _ = scorer.log_probs(tokens, scorer.model.init_state(len(tokens)))
+        given = torch.cat([start, tokens[:, windows.longest - length :]], 1).to(scorer.device)
+        read = start.shape[1] + length - 1
+        state = scorer.read(given[:, :read], scorer.model.init_state(len(given)))
+        nats[length] = _sum(scorer, given[:, read:], state, scored)
+    whole = torch.cat([start, tokens], 1).to(scorer.device)
+    log_probs, _ = scorer.log_probs(whole, scorer.model.init_state(len(whole)))
     losses = -log_probs.double().cpu().numpy()  # of tokens 1, 2, ...
-    nats[windows.longest] = float(losses[:, -TARGETS:][is_target[:, -TARGETS:]].sum())
-    by_position = ContextLosses.up_to(tokens.shape[1])
-    positions = np.broadcast_to(np.arange(1, tokens.shape[1]), losses.shape)
-    by_position.add(losses[is_target[:, 1:]], positions[is_target[:, 1:]])
+    nats[windows.longest] = float(losses[:, -scored.shape[1] :][scored].sum())
+    by_position = ContextLosses.up_to(whole.shape[1])
+    positions = np.broadcast_to(np.arange(1, whole.shape[1]), losses.shape)
+    is_target = np.pad(windows.is_target[part], ((0, 0), (start.shape[1], 0)))[:, 1:]
+    by_position.add(losses[is_target], positions[is_target])
     return _Part(nats, by_position)
 
 
@@ -164,26 +152,61 @@ def _sum(scorer: Scorer, tokens: torch.Tensor, state: Any, is_target: Array) -> 
     return -float(log_probs.double().cpu().numpy()[is_target].sum())
 
 
-def _run(loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
+def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
+    """The held-out text of a run, and a named text with any model."""
+    scorer = Scorer(subject.model, subject.tokenizer)
+    result: Result = {}
+    if isinstance(subject, LoadedRun):
+        result = _held_out(scorer, subject, config, progress)
+    if config.perplexity_text:
+        result["on_text"] = _on_text(scorer, config.perplexity_text, config, progress)
+    assert result, "a model that is no run has no held-out text: refused before"
+    return result
+
+
+def _held_out(scorer: Scorer, loaded: LoadedRun, config: EvalConfig, progress: bool) -> Result:
     trained = int(loaded.recipe["data"]["sequence_length"])
     split = TokenDataset(loaded.dataset_dir, "validation", sequence_length=trained, seed=0)
     wanted = sorted(set(config.context_lengths))
     windows = cut_windows(split, wanted, limit=config.context_documents)
     lengths = [length for length in wanted if length <= windows.longest]
-    scorer = Scorer(loaded.model, loaded.tokenizer)
-    nats, by_position = score_windows(scorer, windows, lengths, progress=progress)
-    targets = int(windows.is_target[:, -TARGETS:].sum())
     size = sum(_bytes(loaded.tokenizer, row[-TARGETS:].tolist()) for row in windows.tokens)
+    longest = max(len(split.tokens_of(i)) for i in range(split.num_documents))
+    return {
+        **_scored(scorer, windows, lengths, wanted=wanted, size=size, progress=progress),
+        "longest_document": longest,
+        "trained_length": trained,
+    }
+
+
+def _on_text(scorer: Scorer, path: str, config: EvalConfig, progress: bool) -> Result:
+    wanted = sorted(set(config.context_lengths))
+    stretches = cut_stretches(read_documents(path), wanted, limit=config.context_documents)
+    windows, lengths = encode_stretches(scorer, stretches)
+    scored = _scored(scorer, windows, lengths, wanted=wanted, size=stretches.size, progress=progress)
+    return {**scored, "digest": text_digest(path)}
+
+
+def _scored(
+    scorer: Scorer,
+    windows: Windows,
+    lengths: Sequence[int],
+    *,
+    wanted: Sequence[int],
+    size: int,
+    progress: bool,
+) -> Result:
+    """The losses of windows with ``size`` bytes of targets."""
+    nats, by_position = score_windows(scorer, windows, lengths, progress=progress)
+    targets = int(windows.scored.sum())
     return {
         "rows": [_row(length, nats[length], targets=targets, size=size) for length in lengths],
         "by_position": by_position.rows(),
-        "skipped": [length for length in wanted if length > windows.longest],
+        "skipped": [length for length in wanted if length not in lengths],
         "windows": len(windows.tokens),
         "targets": targets,
         "bytes": size,
         "text": "documents" if windows.whole else "documents end to end",
-        "longest_document": windows.longest_document,
-        "trained_length": trained,
     }
 
 
@@ -206,16 +229,25 @@ def _bytes(tokenizer: TextCodec, ids: Sequence[int]) -> int:
 
 
 def _settings(config: EvalConfig) -> Mapping[str, Any]:
+    """A named text counts by its content."""
     return {
         "lengths": sorted(set(config.context_lengths)),
         "windows": config.context_documents,
         "targets": TARGETS,
+        **({"text": text_digest(config.perplexity_text)} if config.perplexity_text else {}),
     }
 
 
 def _scalars(result: Result) -> dict[str, float]:
-    """Bits per byte of the same targets by the tokens of context before them."""
-    return {f"context_length/{row['length']}": row["bits_per_byte"] for row in result["rows"]}
+    """Bits per byte of the same targets by the tokens of context before them; of a named text apart."""
+    parts = (("", result), ("text/", result.get("on_text", {})))
+    return {
+        f"context_length/{prefix}{row['length']}": row["bits_per_byte"]
+        for prefix, part in parts
+        for row in part.get("rows", ())
+    }
 
 
-TASK = Task(name="context_length", needs_run=True, settings=_settings, run=_run, scalars=_scalars)
+TASK = Task(
+    name="context_length", needs_run=True, takes_text=True, settings=_settings, run=_run, scalars=_scalars
+)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from evals.config import EvalConfig
 from evals.harness import run_harness
-from evals.samples import Sample, clip, share
+from evals.samples import Sample, chance_of, clip, share
 from evals.scorer import Scorer
 from evals.tasks.protocol import Result, Task
 from trellis_dist.files import sha256_file
@@ -127,4 +127,18 @@ def _scalars(result: Result) -> dict[str, float]:
     }
 
 
-TASK = Task(name="harness", settings=_settings, run=_run, scalars=_scalars)
+def _chance(result: Result) -> dict[str, float]:
+    """Of the shares of tasks whose questions give choices."""
+    by_group: dict[str, list[Mapping[str, Any]]] = {}
+    for sample in result["samples"]:
+        by_group.setdefault(sample["group"], []).append(sample)
+    chances = {task: 100 * chance_of(samples) for task, samples in by_group.items()}
+    return {
+        f"harness/{task}/{metric}": chances[task]
+        for task, metrics in result["results"].items()
+        for metric in metrics
+        if metric in SHARES and chances.get(task)
+    }
+
+
+TASK = Task(name="harness", settings=_settings, run=_run, scalars=_scalars, chance=_chance)

@@ -14,6 +14,7 @@ from evals.mqar import Pieces, Rows, find_pieces, make_rows, predict
 from evals.oracle import RecallModel
 from evals.samples import Sample, clip, share
 from evals.scorer import Scorer, TextCodec
+from evals.states import context_start
 from evals.tasks.protocol import Result, Task
 
 if TYPE_CHECKING:
@@ -56,10 +57,8 @@ def _run(subject: Subject, config: EvalConfig, progress: bool) -> Result:
 
 
 def _rows(pieces: Pieces, tokenizer: TextCodec, config: EvalConfig, *, pairs: int, length: int) -> Rows:
-    indices = range(config.mqar_samples)
-    return make_rows(
-        pieces, bos_id=tokenizer.bos_id, pairs=pairs, length=length, indices=indices, seed=config.mqar_seed
-    )
+    indices, start = range(config.mqar_samples), context_start(tokenizer, [pieces.filler])
+    return make_rows(pieces, start=start, pairs=pairs, length=length, indices=indices, seed=config.mqar_seed)
 
 
 def _oracle(tokenizer: TextCodec, rows: Rows) -> float:
@@ -83,7 +82,7 @@ def _samples(
             id=f"{config.mqar_seed}/{pairs}/{length}/{index}",
             group=f"{pairs}/{length}",
             score=score,
-            prompt=clip(text(rows.tokens[index, 1:])),
+            prompt=clip(text(rows.tokens[index, -length:])),
             answer=clip(text(rows.answers[index])),
             output=clip(text(found[index])),
             length=length,
@@ -96,4 +95,8 @@ def _scalars(result: Result) -> dict[str, float]:
     return {f"mqar/{group}": part["score"] for group, part in result["groups"].items()}
 
 
-TASK = Task(name="mqar", settings=_settings, run=_run, scalars=_scalars)
+def _chance(result: Result) -> dict[str, float]:
+    return {f"mqar/{group}": result["chance"] for group in result["groups"]}
+
+
+TASK = Task(name="mqar", settings=_settings, run=_run, scalars=_scalars, chance=_chance)

@@ -28,11 +28,19 @@ class Task:
         settings: the part of the configuration that this task's numbers depend on; part of a result's key.
         run: (subject, configuration, progress) -> JSON result. Raises ValueError for what a user can fix.
         scalars: the numbers of a result that are worth a curve and a column, by TensorBoard name.
+        chance: what a guess would get of those scalars, in percent, where that says something.
         needs_run: it scores a run (`evals.runs.LoadedRun`: recipe and data set) and no other model.
+        takes_text: with ``evals.perplexity_text`` it scores any model, on that text.
     """
 
     name: TaskName
     settings: Callable[[EvalConfig], Mapping[str, Any]]
     run: Callable[[Any, EvalConfig, bool], Result]
     scalars: Callable[[Result], dict[str, float]]
+    chance: Callable[[Result], dict[str, float]] = lambda result: {}
     needs_run: bool = False
+    takes_text: bool = False
+
+    def suits(self, config: EvalConfig, *, run: bool) -> bool:
+        """Whether it scores a model that is a ``run``, or is none."""
+        return run or not self.needs_run or (self.takes_text and bool(config.perplexity_text))

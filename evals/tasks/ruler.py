@@ -24,7 +24,8 @@ from evals.ruler.niah import CHOICES
 from evals.ruler.question import Question
 from evals.samples import Sample, clip, share
 from evals.sampling import Sampling
-from evals.scorer import Ids, Prefix, Scorer, TextCodec
+from evals.scorer import Prefix, Scorer, TextCodec
+from evals.states import context_ids
 from evals.tasks.protocol import Result, Task
 from trellis_dist.files import digest
 
@@ -55,6 +56,7 @@ def ruler_task(task: RulerTask) -> Task:
         settings=partial(_settings, task),
         run=partial(_run, task),
         scalars=partial(_scalars, task),
+        chance=partial(_chance, task),
     )
 
 
@@ -176,10 +178,7 @@ def _questions(
     make: Maker, tokenizer: TextCodec, config: EvalConfig, *, length: int
 ) -> Iterator[tuple[int, list[Question]]]:
     """The questions of one length, as many at a time as may be kept, each time with the first one's index."""
-
-    def encode(text: str) -> Ids:
-        return [tokenizer.bos_id, *tokenizer.encode(text)]
-
+    encode = partial(context_ids, tokenizer)
     step = max(KEPT_TOKENS // length, 1)
     for start in range(0, config.ruler_samples, step):
         indices = range(start, min(start + step, config.ruler_samples))
@@ -238,6 +237,12 @@ def _scalars(task: RulerTask, result: Result) -> dict[str, float]:
         for row in result["rows"]
         for way in ("generation", "choice")
     }
+
+
+def _chance(task: RulerTask, result: Result) -> dict[str, float]:
+    """Nobody guesses what is written; of the choices one in ten is right."""
+    chance = result["chance"]
+    return {name: chance["choice" if "/choice/" in name else "generation"] for name in _scalars(task, result)}
 
 
 TASKS = tuple(ruler_task(task) for task in RULER.values())

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from evals.config import EvalConfig
+from evals.samples import chance_of
 from evals.scorer import Scorer
 from evals.suites.catalogue import DEFINITION, SUITES, Suite
 from evals.suites.rows import find_file, read_questions
@@ -32,6 +33,7 @@ def suite_task(suite: Suite) -> Task:
         settings=partial(_settings, suite),
         run=partial(_run, suite),
         scalars=partial(_scalars, suite),
+        chance=partial(_chance, suite),
     )
 
 
@@ -65,6 +67,12 @@ def _scalars(suite: Suite, result: Result) -> dict[str, float]:
     if "perplexity" in result:
         scalars[f"{suite.name}/perplexity"] = result["perplexity"]["value"]
     return scalars
+
+
+def _chance(suite: Suite, result: Result) -> dict[str, float]:
+    """Of the accuracies: one of each question's choices, none where a word of any vocabulary is asked for."""
+    share = 100 * chance_of(result["samples"])
+    return {f"{suite.name}/{metric}": share for metric in result["metrics"]}
 
 
 TASKS = tuple(suite_task(suite) for suite in SUITES.values())

@@ -31,7 +31,7 @@ let health = null;
 let timer = null;
 let ticking = false;
 let again = false;
-let synced = -1; // jobs done when the results were last read
+let synced = ""; // what of the state said so when the results were last read
 
 function start() {
   main.replaceChildren();
@@ -110,11 +110,12 @@ async function refresh() {
   health = await get("health");
   setTitle();
   active?.health?.(health);
-  const { done = 0 } = health.jobs;
+  // A result may come to a run whose checkpoint was scored elsewhere, or leave one that was trained anew.
+  const mark = [health.jobs.done, health.results, health.counters.superseded].join();
   const sync = async () => {
-    if (done === synced) return;
+    if (mark === synced) return;
     await store.sync();
-    synced = done;
+    synced = mark;
   };
   await Promise.all([sync(), active?.tick?.()]);
 }

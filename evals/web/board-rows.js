@@ -2,7 +2,7 @@
 
 import { naturally } from "./dom.js";
 import { baselineOf, familyOf, format, lowerIsBetter } from "./scalars.js";
-import { store } from "./store.js";
+import { checkpointId, store } from "./store.js";
 
 /** Scalars that are columns: of the chosen tasks (a set), else of the family, else all; baselines are rows. */
 export function columnsOf({ family, tasks }) {
@@ -17,10 +17,11 @@ export function columnsOf({ family, tasks }) {
 
 /** Every step of any run, the newest first. */
 export function allSteps() {
-  return [...new Set(store.runs().flatMap((run) => store.steps(run)))].sort((a, b) => b - a);
+  const steps = store.runs().flatMap((run) => store.steps(run)).filter((step) => step !== null);
+  return [...new Set(steps)].sort((a, b) => b - a);
 }
 
-/** The rows of some runs. `at`: "newest", "best" (by the scalar `by`), "step" (the given `step`) or "all". */
+/** The rows of some runs, and of baselines, which have but one. `at`: "newest", "best" (by the scalar `by`), "step" (the given `step`) or "all". */
 export function rowsOf(runs, columns, { at, by, step }) {
   const choose = {
     newest: (run) => store.steps(run).slice(0, 1),
@@ -28,13 +29,14 @@ export function rowsOf(runs, columns, { at, by, step }) {
     step: (run) => store.steps(run).filter((one) => one === step),
     all: (run) => store.steps(run),
   }[at];
-  return runs.flatMap((run) => (choose?.(run) ?? []).map((one) => checkpointRow(run, one, columns)));
+  const steps = (run) => (store.isBaseline(run) ? [null] : choose?.(run) ?? []);
+  return runs.flatMap((run) => steps(run).map((one) => checkpointRow(run, one, columns)));
 }
 
 function checkpointRow(run, step, columns) {
   const [first] = store.checkpoints.get(run).get(step).values();
   const values = columns.map((name) => store.value(run, step, name));
-  return { run, step, tokens: first?.tokens ?? null, id: `${run}@${step}`, values };
+  return { run, step, tokens: first?.tokens ?? null, id: checkpointId(run, step), values };
 }
 
 function bestStep(run, by) {
@@ -57,6 +59,28 @@ export function baselineRows(rows, columns) {
       if (!found.has(id)) found.set(id, { id, baseline: true, run: baseline.name, step: null, tokens: null, values: columns.map(() => null) });
       found.get(id).values[column] = entry;
     }
+  }
+  return [...found.values(), ...chanceRows(rows, columns)];
+}
+
+/** What a guess would get of the scalars: one row, and more where it depends on the settings of the rows. */
+function chanceRows(rows, columns) {
+  const found = [];
+  columns.forEach((name, column) => {
+    chancesOf(rows.map((row) => row.values[column]), name).forEach((entry, i) => {
+      found[i] ??= { id: `baseline chance ${i}`, baseline: true, run: "chance", step: null, tokens: null, values: columns.map(() => null) };
+      found[i].values[column] = entry;
+    });
+  });
+  return found;
+}
+
+/** Different values of a guess for a scalar among entries { value, result } of it. */
+export function chancesOf(entries, name) {
+  const found = new Map(); // the text -> entry
+  for (const entry of entries) {
+    const value = entry?.result.chance?.[name];
+    if (Number.isFinite(value)) found.set(format(name, value), { value, result: entry.result });
   }
   return [...found.values()];
 }

@@ -3,7 +3,7 @@
 import { age, compact, h, integer, patch } from "./dom.js";
 import { go, link } from "./route.js";
 import { format, interval, lowerIsBetter, shortName } from "./scalars.js";
-import { shareOf, store } from "./store.js";
+import { shareOf, store, titleOf } from "./store.js";
 import { hideTip, showTip } from "./tip.js";
 
 const FIXED = ["run", "step", "tokens"];
@@ -105,7 +105,7 @@ export class BoardTable {
     const { row, name, value, result } = entry;
     const share = row.baseline ? null : shareOf(result, name);
     showTip(cell.getBoundingClientRect(),
-      h("p", null, row.baseline ? `baseline ${row.run}` : `${row.run}, step ${integer(row.step)}`),
+      h("p", null, row.baseline ? `baseline ${row.run}` : titleOf(row.run, row.step)),
       h("p", { class: "big" }, format(name, value, { unit: true }), h("span", null, name)),
       share && h("p", null, `95% interval ${interval(share)}; ${integer(share.samples)} samples`),
       !row.baseline && Number.isFinite(result.seconds) && h("p", null, `scored in ${age(result.seconds)}`));
@@ -141,7 +141,7 @@ export class BoardTable {
     const entry = this.#entry(cell);
     if (!entry || entry.row.baseline || getSelection().toString()) return;
     if (!Object.keys(entry.result.groups ?? {}).length) return;
-    go("samples", { key: entry.result.key, group: shareOf(entry.result, entry.name)?.group });
+    go("samples", { key: entry.result.key, checkpoint: entry.row.id, group: shareOf(entry.result, entry.name)?.group });
   }
 }
 

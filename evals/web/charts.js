@@ -8,14 +8,22 @@ const MARGIN = { left: 58, right: 14, top: 10, bottom: 42 };
 const COLOURS = 6;
 const DASHES = ["", "6 3", "2 3", "8 3 2 3", "12 4", "4 4"];
 
+const LEVEL = "9 6";
+
 /** Attributes of the line with this number: 6 colours, then the same with other dashes. */
 function stroke(slot) {
   return { class: `c${slot % COLOURS}`, "stroke-dasharray": DASHES[Math.floor(slot / COLOURS) % DASHES.length] };
 }
 
-/** A short piece of that line, for legends. */
-export function key(slot) {
-  const line = s("line", { x1: 0, x2: 28, y1: 5, y2: 5, "stroke-width": 2.5, ...stroke(slot) });
+/** Attributes of a horizontal line: that of a model has its colour, that of a guess is thin. */
+function levelStroke(slot) {
+  if (slot === undefined) return { class: "guess", "stroke-width": 1, "stroke-dasharray": "2 4" };
+  return { ...stroke(slot), "stroke-width": 1.75, "stroke-dasharray": LEVEL };
+}
+
+/** A short piece of a run's line, or of a baseline's, for legends. */
+export function key(slot, { level = false } = {}) {
+  const line = s("line", { x1: 0, x2: 28, y1: 5, y2: 5, "stroke-width": 2.5, ...(level ? levelStroke(slot) : stroke(slot)) });
   return s("svg", { class: "key", viewBox: "0 0 28 10", "aria-hidden": "true" }, line);
 }
 
@@ -35,7 +43,10 @@ export class LineChart {
     new ResizeObserver(() => this.#redraw()).observe(this.plot);
   }
 
-  /** Draw { title, series: [{ name, slot, points: [{ x, y, low, high }] }], xLabel, logX, logY, bars, format }. */
+  /**
+   * Draw { title, series: [{ name, slot, points: [{ x, y, low, high }] }], levels: [{ name, slot, y }], xLabel, logX,
+   * logY, bars, format }. A level is a horizontal line; one without a slot is thin.
+   */
   draw(model) {
     this.#model = model;
     this.caption.textContent = model.title;
@@ -48,25 +59,30 @@ export class LineChart {
     const { series, logX, logY } = this.#model;
     const drawable = (p) => Number.isFinite(p.x) && Number.isFinite(p.y) && (p.x > 0 || !logX) && (p.y > 0 || !logY);
     this.kept = series.map((one) => ({ ...one, points: one.points.filter(drawable) })).filter((one) => one.points.length);
+    this.levels = this.#model.levels.filter(({ y }) => Number.isFinite(y) && (y > 0 || !logY));
     this.plot.setAttribute("aria-label", this.#describe());
     if (!this.kept.length) {
-      this.plot.replaceChildren(h("p", { class: "empty" }, "Nothing to draw with these settings."));
+      const models = this.levels.filter(({ slot }) => slot !== undefined).map(({ name, y }) => `${name} ${this.#model.format(y)}`);
+      const text = models.length ? `No run has it yet; baselines: ${models.join(", ")}.` : "Nothing to draw with these settings.";
+      this.plot.replaceChildren(h("p", { class: "empty" }, text));
       return;
     }
     const points = this.kept.flatMap((one) => one.points);
     this.x = axis(points.map((p) => p.x), logX, [MARGIN.left, width - MARGIN.right]);
-    this.y = axis(extent(points, this.#model.bars), logY, [HEIGHT - MARGIN.bottom, MARGIN.top]);
+    this.y = axis([...extent(points, this.#model.bars), ...this.levels.map(({ y }) => y)], logY, [HEIGHT - MARGIN.bottom, MARGIN.top]);
     this.values = [...new Set(points.map((p) => p.x))].sort((a, b) => a - b);
     this.cross = s("line", { class: "cross", y1: MARGIN.top, y2: HEIGHT - MARGIN.bottom, visibility: "hidden" });
     const lines = this.kept.flatMap((one) => drawLine(one, this.x, this.y, this.#model.bars));
     const svg = s("svg", { width, height: HEIGHT, "aria-hidden": "true" });
-    svg.append(...grid(this.x, this.y, width), title(this.#model.xLabel, width), this.cross, ...lines);
+    const levels = this.levels.flatMap((one) => drawLevel(one, this.y, width));
+    svg.append(...grid(this.x, this.y, width), title(this.#model.xLabel, width), this.cross, ...levels, ...lines);
     this.plot.replaceChildren(svg);
   }
 
   #describe() {
     const { title: name, xLabel, format } = this.#model;
-    const last = this.kept.map((one) => `${one.name} ${format(one.points.at(-1).y)}`);
+    const ends = this.kept.map((one) => ({ name: one.name, y: one.points.at(-1).y }));
+    const last = [...ends, ...this.levels].map((one) => `${one.name} ${format(one.y)}`);
     return `${name} against ${xLabel}; the last values: ${last.join(", ") || "none"}. Arrow keys read the points.`;
   }
 
@@ -93,13 +109,13 @@ export class LineChart {
     const x = this.values[index];
     const place = this.x.place(x);
     for (const [name, value] of Object.entries({ x1: place, x2: place, visibility: "visible" })) this.cross.setAttribute(name, value);
-    const rows = this.kept
+    const rows = [...this.kept, ...this.levels.map((one) => ({ ...one, points: [{ x, y: one.y }], level: true }))]
       .map((one) => ({ ...one, point: one.points.find((p) => p.x === x) }))
       .filter((one) => one.point)
       .sort((a, b) => b.point.y - a.point.y)
       .map((one) => {
         const value = h("td", { class: "number" }, this.#text(one.point));
-        return h("tr", null, h("td", null, key(one.slot)), h("th", { scope: "row" }, one.name), value);
+        return h("tr", null, h("td", null, key(one.slot, one)), h("th", { scope: "row" }, one.name), value);
       });
     const box = this.plot.getBoundingClientRect();
     const near = { left: box.left + place + 12, top: box.top + MARGIN.top, bottom: box.top + MARGIN.top };
@@ -190,6 +206,12 @@ function drawLine({ points, slot }, x, y, bars) {
     parts.push(...points.map((p) => s("circle", { cx: x.place(p.x), cy: y.place(p.y), r: 2.5, class: `dot c${slot % COLOURS}` })));
   }
   return parts;
+}
+
+function drawLevel({ name, slot, y: value }, y, width) {
+  const at = y.place(value);
+  const line = s("line", { x1: MARGIN.left, x2: width - MARGIN.right, y1: at, y2: at, ...levelStroke(slot) });
+  return slot === undefined ? [line, label(width - MARGIN.right, at - 4, name, "end")] : [line];
 }
 
 function whisker(point, slot, x, y) {

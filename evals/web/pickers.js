@@ -1,18 +1,12 @@
 // Choosing a checkpoint's task: run, step, task, each list with what there is a result of.
 
 import { field, h, integer, setOptions } from "./dom.js";
-import { store } from "./store.js";
-
-/** "run@step" in two; the step is a number. */
-function splitId(id) {
-  const mark = id.lastIndexOf("@");
-  return { run: id.slice(0, mark), step: Number(id.slice(mark + 1)) };
-}
+import { checkpointId, splitId, store } from "./store.js";
 
 /** Selects for run and step among the checkpoints with a result of a task; `choose` gets "run@step". */
 export class CheckpointPicker {
   constructor(label, choose) {
-    this.run = h("select", { on: { change: () => choose(`${this.run.value}@${this.#nearest(this.run.value)}`) } });
+    this.run = h("select", { on: { change: () => choose(checkpointId(this.run.value, this.#nearest(this.run.value))) } });
     this.step = h("select", { on: { change: () => choose(`${this.run.value}@${this.step.value}`) } });
     this.fields = [field(label, this.run), field("Step", this.step, { class: "field narrow" })];
   }
@@ -26,7 +20,7 @@ export class CheckpointPicker {
     const steps = run === undefined ? [] : this.#steps(run);
     const step = steps.includes(wanted.step) ? wanted.step : steps[0];
     setOptions(this.run, runs.map((name) => [name, name]), run ?? "");
-    setOptions(this.step, steps.map((one) => [one, integer(one)]), step ?? "");
+    setOptions(this.step, steps.map((one) => [one ?? "-", one === null ? "-" : integer(one)]), steps.length ? step ?? "-" : "");
     return run === undefined ? null : { run, step, result: store.result(run, step, task) };
   }
 
@@ -36,7 +30,7 @@ export class CheckpointPicker {
 
   /** The chosen run's step nearest to the one that was shown: runs are compared at the same step. */
   #nearest(run) {
-    const shown = Number(this.step.value);
+    const shown = Number(this.step.value); // NaN of a baseline: then the newest
     return this.#steps(run).sort((a, b) => Math.abs(a - shown) - Math.abs(b - shown))[0];
   }
 }

@@ -1,11 +1,10 @@
-// Pages of samples of one result: from the service where it can filter, else filtered here.
+// Pages of samples of one result.
 
 import { get } from "./api.js";
 
 export const PAGE = 50;
 const BULK = 200;
-// The service filters by group, and not by depth: so many samples of a group are read to filter them here.
-const MOST = 20_000;
+const MOST = 20_000; // samples of a group that are read to be compared
 
 /** All samples of a group (or of the whole result), page by page; `progress` is told how many there are yet. */
 export async function readAll(key, { group, wrong, search, signal, progress }) {
@@ -21,16 +20,8 @@ export async function readAll(key, { group, wrong, search, signal, progress }) {
 /** One page: { samples, total, groups }. `filters` has group, wrong, search and depth ("0.1-0.2"). */
 export async function readPage(key, filters, offset, signal) {
   const { depth, ...rest } = filters;
-  if (!depth) return get(`results/${key}/samples`, { ...rest, limit: PAGE, offset }, { signal });
-  const all = await readAll(key, { ...rest, signal });
-  const inside = all.samples.filter((sample) => within(sample.depth, depth));
-  return { samples: inside.slice(offset, offset + PAGE), total: inside.length, groups: all.groups };
-}
-
-/** Whether a depth is in a bin; the last bin has its upper edge. */
-function within(depth, text) {
-  const [low, high] = text.split("-").map(Number);
-  return typeof depth === "number" && depth >= low && (depth < high || (high === 1 && depth === 1));
+  const [depth_from, depth_to] = depth ? depth.split("-") : [];
+  return get(`results/${key}/samples`, { ...rest, depth_from, depth_to, limit: PAGE, offset }, { signal });
 }
 
 /** A bin's name: "10-20%". */

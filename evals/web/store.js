@@ -1,17 +1,39 @@
 // Every result of the service, kept here and brought up to date by reading only what is new.
 
 import { get } from "./api.js";
-import { naturally } from "./dom.js";
+import { integer, naturally } from "./dom.js";
 import { compareScalars, compareTasks } from "./scalars.js";
 
 const FIRST_PAGE = 100;
 const PAGE = 1000;
 
+/** Names a checkpoint: "run@1000"; a baseline, which has no step, is "name@-". */
+export function checkpointId(run, step) {
+  return `${run}@${step ?? "-"}`;
+}
+
+/** A checkpoint's name in two; the step is a number, or null. */
+export function splitId(id) {
+  const mark = id.lastIndexOf("@");
+  const step = id.slice(mark + 1);
+  return { run: id.slice(0, mark), step: step === "-" ? null : Number(step) };
+}
+
+/** "run, step 1,000", or the name of a baseline. */
+export function titleOf(run, step) {
+  return step === null ? run : `${run}, step ${integer(step)}`;
+}
+
+/** Names a row of GET /results: equal checkpoints of several runs share a key. */
+function rowId(row) {
+  return `${row.key} ${checkpointId(row.run, row.step)}`;
+}
+
 class Store {
-  results = new Map(); // key -> row of GET /results
-  checkpoints = new Map(); // run -> step -> task -> row; of several the newest
+  results = new Map(); // rowId -> row of GET /results
+  checkpoints = new Map(); // run -> step (null: none) -> task -> row; of several the newest
   tasks = new Map(); // scalar -> task
-  listing = { runs: {}, tasks: [] }; // GET /runs
+  listing = { runs: {}, baselines: [], tasks: [] }; // GET /runs
   loaded = false;
   total = 0;
   #listeners = new Set();
@@ -44,7 +66,7 @@ class Store {
       this.results = new Map();
     }
     const changed = fresh.size > 0 || this.results.size !== before || !this.loaded;
-    for (const [key, row] of fresh) this.results.set(key, row);
+    for (const [id, row] of fresh) this.results.set(id, row);
     this.loaded = true;
     if (changed) this.#changed();
   }
@@ -56,8 +78,8 @@ class Store {
     for (let limit = known.size ? FIRST_PAGE : PAGE; ; limit = PAGE) {
       const answer = await get("results", { limit, offset });
       this.total = answer.total;
-      const strange = answer.results.filter((row) => !known.has(row.key));
-      for (const row of strange) fresh.set(row.key, row);
+      const strange = answer.results.filter((row) => !known.has(rowId(row)));
+      for (const row of strange) fresh.set(rowId(row), row);
       offset += answer.results.length;
       if (strange.length < answer.results.length || answer.results.length < limit || offset >= answer.total) return fresh;
     }
@@ -78,14 +100,25 @@ class Store {
     for (const name of Object.keys(row.scalars)) this.tasks.set(name, row.task);
   }
 
-  /** Runs with a result, by name. */
+  /** The row of a result's key: at a checkpoint ("run@step") where it is given and has it, else any. */
+  find(key, checkpoint) {
+    if (!key) return undefined;
+    return this.results.get(`${key} ${checkpoint}`) ?? [...this.results.values()].find((row) => row.key === key);
+  }
+
+  /** Whether a name is that of a model without steps. */
+  isBaseline(run) {
+    return this.steps(run).every((step) => step === null);
+  }
+
+  /** Runs and baselines with a result, by name. */
   runs() {
     return [...this.checkpoints.keys()].sort(naturally);
   }
 
-  /** Steps of a run with a result, the newest first. */
+  /** Steps of a run with a result, the newest first; null is that of a baseline. */
   steps(run) {
-    return [...(this.checkpoints.get(run)?.keys() ?? [])].sort((a, b) => b - a);
+    return [...(this.checkpoints.get(run)?.keys() ?? [])].sort((a, b) => (b ?? -1) - (a ?? -1));
   }
 
   /** The row of a checkpoint's task, or undefined. */

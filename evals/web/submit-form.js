@@ -30,7 +30,8 @@ export class SubmitForm {
   /** Show it with the runs and tasks of the service. */
   open() {
     const runs = Object.keys(store.listing.runs).sort(naturally);
-    setOptions(this.run, runs.map((name) => [name, name]), this.run.value || (runs[0] ?? ""));
+    const models = store.listing.baselines.map((name) => [name, name, "baselines"]);
+    setOptions(this.run, [...runs.map((name) => [name, name]), ...models], this.run.value || (runs[0] ?? models[0]?.[0] ?? ""));
     const names = [...store.listing.tasks].sort(compareTasks);
     if (this.tasks.dataset.names !== String(names)) {
       this.tasks.replaceChildren(...names.map((name) => h("label", { class: "box" }, h("input", { type: "checkbox", value: name }), name)));
@@ -48,10 +49,11 @@ export class SubmitForm {
   #sync() {
     const steps = [...(store.listing.runs[this.run.value]?.steps ?? [])].sort((a, b) => b - a);
     const chosen = steps.includes(Number(this.step.value)) && this.step.value !== "" ? this.step.value : "";
-    setOptions(this.step, [["", "the newest"], ...steps.map((step) => [step, integer(step)])], chosen);
+    const isModel = store.listing.baselines.includes(this.run.value);
+    setOptions(this.step, [["", isModel ? "none" : "the newest"], ...steps.map((step) => [step, integer(step)])], chosen);
     const { run, step, tasks } = this.#wanted();
-    this.go.disabled = !tasks.length || !run || !steps.length;
-    const where = `${run}, ${step === null ? "newest step" : `step ${integer(step)}`}`;
+    this.go.disabled = !tasks.length || !run || !(steps.length || isModel);
+    const where = isModel ? run : `${run}, ${step === null ? "newest step" : `step ${integer(step)}`}`;
     this.go.textContent = tasks.length ? `Queue ${tasks.length} on ${where}` : "Choose tasks";
   }
 }

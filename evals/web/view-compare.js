@@ -7,7 +7,7 @@ import { link, set } from "./route.js";
 import { lengthName } from "./scalars.js";
 import { block, excerpt, marked, verdict } from "./sample-text.js";
 import { readAll } from "./sample-source.js";
-import { store } from "./store.js";
+import { checkpointId, store } from "./store.js";
 
 const NARROW = 640;
 const METHOD = "Second minus first in percent points, on the samples that both answered; 95% intervals by paired bootstrap.";
@@ -71,12 +71,13 @@ export class Compare {
     const runs = store.runs().filter((run) => store.steps(run).some((step) => store.result(run, step, task)));
     const run = runs.find((name) => name !== first.run) ?? first.run;
     const steps = store.steps(run).filter((step) => store.result(run, step, task));
-    return `${run}@${steps.find((step) => run !== first.run || step !== first.step) ?? first.step}`;
+    const other = steps.findIndex((step) => run !== first.run || step !== first.step);
+    return checkpointId(run, other < 0 ? first.step : steps[other]);
   }
 
   #swap() {
     const { first, second } = this.#chosen;
-    set({ first: `${second.run}@${second.step}`, second: `${first.run}@${first.step}` });
+    set({ first: checkpointId(second.run, second.step), second: checkpointId(first.run, first.step) });
   }
 
   async #read() {

@@ -1,5 +1,6 @@
 // Scalars against step or tokens, one chart per scalar, one line per run.
 
+import { chancesOf } from "./board-rows.js";
 import { key, LineChart } from "./charts.js";
 import { debounce, field, h, integer, matcher, naturally, patch, setOptions, switcher } from "./dom.js";
 import { set } from "./route.js";
@@ -128,7 +129,9 @@ export class Curves {
 
   #say(all, shown, scalars) {
     const best = `The ${shown.length} best of ${integer(all.length)} runs by their newest value: filter to see others.`;
-    const runs = shown.length < all.length ? best : `${shown.length} runs.`;
+    const models = shown.filter((run) => store.isBaseline(run)).length;
+    const beside = models ? `, ${models} ${models > 1 ? "baselines" : "baseline"}` : "";
+    const runs = shown.length < all.length ? best : `${shown.length - models} runs${beside}.`;
     const charts = scalars.length > CHARTS ? ` The first ${CHARTS} of ${scalars.length} scalars.` : "";
     const tokens = this.#get("x") === "tokens" ? " Runs that do not tell their tokens are left out." : "";
     this.note.textContent = store.results.size ? runs + charts + tokens : "No results yet.";
@@ -139,7 +142,7 @@ export class Curves {
     patch(this.legend, shown, {
       key: (run) => `${this.#slots.get(run)} ${run}`,
       create: (run) => {
-        const parts = [key(this.#slots.get(run)), h("span", null, run)];
+        const parts = [key(this.#slots.get(run), { level: store.isBaseline(run) }), h("span", null, run)];
         return h("li", null, h("button", { type: "button", on: { click: () => this.#toggle(run) } }, parts));
       },
       update: (item, run) => item.firstChild.setAttribute("aria-pressed", String(!off.has(run))),
@@ -158,6 +161,7 @@ export class Curves {
     return {
       title: name,
       series,
+      levels: levelsOf(runs, name, this.#slots),
       xName: x,
       xLabel: x === "tokens" ? "tokens trained on" : "training step",
       logX: Boolean(this.#get("logx")),
@@ -177,4 +181,12 @@ export class Curves {
     });
     return points.filter(Boolean).sort((a, b) => a.x - b.x);
   }
+}
+
+/** Horizontal lines: baselines, which have no step, and what a guess would get. */
+function levelsOf(runs, name, slots) {
+  const models = runs.map((run) => ({ name: run, slot: slots.get(run), y: store.value(run, null, name)?.value }));
+  const entries = runs.flatMap((run) => store.steps(run).map((step) => store.value(run, step, name)));
+  const chances = chancesOf(entries, name).map(({ value }) => ({ name: "chance", y: value }));
+  return [...models.filter(({ y }) => y !== undefined), ...chances];
 }

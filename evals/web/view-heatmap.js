@@ -5,7 +5,7 @@ import { field, h, integer, patch, setOptions } from "./dom.js";
 import { CheckpointPicker, sampledTasks } from "./pickers.js";
 import { link, set } from "./route.js";
 import { lengthName } from "./scalars.js";
-import { store } from "./store.js";
+import { checkpointId, store, titleOf } from "./store.js";
 import { hideTip, showTip } from "./tip.js";
 
 // Cividis (Nunez, Anderton and Renslow 2018): the same order of lightness for every colour vision.
@@ -87,12 +87,12 @@ export class HeatMap {
   }
 
   async #table({ run, step, result }) {
-    const caption = `${run}, step ${integer(step)}`;
+    const caption = titleOf(run, step);
     try {
       const map = this.#maps.get(result.key) ?? (await get(`heatmap/${result.key}`));
       this.#maps.set(result.key, map);
       if (this.#maps.size > CACHE) this.#maps.delete(this.#maps.keys().next().value);
-      return heatTable(map, { caption, key: result.key });
+      return heatTable(map, { caption, key: result.key, checkpoint: checkpointId(run, step) });
     } catch (error) {
       if (!(error instanceof Refused || error instanceof Unreachable)) throw error;
       this.failed ||= error instanceof Unreachable;
@@ -119,27 +119,28 @@ function needleTasks() {
 }
 
 /** Depths are rows, lengths are columns. */
-function heatTable({ lengths, depths, cells }, { caption, key }) {
+function heatTable({ lengths, depths, cells }, { caption, key, checkpoint }) {
+  const of = `${key} ${checkpoint}`;
   if (!lengths.length) {
-    return h("figure", { "data-of": key }, h("figcaption", null, caption), h("p", { class: "empty" }, "This task does not vary the depth."));
+    return h("figure", { "data-of": of }, h("figcaption", null, caption), h("p", { class: "empty" }, "This task does not vary the depth."));
   }
   const head = h("tr", null, h("th", { scope: "col", class: "corner" }, "depth \\ length"),
     lengths.map((length) => h("th", { scope: "col" }, lengthName(String(length)))));
   const rows = depths.slice(0, -1).map((low, j) => {
     const range = `${Math.round(100 * low)}-${Math.round(100 * depths[j + 1])}%`;
     return h("tr", null, h("th", { scope: "row" }, range),
-      lengths.map((length, i) => heatCell(cells[i][j], { length, range, key, edges: `${low}-${depths[j + 1]}` })));
+      lengths.map((length, i) => heatCell(cells[i][j], { length, range, key, checkpoint, edges: `${low}-${depths[j + 1]}` })));
   });
   const table = h("table", { class: "heat" }, h("thead", null, head), h("tbody", null, rows));
-  return h("figure", { "data-of": key }, h("figcaption", null, caption), h("div", { class: "scroll" }, table));
+  return h("figure", { "data-of": of }, h("figcaption", null, caption), h("div", { class: "scroll" }, table));
 }
 
-function heatCell(cell, { length, range, key, edges }) {
+function heatCell(cell, { length, range, key, checkpoint, edges }) {
   if (!cell) return h("td", { class: "none" }, "-");
   const score = Math.round(cell.score);
   const { background, ink } = colours(cell.score);
   const anchor = h("a", {
-    href: link("samples", { key, group: length, depth: edges }),
+    href: link("samples", { key, checkpoint, group: length, depth: edges }),
     "aria-label": `${score} percent of ${cell.samples} samples, length ${length}, depth ${range}: show them`,
     "data-score": cell.score.toFixed(1), "data-samples": cell.samples, "data-length": length, "data-depth": range,
   }, String(score));

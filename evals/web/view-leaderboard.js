@@ -81,8 +81,11 @@ export class Leaderboard {
   }
 
   #say(checkpoints, filter) {
-    const runs = new Set(checkpoints.map((row) => row.run)).size;
-    const found = `${integer(checkpoints.length)} checkpoints of ${integer(runs)} runs, ${this.#columns.length} scalars. `;
+    const models = checkpoints.filter((row) => row.step === null).length;
+    const trained = checkpoints.filter((row) => row.step !== null);
+    const runs = new Set(trained.map((row) => row.run)).size;
+    const beside = models ? `${integer(models)} ${models > 1 ? "baselines" : "baseline"}, ` : "";
+    const found = `${integer(trained.length)} checkpoints of ${integer(runs)} runs, ${beside}${this.#columns.length} scalars. `;
     const texts = [
       [!store.results.size, "No results yet: they come as checkpoints are scored. The queue shows what waits."],
       [!filter, "That is no regular expression; all runs are shown."],

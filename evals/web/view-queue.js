@@ -5,7 +5,7 @@ import { age, debounce, field, h, integer, patch, setOptions, setText } from "./
 import { set } from "./route.js";
 import { SubmitForm } from "./submit-form.js";
 import { compareTasks } from "./scalars.js";
-import { store } from "./store.js";
+import { store, titleOf } from "./store.js";
 import { confirmed, say } from "./tip.js";
 
 const PAGE = 100;
@@ -114,7 +114,7 @@ export class QueueView {
     setText(state.firstChild, `${SIGNS[job.state] ?? ""} ${job.state}`);
     state.className = `state ${job.state}`;
     setText(run, job.run);
-    setText(step, integer(job.step));
+    setText(step, job.step === null ? "" : integer(job.step));
     setText(task, job.task);
     setText(tries, String(job.attempts));
     setText(past, age(serverNow() - job.created));
@@ -123,12 +123,12 @@ export class QueueView {
     const button = action.firstChild;
     button.hidden = !["queued", "running"].includes(job.state);
     button.disabled = this.#busy.has(job.key);
-    button.setAttribute("aria-label", `Cancel ${job.task} on ${job.run}, step ${job.step}`);
+    button.setAttribute("aria-label", `Cancel ${job.task} on ${titleOf(job.run, job.step)}`);
     button.onclick = () => this.#cancel(job);
   }
 
   async #cancel(job) {
-    const text = `${job.task} on ${job.run}, step ${integer(job.step)}. ` +
+    const text = `${job.task} on ${titleOf(job.run, job.step)}. ` +
       (job.state === "running" ? "It runs: what it has done so far is lost." : "It has not begun.");
     if (!(await confirmed({ title: "Cancel this job?", text, yes: "Cancel the job", danger: true }))) return;
     this.#busy.add(job.key);

@@ -6,7 +6,7 @@ import { CheckpointPicker, sampledTasks } from "./pickers.js";
 import { set } from "./route.js";
 import { block, detailsTable, excerpt, facts, marked, verdict } from "./sample-text.js";
 import { depthName, PAGE, readPage } from "./sample-source.js";
-import { store } from "./store.js";
+import { checkpointId, store, titleOf } from "./store.js";
 
 export class Samples {
   #params = new URLSearchParams();
@@ -48,7 +48,7 @@ export class Samples {
   }
 
   #checkpoint() {
-    return `${this.picker.run.value}@${this.picker.step.value}`;
+    return `${this.picker.run.value}@${this.picker.step.value}`; // as `checkpointId` names it
   }
 
   show(params) {
@@ -64,14 +64,14 @@ export class Samples {
   changed() {
     if (!store.loaded) return;
     const tasks = sampledTasks();
-    const given = store.results.get(this.#get("key"));
+    const given = store.find(this.#get("key"), this.#get("checkpoint"));
     const task = given?.task ?? (tasks.includes(this.#get("task")) ? this.#get("task") : tasks[0]);
     if (!task) {
       this.note.textContent = "No task with samples has been scored yet.";
       return;
     }
     setOptions(this.task, tasks.map((name) => [name, name]), task);
-    const chosen = this.picker.sync(task, given ? `${given.run}@${given.step}` : this.#get("checkpoint"));
+    const chosen = this.picker.sync(task, given ? checkpointId(given.run, given.step) : this.#get("checkpoint"));
     this.#result = given ?? chosen?.result ?? null;
     this.wrong.checked = Boolean(this.#get("wrong"));
     if (document.activeElement !== this.search) this.search.value = this.#get("search");
@@ -132,8 +132,8 @@ export class Samples {
     const { run, step, task } = this.#result;
     const last = offset + samples.length;
     this.note.textContent = total
-      ? `${task}, ${run}, step ${integer(step)}: samples ${integer(offset + 1)} to ${integer(last)} of ${integer(total)}. Keys: j next, k previous.`
-      : `${task}, ${run}, step ${integer(step)}: no sample passes these filters.`;
+      ? `${task}, ${titleOf(run, step)}: samples ${integer(offset + 1)} to ${integer(last)} of ${integer(total)}. Keys: j next, k previous.`
+      : `${task}, ${titleOf(run, step)}: no sample passes these filters.`;
     const items = samples.map((sample, i) => ({ sample, place: offset + i }));
     patch(this.list, items, { key: ({ place }) => place, create: () => h("li", { role: "option" }), update: (item, one) => drawItem(item, one, at) });
     this.list.querySelector("[aria-selected=true]")?.scrollIntoView({ block: "nearest" });

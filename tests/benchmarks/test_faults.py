@@ -15,6 +15,8 @@ from benchmarks.faults.row import Outcome, Row
 from trellis_dist.files import read_json
 
 ROOT = Path(__file__).resolve().parents[2]
+# Of row 19 the page says where it is tried.
+ROWS = (*range(1, 19), 20)
 
 
 def row(ran: list[int], *, bad: int | None = None, raises: bool = False, **options: object) -> Row:
@@ -29,6 +31,12 @@ def row(ran: list[int], *, bad: int | None = None, raises: bool = False, **optio
         return Outcome(index != bad, "bad luck" if index == bad else "", {"seconds": index}, of=10)
 
     return Row("a fault", "nothing happens", full=5, quick=2, trial=trial, **options)  # type: ignore[arg-type]
+
+
+def test_all_rows_are_there_and_what_they_try_is_in_the_digest() -> None:
+    assert tuple(faults.all_rows()) == ROWS
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")} - {"tests", "benchmarks"}
+    assert set(faults.SOURCES) == {*rooms, "benchmarks/faults"}
 
 
 def test_a_run_goes_on_where_it_stopped_and_says_n_of_n(tmp_path: Path) -> None:
@@ -190,4 +198,9 @@ def test_the_page_has_the_table_of_the_result() -> None:
     missed = {number: row["of"] - row["passed"] for number, row in found["rows"].items()}
     # Of row 2 the page says that an asynchronous save cannot promise its bound; every bit must agree.
     beyond = found["rows"]["2"]["numbers"].get("equal, and lost more than the interval", {"count": 0})
-    assert missed == {**dict.fromkeys(map(str, range(1, 19)), 0), "2": beyond["count"]}
+    assert missed == {**dict.fromkeys(map(str, ROWS), 0), "2": beyond["count"]}
+    numbers = found["rows"]["20"]["numbers"]
+    again = numbers["seconds until a dead worker's job waits again"]["max"]
+    outlived = numbers["seconds that a worker outlives its server"]["max"]
+    assert f"waits again within\n{again:.2f} s" in page
+    assert f"outlives a killed server by {outlived:.2f} s" in page

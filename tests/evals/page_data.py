@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evals.places import NO_STEP
 from evals.queue import MAX_ATTEMPTS, Queue
 from evals.samples import Sample, share
 from trellis_dist.files import digest
@@ -28,6 +29,8 @@ RUNS = {
     "transformer-125m-c4": 0.66,
     "linear-attention-125m-c4": 0.35,
 }
+# Models without steps, which are scored beside the runs.
+BASELINES = {"pythia-160m": 0.74, "mamba-130m-hf": 0.7}
 STEPS = (1000, 2000, 3000, 4000, 5000)
 # Task -> (chance, what the best reach).
 CHOICE = {"piqa": (50.0, 67.5), "arc_easy": (25.0, 65.1), "winogrande": (50.0, 55.0)}
@@ -54,6 +57,7 @@ def write_database(
     now: float,
     runs: Mapping[str, float] = RUNS,
     steps: Sequence[int] = STEPS,
+    baselines: Mapping[str, float] = BASELINES,
     samples: int = 50,
     odd: str | None = None,
 ) -> None:
@@ -64,19 +68,27 @@ def write_database(
         now: seconds since 1970 when the last of it happened.
         runs: name -> quality from 0 to 1.
         steps: of the checkpoints, increasing.
+        baselines: as ``runs``; of the tasks that need no run.
         samples: questions per group.
         odd: a text that stands in samples and in an error.
     """
-    clock = Clock(now - 32.0 * len(runs) * len(steps) - 300.0)
+    clock = Clock(now - 32.0 * (len(runs) * len(steps) + len(baselines)) - 300.0)
     queue = Queue(path, clock=clock)
-    for step in steps:
-        for run, quality in runs.items():
-            skill = quality * (1 - math.exp(-2.5 * step / steps[-1]))
-            for task, record in _records(run, step, skill, samples=samples, odd=odd).items():
+
+    def score(run: str, step: int, skill: float, tasks: Sequence[str] = ()) -> None:
+        tokens = None if step == NO_STEP else step * TOKENS_PER_STEP
+        for task, record in _records(run, step, skill, samples=samples, odd=odd).items():
+            if task in tasks or not tasks:
                 key = digest([run, step, task])
-                queue.submit(key, run=run, step=step, task=task, tokens=step * TOKENS_PER_STEP)
+                queue.submit(key, run=run, step=step, task=task, tokens=tokens)
                 queue.lease("worker-0", seconds=60.0)
                 queue.finish(key, record)
+
+    for name, quality in baselines.items():
+        score(name, NO_STEP, 0.9 * quality, [*CHOICE, *NEEDLES])
+    for step in steps:
+        for run, quality in runs.items():
+            score(run, step, quality * (1 - math.exp(-2.5 * step / steps[-1])))
     _jobs(queue, clock, next(iter(runs)), steps[-1], odd or "RuntimeError: 2.1 GiB wanted, 0.4 GiB free")
 
 
@@ -119,7 +131,8 @@ def _decode(run: str) -> dict[str, Any]:
 def _choice(task: str, p: float, draw: random.Random, *, count: int) -> dict[str, Any]:
     found = [_choice_sample(task, i, right=_right(task, i, p, draw), draw=draw) for i in range(count)]
     groups = {task: share([sample.score for sample in found])}
-    return _result(found, groups, {f"{task}/acc": groups[task]["score"]})
+    scalars = {f"{task}/acc": groups[task]["score"]}
+    return _result(found, groups, scalars) | {"chance": {f"{task}/acc": CHOICE[task][0]}}
 
 
 def _right(task: str, index: int, p: float, draw: random.Random) -> bool:
@@ -162,7 +175,9 @@ def _needles(task: str, skill: float, draw: random.Random, *, count: int, odd: s
         chosen = {
             f"{task}/choice/{name}": 10 + 0.9 * part["score"] + 0.1 * skill for name, part in groups.items()
         }
-        return _result(found, groups, scalars | chosen)
+        return _result(found, groups, scalars | chosen) | {
+            "chance": dict.fromkeys(scalars, 0.0) | dict.fromkeys(chosen, 10.0)
+        }
     return _result(found, groups, {name.replace("generation/", ""): value for name, value in scalars.items()})
 
 

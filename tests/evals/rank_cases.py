@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -59,15 +60,16 @@ def scores(ranks=None):
     return found, read
 
 
-def tasks(run_dir: str, output: str):
+def tasks(run_dir: str, output: str, text: str):
     """Results of tasks on a run, through a run's folder and through one of its own."""
     torch.set_num_threads(1)
-    records = evaluate_run(Path(run_dir), CONFIG, progress=False)
+    config = replace(CONFIG, perplexity_text=text)
+    records = evaluate_run(Path(run_dir), config, progress=False)
     # Not `records`, whose seconds are each rank's own.
     stored = {name: read_json(Path(run_dir, "evals", f"{name}-step-7.json")) for name in records}
-    again = evaluate_run(Path(run_dir), CONFIG, progress=False)
+    again = evaluate_run(Path(run_dir), config, progress=False)
     assert {name: record["seconds"] for name, record in again.items()} != {}, "nothing was scored"
-    elsewhere = evaluate_subject(load_run(Path(run_dir), device="cpu"), CONFIG, Path(output), progress=False)
+    elsewhere = evaluate_subject(load_run(Path(run_dir), device="cpu"), config, Path(output), progress=False)
     assert {name: record["result"] for name, record in elsewhere.items()} == {
         name: record["result"] for name, record in records.items()
     }

@@ -15,7 +15,7 @@ from evals.actors import RayPool, public_url, resolve_address
 from evals.queue import Queue
 from evals.remote import RefusedError, RemoteJobs
 from evals.results import Results
-from evals.service import create_app
+from evals.service import create_app, serve
 from evals.watch import Runs, submit
 from tests.evals.conftest import write_checkpoint
 from tests.evals.test_service_faults import Served, write_evals
@@ -156,20 +156,44 @@ def test_a_cluster_on_the_network_without_a_token_is_refused(queue, runs, monkey
         RayPool(queue, runs.roots, count=1, address="auto", url="http://x", secret=SECRET)
 
 
+def node_id(address):
+    return address.encode().hex().ljust(56, "0")
+
+
 @pytest.fixture
 def cluster(monkeypatch):
     """A session of Ray on 10.0.0.1; ``alive`` says which nodes live, ``open`` whether it is still open."""
-    cluster = SimpleNamespace(alive={}, open=False)
+    cluster = SimpleNamespace(alive={}, open=False, actors=[])
     util = SimpleNamespace(get_node_ip_address=lambda: "10.0.0.1")
 
     def nodes():
-        return [{"NodeManagerAddress": address, "Alive": alive} for address, alive in cluster.alive.items()]
+        return [
+            {
+                "NodeManagerAddress": address,
+                "Alive": alive,
+                "NodeID": node_id(address),
+                "Resources": {"CPU": 8.0},
+            }
+            for address, alive in cluster.alive.items()
+        ]
+
+    def remote(**options):
+        cluster.actors.append(options)
+        call = SimpleNamespace(remote=lambda *_: None)
+        return lambda kind: SimpleNamespace(remote=lambda: SimpleNamespace(work=call))
 
     @contextmanager
     def session(**_):
         cluster.open = True
         try:
-            yield SimpleNamespace(nodes=nodes, util=util)
+            yield SimpleNamespace(
+                nodes=nodes,
+                util=util,
+                remote=remote,
+                wait=lambda calls, timeout: ([], calls),
+                cluster_resources=lambda: {"GPU": 1.0},
+                get_runtime_context=lambda: SimpleNamespace(get_node_id=lambda: node_id("10.0.0.1")),
+            )
         finally:
             cluster.open = False
 
@@ -197,6 +221,33 @@ def test_a_loopback_address_is_enough_where_no_other_node_lives(cluster, queue, 
     pool = RayPool(queue, runs.roots, count=1, address="local", url=url, secret=SECRET)
     assert cluster.open
     pool.stop()
+
+
+def test_nodes_that_join_later_get_no_worker_that_could_not_reach_the_server(cluster, queue, runs, caplog):
+    cluster.alive = {"10.0.0.1": True}
+    pools = [
+        RayPool(queue, runs.roots, count=2, address="local", url=url, secret=SECRET)
+        for url in ("http://127.0.0.1:80", "http://10.0.0.1:80")
+    ]
+    cluster.alive["10.0.0.7"] = True
+    for pool in pools:
+        pool.keep_alive()
+    strategies = [options.get("scheduling_strategy") for options in cluster.actors]
+    assert [strategy and (strategy.node_id, strategy.soft) for strategy in strategies] == [
+        *[(node_id("10.0.0.1"), False)] * 2,
+        *[None] * 2,
+    ]
+    assert [options["num_gpus"] for options in cluster.actors] == [0, 0, 1, 1], "the GPU is the other node's"
+    assert caplog.text.count("nodes joined (10.0.0.7) that cannot reach --host") == 1
+
+
+@pytest.mark.parametrize("address", ["local", "auto", "10.0.0.2:6379"])
+def test_without_ray_one_line_says_what_to_do(monkeypatch, run_dir, address):
+    monkeypatch.setattr("evals.actors.find_spec", lambda name: None)
+    for host in ("127.0.0.1", "0.0.0.0"):
+        with pytest.raises(ValueError, match=r"needs Ray, which is not installed: pip install") as refused:
+            serve(run_dir.parent, host=host, token="t", port=0, ray_address=address)
+        assert "\n" not in str(refused.value)
 
 
 def test_where_actors_find_the_server():

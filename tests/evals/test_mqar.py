@@ -15,7 +15,7 @@ from evals.oracle import RecallModel
 from evals.scorer import Scorer
 from evals.subject import Subject
 from evals.tasks.registry import get_task
-from tests.evals.conftest import _documents
+from tests.evals.conftest import library_texts
 from tests.evals.fakes import ByteTokenizer, RandomModel, RecurrentModel
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
@@ -38,7 +38,7 @@ class Letters:
 
 
 def rows_of(*, pairs=8, length=64, indices=range(20), seed=3):
-    return make_rows(PIECES, bos_id=1, pairs=pairs, length=length, indices=indices, seed=seed)
+    return make_rows(PIECES, start=[1], pairs=pairs, length=length, indices=indices, seed=seed)
 
 
 def subject(model, tokenizer):
@@ -92,7 +92,7 @@ def test_gaps_follow_the_power_law():
 
 
 def test_pieces_are_ordinary_and_of_two_kinds():
-    documents = _documents()
+    documents = library_texts()
     tokenizer = Tokenizer(train_tokenizer(TokenizerConfig(vocab_size=2048, threads=1), documents))
     pieces = find_pieces(tokenizer, pairs=64)
     every = [pieces.filler, *pieces.keys, *pieces.values]
@@ -162,7 +162,7 @@ def test_the_score_is_the_mean_over_the_questions():
     config = EvalConfig(mqar_pairs=(8,), mqar_length=(64,), mqar_samples=30)
     result = TASK.run(subject(Half(ByteTokenizer.vocab_size), ByteTokenizer()), config, False)
     pieces = find_pieces(ByteTokenizer(), pairs=8)
-    rows = make_rows(pieces, bos_id=256, pairs=8, length=64, indices=range(30), seed=0)
+    rows = make_rows(pieces, start=[256], pairs=8, length=64, indices=range(30), seed=0)
     even = (rows.tokens.gather(1, rows.asked) % 2 == 0).double()
     assert 20 < 100 * even.mean() < 80
     assert result["groups"]["8/64"]["score"] == pytest.approx(100 * even.mean().item())
@@ -181,7 +181,7 @@ def train(model):
     """AdamW on rows that are not those of the task (another seed)."""
     pieces = find_pieces(Letters(), pairs=PAIRS)
     rows = make_rows(
-        pieces, bos_id=Letters.bos_id, pairs=PAIRS, length=LENGTH, indices=range(STEPS * BATCH), seed=1
+        pieces, start=[Letters.bos_id], pairs=PAIRS, length=LENGTH, indices=range(STEPS * BATCH), seed=1
     )
     labels = rows.labels()
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(0.9, 0.95), weight_decay=0.0)

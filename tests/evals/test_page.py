@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import pytest
 
 from evals.compare import compare
+from evals.places import Place
 from evals.results import Results
 from tests.evals.conftest import write_run
 from tests.evals.page_data import HOSTILE, LENGTHS, write_database
@@ -32,7 +33,15 @@ TASK = "niah_single_1"
 def folder(tmp_path_factory: pytest.TempPathFactory, dataset_dir: Path) -> Path:
     root = tmp_path_factory.mktemp("page")
     write_run(root / "runs" / "tiny", dataset_dir)
-    write_database(root / "queue.sqlite", now=time.time(), runs=QUALITY, steps=STEPS, samples=20, odd=HOSTILE)
+    write_database(
+        root / "queue.sqlite",
+        now=time.time(),
+        runs=QUALITY,
+        steps=STEPS,
+        baselines={"peer": 0.95},
+        samples=20,
+        odd=HOSTILE,
+    )
     return root
 
 
@@ -104,8 +113,14 @@ def params(page: Any) -> str:
 def test_the_leaderboard_sorts_filters_and_tells_intervals(tab: Tab, service: Service) -> None:
     page = tab.open(service.url("leaderboard"))
     page.wait_for_selector(".board tbody tr")
-    expect(names(page)).to_have_text(["trellis", "deltanet", BAD, "linear"])
-    assert page.locator(".board tr.baseline th").inner_text() == "bigram"
+    expect(names(page)).to_have_text(["trellis", "deltanet", BAD, "linear", "peer"])
+    assert page.locator(".board tr.baseline th").all_inner_texts() == ["bigram", "chance"]
+    expect(page.locator(".note").first).to_contain_text("4 checkpoints of 4 runs, 1 baseline,")
+    assert page.locator("tr[data-key='peer@-'] td").all_inner_texts()[:3] == ["", "", "-"]
+    page.goto(service.url("leaderboard?tasks=winogrande,niah_single_1"))
+    guess = page.locator(".board tr", has_text="chance").locator("td[data-column]")
+    expect(guess).to_have_text(["50.0", *["0.0"] * 4, *["10.0"] * 4])
+    page.goto(service.url("leaderboard"))
     assert page.locator("tr[data-key='trellis@2000'] td[data-column='0'] strong").count() == 1
     assert page.locator("tr[data-key='linear@2000'] td[data-column='0'] strong").count() == 0
     page.get_by_role("button", name="state, MiB").click()
@@ -158,7 +173,14 @@ def test_curves_toggle_runs_axes_and_read_out(tab: Tab, service: Service) -> Non
     plot.press("ArrowRight")
     lines = page.locator("#tip").inner_text().splitlines()
     assert lines[0] == "tokens 524.3M"
-    assert sum("%" in line for line in lines) == len(QUALITY) - 1
+    assert sum("%" in line for line in lines) == len(QUALITY) - 1 + 2
+    peer = page.locator(".legend button", has_text="peer")
+    levels = page.locator(".chart").first.locator("svg > line[stroke-dasharray]")
+    expect(levels).to_have_count(2)
+    expect(page.locator(".chart").first.locator("svg > text", has_text="chance")).to_be_visible()
+    assert sum("peer" in line or "chance" in line for line in lines) == 2
+    peer.click()
+    expect(levels).to_have_count(1)
 
 
 def test_a_cell_of_the_heat_map_leads_to_its_samples(tab: Tab, service: Service) -> None:
@@ -177,8 +199,46 @@ def test_a_cell_of_the_heat_map_leads_to_its_samples(tab: Tab, service: Service)
     depth = re.search(r"depth ([\d.]+)%", facts)
     assert depth is not None
     assert low <= float(depth[1]) < high
+    assert sum("depth_from" in request for request in tab.requests) == 1, "the service finds them"
     page.get_by_label(f"all depths instead of {low}-{high}%").click()
     counts(page, ".samples li", 20)
+
+
+def test_a_baseline_is_compared_and_read_as_a_run_is(tab: Tab, service: Service) -> None:
+    page = tab.open(service.url("leaderboard?tasks=piqa"))
+    for name in ("peer@-", "linear@2000"):
+        page.get_by_label(f"tick {name}").check()
+    page.get_by_role("link", name="Compare", exact=True).last.click()
+    page.wait_for_selector(".forest tbody tr")
+    assert {"first=peer@-", "second=linear@2000"} <= set(params(page).partition("?")[2].split("&"))
+    page.get_by_role("button", name="Swap").click()
+    page.wait_for_url("**second=peer%40-**")
+    expect(page.locator(".forest tbody tr")).to_have_count(1)
+    page.goto(service.url("leaderboard?tasks=piqa"))
+    page.locator("tr[data-key='peer@-'] td[data-column='0']").click()
+    expect(page.locator(".samples li").first).to_be_visible()
+    expect(page.locator("section:visible .note").first).to_contain_text("piqa, peer: samples 1 to 50 of 80")
+    page.goto(service.url(f"heatmap?task={TASK}&first=peer@-&second=linear@1000"))
+    expect(page.locator("figure:visible > figcaption")).to_have_text(["peer", "linear, step 1,000"])
+
+
+def test_a_copied_run_is_a_row_of_its_own(tab: Tab, service: Service) -> None:
+    key = digest(["linear", 2000, "piqa"])
+    tab.page.clock.install()
+    page = tab.open(service.url("leaderboard?tasks=piqa&runs=linear"))
+    expect(names(page)).to_have_text(["linear"])
+    place = Place(run="linear-copy", step=2000, task="piqa", key=key, digest="d")
+    service.queue.note(place)
+    try:
+        page.clock.fast_forward(5000)
+        expect(names(page)).to_have_text(["linear", "linear-copy"])
+        page.locator("tr[data-key='linear-copy@2000'] td[data-column='0']").click()
+        expect(page.locator("section:visible .note").first).to_contain_text("piqa, linear-copy, step 2,000")
+    finally:
+        service.queue.forget([place])
+    page.clock.fast_forward(5000)
+    page.goto(service.url("leaderboard?tasks=piqa&runs=linear"))
+    expect(names(page)).to_have_text(["linear"])
 
 
 def test_samples_are_read_with_j_and_k_filtered_and_searched(tab: Tab, service: Service) -> None:

@@ -27,7 +27,7 @@ from transformers import (
 from checkpoints.hf_export import export_for_transformers
 from data_pipeline.tokenizer import Tokenizer
 from evals.peer_codec import PeerCodec
-from evals.peer_model import PeerModel, PeerWarning
+from evals.peer_model import PeerModel
 from evals.peers import load_peer
 from evals.ruler.question import Question
 from evals.runs import load_run
@@ -171,48 +171,6 @@ def test_a_state_is_not_changed_by_continuing_it_and_its_rows_can_be_chosen(peer
     assert copies == 12
     assert state.length == 9
     assert model.trust == "nothing" or state.bytes() > 0
-
-
-def test_half_the_bits_and_what_is_lacking_is_said_once():
-    model = tiny(CONFIGS["mamba"], torch.bfloat16)
-    with pytest.warns(PeerWarning, match="NAME: its cache continues single tokens only"):
-        peer = PeerModel(model, name="NAME")
-    assert peer.trust == "steps"  # found in fp32: rounding would hide it
-    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        PeerModel(tiny(CONFIGS["llama"], torch.bfloat16))
-
-
-def test_a_long_text_after_steps_is_not_read_again(monkeypatch):
-    model = PeerModel(tiny(CONFIGS["mamba"]), trust="steps")
-    tokens = torch.randint(250, (1, 30), generator=torch.Generator().manual_seed(1))
-    whole, _ = model.prefill(tokens, model.init_state(1))
-    widths = []
-    model.inner.register_forward_pre_hook(
-        lambda *call: widths.append(call[2]["input_ids"].shape[1]), with_kwargs=True
-    )
-    for limit, expected in ((4096, [20, 30]), (25, [20, *[1] * 10])):
-        monkeypatch.setattr("evals.peer_model._READ_AGAIN", limit)
-        widths.clear()
-        _, state = model.prefill(tokens[:, :20], model.init_state(1))
-        logits, _ = model.prefill(tokens[:, 20:], state)
-        assert torch.allclose(logits, whole[:, 20:], rtol=1e-4, atol=1e-4)
-        assert widths == expected
-
-
-@pytest.mark.parametrize("trust", ["pieces", "steps", "nothing"])
-def test_a_call_that_reads_texts_again_stays_within_the_budget(codec, monkeypatch, trust):
-    monkeypatch.setattr("evals.scorer.READ_BUDGET", 128)
-    model, sizes = PeerModel(tiny(CONFIGS["llama"]), trust=trust), []
-    model.inner.register_forward_pre_hook(
-        lambda *call: sizes.append(call[2]["input_ids"].numel()), with_kwargs=True
-    )
-    scorer = Scorer(model, codec)
-    assert scorer.row_limit(30) == (64 if trust == "pieces" else 4)
-    sizes.clear()
-    scorer.log_likelihoods([("x" * 29, f"{choice}") for choice in "abcdefghijk"])
-    assert max(sizes) <= 128
 
 
 def test_a_text_beyond_the_table_of_positions_is_refused(codec):

@@ -197,13 +197,14 @@ def test_a_file_of_the_first_schema_is_upgraded_in_place(tmp_path):
         queue = Queue(path)
         results = Results(queue.database)
         assert results.record("k") == {"result": {"rows": [1]}}
-        assert results.page()[0][0]["created"] == 5.0
+        assert results.page(run="r")[0][0]["created"] == 5.0
+        assert [place.run for place in queue.places("q")] == ["r"], "what waits has a place"
         samples, total, groups = results.samples("k", wrong=True)
         assert (total, groups, samples[0]["score"]) == (1, ["512"], 0.0)
         assert queue.job("k").tokens is None
     assert queue.lease("w", seconds=10).key == "q"
     with sqlite3.connect(path) as database:
-        assert database.execute("PRAGMA user_version").fetchone() == (2,)
+        assert database.execute("PRAGMA user_version").fetchone() == (3,)
     database.close()
 
 
@@ -226,7 +227,7 @@ def test_a_newer_file_and_one_that_is_no_database_are_refused_in_one_line(tmp_pa
     with sqlite3.connect(path) as database:
         database.execute("PRAGMA user_version = 99")
     database.close()
-    with pytest.raises(ValueError, match=r"has schema 99, .* knows up to 2: update") as refused:
+    with pytest.raises(ValueError, match=r"has schema 99, .* knows up to 3: update") as refused:
         Queue(path)
     assert "\n" not in str(refused.value)
     path.write_text("no database at all, but long enough to have a header" * 10)
@@ -315,10 +316,24 @@ def test_curves_by_step_with_the_newest_result_of_each(stored):
     for key, step, value in (("a", 20, 1.0), ("b", 10, 2.0), ("c", 20, 3.0)):
         results = stored(key, scalars={"x": value, "y": -value}, step=step, tokens=100 * step)
     stored("d", scalars={"x": 9.0}, run="other")
-    assert results.series(run="r", name="x") == [
-        {"run": "r", "name": "x", "points": [[10, 1000, 2.0], [20, 2000, 3.0]]}
+    assert results.series(run="r", name="x") == (
+        [{"run": "r", "name": "x", "points": [[10, 1000, 2.0], [20, 2000, 3.0]]}],
+        2,
+    )
+    assert [(s["run"], s["name"]) for s in results.series()[0]] == [("other", "x"), ("r", "x"), ("r", "y")]
+
+
+def test_too_many_points_are_thinned_evenly_with_first_and_last(stored, monkeypatch):
+    monkeypatch.setattr("evals.results.MAX_POINTS", 10)
+    for step in range(1, 24):
+        results = stored(f"a{step}", scalars={"x": step}, step=step)
+    stored("b", scalars={"y": 0.0}, step=5)
+    series, total = results.series()
+    assert total == 24
+    assert [[point[0] for point in one["points"]] for one in series] == [
+        [1, 4, 7, 10, 13, 16, 19, 22, 23],
+        [5],
     ]
-    assert [(s["run"], s["name"]) for s in results.series()] == [("other", "x"), ("r", "x"), ("r", "y")]
 
 
 def test_a_heat_map_by_length_and_depth(stored):
@@ -335,4 +350,10 @@ def test_a_heat_map_by_length_and_depth(stored):
     expected[0][9] = {"score": 50.0, "samples": 2}
     expected[1][0] = {"score": 100.0, "samples": 1}
     assert found["cells"] == expected
+    for row, length in zip(found["cells"], found["lengths"]):  # a cell's own samples
+        for cell, low, high in zip(row, found["depths"], found["depths"][1:]):
+            inside = [s for s in results.samples("k", depths=(low, high))[0] if s["length"] == length]
+            assert len(inside) == (cell["samples"] if cell else 0)
+    assert results.samples("k", depths=(None, 0.3))[1] == 1
+    assert results.samples("k", depths=(0.3, None))[1] == 3
     assert stored("flat", [sample(0)]).heatmap("flat") == {"lengths": [], "depths": [], "cells": []}

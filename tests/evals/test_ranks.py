@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -34,9 +36,12 @@ def test_scores_are_bitwise_those_of_one_rank_and_the_reading_is_divided(alone, 
 def test_tasks_give_one_rank_s_results_and_only_rank_0_writes(dataset_dir, tmp_path):
     one = write_run(tmp_path / "one" / "tiny", dataset_dir)
     two = shutil.copytree(one, tmp_path / "two" / "tiny")
-    expected, files, reused = rank_cases.tasks(str(one), str(tmp_path / "one" / "out"))
+    text = tmp_path / "text.txt"
+    text.write_bytes(Path(textwrap.__file__).read_bytes())
+    expected, files, reused = rank_cases.tasks(str(one), str(tmp_path / "one" / "out"), str(text))
     assert reused
-    for result, written, known in gloo_pool(2).run(rank_cases.tasks, str(two), str(tmp_path / "two" / "out")):
+    arguments = (str(two), str(tmp_path / "two" / "out"), str(text))
+    for result, written, known in gloo_pool(2).run(rank_cases.tasks, *arguments):
         assert result == expected
         assert (written, known) == (files, True)
     stored = json.loads((two / "evals" / "perplexity-step-7.json").read_text())

@@ -102,7 +102,7 @@ def test_summary_has_the_keys_of_the_contract(run):
     assert (summary["vt/chance"], summary["vt/oracle"], summary["mqar/oracle"]) == (0.0, 100.0, 100.0)
     assert summary["decode/model/state_bytes/1024"] == 100
     assert summary["decode/attention/ms_per_token/1024"] == 2.0
-    assert summary["step"] == 2
+    assert summary["step"] == summary["step/train"] == summary["step/decode"] == 2
     assert "loss/validation" not in summary  # of some rows; validation/loss is of the whole split
 
 
@@ -120,10 +120,23 @@ def test_tasks_without_a_part_of_their_own_give_their_scalars(run):
         record = {"task": task, "step": 4, "key": "k", "data": "d", "seconds": 1.0, "result": result}
         (run / "evals" / f"{task}-step-4.json").write_text(json.dumps(record))
     summary = write_summary(run, {})
-    assert (summary["context_length/512"], summary["step"]) == (1.25, 4)
+    assert (summary["context_length/512"], summary["step/context_length"]) == (1.25, 4)
+    assert (summary["step/vt"], summary["step/train"]) == (2, 2)
+    assert "step" not in summary, "one step is named for what is of two"
     assert (summary["harness/one/acc"], summary["harness/all/acc"]) == (50.0, 25.0)
     report = Report("a group")
     _harness(report, results["harness"])  # a group of tasks has no questions of its own
+
+
+def test_report_names_the_step_of_each_task(run):
+    assert "<dt>Last step trained" not in write_run_report(run).read_text(), "it is the one of the scores"
+    record = json.loads((run / "evals" / "vt-step-2.json").read_text()) | {"step": 4}
+    (run / "evals" / "vt-step-4.json").write_text(json.dumps(record))
+    page = write_run_report(run).read_text()
+    assert (page.count("Scored at step 2."), page.count("Scored at step 4.")) == (5, 1)
+    assert "eval: vt, step 4" in page
+    assert "<dt>Last step trained</dt><dd>2<" in page
+    assert "<dt>Step<" not in page
 
 
 def test_a_line_cut_short_and_a_step_written_twice_are_read_right(run):

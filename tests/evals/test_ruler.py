@@ -19,7 +19,7 @@ from evals.ruler.fit import SLACK, SLACK_TOKENS, fit
 from evals.ruler.haystack import DEPTHS, NOISE, Essay, Noise
 from evals.ruler.question import distinct
 from evals.ruler.words import ADJECTIVES, NOUNS, VERBS
-from tests.evals.conftest import _documents
+from tests.evals.conftest import library_texts
 from tests.evals.ruler_text import Characters, Marks, Words, encoder, prose
 
 ESSAY = prose()
@@ -31,7 +31,7 @@ FORMS = {"number": r"\d{7}", "uuid": r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    documents = [*_documents(), ESSAY, " ".join((*NOUNS, *ADJECTIVES, *VERBS))]
+    documents = [*library_texts(), ESSAY, " ".join((*NOUNS, *ADJECTIVES, *VERBS))]
     return Tokenizer(train_tokenizer(TokenizerConfig(vocab_size=2048, threads=1), documents))
 
 

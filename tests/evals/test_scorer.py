@@ -145,6 +145,7 @@ def test_logits_of_a_long_text_are_made_in_pieces():
     model, text = RecurrentModel(), "a text of some length, " * 20
     whole = Scorer(model, TOKENIZER).rolling([text, text[:7]])
     scorer = Scorer(model, TOKENIZER)
+    scorer.row_limit(1)  # measures a state
     scorer._budget, model.most_tokens = 50, 0
     pieces = scorer.rolling([text, text[:7]])
     assert model.most_tokens <= 50

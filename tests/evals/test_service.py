@@ -49,7 +49,7 @@ def test_answers_name_runs_and_no_folders(client, run_dir, caplog, broken):
 
 
 def test_http_lists_submits_and_cancels(client, queue):
-    assert client.get("/health").json() == {"status": "ok", "jobs": {}, "counters": {}}
+    assert client.get("/health").json() == {"status": "ok", "jobs": {}, "results": 0, "counters": {}}
     answer = client.get("/runs").json()
     assert answer["runs"] == {"tiny": {"steps": [7], "tokens": {}}}
     assert "perplexity" in answer["tasks"]
@@ -121,14 +121,17 @@ def test_http_shows_what_is_stored(client, scored):
     assert client.get("/results/a").json()["result"].keys() == {"groups"}
     samples = client.get("/results/a/samples", params={"wrong": True, "limit": 1}).json()
     assert (samples["samples"][0]["id"], samples["total"], samples["groups"]) == ("q1", 2, ["g"])
+    assert client.get("/results/a/samples", params={"depth_from": 0.5, "depth_to": 0.6}).json()["total"] == 3
+    assert client.get("/results/a/samples", params={"depth_from": 0.6}).json()["total"] == 0
     compared = client.get("/compare", params={"first": "a", "second": "b"}).json()
     assert compared["task"] == "sample"
     assert compared["groups"]["g"]["difference"] == pytest.approx(100 / 3)
     assert 0.5 < compared["groups"]["g"]["p_better"] <= 1
     other = {"first": "a", "second": "b", "group": "other"}
     assert client.get("/compare", params=other).json()["groups"] == {}
-    series = client.get("/scalars", params={"run": "r", "name": "g/acc"}).json()["series"]
-    assert series == [{"run": "r", "name": "g/acc", "points": [[5, 50, 50.0]]}]
+    found = client.get("/scalars", params={"run": "r", "name": "g/acc"}).json()
+    series = [{"run": "r", "name": "g/acc", "points": [[5, 50, 50.0]]}]
+    assert found == {"series": series, "thinned": False, "total": 1}
     heat = client.get("/heatmap/b").json()
     assert heat["lengths"] == [512]
     assert heat["cells"][0][5] == {"score": pytest.approx(200 / 3), "samples": 3}
@@ -146,6 +149,7 @@ def test_http_shows_what_is_stored(client, scored):
         ("/results?limit=0", 422),
         ("/results?limit=1001", 422),
         ("/results/a/samples?limit=201", 422),
+        ("/results/a/samples?depth_from=1.5", 422),
         ("/jobs?offset=-1", 422),
         ("/jobs?state=lost", 422),
         ("/jobs?task=rm", 422),

@@ -2,71 +2,48 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import random
 import socket
 import sqlite3
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext, suppress
+from types import SimpleNamespace
 
 import psutil
 import pytest
 import uvicorn
 
+from benchmarks.faults import service_requests
+from benchmarks.faults.service_kills import STEPS, kill_in_evaluation, undisturbed, what_is_wrong
+from benchmarks.faults.service_requests import FAMILIES, HEAD, TOKEN, Target, attack, raw, receive
+from benchmarks.faults.service_run import request, write_checkpoint, write_evals
 from evals.queue import Queue
-from evals.results import Results
 from evals.service import create_app, serve
 from evals.service.server import server_config
 from evals.watch import Runs
-from tests.evals.conftest import write_checkpoint
-from tests.evals.holder import Service, request
 
 
-def write_evals(run_dir, **evals):
-    recipe = json.loads((run_dir / "recipe.json").read_text())
-    recipe["evals"] = evals
-    (run_dir / "recipe.json").write_text(json.dumps(recipe))
+def test_each_checkpoint_has_one_result_after_kills_of_worker_and_server(tmp_path, dataset_dir):
+    (tmp_path / "set").symlink_to(dataset_dir)
+    (folder := tmp_path / "trial").mkdir()
+    outcome = kill_in_evaluation(folder, 3, afterwards=_cancel_what_runs)
+    assert outcome.ok, outcome.note
+    assert outcome.note == "worker, then server, at a random moment"
+    assert outcome.numbers["kills"] - outcome.numbers.get("kills between two evaluations", 0) == 2
+    _the_judge_sees_what_is_wrong(folder / "runs" / "tiny", undisturbed(tmp_path))
 
 
-def running(jobs):
-    return [job for job in jobs if job["state"] == "running"]
-
-
-def done(count):
-    return lambda jobs: sum(job["state"] == "done" for job in jobs) == count
-
-
-def test_each_checkpoint_has_one_result_after_kills_of_worker_and_server(run_dir):
-    write_checkpoint(run_dir, step=9, seed=1)
-    write_evals(run_dir, tasks=["sample"], sample_tokens=300, sample_temperature=0.0)  # about a second
-    root = run_dir.parent
-    with Service(root) as service:
-        service.wait_for(running)
-        (worker,) = service.workers()
-        worker.kill()
-        again = service.wait_for(lambda jobs: [job for job in running(jobs) if job["attempts"] == 2])
-        assert "exit status -9" in again[0]["error"]
-        (worker,) = service.workers()
-        service.process.kill()
-        service.process.wait()
-        worker.wait(60)  # none outlives its server, that of a killed one included
-    with Service(root) as service:
-        service.wait_for(done(2))
-        key = _cancel_what_runs(service, run_dir)
-        health = service.ask("GET", "/health")
-    assert health["jobs"] == {"done": 2, "cancelled": 1}
-    assert health["counters"]["results_stored"] == 2
-    assert "leases_lost" not in health["counters"], "a lease had to run out before its job came back"
-    _check_stored(root, run_dir, cancelled=key)
-
-
-def _cancel_what_runs(service, run_dir):
+def _cancel_what_runs(service, run):
     """Cancel a job that would run for hours (greedy: no draw ends it), see its worker go and another come."""
-    write_evals(run_dir, tasks=[], sample_tokens=10_000_000, sample_temperature=0.0)
+    write_evals(run, tasks=[], sample_tokens=10_000_000, sample_temperature=0.0)
     key = service.ask("POST", "/jobs", {"run": "tiny", "task": "sample", "step": 9})["key"]
     (worker,) = service.workers()
-    service.wait_for(running)
+    service.wait_for(lambda jobs: [job for job in jobs if job["state"] == "running"])
     assert service.ask("DELETE", f"/jobs/{key}")["state"] == "cancelled"
     psutil.wait_procs([worker], timeout=60)
     assert not worker.is_running()
@@ -74,22 +51,29 @@ def _cancel_what_runs(service, run_dir):
     while not service.workers() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert service.workers()
-    return key
+    assert service.ask("GET", "/health")["jobs"] == {"done": len(STEPS), "cancelled": 1}
 
 
-def _check_stored(root, run_dir, *, cancelled):
-    queue = Queue(root / "evaluations.sqlite")
-    found, total = Results(queue.database).page()
-    assert (total, {row["step"] for row in found}) == (2, {7, 9})
-    assert queue.job(cancelled).state == "cancelled"
-    for row in found:
-        record = json.loads((run_dir / "evals" / f"sample-step-{row['step']}.json").read_text())
-        assert Results(queue.database).record(row["key"]) == record
-    jobs = {job.step: job for job in queue.jobs(state="done")[0]}
-    assert max(job.attempts for job in jobs.values()) == 3
-    with sqlite3.connect(queue.database.path) as database:
-        assert database.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-    database.close()
+def _the_judge_sees_what_is_wrong(run, expected):
+    def change(statement):
+        with sqlite3.connect(run.parent / "evaluations.sqlite") as database:
+            database.execute(statement)
+        database.close()
+
+    record = run / "evals" / "mqar-step-9.json"
+    assert what_is_wrong(run, expected) == ""
+    other = {**expected, "9": {**expected["9"], "oracle": 1.0}}
+    assert what_is_wrong(run, other) == "step 9: not the result of an undisturbed evaluation"
+    kept = record.read_text()
+    record.write_text(json.dumps({**json.loads(kept), "seconds": 1e9}))
+    assert what_is_wrong(run, expected) == "step 9: the database and mqar-step-9.json differ"
+    record.write_text(kept)
+    change("DELETE FROM samples WHERE place = 7")
+    assert " samples" in what_is_wrong(run, expected)
+    change("DELETE FROM results WHERE json_extract(record, '$.step') = 9")
+    assert what_is_wrong(run, expected) == "results of the steps [7, 11, 13]"
+    change("UPDATE jobs SET state = 'failed' WHERE step = 9")
+    assert what_is_wrong(run, expected).startswith("jobs ended as [")
 
 
 class Served:
@@ -151,107 +135,54 @@ def test_a_thousand_submissions_from_many_threads_lose_and_double_nothing(run_di
 @pytest.fixture
 def guarded(runs, tmp_path):
     queue = Queue(tmp_path / "queue.sqlite")
-    with Served(create_app(queue, runs, token="t0k3n")) as served:
+    with Served(create_app(queue, runs, token=TOKEN)) as served:
         yield served
 
 
-ALLOWED = {"Authorization": "Bearer t0k3n"}
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_must_not_get_in_is_refused(guarded, tmp_path, family):
+    target = Target(guarded.address, os.getpid(), tmp_path)
+    assert [said for case in FAMILIES[family] if (said := case(target))] == []
+    allowed = {"Authorization": f"Bearer {TOKEN}"}
+    assert request(guarded.address, "GET", "/results", headers=allowed)[0] == 200
 
 
-def raw(address, data):
-    """What comes back for bytes as they are, until the connection is closed or nothing comes for a second."""
-    with socket.create_connection(address, timeout=10) as connection:
-        connection.sendall(data)
-        return receive(connection)
+class Open(http.server.BaseHTTPRequestHandler):
+    """Lets everything in, and tells what it should not."""
+
+    timeout = 0.3  # seconds without a byte, which end a body in chunks
+
+    def do_GET(self):
+        with suppress(TimeoutError):
+            while "Transfer-Encoding" in self.headers and self.rfile.read(65536):
+                pass
+        if (size := int(self.headers.get("Content-Length", 0))) < 1000:
+            self.rfile.read(size)
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{root: t0k3n}")
+
+    do_POST = do_DELETE = do_GET  # noqa: N815
+
+    def log_message(self, *_):
+        pass
 
 
-def receive(connection):
-    received = b""
-    connection.settimeout(10)
-    while b"\r\n\r\n" not in received or b"}" not in received:
-        part = connection.recv(65536)
-        if not part:
-            break
-        received += part
-    return received.decode()
-
-
-def test_no_token_and_wrong_tokens_open_nothing(guarded):
-    for headers in ({}, {"Authorization": "Bearer t0k3"}, {"Authorization": "t0k3n"}, {"Cookie": "t0k3n"}):
-        for method, path in (("GET", "/results"), ("POST", "/jobs"), ("GET", "/jobs?token=t0k3n")):
-            status, _, text = request(guarded.address, method, path, headers=headers)
-            assert status == 401
-            assert "t0k3n" not in text
-    assert request(guarded.address, "GET", "/results", headers=ALLOWED)[0] == 200
-
-
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/assets/../../queue.py",
-        "/assets/..%2f..%2fqueue.py",
-        "/assets/%2e%2e/%2e%2e/queue.py",
-        "/assets//etc/passwd",
-        "/assets/%2fetc%2fpasswd",
-        "/assets/....//queue.py",
-        "/assets/index.html%00.js",
-        "/../etc/passwd",
-        "//etc/passwd",
-        "/jobs/..%2f..%2fetc%2fpasswd",
-        "/results/%2e%2e%2f%2e%2e",
-        "/heatmap/../../etc/passwd",
-        "/runs/tiny/recipe.json",
-    ],
-)
-def test_no_path_leads_out(guarded, path):
-    head = f"GET {path} HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0k3n\r\nConnection: close\r\n\r\n"
-    answer = raw(guarded.address, head.encode())
-    assert answer.split()[1] in ("404", "405", "422")
-    assert "root:" not in answer
-    assert "import" not in answer
-
-
-def test_run_ids_that_are_paths_name_nothing(guarded, tmp_path):
-    for run in ("../runs/tiny", "..", ".", "/etc", "tiny/../tiny", "tiny\x00", str(tmp_path)):
-        body = {"run": run, "task": "sample"}
-        status, _, text = request(guarded.address, "POST", "/jobs", body, ALLOWED)
-        assert status == 404
-        assert str(tmp_path) not in text.replace(run, "")
-
-
-GIGABYTE = 2**30
-HEAD = "POST /jobs HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer t0k3n\r\nContent-Type: application/json\r\n"
-
-
-def test_an_announced_gigabyte_is_refused_unread(guarded):
-    with socket.create_connection(guarded.address) as connection:
-        connection.sendall(f"{HEAD}Content-Length: {GIGABYTE}\r\n\r\n".encode())
-        assert receive(connection).startswith("HTTP/1.1 413")
-        connection.settimeout(10)
-        assert connection.recv(1) == b"", "the connection stays open"
-
-
-@pytest.mark.parametrize("token", [True, False])
-def test_a_gigabyte_that_is_sent_is_refused_and_not_kept(guarded, token):
-    """In chunks: nothing announces how much it will be. The sender never gets rid of it all."""
-    head = HEAD if token else HEAD.replace("t0k3n", "other")
-    chunk = b"10000\r\n" + b"x" * 65536 + b"\r\n"
-    memory, sent = psutil.Process().memory_info().rss, 0
-    with socket.create_connection(guarded.address) as connection:
-        connection.settimeout(10)
-        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode())
-        try:
-            while sent < GIGABYTE:
-                connection.sendall(chunk)
-                sent += len(chunk)
-        except OSError:
-            pass
-    assert sent < GIGABYTE / 8
-    assert psutil.Process().memory_info().rss - memory < 64 * 2**20
-    with socket.create_connection(guarded.address) as connection:
-        connection.sendall(f"{head}Transfer-Encoding: chunked\r\n\r\n".encode() + chunk)
-        assert receive(connection).startswith("HTTP/1.1 413" if token else "HTTP/1.1 401")
-    assert request(guarded.address, "GET", "/health", headers=ALLOWED)[0] == 200
+def test_a_service_that_lets_everything_in_passes_no_case(tmp_path, monkeypatch):
+    monkeypatch.setattr(service_requests, "GIGABYTE", 2**24)
+    monkeypatch.setattr(service_requests, "MOST_SENT", 2**21)
+    for name, value in (("undisturbed", {}), ("make_run", tmp_path / "runs" / "tiny"), ("what_is_wrong", "")):
+        monkeypatch.setattr(service_requests, name, lambda *_, value=value: value)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Open) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        process = SimpleNamespace(pid=os.getpid())
+        fake = SimpleNamespace(address=server.server_address, process=process, wait_for=lambda _: None)
+        monkeypatch.setattr(service_requests, "Service", lambda *_, **__: nullcontext(fake))
+        for index, cases in enumerate(FAMILIES.values()):
+            outcome = attack(tmp_path, index)
+            assert (outcome.ok, outcome.count, outcome.of) == (False, 0, len(cases)), outcome.note
+        assert "2: 16 MiB were taken" in outcome.note
+        server.shutdown()
 
 
 def test_who_sends_too_much_reads_the_refusal_when_done(guarded, monkeypatch):

@@ -125,7 +125,7 @@ def test_a_run_state_that_names_no_data_is_a_run_that_cannot_be_scored(
     queue, runs, caplog, monkeypatch, state
 ):
     monkeypatch.setattr("evals.runs.load_run_state", lambda checkpoint: state)
-    monkeypatch.setattr("evals.watch.load_run_state", lambda checkpoint: state)
+    monkeypatch.setattr("evals.folders.load_run_state", lambda checkpoint: state)
     assert runs.tokens("tiny") == {}
     check_refusal(queue, runs, caplog, "does not say what data it was trained on")
 

@@ -92,7 +92,7 @@ def test_a_state_of_trellis_layers_does_not_grow_and_one_of_attention_does(tiny,
             continued(
                 outer, tokens(2, 5), max_new_tokens=new, return_dict_in_generate=True
             ).past_key_values.bytes()
-            for new in (2, 60)
+            for new in (2, 80)
         ]
     assert sizes["trellis"][0] == sizes["trellis"][1] > 0
     assert sizes["attention"][0] < sizes["attention"][1]

@@ -68,8 +68,8 @@ class KVCache:
         return self._moved(capacity)
 
     def bytes(self) -> int:
-        """Bytes of the kept keys and values (the buffer's spare room is not counted)."""
-        return sum(part.numel() * part.element_size() for part in self.keys_values())
+        """Bytes of the buffer, its spare room included: up to twice what the kept keys and values take."""
+        return sum(part.numel() * part.element_size() for part in (self.buffer.keys, self.buffer.values))
 
     def _can_grow_by(self, new: int) -> bool:
         return self.buffer.used == self.stop and self.stop + new <= self.buffer.keys.shape[2]

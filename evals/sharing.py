@@ -1,0 +1,160 @@
+"""What the run folders get and lose by the places of a key: records, points in TensorBoard, pins.
+
+A result is scored in one run folder and kept in all that have its checkpoint. A run that was rolled back, or
+trained anew under its name, loses what was scored on checkpoints that its folder no longer has.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from checkpoints.commit import step_name
+from checkpoints.manifest import MANIFEST_FILE
+from checkpoints.pins import unpin
+from evals.curves import events_file
+from evals.evaluate import Job, keep_copy, log_scalars, record_file, recorded_key, stored_result
+from evals.pins import PREFIX, pin_job
+from evals.places import Place
+from evals.queue import Queue, QueuedJob
+from evals.results import Results
+from evals.runs import checkpoint_digest
+
+if TYPE_CHECKING:
+    from evals.folders import Runs
+
+__all__ = ["SUPERSEDED", "finish", "give_stored", "settle", "supersede"]
+
+# Appended to the name of a record of an earlier training.
+SUPERSEDED = ".superseded"
+_log = logging.getLogger(__name__)
+
+
+def supersede(queue: Queue, runs: Runs, place: Place) -> None:
+    """Drop what an earlier training of the run left, now that ``place`` shows another digest or identity.
+
+    That are places whose checkpoint on disk no longer has the digest they were made with; results stay.
+    Their points leave the run's TensorBoard folder, and their records get another name.
+    """
+    suspects = queue.doubted(place)
+    if not suspects:
+        return
+    steps = runs.steps(place.run)
+    stale = [one for one in suspects if not _is_there(steps.get(one.step), one)]
+    for one in stale:  # before the rows: a service that is killed here does it again
+        _clear(runs.folder(place.run), one)
+    if stale:
+        queue.forget(stale)
+        for one in stale:
+            with suppress(OSError):  # pins run out
+                unpin(runs.checkpoints(place.run) / step_name(one.step), PREFIX + one.key)
+        found = ", ".join(str(step) for step in sorted({one.step for one in stale}))
+        _log.warning("run %s was trained anew: its curves lose what was scored at step %s", place.run, found)
+
+
+def _is_there(checkpoint: Path | None, place: Place) -> bool:
+    return checkpoint is not None and place.digest in (None, _digest_at(checkpoint))
+
+
+def _digest_at(checkpoint: Path) -> str | None:
+    """The digest of a checkpoint, None when it is gone; each manifest is read once."""
+    try:
+        status = (checkpoint / MANIFEST_FILE).stat()
+        return _digest(checkpoint, status.st_mtime_ns, status.st_ino)
+    except OSError:
+        return None
+
+
+@lru_cache(maxsize=8192)
+def _digest(checkpoint: Path, modified: int, inode: int) -> str:
+    return checkpoint_digest(checkpoint)
+
+
+def _clear(run_dir: Path, place: Place) -> None:
+    """Take a place's files away, unless they are of another result by now."""
+    if recorded_key(run_dir, task=place.task, step=place.step) not in (None, place.key):
+        return
+    record = record_file(run_dir, place.task, place.step)
+    try:
+        events_file(run_dir, place.task, place.step).unlink(missing_ok=True)
+        if record.is_file():
+            record.replace(record.with_name(record.name + SUPERSEDED))
+    except OSError as error:
+        _log.warning("%s keeps points of an earlier training: %s", run_dir, error)
+
+
+def give_stored(queue: Queue, job: Job, place: Place) -> None:
+    """Have the run folder of a key that is done hold the result, as if it had been scored there."""
+    if queue.is_noted(place) and job.path.is_file():
+        return
+    try:
+        if (record := stored_result(job)) is not None:
+            log_scalars(job, record)
+        elif (record := Results(queue.database).whole(job.key)) is not None:
+            keep_copy(job.run_dir, record, task=job.task, step=job.step)
+    except OSError as error:
+        _log.warning("%s does not get the result of %s: %s", job.run_dir, job.task, error)
+
+
+def finish(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any]) -> bool:
+    """As `Queue.finish`, and the record goes to the run folders of all places of the key."""
+    job = queue.job(key)
+    served: set[Place] = set()
+    if job is not None and job.active:  # before the queue has it: a service that is killed here does it again
+        _share(queue, runs, key, record, served)
+    stored = queue.finish(key, record)
+    if stored:
+        _share(queue, runs, key, record, served)  # places that came meanwhile
+    return stored
+
+
+def _share(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any], served: set[Place]) -> None:
+    places = queue.places(key)
+    if len(places) < 2:
+        return  # who scored it has it
+    for place in places:
+        if place not in served:
+            served.add(place)
+            _serve(runs, place, record)
+
+
+def _serve(runs: Runs, place: Place, record: Mapping[str, Any]) -> None:
+    """Give a record to one place; a run or a checkpoint that went is no error."""
+    try:
+        folder, checkpoint = runs.folder(place.run), runs.steps(place.run).get(place.step)
+        if checkpoint is not None and not _is_there(checkpoint, place):
+            return  # trained anew: the next look finds it
+        if recorded_key(folder, task=place.task, step=place.step) != place.key:
+            keep_copy(folder, record, task=place.task, step=place.step)
+    except ValueError:
+        return
+    except OSError as error:
+        _log.warning("run %s does not get the result of %s: %s", place.run, place.task, error)
+
+
+def settle(queue: Queue, runs: Runs, job: QueuedJob) -> QueuedJob:
+    """A leased job, at a place whose checkpoint is there and pinned; unchanged where there is none."""
+    if _checkpoint(runs, job.run, job.step) is not None:
+        return job
+    for place in queue.places(job.key):
+        checkpoint = _checkpoint(runs, place.run, place.step)
+        if checkpoint is None or not _is_there(checkpoint, place):
+            continue
+        with suppress(OSError):  # its worker will say so
+            pin_job(checkpoint, job.key)
+            queue.move(job.key, place.run, place.step)
+            pin_job(checkpoint, job.key)  # whoever looked before it was moved let go of it
+            return dataclasses.replace(job, run=place.run, step=place.step)
+    return job
+
+
+def _checkpoint(runs: Runs, run: str, step: int) -> Path | None:
+    try:
+        return runs.steps(run).get(step)
+    except ValueError:
+        return None
