@@ -5,7 +5,8 @@ So the sorted lengths l_1 <= ... <= l_n are cut into batches such that the token
 
     sum over batches of   overhead + sum over its prompts of (l_min - 1) + copies (l - l_min + 1)
 
-The continuations of a batch, as rows of l_1 <= ... <= l_n tokens, are padded to the longest of a call:
+The continuations of a batch, as rows of l_1 <= ... <= l_n tokens, are padded to the longest of a call, and so
+are prompts for a model that takes pads:
 
     sum over calls of   overhead + rows l_max
 
@@ -15,6 +16,7 @@ read in the time that starting the calls takes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 
@@ -52,18 +54,27 @@ def cut(
     return _cheapest(len(lengths), cost, fits)
 
 
-def cut_rows(lengths: Sequence[int], *, most: int, budget: int, overhead: int) -> list[int]:
+def cut_rows(
+    lengths: Sequence[int],
+    *,
+    most: Callable[[int], int],
+    overhead: int,
+    budget: float = math.inf,
+    spread: float = math.inf,
+) -> list[int]:
     """Places before which a new call begins, the end included, as ``cut`` gives them.
 
     Args:
         lengths: of the rows in tokens, ascending.
-        most: rows of a call.
-        budget: tokens of a call, pads included; a row that is longer has a call of its own.
+        most: rows that a call may have, by the length of its longest.
         overhead: tokens that a call costs whatever is in it.
+        budget: tokens of a call, pads included; a row that is longer has a call of its own.
+        spread: by how many tokens the lengths of a call may differ.
     """
 
     def fits(start: int, end: int) -> bool:
-        return end - start <= most and (end - start) * lengths[end - 1] <= budget
+        rows, longest = end - start, lengths[end - 1]
+        return rows <= most(longest) and rows * longest <= budget and longest - lengths[start] <= spread
 
     return _cheapest(len(lengths), lambda start, end: overhead + (end - start) * lengths[end - 1], fits)
 

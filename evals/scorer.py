@@ -2,8 +2,10 @@
 
 A prompt is read once, in pieces, into the model's state; every choice of a question, and every generated
 token, continues from that state. For a Trellis model the state has one size, so memory does not grow with the
-prompt. Prompts of unequal length share a batch: the batch is prefilled up to its shortest prompt, and what is
-left of each prompt (its ``rest``) is read together with the choices or forced during decoding.
+prompt. Prompts of unequal length share a batch: the batch is prefilled up to its shortest prompt. What is
+left of the others is read behind pads where the model takes some (a Trellis does), so that each state is that
+of a whole prompt but for its last token; else it is a longer ``rest``, which is read together with every
+choice or forced during decoding.
 
 On several ranks (evals/ranks.py) each batch is scored by one of them, and every rank gets all results. Which
 prompts share a batch does not depend on the number of ranks, so neither do the numbers.
@@ -15,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -85,18 +87,18 @@ class Prefix:
     """B prompts read up to the shortest one.
 
     Attributes:
-        state: the model's state after ``shared`` tokens of each prompt.
+        state: the model's state after all of each prompt but its rest.
         rests: what is left of each prompt, at least one token.
         index: place of each prompt in the caller's list.
         names: of the random streams of the prompts (`evals.sampling.stream_names`).
-        shared: tokens of each prompt that were read.
+        longest: tokens that were read of the longest prompt.
     """
 
     state: Any
     rests: list[Ids]
     index: list[int]
     names: list[str]
-    shared: int
+    longest: int
 
 
 class Scorer:
@@ -132,6 +134,7 @@ class Scorer:
         self.device = weights.device if weights is not None else torch.device("cpu")
         self.state_budget = state_budget or _default_state_budget(self.device)
         elements = LOGIT_BUDGET * (_GPU_BUDGETS if self.device.type == "cuda" else 1)
+        self._pads_within: int = getattr(model, "pads_within", 0)
         self._overhead = CALL_OVERHEAD[self.device.type == "cuda"]
         self._budget = max(elements // tokenizer.vocab_size, 1)
 
@@ -214,17 +217,35 @@ class Scorer:
 
     @torch.no_grad()
     def _prefill(self, prompts: Sequence[Ids], names: Sequence[str], index: list[int]) -> Prefix:
-        shared = min(len(prompts[i]) for i in index) - 1
-        assert shared >= 0, "a prompt has at least one token"
-        tokens = torch.tensor([prompts[i][:shared] for i in index], dtype=torch.long, device=self.device)
-        state = self.read(tokens, self.model.init_state(len(index)))
+        chosen = [prompts[i] for i in index]
+        counts = [len(prompt) - 1 for prompt in chosen]
+        assert min(counts) >= 0, "a prompt has at least one token"
+        if not self._pads_within:
+            counts = [min(counts)] * len(counts)
         return Prefix(
-            state=state,
-            rests=[prompts[i][shared:] for i in index],
+            state=self._read_rows([prompt[:count] for prompt, count in zip(chosen, counts)]),
+            rests=[prompt[count:] for prompt, count in zip(chosen, counts)],
             index=index,
             names=[names[i] for i in index],
-            shared=shared,
+            longest=max(counts),
         )
+
+    def _read_rows(self, rows: Sequence[Ids]) -> Any:
+        """The state after rows of unequal length: what all have evenly, what is left behind pads."""
+        shortest, longest = min(map(len, rows)), max(map(len, rows))
+        even = 0 if shortest < longest <= self._pads_within else shortest
+        tokens = torch.tensor([row[:even] for row in rows], dtype=torch.long, device=self.device)
+        state = self.read(tokens, self.model.init_state(len(rows)))
+        if even == longest:
+            return state
+        pads = [longest - len(row) for row in rows]
+        ends = [[0] * pad + list(row[even:]) for row, pad in zip(rows, pads)]
+        return self._read_behind(torch.tensor(ends, dtype=torch.long, device=self.device), state, pads)
+
+    @torch.no_grad()
+    def _read_behind(self, tokens: Tensor, state: Any, pads: Sequence[int]) -> Any:
+        """The state after ``tokens`` [B, T], of which the first ``pads`` of each row are none."""
+        return self.model.prefill(tokens, state, last_only=True, pads=pads)[1]  # type: ignore[call-arg]
 
     @torch.no_grad()
     def read(self, tokens: Tensor, state: Any) -> Any:
@@ -253,7 +274,7 @@ class Scorer:
         piece = max(min(self.prefill_chunk, self._budget // len(tokens)), 1)
         for start in range(0, tokens.shape[1] - 1, piece):
             part = tokens[:, start : min(start + piece, tokens.shape[1] - 1)]
-            logits, state = self.model.prefill(part, state)  # [R, piece, V]
+            logits, state = self._logits(part, state, last=start + piece >= tokens.shape[1] - 1)
             logits = logits if logits.dtype == torch.float64 else logits.float()
             target = tokens[:, start + 1 : start + 1 + part.shape[1]]
             chosen = logits.gather(-1, target[..., None])[..., 0]
@@ -261,15 +282,21 @@ class Scorer:
             best.append(logits.argmax(-1) == target)
         return torch.cat(log_probs, 1), torch.cat(best, 1)
 
+    def _logits(self, tokens: Tensor, state: Any, *, last: bool) -> tuple[Tensor, Any]:
+        """Logits [R, T, V]; the state after the last tokens is not made where the model can leave it out."""
+        if last and hasattr(self.model, "logits_after"):
+            return self.model.logits_after(tokens, state), None
+        return self.model.prefill(tokens, state)
+
     def _batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
         """Indices of prompts that are read together, shortest first."""
         order = sorted(range(len(lengths)), key=lambda place: lengths[place])
-        places = cut(
+        cheapest = cut_rows if self._pads_within else partial(cut, copies=COPIES)
+        places = cheapest(
             [lengths[i] for i in order],
             most=self.row_limit,
             spread=MAX_SPREAD,
             overhead=2 * self._overhead,  # one call reads the prompts, one more is not full
-            copies=COPIES,
         )
         for start, stop in pairwise(places):
             yield order[start:stop]
@@ -299,9 +326,9 @@ class Scorer:
         rows = [(b, c) for b, group in enumerate(choices) for c in range(len(group))]
         rows.sort(key=lambda bc: len(prefix.rests[bc[0]]) + len(choices[bc[0]][bc[1]]))
         result = [[Score(0.0, True, 0)] * len(group) for group in choices]
-        limit = self.row_limit(prefix.shared + 1)
+        limit = self.row_limit(prefix.longest + 1)
         lengths = [len(prefix.rests[b]) + len(choices[b][c]) for b, c in rows]
-        places = cut_rows(lengths, most=limit, budget=self._budget, overhead=self._overhead)
+        places = cut_rows(lengths, most=lambda _: limit, budget=self._budget, overhead=self._overhead)
         for start, stop in pairwise(places):
             part = rows[start:stop]
             scores = self._score_rows(

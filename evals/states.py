@@ -71,18 +71,25 @@ def context_ids(tokenizer: TextCodec, text: str) -> Ids:
     return [*context_start(tokenizer, ids), *ids]
 
 
-def map_tensors(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """Apply ``function`` to every tensor of a state built of dataclasses, tuples, lists and mappings."""
+def map_tensors(
+    state: Any, function: Callable[[Tensor], Tensor], own: Callable[[Any], Any] = lambda part: None
+) -> Any:
+    """Apply ``function`` to every tensor of a state built of dataclasses, tuples, lists and mappings.
+
+    Parts for which ``own`` gives something else than None become that.
+    """
     if isinstance(state, Tensor):
         return function(state)
+    if (changed := own(state)) is not None:
+        return changed
     if is_dataclass(state) and not isinstance(state, type):
-        changed = {f.name: map_tensors(getattr(state, f.name), function) for f in fields(state) if f.init}
-        return replace(state, **changed)
+        named = {f.name: map_tensors(getattr(state, f.name), function, own) for f in fields(state) if f.init}
+        return replace(state, **named)
     if isinstance(state, list | tuple):
-        parts = [map_tensors(part, function) for part in state]
+        parts = [map_tensors(part, function, own) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else type(state)(parts)
     if isinstance(state, dict):
-        return {key: map_tensors(part, function) for key, part in state.items()}
+        return {key: map_tensors(part, function, own) for key, part in state.items()}
     return state
 
 
@@ -90,12 +97,16 @@ def select_rows(state: Any, rows: Sequence[int]) -> Any:
     """The state whose row r continues row ``rows[r]`` of ``state``; rows may repeat.
 
     Every tensor of a state has its rows first; a field ``batch``, where there is one, counts them. A state
-    that is built otherwise has a method ``select_rows``.
+    or a part of one that is built otherwise has a method ``select_rows``.
     """
     if hasattr(state, "select_rows"):
         return state.select_rows(rows)
     index = torch.tensor(list(rows), dtype=torch.long)
-    chosen = map_tensors(state, lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+    chosen = map_tensors(
+        state,
+        lambda tensor: tensor.index_select(0, index.to(tensor.device)),
+        own=lambda part: part.select_rows(rows) if hasattr(part, "select_rows") else None,
+    )
     return replace(chosen, batch=len(index)) if hasattr(chosen, "batch") else chosen
 
 

@@ -77,6 +77,7 @@ def read(
     *,
     chunk_size: int,
     rule: Rule,
+    last: bool = True,
 ) -> tuple[Tensor, Memories]:
     """Output [B, T, H, V] and final memories of rows of whole chunks; nothing is kept for a backward pass.
 
@@ -84,20 +85,25 @@ def read(
         operands, initial, rule: as in ``forward``; T a multiple of ``chunk_size``.
         stale: what the inner gradients of the first chunk are taken at; None takes ``initial``.
         chunk_size: C, or all tokens of a part of a chunk (kernels.parts).
+        last: whether the final memories are wanted; else they mean nothing.
     """
     y = operands.v.new_empty(operands.v.shape)
-    last = Memories(torch.empty_like(initial.key), torch.empty_like(initial.value))
+    memory = Memories(torch.empty_like(initial.key), torch.empty_like(initial.value))
+    steps = -(-operands.q.shape[1] // chunk_size)
     for piece in _pieces(find_grid(operands, chunk_size), operands.v.shape[2]):
-        source = last if piece.layout.first_step else initial
+        source = memory if piece.layout.first_step else initial
+        goes_on = last or piece.layout.first_step + len(piece.layout.steps) < steps
         inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
         states, final = stages.scan_forward(
             inputs,
             Memories(source.key[piece.documents], source.value[piece.documents]),
             stale=piece.entering(stale),
+            last=goes_on,
         )
         piece.layout.write_tokens(y, stages.readout_forward(inputs, states))
-        last.key[piece.documents], last.value[piece.documents] = final.key, final.value
-    return y, last
+        if goes_on:
+            memory.key[piece.documents], memory.value[piece.documents] = final.key, final.value
+    return y, memory
 
 
 def find_grid(operands: Operands, chunk_size: int) -> PackedLayout:

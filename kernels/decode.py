@@ -14,6 +14,8 @@ Shapes: q, k [B, H, D]; v, y [B, H, V]; alpha [B, H, M]; gates [B, H]; readout a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from kernels.activations import apply_readout, inner_backward, inner_gradient
 from kernels.checks import check_choices, check_operands, check_state
-from kernels.compress import checked_call, choose_backend, run_call, stale_pair
+from kernels.compress import Call, checked_call, choose_backend, run_call, stale_pair
 from kernels.layout import PackedLayout, check_chunk_size
 from kernels.operator import full_precision
 from kernels.parts import read_parts
@@ -51,9 +53,11 @@ def prefill(
     readout_weight: Tensor | None = None,
     readout_bias: Tensor | None = None,
     layout: PackedLayout | None = None,
+    pads: Sequence[int] | None = None,
+    output_final_state: bool = True,
     backend: str = "auto",
     check_values: bool | None = None,
-) -> tuple[Tensor, CompressState]:
+) -> tuple[Tensor, CompressState | None]:
     """Consume a prompt of any length in the parallel form, without keeping anything for a backward pass.
 
     On a CPU what begins or ends inside a chunk takes the time of its own tokens (kernels.parts), so a few
@@ -62,10 +66,13 @@ def prefill(
     Args:
         q, k, v, alpha, log_decay, step_size: operands [B, T, H, .] as in ``compress_kv``.
         state: of the tokens before, at any offset; None starts with zero memories.
+        pads: how many tokens at the front of each row are none, [B] numbers in [0, T], so that rows of
+            unequal length end together; what y holds there means nothing. Not with a ``layout``.
+        output_final_state: whether a state is returned: on a CPU it is not made where it is not.
         others: as in ``compress_kv``.
 
     Returns:
-        y [B, T, H, V] in v's dtype, and the state that ``decode_step`` or another prefill continues.
+        y [B, T, H, V] in v's dtype, and the state that ``decode_step`` or another prefill continues, or None.
 
     Raises:
         ValueError: as in ``compress_kv``.
@@ -83,9 +90,36 @@ def prefill(
             backend=backend,
             check_values=check_values,
         )
-        even = layout is None and len(call.offsets) == 1 and not torch.compiler.is_compiling()
-        y, final, start = (read_parts if even and call.backend == "chunkwise" else run_call)(call)
-        return y, call.state_after(final, start)
+        _check_pads(pads, call)
+        plain = layout is not None or torch.compiler.is_compiling() or call.backend != "chunkwise"
+        if plain and pads is None:
+            y, final, start = run_call(call)
+        else:
+            y, final, start = read_parts(call, pads, last=output_final_state)
+        if not output_final_state:
+            return y, None
+        state = call.state_after(final, start)
+        return y, state if pads is None else replace(state, offset=_offsets_behind(call, pads))
+
+
+def _offsets_behind(call: Call, pads: Sequence[int]) -> int | tuple[int, ...]:
+    """Offset after the last token, of every row where they differ."""
+    offsets = call.offsets * len(pads) if len(call.offsets) == 1 else call.offsets
+    length, size = call.operands.q.shape[1], call.chunk_size
+    after = tuple((offset + length - pad) % size for offset, pad in zip(offsets, pads, strict=True))
+    return after[0] if len(set(after)) == 1 else after
+
+
+def _check_pads(pads: Sequence[int] | None, call: Call) -> None:
+    if pads is None:
+        return
+    batch, length = call.operands.q.shape[:2]
+    if call.layout is not None:
+        raise ValueError("pads and a layout are both given: packed documents have no pads")
+    if call.backend == "reference":
+        raise ValueError("pads with backend = 'reference': use 'chunkwise'")
+    if len(pads) != batch or not all(0 <= pad <= length for pad in pads):
+        raise ValueError(f"pads = {list(pads)}: give each of the {batch} rows a number in [0, {length}]")
 
 
 def decode_step(

@@ -297,7 +297,7 @@ def arrange(operands: Operands, *, layout: PackedLayout, rule: Rule) -> Inputs:
 
 
 def scan_forward(
-    inputs: Inputs, initial: Memories, *, stale: Memories | None = None
+    inputs: Inputs, initial: Memories, *, stale: Memories | None = None, last: bool = True
 ) -> tuple[States, Memories]:
     """Run both memories over the chunks.
 
@@ -306,12 +306,14 @@ def scan_forward(
         initial: memories before each document's first token, by rank [N, ...].
         stale: the stale pair [N', ...] of the documents in the first step, where a call enters inside a
             chunk; None takes ``initial``.
+        last: whether the memories after the last tokens are wanted; else they are left unset.
 
     Returns:
         The states, and the memories after each document's last token, by rank [N, ...].
     """
-    key, key_final = _scan(inputs.key, inputs, initial.key, None if stale is None else stale.key)
-    value, value_final = _scan(inputs.value, inputs, initial.value, None if stale is None else stale.value)
+    pair = (None, None) if stale is None else (stale.key, stale.value)
+    key, key_final = _scan(inputs.key, inputs, initial.key, pair[0], last)
+    value, value_final = _scan(inputs.value, inputs, initial.value, pair[1], last)
     return States(key, value, initial), Memories(key_final, value_final)
 
 
@@ -330,7 +332,9 @@ def to_tokens(inputs: Inputs, x: Tensor, like: Tensor) -> Tensor:
     return inputs.layout.from_chunks(x, like.shape[0]).to(like.dtype).view_as(like)
 
 
-def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> tuple[PassStates, Tensor]:
+def _scan(
+    own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None, last: bool
+) -> tuple[PassStates, Tensor]:
     """One memory: its states, and the final ones [N, H, M, F]."""
     gates, corrected = own.gates, inputs.rule.corrected
     weighted = own.x * (gates.tail * -gates.step)  # [P, H, C, F]
@@ -356,9 +360,9 @@ def _scan(own: Pass, inputs: Inputs, initial: Tensor, stale: Tensor | None) -> t
             rest = steps[i + 1][0] if i + 1 < len(steps) else now[:0]  # a prefix of the documents goes on
             if len(rest) == len(now):
                 torch.mul(now, total, out=rest).baddbmm_(u_now.mT, write)
-            elif len(rest) == 0:
+            elif len(rest) == 0 and last:
                 torch.mul(now, total, out=ends[: len(now)]).baddbmm_(u_now.mT, write)
-            else:
+            elif len(rest) > 0:
                 after = torch.mul(now, total).baddbmm_(u_now.mT, write)
                 rest.copy_(after[: len(rest)])
                 ends[len(rest) : len(now)] = after[len(rest) :]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,3 +93,11 @@ class CompressState:
     def inside_chunk(self) -> bool:
         """Whether any document's next token is not the first of its chunk."""
         return bool(self.offset) if isinstance(self.offset, int) else any(self.offset)
+
+    def select_rows(self, rows: Sequence[int]) -> CompressState:
+        """The state whose document n is document ``rows[n]`` of this one; documents may repeat."""
+        index = torch.tensor(list(rows), device=self.key_memory.device)
+        pairs = (self.key_memory, self.value_memory, self.key_chunk_start, self.value_chunk_start)
+        chosen = (None if x is None else x.index_select(0, index) for x in pairs)
+        offset = self.offset if isinstance(self.offset, int) else tuple(self.offset[row] for row in rows)
+        return CompressState(*chosen, offset)  # type: ignore[arg-type, call-arg]

@@ -55,7 +55,7 @@ def scores(ranks=None):
         "log_likelihoods": scorer.log_likelihoods(REQUESTS),
         "rolling": scorer.rolling(TEXTS),
         "generate": scorer.generate(prompts, sampling),
-        "each": scorer.each(prompts, lambda prefix: [(len(rest), prefix.shared) for rest in prefix.rests]),
+        "each": scorer.each(prompts, lambda prefix: [(len(rest), prefix.longest) for rest in prefix.rests]),
     }
     return found, read
 

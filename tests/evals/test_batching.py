@@ -63,16 +63,20 @@ def test_nothing_is_cut_into_nothing():
     overhead=st.integers(0, 60),
     rows=st.integers(1, 5),
     budget=st.integers(1, 100),
+    spread=st.integers(0, 30),
 )
-def test_no_way_to_cut_rows_is_cheaper(lengths, overhead, rows, budget):
-    found = cut_rows(lengths, most=rows, budget=budget, overhead=overhead)
+def test_no_way_to_cut_rows_is_cheaper(lengths, overhead, rows, budget, spread):
+    found = cut_rows(lengths, most=lambda _: rows, budget=budget, overhead=overhead, spread=spread)
 
     def padded(places):
         return sum(overhead + (b - a) * lengths[b - 1] for a, b in pairwise(places))
 
     def fits(places):
-        calls = [(b - a, lengths[b - 1]) for a, b in pairwise(places)]
-        return all(n == 1 or (n <= rows and n * longest <= budget) for n, longest in calls)
+        calls = [lengths[a:b] for a, b in pairwise(places)]
+        return all(
+            len(c) == 1 or (len(c) <= rows and len(c) * c[-1] <= budget and c[-1] - c[0] <= spread)
+            for c in calls
+        )
 
     inner = range(1, len(lengths))
     ways = [[0, *chosen, len(lengths)] for n in range(len(lengths)) for chosen in combinations(inner, n)]

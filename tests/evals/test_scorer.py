@@ -180,7 +180,7 @@ def test_what_each_prompt_answers_comes_in_the_order_of_the_prompts():
 
     def answer(prefix):
         seen.append(prefix.index)
-        return [prefix.shared + len(rest) for rest in prefix.rests]
+        return [prefix.longest + len(rest) for rest in prefix.rests]
 
     assert Scorer(model, TOKENIZER).each(prompts, answer) == [len(prompt) for prompt in prompts]
     assert sorted(i for index in seen for i in index) == list(range(5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -157,6 +158,49 @@ def test_a_prefill_cut_at_its_chunks_equals_the_whole_grid(length: int, offset: 
     assert end is not None
     assert state.offset == end.offset
     assert_close({"y": y} | parts(state), {"y": whole} | parts(end), TOLERANCE)
+
+
+@pytest.mark.parametrize("update", UPDATE)
+@pytest.mark.parametrize("learned", (False, True), ids=("zero", "given"))
+@pytest.mark.parametrize(
+    "pads, offset",
+    [
+        ((0, 1, 5), 0),  # all inside their first chunk
+        ((3, 0, 6), (2, 1, 0)),  # two inside the chunk they enter, one exactly to its end
+        ((0, 7, 2), (5, 4, 7)),  # one has no token, the others go on in the next chunk
+        ((0, 0, 0), (0, 3, 7)),  # several offsets, no pads
+    ],
+)
+def test_rows_behind_pads_are_what_each_is_by_itself(
+    pads: tuple[int, ...], offset: int | tuple[int, ...], learned: bool, update: str
+) -> None:
+    operands = make_operands(3, 7, seed=case_seed(*pads, update), extra=EVERYTHING)
+    operands = {name: x.detach() for name, x in operands.items()}
+    found = make_memories(operands)
+    memories = {name: x.detach() if learned else torch.zeros_like(x) for name, x in found.items()}
+    start, options = CompressState(**memories, offset=offset), {"chunk_size": CHUNK_SIZE, "update": update}
+    y, state = prefill(**operands, state=start, pads=pads, **options)
+    for row, pad in enumerate(pads):
+        alone = start.select_rows([row])
+        own = {name: x if name in AFFINE else x[row : row + 1, pad:] for name, x in operands.items()}
+        at = offset if isinstance(offset, int) else offset[row]
+        expected, end = (
+            prefill(**own, state=replace(alone, offset=at), **options) if pad < 7 else (None, alone)
+        )
+        got = state.select_rows([row])
+        after = (at + 7 - pad) % CHUNK_SIZE
+        assert got.offset in (after, (after,))
+        names = MEMORIES if after else MEMORIES[:2]  # at a chunk's start the pair says nothing
+        assert_close({n: parts(got)[n] for n in names}, {n: parts(end)[n] for n in names}, TOLERANCE)
+        if expected is not None:
+            assert_close({"y": y[row : row + 1, pad:]}, {"y": expected}, TOLERANCE)
+
+
+@pytest.mark.parametrize("pads", ((1,), (1, 8), (-1, 0)))
+def test_pads_that_fit_no_row_are_refused(pads: tuple[int, ...]) -> None:
+    operands, _ = case("pads")
+    with pytest.raises(ValueError, match=r"give each of the 2 rows a number in \[0, 7\]"):
+        prefill(**tokens(operands, slice(0, 7)), chunk_size=CHUNK_SIZE, pads=pads)
 
 
 @pytest.mark.parametrize("update", UPDATE)

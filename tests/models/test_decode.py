@@ -72,6 +72,35 @@ def test_the_last_logits_alone_are_the_last_of_all(model, tokens):
     assert torch.equal(*follow)
 
 
+def test_logits_without_a_state_are_those_of_a_prefill(model, tokens):
+    x = tokens(2, 13)
+    _, state = model.prefill(x[:, :6], model.init_state(2))
+    expected, _ = model.prefill(x[:, 6:], state)
+    torch.testing.assert_close(model.logits_after(x[:, 6:], state), expected, atol=1e-12, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "first, second", [((0, 2, 7), (0, 0, 0)), ((4, 0, 1), (9, 0, 10)), ((7, 7, 0), (3, 8, 0))]
+)
+def test_rows_behind_pads_continue_as_each_does_alone(model, tokens, first, second):
+    """Two calls of 9 and 10 tokens with pads, one without, a step: of rows that are not of one length."""
+    whole, parts = tokens(3, 26), (9, 10, 6, 1)
+    calls = list(zip(whole.split(parts, dim=1), (first, second, None)))
+    state = model.init_state(3)
+    if not model.pads_within:
+        with pytest.raises(ValueError, match="give rows of one length"):
+            model.prefill(calls[0][0], state, pads=first)
+        return
+    for x, pads in calls:
+        logits, state = model.prefill(x, state, pads=pads)
+    last, _ = model.decode_step(whole[:, -1], state)
+    for row in range(3):
+        own = torch.cat([x[row, pads[row] if pads else 0 :] for x, pads in calls] + [whole[row, -1:]])
+        expected = model(own[None])[0, -7:]
+        got = torch.cat([logits[row], last[row : row + 1]])
+        torch.testing.assert_close(got, expected, atol=1e-10, rtol=1e-10)
+
+
 def test_one_prefix_continues_in_two_ways(model, tokens):
     x, other = tokens(1, 9), tokens(1, 9, seed=1)
     _, prefix = model.prefill(x, model.init_state(1))

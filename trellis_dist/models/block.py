@@ -10,6 +10,7 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.mlp import SwiGLU
 from trellis_dist.models.norm import RMSNorm
+from trellis_dist.models.pads import FrontPads
 from trellis_dist.models.region import Region, call
 from trellis_dist.models.registry import build_mixer
 
@@ -45,10 +46,17 @@ class Block(nn.Module):
         """The mixer's state before the first token of ``batch`` rows."""
         return self.mixer.init_state(batch)  # type: ignore[operator]
 
-    def prefill(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
-        """Continue ``state`` over x [B, T, dim]."""
-        mixed, state = self.mixer.prefill(self.mixer_norm(x), state)  # type: ignore[operator]
+    def prefill(self, x: Tensor, state: Any, pads: FrontPads | None = None) -> tuple[Tensor, Any]:
+        """Continue ``state`` over x [B, T, dim]; only some mixers take ``pads``."""
+        given = (self.mixer_norm(x), state) if pads is None else (self.mixer_norm(x), state, pads)
+        mixed, state = self.mixer.prefill(*given)  # type: ignore[operator]
         return self._finish(x + mixed), state
+
+    def after(self, x: Tensor, state: Any) -> Tensor:
+        """As ``prefill``, without the state after x, which some mixers then do not make."""
+        if not hasattr(self.mixer, "after"):
+            return self.prefill(x, state)[0]
+        return self._finish(x + self.mixer.after(self.mixer_norm(x), state))  # type: ignore[operator]
 
     def decode_step(self, x: Tensor, state: Any) -> tuple[Tensor, Any]:
         """Continue ``state`` by one token, x [B, dim]."""

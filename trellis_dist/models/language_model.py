@@ -5,7 +5,7 @@ Shapes: B rows, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from trellis_dist.models.init import Normal, initialise, new_parameter
 from trellis_dist.models.linear import RowFunction, linear
 from trellis_dist.models.loss import IGNORED_LABEL, TokenLoss, linear_cross_entropy_sum
 from trellis_dist.models.norm import RMSNorm
+from trellis_dist.models.pads import FrontPads
 from trellis_dist.models.parallel_kind import ParallelKind
 from trellis_dist.models.registry import LayerState
 
@@ -36,7 +37,7 @@ class LMState:
 
     Attributes:
         layers: one state per block.
-        position: tokens seen so far (the same for every row).
+        position: tokens seen so far, by the longest of rows that had pads.
         batch: B.
     """
 
@@ -189,13 +190,23 @@ class LanguageModel(nn.Module):
         layers = tuple(block.init_state(batch) for block in self.blocks)  # type: ignore[operator]
         return LMState(layers=layers, position=0, batch=batch)
 
+    @property
+    def pads_within(self) -> int:
+        """How many tokens of a row may follow pads in one ``prefill`` without costing more than they are; 0
+        where a layer takes no pads: it places tokens by the position of all rows."""
+        return min(getattr(block.mixer, "pads_within", 0) for block in self.blocks)
+
     @torch.no_grad()
-    def prefill(self, tokens: Tensor, state: LMState, *, last_only: bool = False) -> tuple[Tensor, LMState]:
+    def prefill(
+        self, tokens: Tensor, state: LMState, *, last_only: bool = False, pads: Sequence[int] | None = None
+    ) -> tuple[Tensor, LMState]:
         """Logits [B, T, V] of ``tokens`` [B, T] after ``state``, and the state after them. No gradients.
 
         Args:
             last_only: logits [B, V] of the last token only, as ``decode_step`` gives them: the output
                 projection of the others, most of the time at a large vocabulary, is not computed.
+            pads: how many tokens at the front of each row are none, so that rows of unequal length end
+                together; their logits mean nothing. Only where ``pads_within`` is not 0.
 
         Raises:
             ValueError: as ``forward``, the rows are not those of ``state``, or the model is split over ranks.
@@ -203,12 +214,32 @@ class LanguageModel(nn.Module):
         self._check_whole()
         self._check_tokens(tokens, dimensions=2)
         self._check_rows(tokens, state)
+        if pads is not None and not self.pads_within:
+            raise ValueError(
+                "pads: layers of this model cannot be told which tokens are none; give rows of one length"
+            )
+        front = None if pads is None else FrontPads.of(pads, tokens)
         x, layers = F.embedding(tokens, self.embedding_weight), []
         for block, layer in zip(self.blocks, state.layers, strict=True):
-            x, after = block.prefill(x, layer)  # type: ignore[operator]
+            x, after = block.prefill(x, layer, front)  # type: ignore[operator]
             layers.append(after)
         after_all = LMState(tuple(layers), state.position + tokens.shape[1], state.batch)
         return linear(self.norm(x[:, -1] if last_only else x), self.output_weight), after_all
+
+    @torch.no_grad()
+    def logits_after(self, tokens: Tensor, state: LMState) -> Tensor:
+        """Logits [B, T, V] of ``tokens`` [B, T] after ``state``, where no state after them is needed.
+
+        Raises:
+            ValueError: as ``prefill``.
+        """
+        self._check_whole()
+        self._check_tokens(tokens, dimensions=2)
+        self._check_rows(tokens, state)
+        x = F.embedding(tokens, self.embedding_weight)
+        for block, layer in zip(self.blocks, state.layers, strict=True):
+            x = block.after(x, layer)  # type: ignore[operator]
+        return linear(self.norm(x), self.output_weight)
 
     @torch.no_grad()
     def decode_step(self, tokens: Tensor, state: LMState) -> tuple[Tensor, LMState]:

@@ -17,7 +17,7 @@ has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ from trellis_dist.models.conv import ConvFunction, causal_conv
 from trellis_dist.models.init import Constant, Normal, new_parameter
 from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
+from trellis_dist.models.pads import FrontPads
 from trellis_dist.models.parallel_kind import ParallelKind
 from trellis_dist.models.region import Region, call
 
@@ -50,6 +51,13 @@ class TrellisState:
 
     memory: CompressState
     tail: Tensor | None
+
+    def select_rows(self, rows: Sequence[int]) -> TrellisState:
+        """The state whose row r continues row ``rows[r]`` of this one."""
+        tail = self.tail
+        if tail is not None:
+            tail = tail.index_select(0, torch.tensor(list(rows), device=tail.device))
+        return TrellisState(self.memory.select_rows(rows), tail)
 
     def bytes(self) -> int:
         """Bytes of the state; the chunk-start pair counts even while it is the same as the memories."""
@@ -199,18 +207,40 @@ class TrellisMixer(nn.Module):
         inputs = self._inputs(projected, edges=context.edges, tail=tail)
         return inputs, projected.output_gate, _last_inputs(tail, projected.query_key)
 
+    @property
+    def pads_within(self) -> int:
+        """Tokens that may follow pads without being cut: a chunk."""
+        return self.options.chunk_size
+
     def init_state(self, batch: int) -> TrellisState:
         """The state before the first token of ``batch`` rows."""
         taps, width = self.options.conv_kernel, len(self.q_weight)
         tail = self.q_weight.new_zeros(batch, taps - 1, 2 * width) if taps > 0 else None
         return TrellisState(memory=self._first_memory(batch), tail=tail)
 
-    def prefill(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
+    def prefill(
+        self, x: Tensor, state: TrellisState, pads: FrontPads | None = None
+    ) -> tuple[Tensor, TrellisState]:
         """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
         projected = self._project(x)
+        if pads is not None and state.tail is not None:
+            tail, query_key = pads.close_up(state.tail, projected.query_key)
+            projected, state = projected._replace(query_key=query_key), replace(state, tail=tail)
+        counts = None if pads is None else pads.counts
+        out, memory = self._read(projected, state, pads=counts)
+        assert memory is not None, "a prefill returns its state unless told not to"
+        return out, self._advance(state, memory, projected.query_key)
+
+    def after(self, x: Tensor, state: TrellisState) -> Tensor:
+        """As ``prefill``, without the state after it."""
+        return self._read(self._project(x), state, output_final_state=False)[0]
+
+    def _read(
+        self, projected: _Projected, state: TrellisState, **options: Any
+    ) -> tuple[Tensor, CompressState | None]:
         inputs = self._inputs(projected, tail=state.tail)
-        y, memory = prefill(**inputs, **self._settings(), state=state.memory)
-        return self._output(y, projected.output_gate), self._advance(state, memory, projected.query_key)
+        y, memory = prefill(**inputs, **self._settings(), state=state.memory, **options)
+        return self._output(y, projected.output_gate), memory
 
     def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
