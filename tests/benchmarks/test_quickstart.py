@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -69,3 +70,23 @@ def test_a_run_without_its_numbers_is_refused_before_anything_is_written(run: Pa
     with pytest.raises(FileNotFoundError, match="finish it with trellis run quickstart"):
         quickstart.main([str(run)])
     assert not (tmp_path / "result.json").exists()
+
+
+def test_the_readme_has_the_numbers_of_the_record() -> None:
+    found, readme = (
+        read_json(quickstart.ROOT / "benchmarks/results/quickstart.json"),
+        quickstart.ROOT / "README.md",
+    )
+    rows = dict(re.findall(r"^\| (.+?) \| \**([0-9.]+)\** \|$", readme.read_text(), re.MULTILINE))
+    shown = {
+        "validation/bits_per_byte": rows["**the model**"],
+        "baseline/bigram_bits_per_byte": rows[
+            "interpolated token bigram, counted on the same training tokens"
+        ],
+        "baseline/unigram_bits_per_byte": rows["unigram"],
+    }
+    assert shown == {name: f"{found['summary'][name]:.3f}" for name in shown}
+    said = re.search(r"Python (\S+), corpus fingerprint `(\w+)`", readme.read_text())
+    assert said is not None
+    assert said[1] == found["versions"]["python"]
+    assert said[2] == found["corpus"]["fingerprint"][:12]
