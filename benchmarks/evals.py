@@ -53,9 +53,9 @@ VOCABULARY = 4096
 
 
 def model_config() -> ModelConfig:
-    """4 layers of width 256, 4 heads with memories of 64 slots, chunks of 64 tokens."""
+    """4 layers of width 512, 8 heads with memories of 64 slots, chunks of 64 tokens."""
     trellis = TrellisConfig(slots=64, chunk_size=64)
-    return ModelConfig(vocab_size=VOCABULARY, num_layers=4, dim=256, num_heads=4, trellis=trellis)
+    return ModelConfig(vocab_size=VOCABULARY, num_layers=4, dim=512, num_heads=8, trellis=trellis)
 
 
 def build() -> LanguageModel:
@@ -262,7 +262,7 @@ def measure(rows: Path, work: Path, *, limit: int, rounds: int, lengths: Sequenc
         "machine": machine(),
         "versions": versions() | {"lm-eval": _version("lm_eval"), "transformers": _version("transformers")},
         "threads": torch.get_num_threads(),
-        "model": "4 layers, dim 256, 4 heads, 64 slots, chunks of 64, fp32, random weights",
+        "model": "4 layers, dim 512, 8 heads, 64 slots, chunks of 64, fp32, random weights",
         "parameters": sum(p.numel() for p in model.parameters()),
         "rounds": rounds,
         "batch": BATCH,
