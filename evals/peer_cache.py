@@ -51,10 +51,12 @@ class PeerState:
         return replace(self, batch=len(rows), cache=chosen, history=history)
 
     def bytes(self) -> int:
-        """Bytes of the tensors, each counted once."""
+        """Bytes that the cache says it holds (one of ours does), else of its tensors, each counted once."""
+        history = 0 if self.history is None else self.history.numel() * self.history.element_size()
+        if hasattr(self.cache, "bytes"):
+            return int(self.cache.bytes()) + history
         walk = _Bytes()
         walk.of(self.cache)
-        history = 0 if self.history is None else self.history.numel() * self.history.element_size()
         return walk.total + history
 
 

@@ -233,7 +233,8 @@ class Scorer:
     def _read_rows(self, rows: Sequence[Ids]) -> Any:
         """The state after rows of unequal length: what all have evenly, what is left behind pads."""
         shortest, longest = min(map(len, rows)), max(map(len, rows))
-        even = 0 if shortest < longest <= self._pads_within else shortest
+        once = min(self._pads_within, self.prefill_chunk, READ_BUDGET // len(rows))
+        even = 0 if shortest < longest <= once else shortest
         tokens = torch.tensor([row[:even] for row in rows], dtype=torch.long, device=self.device)
         state = self.read(tokens, self.model.init_state(len(rows)))
         if even == longest:

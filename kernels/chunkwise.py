@@ -88,7 +88,7 @@ def read(
         last: whether the final memories are wanted; else they mean nothing.
     """
     y = operands.v.new_empty(operands.v.shape)
-    memory = Memories(torch.empty_like(initial.key), torch.empty_like(initial.value))
+    memory = Memories(initial.key.new_empty(initial.key.shape), initial.value.new_empty(initial.value.shape))
     steps = -(-operands.q.shape[1] // chunk_size)
     for piece in _pieces(find_grid(operands, chunk_size), operands.v.shape[2]):
         source = memory if piece.layout.first_step else initial
@@ -103,6 +103,7 @@ def read(
         piece.layout.write_tokens(y, stages.readout_forward(inputs, states))
         if goes_on:
             memory.key[piece.documents], memory.value[piece.documents] = final.key, final.value
+        del inputs, states  # before the next piece's, so that they take the same memory
     return y, memory
 
 

@@ -230,7 +230,7 @@ def stale_pair(state: CompressState, memories: Memories) -> Memories | None:
     assert state.key_chunk_start is not None, "checked by check_state"
     assert state.value_chunk_start is not None, "checked by check_state"
     key, value = state.key_chunk_start.to(memories.key), state.value_chunk_start.to(memories.value)
-    if isinstance(state.offset, int):
+    if isinstance(state.offset, int) or all(state.offset):
         return Memories(key, value)
     inside = _inside_chunk(tuple(offset > 0 for offset in state.offset), key.device)
     return Memories(torch.where(inside, key, memories.key), torch.where(inside, value, memories.value))

@@ -67,7 +67,8 @@ def prefill(
         q, k, v, alpha, log_decay, step_size: operands [B, T, H, .] as in ``compress_kv``.
         state: of the tokens before, at any offset; None starts with zero memories.
         pads: how many tokens at the front of each row are none, [B] numbers in [0, T], so that rows of
-            unequal length end together; what y holds there means nothing. Not with a ``layout``.
+            unequal length end together: finite numbers, and what y holds there means nothing. Not with a
+            ``layout``.
         output_final_state: whether a state is returned: on a CPU it is not made where it is not.
         others: as in ``compress_kv``.
 
@@ -80,6 +81,7 @@ def prefill(
     gates = (log_decay, step_size, value_log_decay, value_step_size)
     operands = Operands(q, k, v, alpha, *gates, readout_weight, readout_bias)
     with torch.no_grad(), full_precision(q):
+        state = state.detach() if isinstance(state, CompressState) else state
         call = checked_call(
             operands,
             Rule(phi, readout, update),

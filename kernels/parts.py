@@ -72,11 +72,13 @@ def read_parts(call: Call, pads: Sequence[int] | None = None, *, last: bool = Tr
 
 def _read_inside(call: Call, counts: list[int], last: bool) -> _Read:
     """Rows whose tokens, the last ``counts`` of each, lie inside one chunk."""
-    operands, memory = _silenced(call.operands, counts), call.initial
-    stale = stale_pair(call.state, memory)
-    size = operands.q.shape[1]
+    length, size, memory = call.operands.q.shape[1], max(counts), call.initial
+    ends = call.operands if size == length else _tokens(call.operands, length - size, length)
+    operands, stale = _silenced(ends, counts), stale_pair(call.state, memory)
     y, final = chunkwise.read(operands, memory, stale, chunk_size=size, rule=call.rule, last=last)
     entered = memory if stale is None else stale
+    if size < length:
+        y = torch.cat((y.new_zeros(len(y), length - size, *y.shape[2:]), y), 1)
     return y, final, _decayed(entered, operands, call.rule) if last else entered
 
 

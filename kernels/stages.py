@@ -341,7 +341,11 @@ def _scan(
     reading = own.x * gates.mu if corrected else own.x
     one = len(inputs.layout.steps) == 1
     start = initial if one else initial.new_empty(own.x.shape[0], *initial.shape[1:])
-    z, u, final = torch.empty_like(inputs.alpha), torch.empty_like(inputs.alpha), torch.empty_like(initial)
+    z, u, final = (
+        torch.empty_like(inputs.alpha),
+        torch.empty_like(inputs.alpha),
+        initial.new_empty(initial.shape),
+    )
     every = (start, reading, inputs.alpha, gates.total, weighted, z, u)
     steps = _by_step(inputs.layout, *every, own.inverse if corrected else own.x)
     if not one:

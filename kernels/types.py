@@ -96,8 +96,16 @@ class CompressState:
 
     def select_rows(self, rows: Sequence[int]) -> CompressState:
         """The state whose document n is document ``rows[n]`` of this one; documents may repeat."""
-        index = torch.tensor(list(rows), device=self.key_memory.device)
+        index = torch.tensor(list(rows), dtype=torch.long, device=self.key_memory.device)
         pairs = (self.key_memory, self.value_memory, self.key_chunk_start, self.value_chunk_start)
         chosen = (None if x is None else x.index_select(0, index) for x in pairs)
-        offset = self.offset if isinstance(self.offset, int) else tuple(self.offset[row] for row in rows)
+        offset = self.offset
+        if not isinstance(offset, int):
+            offsets = tuple(offset[row] for row in rows)
+            offset = offsets[0] if len(set(offsets)) == 1 else offsets
         return CompressState(*chosen, offset)  # type: ignore[arg-type, call-arg]
+
+    def detach(self) -> CompressState:
+        """The same numbers without a graph."""
+        pairs = (self.key_memory, self.value_memory, self.key_chunk_start, self.value_chunk_start)
+        return CompressState(*(None if x is None else x.detach() for x in pairs), self.offset)  # type: ignore[arg-type, call-arg]

@@ -61,3 +61,9 @@ def test_a_cache_beyond_the_memory_is_said(small: None, monkeypatch: pytest.Monk
     )
     assert rows[1]["state"] == "does not fit this machine"
     assert "state_bytes" in rows[0]
+
+
+def test_the_page_has_the_table_of_the_result() -> None:
+    page = (ROOT / "docs" / "evaluation.md").read_text()
+    inside = page.split("<!-- decode table -->\n")[1].split("\n<!-- end -->")[0]
+    assert inside == decode.render(read_json(decode.RESULT))

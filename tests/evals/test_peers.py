@@ -384,6 +384,7 @@ def test_our_own_export_is_scored_through_transformers_as_natively(run_dir, tmp_
     subject = load_peer(tmp_path / "out", device="cpu", dtype="float64")
     assert subject.model.trust == "pieces"
     through = Scorer(subject.model, subject.tokenizer)
+    assert through._bytes_of_a_row[1] == 0.0  # the state does not grow
     natively = Scorer(run.model.double(), run.tokenizer)
     ours, theirs = natively.log_likelihoods(REQUESTS), through.log_likelihoods(REQUESTS)
     assert [s.log_prob for s in theirs] == pytest.approx([s.log_prob for s in ours], abs=1e-9)

@@ -145,6 +145,15 @@ def test_prefill_is_the_parallel_form_without_a_graph() -> None:
     assert_close({"y": torch.cat((y1, y2), 1)} | parts(last), {"y": whole} | parts(end), TOLERANCE)
 
 
+def test_a_prefill_inside_a_chunk_keeps_no_graph_of_the_state_it_entered() -> None:
+    operands = make_operands(2, 3)
+    memories = {name: x.requires_grad_() for name, x in make_memories(operands).items()}
+    _, state = prefill(**operands, state=CompressState(**memories, offset=2), chunk_size=CHUNK_SIZE)
+    assert state is not None
+    assert state.offset == 5
+    assert not any(x.requires_grad for x in parts(state).values())
+
+
 @pytest.mark.parametrize("update", UPDATE)
 @pytest.mark.parametrize("offset", (0, 3))
 @pytest.mark.parametrize("length", (1, 5, 8, 13, 16, 21))
@@ -169,6 +178,7 @@ def test_a_prefill_cut_at_its_chunks_equals_the_whole_grid(length: int, offset: 
         ((3, 0, 6), (2, 1, 0)),  # two inside the chunk they enter, one exactly to its end
         ((0, 7, 2), (5, 4, 7)),  # one has no token, the others go on in the next chunk
         ((0, 0, 0), (0, 3, 7)),  # several offsets, no pads
+        ((5, 4, 5), (1, 5, 6)),  # all rows are short, and inside
     ],
 )
 def test_rows_behind_pads_are_what_each_is_by_itself(

@@ -148,6 +148,23 @@ def test_windowed_cache_keeps_the_window_in_bounded_storage():
     assert cache.bytes() == 2 * cache.buffer.keys.shape[2] * 8 * 4
 
 
+def test_a_state_keeps_its_start_while_the_parameter_is_trained_on(tiny, tokens):
+    model, x = tiny(trellis={"learned_initial_memory": True}), tokens(2, 5)
+    _, state = model.prefill(x[:, :3], model.init_state(2))
+    expected, _ = model.prefill(x[:, 3:], state)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "initial" in name:
+                parameter.add_(1.0)
+    assert torch.equal(model.prefill(x[:, 3:], state)[0], expected)
+
+
+def test_no_row_at_all_can_be_chosen_of_a_state(tiny):
+    layer = tiny().init_state(3).layers[0]
+    assert layer.select_rows([]).memory.key_memory.shape[0] == 0
+    assert layer.select_rows([2, 2]).tail.shape[0] == 2
+
+
 def test_rows_must_be_those_of_the_state(tiny, tokens):
     model = tiny()
     with pytest.raises(ValueError, match="2 rows of tokens for a state of 3"):

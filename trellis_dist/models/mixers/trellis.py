@@ -56,7 +56,7 @@ class TrellisState:
         """The state whose row r continues row ``rows[r]`` of this one."""
         tail = self.tail
         if tail is not None:
-            tail = tail.index_select(0, torch.tensor(list(rows), device=tail.device))
+            tail = tail.index_select(0, torch.tensor(list(rows), dtype=torch.long, device=tail.device))
         return TrellisState(self.memory.select_rows(rows), tail)
 
     def bytes(self) -> int:
@@ -216,7 +216,10 @@ class TrellisMixer(nn.Module):
         """The state before the first token of ``batch`` rows."""
         taps, width = self.options.conv_kernel, len(self.q_weight)
         tail = self.q_weight.new_zeros(batch, taps - 1, 2 * width) if taps > 0 else None
-        return TrellisState(memory=self._first_memory(batch), tail=tail)
+        first = self._first_memory(batch)
+        # Of its own: a learned memory would be a view of the parameter, which training goes on to change.
+        key, value = first.key_memory.detach().clone(), first.value_memory.detach().clone()
+        return TrellisState(memory=CompressState(key, value), tail=tail)
 
     def prefill(
         self, x: Tensor, state: TrellisState, pads: FrontPads | None = None
