@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import mmap
 import json
+import mmap
 import random
 from pathlib import Path
 
