@@ -85,7 +85,8 @@ def places_of(connection: sqlite3.Connection, key: str) -> list[Place]:
 def doubted(connection: sqlite3.Connection, place: Place) -> list[Place]:
     """Places of the run that may be of an earlier training, now that ``place`` is known.
 
-    Another digest at its step puts that step and the later ones in doubt; another identity, whatever has it.
+    Another digest at its step puts that step and the later ones in doubt; another identity, whatever has it;
+    a step, what a baseline of that name has without one.
     """
     if place.digest is None:
         return []
@@ -94,6 +95,9 @@ def doubted(connection: sqlite3.Connection, place: Place) -> list[Place]:
     other = "run = :run AND (identity < :identity OR identity > :identity)"
     query = f"SELECT {_COLUMNS} FROM places WHERE {other}"
     found = _places(connection.execute(query, values))
+    if place.step != NO_STEP:  # a baseline had the name before the run
+        query = f"SELECT {_COLUMNS} FROM places WHERE run = :run AND step = {NO_STEP}"
+        found += _places(connection.execute(query, values))
     changed = "SELECT 1 FROM places WHERE run = :run AND step = :step AND digest <> :digest"
     if connection.execute(changed, values).fetchone():
         later = "run = :run AND step >= :step AND NOT (step = :step AND digest IS :digest)"

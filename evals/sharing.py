@@ -20,7 +20,7 @@ from checkpoints.pins import unpin
 from evals.curves import events_file
 from evals.evaluate import Job, keep_copy, log_scalars, record_file, recorded_key, stored_result
 from evals.pins import PREFIX, pin_job
-from evals.places import Place
+from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueuedJob
 from evals.results import Results
 from evals.runs import checkpoint_digest
@@ -50,11 +50,14 @@ def supersede(queue: Queue, runs: Runs, place: Place) -> None:
         _clear(runs.folder(place.run), one)
     if stale:
         queue.forget(stale)
-        for one in stale:
+        mine = [one for one in stale if one.step != NO_STEP]
+        for one in mine:
             with suppress(OSError):  # pins run out
                 unpin(runs.checkpoints(place.run) / step_name(one.step), PREFIX + one.key)
-        found = ", ".join(str(step) for step in sorted({one.step for one in stale}))
-        _log.warning("run %s was trained anew: its curves lose what was scored at step %s", place.run, found)
+        if found := ", ".join(str(step) for step in sorted({one.step for one in mine})):
+            _log.warning(
+                "run %s was trained anew: its curves lose what was scored at step %s", place.run, found
+            )
 
 
 def _is_there(checkpoint: Path | None, place: Place) -> bool:

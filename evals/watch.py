@@ -24,7 +24,10 @@ __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 MAX_QUEUE = 10_000
 # Seconds after which a run that could not be read is tried again although nothing in it changed.
 RETRY = 60.0
-NAMES = "a run is a folder, no link, named with at most 128 letters, digits, dots, dashes and underscores"
+NAMES = (
+    "runs and baselines are folders, no links, named with at most 128 letters, digits, dots, dashes and "
+    "underscores"
+)
 # Errors that say nothing of the run at which they come.
 _OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
 _log = logging.getLogger(__name__)
