@@ -65,11 +65,15 @@ def _is_there(checkpoint: Path | None, place: Place) -> bool:
 
 
 def _digest_at(checkpoint: Path) -> str | None:
-    """The digest of a checkpoint, None when it is gone; each manifest is read once."""
+    """The digest of a checkpoint, None when it is gone; each manifest is read once.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of what it is.
+    """
     try:
         status = (checkpoint / MANIFEST_FILE).stat()
         return _digest(checkpoint, status.st_mtime_ns, status.st_ino)
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
@@ -104,8 +108,13 @@ def give_stored(queue: Queue, job: Job, place: Place) -> None:
         _log.warning("%s does not get the result of %s: %s", job.run_dir, job.task, error)
 
 
-def finish(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any]) -> bool:
-    """As `Queue.finish`, and the record goes to the run folders of all places of the key."""
+def finish(
+    queue: Queue, runs: Runs, key: str, record: Mapping[str, Any], *, leased: QueuedJob | None = None
+) -> bool:
+    """As `Queue.finish`, and the record goes to the run folders of all places of the key.
+
+    Where it was ``leased`` for, its worker has put it already: it goes if that is no place of the key by now.
+    """
     job = queue.job(key)
     served: set[Place] = set()
     if job is not None and job.active:  # before the queue has it: a service that is killed here does it again
@@ -113,15 +122,14 @@ def finish(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any]) -> boo
     stored = queue.finish(key, record)
     if stored:
         _share(queue, runs, key, record, served)  # places that came meanwhile
+    if leased is not None:
+        _take_back(queue, runs, leased)
     return stored
 
 
 def _share(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any], served: set[Place]) -> None:
-    places = queue.places(key)
-    if len(places) < 2:
-        return  # who scored it has it
-    for place in places:
-        if place not in served:
+    for place in queue.places(key):
+        if place not in served and place.step != NO_STEP:  # the folder of a baseline is only read
             served.add(place)
             _serve(runs, place, record)
 
@@ -140,14 +148,23 @@ def _serve(runs: Runs, place: Place, record: Mapping[str, Any]) -> None:
         _log.warning("run %s does not get the result of %s: %s", place.run, place.task, error)
 
 
+def _take_back(queue: Queue, runs: Runs, job: QueuedJob) -> None:
+    """Clear what a job left in a run that was trained anew while it ran: `supersede` came before that."""
+    if job.step == NO_STEP or (job.run, job.step) in [(one.run, one.step) for one in queue.places(job.key)]:
+        return
+    with suppress(ValueError, OSError):  # the run went, or cannot be read: then it shows nothing either
+        _clear(runs.folder(job.run), Place(run=job.run, step=job.step, task=job.task, key=job.key))
+
+
 def settle(queue: Queue, runs: Runs, job: QueuedJob) -> QueuedJob:
     """A leased job, at a place whose checkpoint is there and pinned; unchanged where there is none."""
-    if _checkpoint(runs, job.run, job.step) is not None:
-        return job
-    for place in queue.places(job.key):
-        checkpoint = _checkpoint(runs, place.run, place.step)
-        if checkpoint is None or not _is_there(checkpoint, place):
+    own = (job.run, job.step)
+    for place in sorted(queue.places(job.key), key=lambda one: (one.run, one.step) != own):
+        checkpoint = _checkpoint(runs, place)
+        if checkpoint is None:
             continue
+        if (place.run, place.step) == own:
+            return job
         with suppress(OSError):  # its worker will say so
             pin_job(checkpoint, job.key)
             queue.move(job.key, place.run, place.step)
@@ -156,8 +173,10 @@ def settle(queue: Queue, runs: Runs, job: QueuedJob) -> QueuedJob:
     return job
 
 
-def _checkpoint(runs: Runs, run: str, step: int) -> Path | None:
+def _checkpoint(runs: Runs, place: Place) -> Path | None:
+    """The checkpoint of a place if it is there; one that cannot be read is not: its worker will say so."""
     try:
-        return runs.steps(run).get(step)
-    except ValueError:
+        checkpoint = runs.steps(place.run).get(place.step)
+        return checkpoint if _is_there(checkpoint, place) else None
+    except (ValueError, OSError):
         return None
