@@ -28,7 +28,7 @@ from evals.runs import checkpoint_digest
 if TYPE_CHECKING:
     from evals.folders import Runs
 
-__all__ = ["SUPERSEDED", "finish", "give_stored", "settle", "supersede"]
+__all__ = ["SUPERSEDED", "finish", "give_finished", "note_place", "settle", "supersede"]
 
 # Appended to the name of a record of an earlier training.
 SUPERSEDED = ".superseded"
@@ -95,17 +95,40 @@ def _clear(run_dir: Path, place: Place) -> None:
         _log.warning("%s keeps points of an earlier training: %s", run_dir, error)
 
 
-def give_stored(queue: Queue, job: Job, place: Place) -> None:
-    """Have the run folder of a key that is done hold the result, as if it had been scored there."""
-    if queue.is_noted(place) and job.path.is_file():
+def note_place(queue: Queue, job: Job, place: Place, *, done: bool) -> None:
+    """Keep a place of a key that is there; if that is ``done``, the run folder holds the result.
+
+    Raises:
+        OSError: the folder cannot be written; the result counts there all the same.
+    """
+    if queue.is_noted(place) and (not done or job.path.is_file()):
         return
     try:
-        if (record := stored_result(job)) is not None:
-            log_scalars(job, record)
-        elif (record := Results(queue.database).whole(job.key)) is not None:
-            keep_copy(job.run_dir, record, task=job.task, step=job.step)
-    except OSError as error:
-        _log.warning("%s does not get the result of %s: %s", job.run_dir, job.task, error)
+        if done:  # before the row: a service that is killed here does it again
+            _give(queue, job)
+    finally:
+        queue.note(place)
+    if not done:
+        give_finished(queue, job)
+
+
+def give_finished(queue: Queue, job: Job) -> None:
+    """Give the result to a place that came while its job ended: who stored it need not have seen the place.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    known = queue.job(job.key)
+    if known is not None and known.state == "done":
+        _give(queue, job)
+
+
+def _give(queue: Queue, job: Job) -> None:
+    """Have the run folder hold the result, as if it had been scored there."""
+    if (record := stored_result(job)) is not None:
+        log_scalars(job, record)
+    elif (record := Results(queue.database).whole(job.key)) is not None:
+        keep_copy(job.run_dir, record, task=job.task, step=job.step)
 
 
 def finish(

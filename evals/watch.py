@@ -15,7 +15,7 @@ from evals.folders import PublicError, Runs, state_at
 from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
 from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueueFullError
-from evals.sharing import finish, give_stored, supersede
+from evals.sharing import finish, give_finished, note_place, supersede
 from evals.tasks.registry import get_task
 
 __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
@@ -78,9 +78,7 @@ def submit(
     supersede(queue, runs, place)
     known = queue.job(job.key)
     if known is not None and (known.state == "done" or not again):
-        if known.state == "done":
-            give_stored(queue, job, place)
-        queue.note(place)
+        note_place(queue, job, place, done=known.state == "done")
         return job.key, False
     if known is None or not known.active:
         _pin(job)
@@ -105,6 +103,8 @@ def submit(
     if new and (record := stored_result(job)) is not None:
         log_scalars(job, record)
         finish(queue, runs, job.key, record)
+    if not new:
+        give_finished(queue, job)
     unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
 

@@ -88,6 +88,42 @@ def test_a_copied_run_has_the_results_of_its_checkpoints(queue, runs, run_dir, s
     assert record.is_file()
 
 
+@pytest.mark.parametrize("again", [False, True])
+def test_a_run_that_comes_while_the_result_is_stored_gets_it(
+    queue, runs, run_dir, scoring, monkeypatch, again
+):
+    submit(queue, runs, "tiny", "perplexity")
+    copy, called = copy_run(run_dir, "copy"), "submit" if again else "note"
+    call = getattr(queue, called)
+
+    def late(*given, **options):
+        work_once(queue, runs, "w")
+        return call(*given, **options)
+
+    monkeypatch.setattr(queue, called, late)
+    submit(queue, runs, "copy", "perplexity", again=again)
+    assert points(copy) == {"perplexity/x": [7]}
+    assert shown(queue) == {("tiny", 7), ("copy", 7)}
+
+
+def test_a_disk_that_was_full_gets_the_result_later(queue, runs, run_dir, scoring, monkeypatch, clock):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    watcher = Watcher(queue, runs, clock=clock)
+    watcher.look()
+    work(queue, runs)
+    copy = copy_run(run_dir, "copy")
+    with monkeypatch.context() as patched:
+        patched.setattr("evals.sharing.keep_copy", full)
+        watcher.look()
+    assert shown(queue) == {("tiny", 7), ("copy", 7)}
+    assert points(copy) == {}
+    clock.now += RETRY
+    watcher.look()
+    assert points(copy) == {"perplexity/x": [7], "sample/x": [7]}
+
+
 def test_a_job_that_waits_serves_all_its_places(queue, runs, run_dir, scoring):
     key, _ = submit(queue, runs, "tiny", "perplexity")
     for name in ("copy", "gone"):
