@@ -14,6 +14,8 @@ __all__ = ["NO_STEP", "Place", "doubted", "forget", "is_noted", "mark_scored", "
 
 # The step of a model that has none: a baseline.
 NO_STEP = -1
+# Seconds that tell two results apart.
+_TICK = 1e-5
 _COLUMNS = "run, step, task, key, digest, identity, tokens"
 _THIS = "run = :run AND step = :step AND task = :task"
 
@@ -46,16 +48,20 @@ class Place:
 def is_noted(connection: sqlite3.Connection, place: Place) -> bool:
     """Whether `note` would change nothing."""
     query = (
-        "SELECT digest IS :digest AND identity IS :identity AND (scored IS NULL OR NOT EXISTS "
+        "SELECT digest IS :digest AND identity IS :identity AND NOT EXISTS "
         "(SELECT 1 FROM places AS other WHERE other.run = :run AND other.step = :step AND other.task = :task "
-        f"AND other.scored > places.scored)) FROM places WHERE {_THIS} AND key = :key"
+        "AND (other.created > places.created OR other.scored > places.scored)) "
+        f"FROM places WHERE {_THIS} AND key = :key"
     )
     row = connection.execute(query, place.values()).fetchone()
     return bool(row and row[0])
 
 
 def note(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
-    """Keep a place of a job that is there; of several keys of one checkpoint's task the last noted counts."""
+    """Keep a place of a job that is there; of several keys of one checkpoint's task the last noted counts.
+
+    That is the one with the newest "created", and of those with a result the one with the newest "scored".
+    """
     values = {**place.values(), "now": now}
     connection.execute(
         f"INSERT INTO places ({_COLUMNS}, created, scored) VALUES (:run, :step, :task, :key, :digest, "
@@ -64,16 +70,25 @@ def note(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
         "identity = COALESCE(excluded.identity, identity), tokens = COALESCE(excluded.tokens, tokens)",
         values,
     )
-    connection.execute(
-        f"UPDATE places SET scored = :now WHERE {_THIS} AND key = :key AND scored < "
-        f"(SELECT MAX(scored) FROM places WHERE {_THIS})",
-        values,
-    )
+    for column in ("created", "scored"):
+        connection.execute(
+            f"UPDATE places SET {column} = :now WHERE {_THIS} AND key = :key AND {column} < "
+            f"(SELECT MAX({column}) FROM places WHERE {_THIS})",
+            values,
+        )
 
 
 def mark_scored(connection: sqlite3.Connection, key: str, *, now: float) -> None:
-    """The key has a result, and so have all of its places."""
-    connection.execute("UPDATE places SET scored = ? WHERE key = ? AND scored IS NULL", (now, key))
+    """The key has a result, and so have all of its places; before those of keys that were asked for later."""
+    later = (
+        f"SELECT MIN(other.scored) - {_TICK} FROM places AS other WHERE other.run = places.run AND "
+        "other.step = places.step AND other.task = places.task AND other.created > places.created"
+    )
+    connection.execute(
+        f"UPDATE places SET scored = MIN(:now, COALESCE(({later}), :now)) "
+        "WHERE key = :key AND scored IS NULL",
+        {"now": now, "key": key},
+    )
 
 
 def places_of(connection: sqlite3.Connection, key: str) -> list[Place]:

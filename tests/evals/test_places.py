@@ -337,3 +337,20 @@ def test_the_settings_asked_for_last_are_the_ones_of_the_curve(queue, clock):
     clock.now += 1
     assert not queue.submit("a", run="r", step=1, task="sample")
     assert results.series()[0][0]["points"] == [[1, None, 1.0]]
+
+
+def test_the_settings_asked_for_last_count_in_whatever_order_they_are_scored(queue, clock):
+    results, values = Results(queue.database), {"a": 1.0, "b": 2.0, "c": 3.0}
+    for key in "abca":  # a again, while it waits
+        clock.now += 1
+        queue.submit(key, run="r", step=1, task="sample")
+    for key, shown_value in (("c", 3.0), ("a", 1.0), ("b", 1.0)):
+        clock.now += 1
+        queue.finish(key, {"scalars": {"x": values[key]}})
+        assert results.series()[0][0]["points"] == [[1, None, shown_value]]
+    newest = results.page()[0]
+    assert [row["key"] for row in newest] == ["a", "c", "b"]
+    clock.now += 1
+    assert not queue.submit("b", run="r", step=1, task="sample")
+    assert results.series()[0][0]["points"] == [[1, None, 2.0]]
+    assert queue.is_noted(Place(run="r", step=1, task="sample", key="b"))
