@@ -10,7 +10,7 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-__all__ = ["NO_STEP", "Place", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
+__all__ = ["NO_STEP", "Place", "adopt", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
 
 # The step of a model that has none: a baseline.
 NO_STEP = -1
@@ -76,6 +76,17 @@ def note(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
             f"(SELECT MAX({column}) FROM places WHERE {_THIS})",
             values,
         )
+
+
+def adopt(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
+    """Keep a place that only a record tells of, if its key has a result; the rest is as at other places."""
+    of_others = "(SELECT MAX({0}) FROM places WHERE places.key = jobs.key)"
+    connection.execute(
+        f"INSERT OR IGNORE INTO places ({_COLUMNS}, created, scored) SELECT :run, :step, task, key, "
+        f"{of_others.format('digest')}, {of_others.format('identity')}, tokens, :now, :now "
+        "FROM jobs JOIN results USING (key) WHERE key = :key AND task = :task",
+        {**place.values(), "now": now},
+    )
 
 
 def mark_scored(connection: sqlite3.Connection, key: str, *, now: float) -> None:

@@ -28,7 +28,7 @@ from evals.runs import checkpoint_digest
 if TYPE_CHECKING:
     from evals.folders import Runs
 
-__all__ = ["SUPERSEDED", "finish", "give_finished", "note_place", "settle", "supersede"]
+__all__ = ["SUPERSEDED", "adopt", "finish", "give_finished", "note_place", "settle", "supersede"]
 
 # Appended to the name of a record of an earlier training.
 SUPERSEDED = ".superseded"
@@ -93,6 +93,29 @@ def _clear(run_dir: Path, place: Place) -> None:
             record.replace(record.with_name(record.name + SUPERSEDED))
     except OSError as error:
         _log.warning("%s keeps points of an earlier training: %s", run_dir, error)
+
+
+def adopt(queue: Queue, runs: Runs, run: str) -> None:
+    """Have a run that is new to the queue show its records of checkpoints that it no longer has.
+
+    A renamed run brings them, and a whole copy: what was scored under another name before retention came. A
+    record without a result in the database is left alone; of a step with a checkpoint `submit` knows more.
+
+    Raises:
+        OSError: a record cannot be read.
+    """
+    if queue.knows(run):
+        return
+    folder, steps = runs.folder(run), runs.steps(run)
+    found = []
+    for path in sorted((folder / "evals").glob("*-step-*.json")):
+        task, _, number = path.stem.rpartition("-step-")
+        if not number.isdecimal() or int(number) in steps:
+            continue
+        if (key := recorded_key(folder, task=task, step=int(number))) is not None:
+            found.append(Place(run=run, step=int(number), task=task, key=key))
+    if found:
+        queue.adopt(found)
 
 
 def note_place(queue: Queue, job: Job, place: Place, *, done: bool) -> None:

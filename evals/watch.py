@@ -15,7 +15,7 @@ from evals.folders import PublicError, Runs, state_at
 from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
 from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueueFullError
-from evals.sharing import finish, give_finished, note_place, supersede
+from evals.sharing import adopt, finish, give_finished, note_place, supersede
 from evals.tasks.registry import get_task
 
 __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
@@ -160,6 +160,7 @@ class Watcher:
         self._broken: dict[str, tuple[object, float]] = {}
         self._passed_over: dict[str, list[str]] = {}
         self._said: dict[str, str] = {}
+        self._adopted: set[str] = set()
         self._added = 0
 
     def look(self) -> int:
@@ -177,6 +178,7 @@ class Watcher:
         ids += self._runs.baseline_ids()
         self._seen = {run: self._seen.get(run, {}) for run in ids}
         self._passed_over = {run: self._passed_over.get(run, []) for run in ids}
+        self._adopted &= set(ids)
         self._added = 0
         for run in ids:
             try:
@@ -219,6 +221,9 @@ class Watcher:
     def _queue_new(self, run: str, marks: Mapping[int, object]) -> list[str]:
         """Queue what is new; what cannot be queued is passed over, and said in one line for each reason."""
         seen, failed = self._seen[run], dict[str, list[str]]()
+        if run not in self._adopted and self._runs.is_run(run):
+            adopt(self._queue, self._runs, run)
+            self._adopted.add(run)
         for step in sorted(marks):
             if seen.get(step) == marks[step]:
                 continue

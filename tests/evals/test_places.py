@@ -106,6 +106,30 @@ def test_a_run_that_comes_while_the_result_is_stored_gets_it(
     assert shown(queue) == {("tiny", 7), ("copy", 7)}
 
 
+def test_a_renamed_run_keeps_the_curve_that_retention_left(queue, runs, run_dir, scoring):
+    for step in (9, 11):
+        write_checkpoint(run_dir, step=step, seed=step)
+    watcher = Watcher(queue, runs)
+    watcher.look()
+    work(queue, runs)
+    old = {(row["step"], row["task"]): row["key"] for row in Results(queue.database).page()[0]}
+    remove(run_dir, 7, 9)
+    renamed = run_dir.rename(run_dir.with_name("renamed"))
+    record_file(renamed, "sample", 7).write_text('{"key": "of another database"}')
+    (renamed / "evals" / "sample-step-x.json").write_text("5")
+    assert watcher.look() == 0
+    found = Results(queue.database).page(run="renamed")[0]
+    del old[7, "sample"]
+    assert {(row["step"], row["task"]): row["key"] for row in found} == old
+    first, second = queue.places(old[9, "sample"])
+    assert (first.run, first.digest, first.tokens) == ("renamed", second.digest, second.tokens)
+    assert first.digest is not None
+    write_checkpoint(renamed, step=9, seed=99)
+    record_file(renamed, "sample", 9).write_text(json.dumps({"key": old[9, "sample"]}))
+    assert Watcher(queue, runs).look() == 2
+    assert shown(queue, run="renamed") == {("renamed", 7), ("renamed", 11)}
+
+
 def test_a_disk_that_was_full_gets_the_result_later(queue, runs, run_dir, scoring, monkeypatch, clock):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
