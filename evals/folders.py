@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.commit import list_steps
 from checkpoints.manifest import MANIFEST_FILE
 from checkpoints.state import load_run_state
-from evals.baselines import ID, Baselines
+from evals.baselines import ID, Baselines, PublicError
 from evals.config import EvalConfig
 from evals.runs import read_recipe
 from trellis_dist.files import digest
@@ -26,10 +26,6 @@ _LASTING = {
     "model": ("vocab_size", "num_layers", "dim", "num_heads"),
     "init_from": ("manifest_sha256",),
 }
-
-
-class PublicError(ValueError):
-    """A refusal whose text names ids and nothing of this machine, so that a client may read it."""
 
 
 class Runs:
@@ -52,7 +48,7 @@ class Runs:
             if not root.is_dir():
                 raise ValueError(f"{root} is no folder: name the one that holds the run folders")
         self.roots = tuple(dict.fromkeys(root.resolve() for root in roots))
-        if shadowed := self.shadowed():
+        if shadowed := self._shadowed_runs():  # a baseline may take a name at any time: the watcher warns
             raise ValueError(f"{shadowed[0]} has the id of a run in another folder: rename one of the two")
 
     def ids(self) -> list[str]:
@@ -60,10 +56,12 @@ class Runs:
         return sorted({path.name for path in self._all()})
 
     def shadowed(self) -> list[Path]:
-        """Folders that are not served because an earlier root has a run of their id."""
-        runs = [path for path in self._all() if self.folder(path.name) != path]
-        models = self._baselines
+        """Folders that are not served because a run has their id: runs of later roots, and baselines."""
+        runs, models = self._shadowed_runs(), self._baselines
         return runs + [models.folder / name for name in models.ids() if self.is_run(name)] if models else runs
+
+    def _shadowed_runs(self) -> list[Path]:
+        return [path for path in self._all() if self.folder(path.name) != path]
 
     def baseline_ids(self) -> list[str]:
         """Ids of the models that are no runs, sorted."""
@@ -94,10 +92,11 @@ class Runs:
         return bool(ID.fullmatch(path.name)) and has_recipe(path, link=False)
 
     def refused(self) -> list[Path]:
-        """What would be a run but for its name, which no client could send, or because it is a link."""
+        """What would be served but for its name, which no client could send, or because it is a link."""
         found = [path for root in self.roots for path in root.iterdir()]
         bad_names = [path for path in found if not ID.fullmatch(path.name) and has_recipe(path, link=False)]
-        return bad_names + [path for path in found if has_recipe(path, link=True)]
+        links = [path for path in found if has_recipe(path, link=True)]
+        return bad_names + links + (self._baselines.refused() if self._baselines else [])
 
     def config(self, run: str) -> EvalConfig:
         """The evals section of the run's own recipe, or the baselines' one; clients cannot send settings."""

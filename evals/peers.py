@@ -136,14 +136,22 @@ def _check_folder(path: Path, trust_remote_code: bool) -> bool:
                 "model with save_pretrained of a current transformers, which writes safetensors"
             )
         raise ValueError(f"{path} has no weights ({WEIGHTS})")
-    config = read_json(path / CONFIG)
+    config = _settings(path / CONFIG)
     if not trust_remote_code and not _is_known(config):
         raise ValueError(
             f"{path}: its model is code in the folder ({config.get('model_type')!r} is none of "
             "transformers'): read that code, and give --trust-remote-code to run it"
         )
-    tokenizer = read_json(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
+    tokenizer = _settings(path / TOKENIZER_CONFIG) if (path / TOKENIZER_CONFIG).is_file() else {}
     return trust_remote_code and ("auto_map" in config or "auto_map" in tokenizer)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """What a JSON file of a model folder sets. Raises ValueError: it holds no object."""
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no object of settings: save the model again with save_pretrained")
+    return found
 
 
 def _is_known(config: Mapping[str, Any]) -> bool:
@@ -152,7 +160,7 @@ def _is_known(config: Mapping[str, Any]) -> bool:
 
     from trellis_dist.models.huggingface.folder import MODEL_TYPE
 
-    return "auto_map" not in config or config.get("model_type") in {*CONFIG_MAPPING.keys(), MODEL_TYPE}
+    return "auto_map" not in config or config.get("model_type") in [*CONFIG_MAPPING.keys(), MODEL_TYPE]
 
 
 def _end_ids(model: Any) -> list[int]:

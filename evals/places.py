@@ -10,10 +10,12 @@ import sqlite3
 from collections.abc import Iterable
 from dataclasses import astuple, dataclass
 
-__all__ = ["NO_STEP", "Place", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
+__all__ = ["NO_STEP", "Place", "adopt", "doubted", "forget", "is_noted", "mark_scored", "note", "places_of"]
 
 # The step of a model that has none: a baseline.
 NO_STEP = -1
+# Seconds that tell two results apart.
+_TICK = 1e-5
 _COLUMNS = "run, step, task, key, digest, identity, tokens"
 _THIS = "run = :run AND step = :step AND task = :task"
 
@@ -46,16 +48,20 @@ class Place:
 def is_noted(connection: sqlite3.Connection, place: Place) -> bool:
     """Whether `note` would change nothing."""
     query = (
-        "SELECT digest IS :digest AND identity IS :identity AND (scored IS NULL OR NOT EXISTS "
+        "SELECT digest IS :digest AND identity IS :identity AND NOT EXISTS "
         "(SELECT 1 FROM places AS other WHERE other.run = :run AND other.step = :step AND other.task = :task "
-        f"AND other.scored > places.scored)) FROM places WHERE {_THIS} AND key = :key"
+        "AND (other.created > places.created OR other.scored > places.scored)) "
+        f"FROM places WHERE {_THIS} AND key = :key"
     )
     row = connection.execute(query, place.values()).fetchone()
     return bool(row and row[0])
 
 
 def note(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
-    """Keep a place of a job that is there; of several keys of one checkpoint's task the last noted counts."""
+    """Keep a place of a job that is there; of several keys of one checkpoint's task the last noted counts.
+
+    That is the one with the newest "created", and of those with a result the one with the newest "scored".
+    """
     values = {**place.values(), "now": now}
     connection.execute(
         f"INSERT INTO places ({_COLUMNS}, created, scored) VALUES (:run, :step, :task, :key, :digest, "
@@ -64,16 +70,36 @@ def note(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
         "identity = COALESCE(excluded.identity, identity), tokens = COALESCE(excluded.tokens, tokens)",
         values,
     )
+    for column in ("created", "scored"):
+        connection.execute(
+            f"UPDATE places SET {column} = :now WHERE {_THIS} AND key = :key AND {column} < "
+            f"(SELECT MAX({column}) FROM places WHERE {_THIS})",
+            values,
+        )
+
+
+def adopt(connection: sqlite3.Connection, place: Place, *, now: float) -> None:
+    """Keep a place that only a record tells of, if its key has a result; the rest is as at other places."""
+    of_others = "(SELECT MAX({0}) FROM places WHERE places.key = jobs.key)"
     connection.execute(
-        f"UPDATE places SET scored = :now WHERE {_THIS} AND key = :key AND scored < "
-        f"(SELECT MAX(scored) FROM places WHERE {_THIS})",
-        values,
+        f"INSERT OR IGNORE INTO places ({_COLUMNS}, created, scored) SELECT :run, :step, task, key, "
+        f"{of_others.format('digest')}, {of_others.format('identity')}, tokens, :now, :now "
+        "FROM jobs JOIN results USING (key) WHERE key = :key AND task = :task",
+        {**place.values(), "now": now},
     )
 
 
 def mark_scored(connection: sqlite3.Connection, key: str, *, now: float) -> None:
-    """The key has a result, and so have all of its places."""
-    connection.execute("UPDATE places SET scored = ? WHERE key = ? AND scored IS NULL", (now, key))
+    """The key has a result, and so have all of its places; before those of keys that were asked for later."""
+    later = (
+        f"SELECT MIN(other.scored) - {_TICK} FROM places AS other WHERE other.run = places.run AND "
+        "other.step = places.step AND other.task = places.task AND other.created > places.created"
+    )
+    connection.execute(
+        f"UPDATE places SET scored = MIN(:now, COALESCE(({later}), :now)) "
+        "WHERE key = :key AND scored IS NULL",
+        {"now": now, "key": key},
+    )
 
 
 def places_of(connection: sqlite3.Connection, key: str) -> list[Place]:
@@ -85,7 +111,8 @@ def places_of(connection: sqlite3.Connection, key: str) -> list[Place]:
 def doubted(connection: sqlite3.Connection, place: Place) -> list[Place]:
     """Places of the run that may be of an earlier training, now that ``place`` is known.
 
-    Another digest at its step puts that step and the later ones in doubt; another identity, whatever has it.
+    Another digest at its step puts that step and the later ones in doubt; another identity, whatever has it;
+    a step, what a baseline of that name has without one.
     """
     if place.digest is None:
         return []
@@ -94,6 +121,9 @@ def doubted(connection: sqlite3.Connection, place: Place) -> list[Place]:
     other = "run = :run AND (identity < :identity OR identity > :identity)"
     query = f"SELECT {_COLUMNS} FROM places WHERE {other}"
     found = _places(connection.execute(query, values))
+    if place.step != NO_STEP:  # a baseline had the name before the run
+        query = f"SELECT {_COLUMNS} FROM places WHERE run = :run AND step = {NO_STEP}"
+        found += _places(connection.execute(query, values))
     changed = "SELECT 1 FROM places WHERE run = :run AND step = :step AND digest <> :digest"
     if connection.execute(changed, values).fetchone():
         later = "run = :run AND step >= :step AND NOT (step = :step AND digest IS :digest)"

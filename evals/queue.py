@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from evals.database import Database, store_result
-from evals.places import Place, doubted, forget, is_noted, mark_scored, note, places_of
+from evals.places import Place, adopt, doubted, forget, is_noted, mark_scored, note, places_of
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 
@@ -140,6 +140,17 @@ class Queue:
         if not self.is_noted(place):
             with self.database.writing() as database:
                 note(database, place, now=self._clock())
+
+    def knows(self, run: str) -> bool:
+        """Whether any place of a run is known."""
+        with self.database.reading() as database:
+            return bool(database.execute("SELECT 1 FROM places WHERE run = ? LIMIT 1", (run,)).fetchone())
+
+    def adopt(self, places: Sequence[Place]) -> None:
+        """Keep places whose key has a result, all or none; what else is known is of other places."""
+        with self.database.writing() as database:
+            for place in places:
+                adopt(database, place, now=self._clock())
 
     def places(self, key: str) -> list[Place]:
         """Where the result of a key counts, by run and step."""

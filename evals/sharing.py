@@ -20,7 +20,7 @@ from checkpoints.pins import unpin
 from evals.curves import events_file
 from evals.evaluate import Job, keep_copy, log_scalars, record_file, recorded_key, stored_result
 from evals.pins import PREFIX, pin_job
-from evals.places import Place
+from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueuedJob
 from evals.results import Results
 from evals.runs import checkpoint_digest
@@ -28,7 +28,7 @@ from evals.runs import checkpoint_digest
 if TYPE_CHECKING:
     from evals.folders import Runs
 
-__all__ = ["SUPERSEDED", "finish", "give_stored", "settle", "supersede"]
+__all__ = ["SUPERSEDED", "adopt", "finish", "give_finished", "note_place", "settle", "supersede"]
 
 # Appended to the name of a record of an earlier training.
 SUPERSEDED = ".superseded"
@@ -50,11 +50,14 @@ def supersede(queue: Queue, runs: Runs, place: Place) -> None:
         _clear(runs.folder(place.run), one)
     if stale:
         queue.forget(stale)
-        for one in stale:
+        mine = [one for one in stale if one.step != NO_STEP]
+        for one in mine:
             with suppress(OSError):  # pins run out
                 unpin(runs.checkpoints(place.run) / step_name(one.step), PREFIX + one.key)
-        found = ", ".join(str(step) for step in sorted({one.step for one in stale}))
-        _log.warning("run %s was trained anew: its curves lose what was scored at step %s", place.run, found)
+        if found := ", ".join(str(step) for step in sorted({one.step for one in mine})):
+            _log.warning(
+                "run %s was trained anew: its curves lose what was scored at step %s", place.run, found
+            )
 
 
 def _is_there(checkpoint: Path | None, place: Place) -> bool:
@@ -62,11 +65,15 @@ def _is_there(checkpoint: Path | None, place: Place) -> bool:
 
 
 def _digest_at(checkpoint: Path) -> str | None:
-    """The digest of a checkpoint, None when it is gone; each manifest is read once."""
+    """The digest of a checkpoint, None when it is gone; each manifest is read once.
+
+    Raises:
+        OSError: it cannot be read, which says nothing of what it is.
+    """
     try:
         status = (checkpoint / MANIFEST_FILE).stat()
         return _digest(checkpoint, status.st_mtime_ns, status.st_ino)
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
@@ -88,21 +95,72 @@ def _clear(run_dir: Path, place: Place) -> None:
         _log.warning("%s keeps points of an earlier training: %s", run_dir, error)
 
 
-def give_stored(queue: Queue, job: Job, place: Place) -> None:
-    """Have the run folder of a key that is done hold the result, as if it had been scored there."""
-    if queue.is_noted(place) and job.path.is_file():
+def adopt(queue: Queue, runs: Runs, run: str) -> None:
+    """Have a run that is new to the queue show its records of checkpoints that it no longer has.
+
+    A renamed run brings them, and a whole copy: what was scored under another name before retention came. A
+    record without a result in the database is left alone; of a step with a checkpoint `submit` knows more.
+
+    Raises:
+        OSError: a record cannot be read.
+    """
+    if queue.knows(run):
+        return
+    folder, steps = runs.folder(run), runs.steps(run)
+    found = []
+    for path in sorted((folder / "evals").glob("*-step-*.json")):
+        task, _, number = path.stem.rpartition("-step-")
+        if not number.isdecimal() or int(number) in steps:
+            continue
+        if (key := recorded_key(folder, task=task, step=int(number))) is not None:
+            found.append(Place(run=run, step=int(number), task=task, key=key))
+    if found:
+        queue.adopt(found)
+
+
+def note_place(queue: Queue, job: Job, place: Place, *, done: bool) -> None:
+    """Keep a place of a key that is there; if that is ``done``, the run folder holds the result.
+
+    Raises:
+        OSError: the folder cannot be written; the result counts there all the same.
+    """
+    if queue.is_noted(place) and (not done or job.path.is_file()):
         return
     try:
-        if (record := stored_result(job)) is not None:
-            log_scalars(job, record)
-        elif (record := Results(queue.database).whole(job.key)) is not None:
-            keep_copy(job.run_dir, record, task=job.task, step=job.step)
-    except OSError as error:
-        _log.warning("%s does not get the result of %s: %s", job.run_dir, job.task, error)
+        if done:  # before the row: a service that is killed here does it again
+            _give(queue, job)
+    finally:
+        queue.note(place)
+    if not done:
+        give_finished(queue, job)
 
 
-def finish(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any]) -> bool:
-    """As `Queue.finish`, and the record goes to the run folders of all places of the key."""
+def give_finished(queue: Queue, job: Job) -> None:
+    """Give the result to a place that came while its job ended: who stored it need not have seen the place.
+
+    Raises:
+        OSError: the folder cannot be written.
+    """
+    known = queue.job(job.key)
+    if known is not None and known.state == "done":
+        _give(queue, job)
+
+
+def _give(queue: Queue, job: Job) -> None:
+    """Have the run folder hold the result, as if it had been scored there."""
+    if (record := stored_result(job)) is not None:
+        log_scalars(job, record)
+    elif (record := Results(queue.database).whole(job.key)) is not None:
+        keep_copy(job.run_dir, record, task=job.task, step=job.step)
+
+
+def finish(
+    queue: Queue, runs: Runs, key: str, record: Mapping[str, Any], *, leased: QueuedJob | None = None
+) -> bool:
+    """As `Queue.finish`, and the record goes to the run folders of all places of the key.
+
+    Where it was ``leased`` for, its worker has put it already: it goes if that is no place of the key by now.
+    """
     job = queue.job(key)
     served: set[Place] = set()
     if job is not None and job.active:  # before the queue has it: a service that is killed here does it again
@@ -110,15 +168,14 @@ def finish(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any]) -> boo
     stored = queue.finish(key, record)
     if stored:
         _share(queue, runs, key, record, served)  # places that came meanwhile
+    if leased is not None:
+        _take_back(queue, runs, leased)
     return stored
 
 
 def _share(queue: Queue, runs: Runs, key: str, record: Mapping[str, Any], served: set[Place]) -> None:
-    places = queue.places(key)
-    if len(places) < 2:
-        return  # who scored it has it
-    for place in places:
-        if place not in served:
+    for place in queue.places(key):
+        if place not in served and place.step != NO_STEP:  # the folder of a baseline is only read
             served.add(place)
             _serve(runs, place, record)
 
@@ -137,14 +194,23 @@ def _serve(runs: Runs, place: Place, record: Mapping[str, Any]) -> None:
         _log.warning("run %s does not get the result of %s: %s", place.run, place.task, error)
 
 
+def _take_back(queue: Queue, runs: Runs, job: QueuedJob) -> None:
+    """Clear what a job left in a run that was trained anew while it ran: `supersede` came before that."""
+    if job.step == NO_STEP or (job.run, job.step) in [(one.run, one.step) for one in queue.places(job.key)]:
+        return
+    with suppress(ValueError, OSError):  # the run went, or cannot be read: then it shows nothing either
+        _clear(runs.folder(job.run), Place(run=job.run, step=job.step, task=job.task, key=job.key))
+
+
 def settle(queue: Queue, runs: Runs, job: QueuedJob) -> QueuedJob:
     """A leased job, at a place whose checkpoint is there and pinned; unchanged where there is none."""
-    if _checkpoint(runs, job.run, job.step) is not None:
-        return job
-    for place in queue.places(job.key):
-        checkpoint = _checkpoint(runs, place.run, place.step)
-        if checkpoint is None or not _is_there(checkpoint, place):
+    own = (job.run, job.step)
+    for place in sorted(queue.places(job.key), key=lambda one: (one.run, one.step) != own):
+        checkpoint = _checkpoint(runs, place)
+        if checkpoint is None:
             continue
+        if (place.run, place.step) == own:
+            return job
         with suppress(OSError):  # its worker will say so
             pin_job(checkpoint, job.key)
             queue.move(job.key, place.run, place.step)
@@ -153,8 +219,10 @@ def settle(queue: Queue, runs: Runs, job: QueuedJob) -> QueuedJob:
     return job
 
 
-def _checkpoint(runs: Runs, run: str, step: int) -> Path | None:
+def _checkpoint(runs: Runs, place: Place) -> Path | None:
+    """The checkpoint of a place if it is there; one that cannot be read is not: its worker will say so."""
     try:
-        return runs.steps(run).get(step)
-    except ValueError:
+        checkpoint = runs.steps(place.run).get(place.step)
+        return checkpoint if _is_there(checkpoint, place) else None
+    except (ValueError, OSError):
         return None

@@ -109,9 +109,12 @@ def cut_stretches(documents: Sequence[str], lengths: Sequence[int], *, limit: in
 
 
 def _pair(window: str) -> tuple[str, str]:
-    """Context and target; a word that the middle of a window cuts belongs to the context."""
+    """Context and target; a word that the middle of a window cuts belongs to the context.
+
+    No context ends in whitespace: `Scorer.encode_pair` would score that with the target.
+    """
     word = _WORD.search(window, len(window) - TARGET, len(window) - TARGET // 2)
-    place = word.start() if word else len(window) - TARGET
+    place = word.start() if word else len(window[: len(window) - TARGET].rstrip())
     return window[:place], window[place:]
 
 

@@ -15,7 +15,7 @@ from evals.folders import PublicError, Runs, state_at
 from evals.pins import pin_job, sync_pins, unpin_job, unpin_unqueued
 from evals.places import NO_STEP, Place
 from evals.queue import Queue, QueueFullError
-from evals.sharing import finish, give_stored, supersede
+from evals.sharing import adopt, finish, give_finished, note_place, supersede
 from evals.tasks.registry import get_task
 
 __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
@@ -24,7 +24,10 @@ __all__ = ["MAX_QUEUE", "PublicError", "Runs", "Watcher", "submit"]
 MAX_QUEUE = 10_000
 # Seconds after which a run that could not be read is tried again although nothing in it changed.
 RETRY = 60.0
-NAMES = "a run is a folder, no link, named with at most 128 letters, digits, dots, dashes and underscores"
+NAMES = (
+    "runs and baselines are folders, no links, named with at most 128 letters, digits, dots, dashes and "
+    "underscores"
+)
 # Errors that say nothing of the run at which they come.
 _OF_THE_QUEUE = (QueueFullError, sqlite3.OperationalError)
 _log = logging.getLogger(__name__)
@@ -75,9 +78,7 @@ def submit(
     supersede(queue, runs, place)
     known = queue.job(job.key)
     if known is not None and (known.state == "done" or not again):
-        if known.state == "done":
-            give_stored(queue, job, place)
-        queue.note(place)
+        note_place(queue, job, place, done=known.state == "done")
         return job.key, False
     if known is None or not known.active:
         _pin(job)
@@ -102,6 +103,8 @@ def submit(
     if new and (record := stored_result(job)) is not None:
         log_scalars(job, record)
         finish(queue, runs, job.key, record)
+    if not new:
+        give_finished(queue, job)
     unpin_job(queue, runs.checkpoints(run), job.key)
     return job.key, new
 
@@ -157,6 +160,7 @@ class Watcher:
         self._broken: dict[str, tuple[object, float]] = {}
         self._passed_over: dict[str, list[str]] = {}
         self._said: dict[str, str] = {}
+        self._adopted: set[str] = set()
         self._added = 0
 
     def look(self) -> int:
@@ -174,6 +178,7 @@ class Watcher:
         ids += self._runs.baseline_ids()
         self._seen = {run: self._seen.get(run, {}) for run in ids}
         self._passed_over = {run: self._passed_over.get(run, []) for run in ids}
+        self._adopted &= set(ids)
         self._added = 0
         for run in ids:
             try:
@@ -216,6 +221,9 @@ class Watcher:
     def _queue_new(self, run: str, marks: Mapping[int, object]) -> list[str]:
         """Queue what is new; what cannot be queued is passed over, and said in one line for each reason."""
         seen, failed = self._seen[run], dict[str, list[str]]()
+        if run not in self._adopted and self._runs.is_run(run):
+            adopt(self._queue, self._runs, run)
+            self._adopted.add(run)
         for step in sorted(marks):
             if seen.get(step) == marks[step]:
                 continue

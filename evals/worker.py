@@ -66,11 +66,14 @@ class LocalJobs:
 
     def __init__(self, queue: Queue, runs: Runs) -> None:
         self._queue, self._runs = queue, runs
+        self._leased: dict[str, QueuedJob] = {}
 
     def lease(self, owner: str, *, seconds: float) -> QueuedJob | None:
         """As `Queue.lease`, at a place of the job whose checkpoint is there."""
         job = self._queue.lease(owner, seconds=seconds)
-        return job and settle(self._queue, self._runs, job)
+        if job is not None:
+            job = self._leased[job.key] = settle(self._queue, self._runs, job)
+        return job
 
     def renew(self, key: str, owner: str, *, seconds: float) -> bool:
         """As `Queue.renew`."""
@@ -78,13 +81,14 @@ class LocalJobs:
 
     def finish(self, key: str, record: Mapping[str, Any]) -> bool:
         """As `JobSource.finish`."""
-        stored = finish(self._queue, self._runs, key, record)
+        stored = finish(self._queue, self._runs, key, record, leased=self._leased.pop(key, None))
         self._let_go(key)
         return stored
 
     def fail(self, key: str, owner: str, error: str) -> None:
         """As `JobSource.fail`."""
         self._queue.fail(key, owner, error)
+        self._leased.pop(key, None)
         self._let_go(key)
 
     def _let_go(self, key: str) -> None:

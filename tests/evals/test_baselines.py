@@ -112,16 +112,57 @@ def test_a_baseline_that_changes_is_scored_anew(queue, runs, folder, run_dir):
 
 def test_a_run_goes_before_a_baseline_of_its_name(queue, runs, folder, run_dir, caplog):
     shutil.copytree(folder / "export", folder / "tiny")
+    (folder / "two words").mkdir()
+    (folder / "two words" / "config.json").write_text("{}")
     Watcher(queue, runs).look()
     assert runs.baseline_ids() == ["export"]
+    again = Runs(run_dir.parent, baselines=open_baselines(folder, CONFIG))  # as every worker that starts
+    assert (again.ids(), again.baseline_ids()) == (["tiny"], ["export"])
     assert f"{folder / 'tiny'} is passed over: another folder has a run of that id" in caplog.text
+    assert f"'{folder / 'link'}' is passed over: a link" in caplog.text
+    assert f"'{folder / 'two words'}' is passed over: a name that clients cannot send" in caplog.text
     assert {job.step for job in queue.jobs(run="tiny")[0]} == {7}
+
+
+def test_a_run_that_takes_the_name_of_a_baseline_shows_its_own_rows_alone(
+    queue, runs, folder, run_dir, caplog
+):
+    key, _ = submit(queue, runs, "export", "mqar")
+    queue.finish(key, {"scalars": {"mqar/x": 1.0}})
+    assert [row["step"] for row in Results(queue.database).page(run="export")[0]] == [NO_STEP]
+    shutil.copytree(run_dir, run_dir.parent / "export")
+    Watcher(queue, runs).look()
+    assert Results(queue.database).page(run="export") == ([], 0)
+    assert "trained anew" not in caplog.text
+    shutil.rmtree(run_dir.parent / "export")
+    Watcher(queue, runs).look()
+    assert [row["step"] for row in Results(queue.database).page(run="export")[0]] == [NO_STEP]
+
+
+def test_a_folder_of_baselines_that_went_takes_no_run_along(queue, runs, folder, run_dir, caplog):
+    baselines = open_baselines(folder, CONFIG)
+    folder.rename(folder.with_name("unmounted"))
+    watcher, client = Watcher(queue, runs), make_client(create_app(queue, runs))
+    assert [watcher.look(), watcher.look()] == [2, 0]
+    assert client.get("/runs").json()["baselines"] == []
+    assert Runs(run_dir.parent, baselines=baselines).ids() == ["tiny"]
+    assert [record.getMessage().count("no baseline is served") for record in caplog.records] == [1]
+    with pytest.raises(PublicError, match="there is no baseline export"):
+        baselines.place("export", "mqar")
+    folder.with_name("unmounted").rename(folder)
+    assert watcher.look() == 1
 
 
 def test_a_model_that_cannot_be_opened_stops_no_other(queue, runs, folder, caplog):
     save_peer(folder / "pickled")
     for path in (folder / "pickled").glob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
+    (folder / "bad").mkdir()
+    (folder / "bad" / "model.safetensors").touch()
+    for settings in ("5", '{"auto_map": {}, "model_type": []}'):
+        (folder / "bad" / "config.json").write_text(settings)
+        body = {"run": "bad", "task": "mqar"}
+        assert make_client(create_app(queue, runs)).post("/jobs", json=body).status_code == 404
     assert Watcher(queue, runs).look() == 3  # of tiny two
     assert caplog.text.count("run pickled: task mqar is passed over") == 1
 

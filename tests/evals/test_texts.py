@@ -197,6 +197,14 @@ def test_windows_have_the_same_bytes_for_every_tokenizer(run_dir, config):
         assert TARGET / 2 <= len(target) <= TARGET
 
 
+def test_whitespace_before_a_target_without_words_is_counted_with_it():
+    context, word = "a" * 16 * ROOM, "\N{GREEK SMALL LETTER PI}" * TARGET
+    for window in (context[:-2] + " \n" + word, context + word):
+        stretches = cut_stretches([window], [16], limit=1)
+        windows, _ = encode_stretches(Scorer(RecurrentModel(), ByteTokenizer()), stretches)
+        assert windows.scored.sum() == stretches.size == len(window[window.rfind("a") + 1 :].encode())
+
+
 @pytest.mark.parametrize(
     "bos, longest, where", [("tokenizer", 64, "documents"), ("always", 700, "documents end to end")]
 )
