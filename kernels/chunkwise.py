@@ -89,8 +89,9 @@ def read(
     """
     y = operands.v.new_empty(operands.v.shape)
     memory = Memories(initial.key.new_empty(initial.key.shape), initial.value.new_empty(initial.value.shape))
-    steps = -(-operands.q.shape[1] // chunk_size)
-    for piece in _pieces(find_grid(operands, chunk_size), operands.v.shape[2]):
+    batch, length, heads = operands.v.shape[:3]
+    layout, steps = PackedLayout.uniform(batch, length, chunk_size), length // chunk_size
+    for piece in _pieces(layout.to(operands.v.device), heads):
         source = memory if piece.layout.first_step else initial
         goes_on = last or piece.layout.first_step + len(piece.layout.steps) < steps
         inputs = stages.arrange(operands, layout=piece.layout, rule=rule)
@@ -105,12 +106,6 @@ def read(
             memory.key[piece.documents], memory.value[piece.documents] = final.key, final.value
         del inputs, states  # before the next piece's, so that they take the same memory
     return y, memory
-
-
-def find_grid(operands: Operands, chunk_size: int) -> PackedLayout:
-    """The chunk grid of rows of equal length that begin and end with a chunk."""
-    batch, length = operands.q.shape[:2]
-    return PackedLayout.uniform(batch, length, chunk_size).to(operands.q.device)
 
 
 def backward(

@@ -85,9 +85,8 @@ def _read_inside(call: Call, counts: list[int], last: bool) -> _Read:
 def _read_packed(call: Call, counts: list[int], last: bool) -> _Read:
     """Any rows, without their pads end to end."""
     mask = _tokens_of(call.operands, counts)
-    parts = (None if x is None else x[mask].unsqueeze(0) for x in call.operands[:8])
     layout = PackedLayout.of(tuple(counts), call.chunk_size, offsets=call.offsets)
-    operands = Operands(*parts, *call.operands[8:])  # type: ignore[arg-type, call-arg]
+    operands = call.operands.each_token(lambda x: x[mask].unsqueeze(0))
     y, final, start = run_call(replace(call, operands=operands, layout=layout.to(mask.device)))
     rows = torch.zeros_like(call.operands.v)
     rows[mask] = y[0]
@@ -99,8 +98,7 @@ def _rows_of(call: Call, offsets: list[int], rows: list[int]) -> Call:
     if len(rows) == len(call.operands.q):
         return replace(call, state=replace(call.state, offset=tuple(offsets)), offsets=offsets)
     index = torch.tensor(rows, device=call.operands.q.device)
-    parts = (None if x is None else x.index_select(0, index) for x in call.operands[:8])
-    operands = Operands(*parts, *call.operands[8:])  # type: ignore[arg-type, call-arg]
+    operands = call.operands.each_token(lambda x: x.index_select(0, index))
     state = replace(call.state, offset=0).select_rows(rows)
     return replace(call, operands=operands, state=replace(state, offset=tuple(offsets)), offsets=offsets)
 
@@ -162,8 +160,7 @@ def _cuts(length: int, offset: int, chunk_size: int) -> Iterator[tuple[int, int]
 
 
 def _tokens(operands: Operands, begin: int, end: int) -> Operands:
-    parts = (None if x is None else x[:, begin:end] for x in operands[:8])
-    return Operands(*parts, *operands[8:])  # type: ignore[arg-type, call-arg]
+    return operands.each_token(lambda x: x[:, begin:end])
 
 
 def _decayed(start: Memories, part: Operands, rule: Rule) -> Memories:

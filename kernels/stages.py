@@ -306,7 +306,8 @@ def scan_forward(
         initial: memories before each document's first token, by rank [N, ...].
         stale: the stale pair [N', ...] of the documents in the first step, where a call enters inside a
             chunk; None takes ``initial``.
-        last: whether the memories after the last tokens are wanted; else they are left unset.
+        last: whether the memories after the last tokens are wanted; else they are left unset (here only: the
+            Triton form always makes them).
 
     Returns:
         The states, and the memories after each document's last token, by rank [N, ...].

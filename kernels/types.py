@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -34,6 +34,11 @@ class Operands(NamedTuple):
     value_step_size: Tensor | None = None
     readout_weight: Tensor | None = None
     readout_bias: Tensor | None = None
+
+    def each_token(self, change: Callable[[Tensor], Tensor]) -> Operands:
+        """The operands with what has tokens, all but the affine, changed by ``change``."""
+        parts = (None if x is None else change(x) for x in self[:8])
+        return Operands(*parts, *self[8:])  # type: ignore[arg-type, call-arg]
 
     @property
     def compute_dtype(self) -> torch.dtype:

@@ -24,7 +24,11 @@ class LayerState(Protocol):
 
 
 class Mixer(Protocol):
-    """What a block asks of its token-mixing half. Shapes: B rows, T tokens, dim features."""
+    """What a block asks of its token-mixing half. Shapes: B rows, T tokens, dim features.
+
+    A mixer that can leave tokens out also has ``pads_within`` (`LanguageModel.pads_within`) and takes pads in
+    ``prefill``; one that saves by making no state has ``after`` (`Block.after`).
+    """
 
     def __call__(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim], independent documents."""
