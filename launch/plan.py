@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterator
-from typing import Any, get_type_hints
+from typing import Any
 
+from launch.defaults import defaults
 from launch.fit import fit_mesh, fit_to_devices
 from launch.memory import estimate_memory
 from launch.recipe import Recipe, dotted_items, resolve
 
-__all__ = ["defaults", "make_plan", "render_plan"]
+__all__ = ["make_plan", "render_plan"]
 
 
 def make_plan(recipe: Recipe) -> dict[str, Any]:
@@ -54,20 +53,6 @@ def _batch(recipe: Recipe, *, dp: int) -> dict[str, int]:
         "steps": recipe.training.steps,
         "tokens": recipe.tokens(),
     }
-
-
-def defaults(section: type = Recipe, prefix: str = "") -> dict[str, Any]:
-    """Default of every dotted key that has one; a key that a recipe must give is absent."""
-    return dict(_defaults(section, prefix))
-
-
-def _defaults(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    hints = get_type_hints(section)
-    for item in dataclasses.fields(section):
-        if dataclasses.is_dataclass(hints[item.name]):
-            yield from _defaults(hints[item.name], f"{prefix}{item.name}.")
-        elif item.default is not dataclasses.MISSING:
-            yield f"{prefix}{item.name}", json.loads(json.dumps(item.default))
 
 
 def render_plan(plan: dict[str, Any]) -> str:

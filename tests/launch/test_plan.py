@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.plan import defaults, make_plan
+from launch.defaults import defaults
+from launch.plan import make_plan
 from launch.recipe import load_recipe
 from tests.distributed import gloo_pool
 from tests.training.engine_cases import ADAM, build, train
