@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trellis_dist.training.metrics import Console, JsonLines, MetricsWriter, read_rows
+from trellis_dist.training.console import Console
+from trellis_dist.training.metrics import JsonLines, MetricsWriter, read_rows
 
 
 def rows(*steps: int) -> list[dict[str, float]]:
@@ -88,7 +89,7 @@ def test_the_console_line_has_progress_eta_and_the_numbers():
         }
     )
     assert out.getvalue() == (
-        "step 10/100 (10%) | ETA 3:00 | loss 3.2500 | grad norm 0.500 | lr 1.00e-03 | 12,346 tokens/s\n"
+        "step 10/100 (10%) | ETA 3:00 | loss 3.2500 | grad norm 0.500 | 12,346 tokens/s | lr 1.00e-03\n"
     )
 
 

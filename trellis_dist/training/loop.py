@@ -207,7 +207,9 @@ class _Loop:
         progress.skipped += not result.applied
         self.loss = result.loss
         self._seconds, self._steps = self._seconds + seconds, self._steps + 1
-        session.metrics.advance(step)
+        session.starts.note(step, seconds)
+        speed = job.training.global_batch_tokens / seconds
+        session.metrics.advance(step, loss=result.loss, tokens_per_second=speed)
 
     def _afterwards(self, step: int, rate: float, result: StepResult) -> None:
         """Validate, write the row, save: whatever is due after ``step``."""

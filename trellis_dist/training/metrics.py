@@ -5,15 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from trellis_dist.files import atomic_write
+from trellis_dist.training.console import Console
 
-__all__ = ["Console", "JsonLines", "MetricsWriter", "TensorBoard", "read_rows"]
+__all__ = ["JsonLines", "MetricsWriter", "TensorBoard", "read_rows"]
 
 Row = Mapping[str, float]
 
@@ -78,74 +77,6 @@ class TensorBoard:
         self._writer.close()
 
 
-class Console:
-    """A progress bar on a terminal, and the interval lines above it; plain lines elsewhere."""
-
-    def __init__(
-        self,
-        *,
-        steps: int,
-        first: int,
-        progress: bool,
-        stream: TextIO | None = None,
-        clock: Any = time.monotonic,
-    ) -> None:
-        """Start at step ``first`` of ``steps``; the ETA counts from the second step of this start."""
-        self._stream = stream or sys.stderr
-        self._steps, self._first, self._clock = steps, first, clock
-        self._mark: tuple[int, float] | None = None
-        self._bar: Any = None
-        if progress and self._stream.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=steps, initial=first, unit="step", file=self._stream, dynamic_ncols=True)
-
-    def advance(self, step: int) -> None:
-        """Note that ``step`` is done."""
-        if self._mark is None:
-            self._mark = (step, self._clock())
-        if self._bar is not None:
-            self._bar.update(step - self._bar.n)
-
-    def say(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
-        with contextlib.suppress(OSError):  # a terminal or a pipe that went away ends no run
-            if self._bar is not None:
-                self._bar.write(text, file=self._stream)
-            else:
-                print(text, file=self._stream, flush=True)
-
-    def line(self, row: Row) -> None:
-        """Print the interval line of ``row``: step/total, share, ETA, loss, gradient norm, speed."""
-        step = int(row["step"])
-        parts = [f"step {step}/{self._steps} ({100 * step / self._steps:.0f}%)"]
-        eta = self._eta(step)
-        parts += [f"ETA {eta}"] if eta else []
-        labels = {
-            "loss/train": "loss {:.4f}",
-            "loss/validation": "validation {:.4f}",
-            "validation/bits_per_byte": "bits/byte {:.4f}",
-            "optim/gradient_norm": "grad norm {:.3f}",
-            "optim/lr": "lr {:.2e}",
-            "perf/tokens_per_second": "{:,.0f} tokens/s",
-        }
-        parts += [form.format(row[key]) for key, form in labels.items() if key in row]
-        self.say(" | ".join(parts))
-
-    def _eta(self, step: int) -> str:
-        if self._mark is None or step <= self._mark[0]:
-            return ""
-        per_step = (self._clock() - self._mark[1]) / (step - self._mark[0])
-        seconds = int(per_step * (self._steps - step))
-        hours, rest = divmod(seconds, 3600)
-        return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self._bar is not None:
-            self._bar.close()
-
-
 class MetricsWriter:
     """Everything rank 0 writes; on the other ranks every call does nothing.
 
@@ -162,7 +93,8 @@ class MetricsWriter:
         self._run_dir, self._tensorboard = run_dir, tensorboard
         if not main:
             return
-        self._console = Console(steps=steps, first=resumed_step, progress=progress)
+        log = run_dir / "console.jsonl"
+        self._console = Console(steps=steps, first=resumed_step, progress=progress, log=log)
         self._open(resumed_step)
 
     def _open(self, resumed_step: int) -> None:
@@ -182,15 +114,17 @@ class MetricsWriter:
             self.say(f"alert: metrics are not written until the next start: {error}")
             self._sinks = []
 
-    def advance(self, step: int) -> None:
-        """Move the progress bar."""
+    def advance(
+        self, step: int, *, loss: float | None = None, tokens_per_second: float | None = None
+    ) -> None:
+        """Move the progress bar, which shows these numbers of the step."""
         if self._console:
-            self._console.advance(step)
+            self._console.advance(step, loss=loss, tokens_per_second=tokens_per_second)
 
-    def say(self, text: str) -> None:
-        """Print one line."""
+    def say(self, text: str, *, kind: str | None = None, **facts: Any) -> None:
+        """Print ``text`` and log it with ``facts``; as in :meth:`Console.say`."""
         if self._console:
-            self._console.say(text)
+            self._console.say(text, kind=kind, **facts)
 
     def write(self, row: Row) -> None:
         """Write one row everywhere."""

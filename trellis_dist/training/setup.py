@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ from trellis_dist.training.metrics import MetricsWriter
 from trellis_dist.training.rng import restore_random_states, seed_generators
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.saving import Saver, upload_newest
+from trellis_dist.training.starts import Starts
 from trellis_dist.training.state import Progress, Start, find_start, let_go
 from trellis_dist.training.watch.busy import BusyTimer
 from trellis_dist.training.watch.hang import HangWatch
@@ -60,6 +62,7 @@ class Session:
     states: RowStates | None
     watch: HangWatch
     busy: BusyTimer
+    starts: Starts
     progress: Progress
     resumed_step: int
     pending_row: Mapping[str, float]
@@ -71,6 +74,7 @@ class Session:
         self.saver.close()
         self.loader.close()
         self.busy.close()
+        self.starts.close()
         self.metrics.close()
         self.watch.close()
 
@@ -190,6 +194,7 @@ def _open(
         states=states,
         watch=watch,
         busy=BusyTimer(engine.forward_module, device=mesh.device),
+        starts=_starts(run_dir, progress, mesh=mesh, started=started),
         progress=progress,
         resumed_step=progress.step,
         pending_row=start.pending_row,
@@ -252,6 +257,16 @@ def _engine(job: Job, mesh: Mesh, start: Start, states: RowStates | None) -> Eng
 def _record(job: Job, run_dir: Path) -> None:
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / "recipe.json", dict(job.recipe))
+
+
+def _starts(run_dir: Path, progress: Progress, *, mesh: Mesh, started: float) -> Starts:
+    return Starts(
+        run_dir,
+        main=env.is_main(),
+        resumed_step=progress.step,
+        world_size=mesh.world_size,
+        began=time.time() - (time.monotonic() - started),
+    )
 
 
 def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
