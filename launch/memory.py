@@ -1,162 +1,317 @@
-"""Estimated memory of one rank: state by the engine's arithmetic, activations by what autograd keeps."""
+"""Memory of one rank, predicted: what the engine holds, what autograd keeps, and the fullest moment of a step.
+
+A step has four phases, and each its fullest moment (docs/planning.md has the equations):
+
+    forward    what all blocks keep, and the loss
+    backward   the last block's backward pass, or the end of the pass, when all gradients are there
+    reduce     gradients and the buckets in which they travel
+    update     gradients and the optimizer's temporaries
+
+The prediction is the fullest of them, in bytes of live tensors. The allocator's own loss is not in it
+(`RESIDENT_FACTOR`, measured), nor is the process itself: Python, libraries and CUDA's context.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+from launch.activations import Block, block_of
 from launch.recipe import Recipe
-from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import ParameterCounts
 from trellis_dist.parallel.config import MeshConfig
 
-__all__ = ["estimate_memory"]
+__all__ = ["PHASES", "estimate_memory", "held_state", "phase_peaks"]
 
-# Elements of width dim that one token leaves for the backward pass in one Trellis block: residual and two
-# norms; q k v before and after convolution and normalisation, gate twice, output, post-norm, gated output.
-_WHOLE_ACTIVATIONS, _SPLIT_ACTIVATIONS = 3, 14
-_SEGMENT_TOKENS = 256  # from one memory that the compress operation keeps for backward to the next
-# Elements of the largest block of logits (models/loss.py): on a CPU, where fp32 runs, and on a GPU.
-_LOGIT_BLOCK = {"fp32": 1 << 21, "bf16": 1 << 28}
+PHASES = ("forward", "backward", "reduce", "update")
+
+# Elements of the largest block of logits (models/loss.py), on a CPU and on a GPU.
+_LOGIT_BLOCK = {False: 1 << 21, True: 1 << 28}
+# Elements that one all-reduce of the local engine moves (parallel/gradients.py).
+_LOCAL_BUCKET = 1 << 24
+# DeepSpeed's defaults: elements that it gathers gradients up to, and weights that stay gathered at ZeRO 3.
+_REDUCE_BUCKET = 500_000_000
+_LIVE_WEIGHTS = 1_000_000_000
 
 
-def estimate_memory(recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig) -> dict[str, int]:
-    """Bytes on one rank by part, and their "total" on the device.
+def estimate_memory(
+    recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig, cuda: bool | None = None
+) -> dict[str, int]:
+    """Bytes on one rank by part at the fullest moment of a step, and their "total" on the device.
 
     In host memory besides: what is offloaded ("host_state"), and on the rank that writes most the copies that
     a checkpoint is written from while training goes on ("host_snapshot").
 
     Args:
         mesh: of the run, with ``dp`` filled in.
+        cuda: whether ranks have a GPU each; None: as the recipe's precision says, bf16 being a GPU's.
     """
-    # Norm weights are whole on every tp rank; they are too few to count.
-    state = _State(recipe, -(-counts.total // mesh.tp), dp=mesh.dp or 1, sp=mesh.sp)
-    offloaded = recipe.training.offload_optimizer
-    parts = {
-        "weights": state.weights(),
-        "gathered_weights": state.gathered(counts, layers=recipe.model.num_layers, tp=mesh.tp),
-        "gradients": state.gradients(),
-        "master_weights": 0 if offloaded else state.masters(),
-        "optimizer_moments": 0 if offloaded else state.moments(),
-        "carried_states": _carried_states(recipe, mesh),
-        "activations_estimate": _activations(recipe, mesh),
-    }
-    host = state.masters() + state.moments() if offloaded else 0
-    if offloaded and recipe.training.engine == "fsdp2":  # whose shards are the masters, gradients beside them
-        host += parts["weights"] + parts["gradients"]
-        parts["weights"] = parts["gradients"] = 0
-    snapshot = state.saved() if recipe.checkpoint.background else 0
+    step = _Step.of(recipe, counts, mesh, cuda)
+    peaks = step.peaks()
+    phase = max(PHASES, key=lambda name: sum(peaks[name].values()))
+    parts = {**step.state.resident(), **dict.fromkeys(_PASSING, 0), **peaks[phase]}
+    host = step.state.host()
+    snapshot = step.state.saved() if recipe.checkpoint.background else 0
     return {**parts, "total": sum(parts.values()), "host_state": host, "host_snapshot": snapshot}
+
+
+# Parts that come and go within a step; the others are there all the time.
+_PASSING = ("gradients", "activations", "loss", "temporaries")
+
+
+def phase_peaks(
+    recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig, cuda: bool | None = None
+) -> dict[str, int]:
+    """Bytes on the device at the fullest moment of each of ``PHASES``; arguments as for `estimate_memory`."""
+    step = _Step.of(recipe, counts, mesh, cuda)
+    held = sum(step.state.resident().values())
+    return {name: held + sum(parts.values()) for name, parts in step.peaks().items()}
+
+
+def held_state(
+    recipe: Recipe, *, counts: ParameterCounts, mesh: MeshConfig, cuda: bool | None = None
+) -> dict[str, int]:
+    """Bytes of weights, masters, moments, carried states, and of all gradients once they are there."""
+    state = _Step.of(recipe, counts, mesh, cuda).state
+    return {**state.resident(), "gradients": state.gradients()}
 
 
 @dataclass(frozen=True)
 class _State:
-    """Bytes of weights, gradients and optimizer state of ``parameters`` parameters on one rank."""
+    """Bytes of weights, gradients and optimizer state on one rank."""
 
     recipe: Recipe
-    parameters: int
-    dp: int
-    sp: int
+    counts: ParameterCounts
+    mesh: MeshConfig
+    cuda: bool
 
     @property
-    def _half(self) -> bool:
-        return self.recipe.training.precision == "bf16"
+    def parameters(self) -> int:
+        # Norm weights are whole on every tp rank; they are too few to count.
+        return -(-self.counts.total // self.mesh.tp)
 
     @property
-    def _stage(self) -> int:
+    def half(self) -> bool:
+        return self.recipe.training.precision == "bf16" and self.cuda
+
+    @property
+    def stage(self) -> int:
         """What is divided, in ZeRO's terms."""
         training = self.recipe.training
         return {"local": 0, "fsdp2": 3, "deepspeed": training.zero_stage}[training.engine]
 
-    def _held(self, from_stage: int) -> int:
+    @property
+    def engine(self) -> str:
+        return self.recipe.training.engine
+
+    @property
+    def ranks(self) -> int:
+        """Among which the engine divides."""
+        return (self.mesh.dp or 1) * (1 if self.engine == "fsdp2" else self.mesh.sp)
+
+    def held(self, from_stage: int) -> int:
         """Parameters of which a rank holds what is divided from ``from_stage`` on."""
-        ranks = self.dp if self.recipe.training.engine == "fsdp2" else self.dp * self.sp
-        return -(-self.parameters // ranks) if self._stage >= from_stage else self.parameters
+        return -(-self.parameters // self.ranks) if self.stage >= from_stage else self.parameters
+
+    @property
+    def _offloaded(self) -> bool:
+        return self.recipe.training.offload_optimizer
+
+    def resident(self) -> dict[str, int]:
+        """What is on the device all the time."""
+        shards = self.engine == "fsdp2" and self._offloaded  # whose shards are the masters, in host memory
+        return {
+            "weights": 0 if shards else self.weights(),
+            "gathered_weights": self.gathered(),
+            "master_weights": 0 if self._offloaded else self.masters(),
+            "optimizer_moments": 0 if self._offloaded else self.moments(),
+            "gradient_buffers": self.buffers(),
+            "carried_states": _carried_states(self.recipe, self.mesh, self.half),
+        }
+
+    def host(self) -> int:
+        """What is in host memory instead."""
+        if not self._offloaded:
+            return 0
+        shards = self.weights() + self.gradients() if self.engine == "fsdp2" else 0
+        return self.masters() + self.moments() + shards
 
     def weights(self) -> int:
-        wide = not self._half or self.recipe.training.engine == "fsdp2"
-        return self._held(3) * (4 if wide else 2)
+        wide = not self.half or self.engine == "fsdp2"
+        return self.held(3) * (4 if wide else 2)
 
-    def gathered(self, counts: ParameterCounts, *, layers: int, tp: int) -> int:
-        """Whole weights in use where they are divided: embeddings, the block in work and the next."""
-        if self._stage < 3:
+    def gathered(self) -> int:
+        """Whole weights where they are divided: at ZeRO 3 all up to ``_LIVE_WEIGHTS``, as prefetching and
+        the distance of reuse keep them; with FSDP2 the root's, the block's in work and the next."""
+        if self.stage < 3 or self.ranks == 1:
             return 0
-        whole = (counts.embedding + 2 * counts.non_embedding // layers) // tp
-        return whole * (2 if self._half else 4)
+        if self.engine == "deepspeed":
+            whole = min(self.parameters, _LIVE_WEIGHTS)
+        else:
+            per_block = self.counts.non_embedding // self.recipe.model.num_layers
+            whole = (self.counts.embedding + 2 * per_block) // self.mesh.tp
+        return whole * (2 if self.half else 4)
 
     def gradients(self) -> int:
-        """They are accumulated in fp32."""
-        training = self.recipe.training
+        """All of a step, accumulated in fp32."""
         # DeepSpeed's BF16_Optimizer, taken for these settings only, keeps the bf16 gradients beside the sums.
-        twice = self._half and training.engine == "deepspeed" and self._stage == 1
-        return self._held(2) * (6 if twice and not training.offload_optimizer else 4)
+        twice = self.half and self.engine == "deepspeed" and self.stage == 1
+        return self.held(2) * (6 if twice and not self._offloaded else 4)
+
+    def buffers(self) -> int:
+        """ZeRO 3 keeps one bucket and the divided gradients for good."""
+        if self.engine != "deepspeed" or self.stage < 3:
+            return 0
+        return min(self.parameters, _REDUCE_BUCKET) * (2 if self.half else 4)
 
     def masters(self) -> int:
         """fp32 copies: of bf16 weights, of what ZeRO divides, and of what lies in host memory."""
-        training = self.recipe.training
-        apart = self._half or training.offload_optimizer or self._stage > 0
-        return self._held(1) * 4 if apart and training.engine != "fsdp2" else 0
+        apart = self.half or self._offloaded or self.stage > 0
+        return self.held(1) * 4 if apart and self.engine != "fsdp2" else 0
 
     def saved(self) -> int:
         """What rank 0 writes: weights, masters that hold more digits than those, moments."""
-        apart = self._half and self.recipe.training.engine != "fsdp2"
-        return self.weights() + (self._held(1) * 4 if apart else 0) + self.moments()
+        apart = self.half and self.engine != "fsdp2"
+        return self.weights() + (self.held(1) * 4 if apart else 0) + self.moments()
 
     def moments(self) -> int:
-        return self._held(1) * (8 if self.recipe.optimizer.kind == "adamw" else 0)
+        return self.held(1) * (8 if self.recipe.optimizer.kind == "adamw" else 0)
 
 
-def _carried_states(recipe: Recipe, mesh: MeshConfig) -> int:
+@dataclass(frozen=True)
+class _Step:
+    """One optimizer step on one rank."""
+
+    recipe: Recipe
+    state: _State
+    blocks: tuple[Block, ...]
+    tokens: int
+
+    @classmethod
+    def of(cls, recipe: Recipe, counts: ParameterCounts, mesh: MeshConfig, cuda: bool | None) -> _Step:
+        training = recipe.training
+        device = training.precision == "bf16" if cuda is None else cuda
+        kinds = {recipe.model.layer_kind(i): i for i in range(recipe.model.num_layers)}
+        made = {kind: block_of(recipe, mesh, layer=i, cuda=device) for kind, i in kinds.items()}
+        blocks = tuple(made[recipe.model.layer_kind(i)] for i in range(recipe.model.num_layers))
+        tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
+        return cls(recipe, _State(recipe, counts, mesh, device), blocks, tokens)
+
+    def peaks(self) -> dict[str, dict[str, int]]:
+        """By phase, the parts that come and go."""
+        return {
+            "forward": self._forward(),
+            "backward": max(self._backward(), key=lambda parts: sum(parts.values())),
+            "reduce": {"gradients": self._all(), "temporaries": self._bucket()},
+            "update": {"gradients": self._all(), "temporaries": self._optimizer()},
+        }
+
+    @property
+    def _width(self) -> int:
+        return 2 if self.state.half else 4
+
+    @property
+    def _rows(self) -> int:
+        """Bytes of [N, dim]."""
+        return self.tokens * self.recipe.model.dim * self._width
+
+    @property
+    def _vocabulary(self) -> int:
+        """Elements of the output weight on this rank."""
+        return self.recipe.model.vocab_size * self.recipe.model.dim // self.state.mesh.tp
+
+    @property
+    def _accumulation(self) -> int:
+        return self.recipe.global_rows // (self.recipe.training.micro_batch * (self.state.mesh.dp or 1))
+
+    @property
+    def _first(self) -> int:
+        """Micro-batches under way together."""
+        return min(self.recipe.training.forwards_first, self._accumulation)
+
+    def _kept(self) -> int:
+        return sum(block.stays(self.recipe.training.activation_checkpointing) for block in self.blocks)
+
+    def _loss_kept(self) -> int:
+        """The final norm's rows, and the loss's two gradients (that of the weight in fp32)."""
+        return 2 * self._rows + 4 * self._vocabulary
+
+    def _earlier(self) -> int:
+        """Gradients of the micro-batches before."""
+        if self._accumulation <= self._first:
+            return 0
+        return self.state.gradients()
+
+    def _all(self) -> int:
+        """Gradients after the last backward pass: until they are reduced ZeRO 1 and 2 hold them whole, as far
+        as a bucket of DeepSpeed's goes."""
+        state = self.state
+        if state.engine == "deepspeed" and state.stage == 2 and not self.recipe.training.offload_optimizer:
+            whole = 4 if not state.half else 2
+            return max(state.gradients(), min(state.parameters, _REDUCE_BUCKET) * whole)
+        return state.gradients()
+
+    def _forward(self) -> dict[str, int]:
+        vocabulary, cuda = self.recipe.model.vocab_size // self.state.mesh.tp, self.state.cuda
+        logits = 4 * min(self.tokens * vocabulary, max(_LOGIT_BLOCK[cuda], vocabulary))
+        # logits, their log-softmax and what it came from; the product that is added to the weight's gradient
+        working = 3 * logits + 4 * self._vocabulary + self._rows
+        return {
+            "gradients": self._earlier(),
+            "activations": self._first * self._kept(),
+            "loss": self._first * self._loss_kept(),
+            "temporaries": working,
+        }
+
+    def _backward(self) -> Iterator[dict[str, int]]:
+        """At the last block, and at the end, where the embedding's gradient is made."""
+        others = self._first - 1
+        block = max(b.backward(self.recipe.training.activation_checkpointing) for b in self.blocks)
+        table = self._vocabulary * self._width  # the output weight's gradient, which waits for the embedding's
+        yield {
+            "gradients": self._earlier() + table,
+            "activations": self._first * self._kept(),
+            "loss": others * self._loss_kept(),
+            "temporaries": block + self._rows,
+        }
+        yield {
+            "gradients": max(self._earlier(), self._all()),
+            "activations": others * self._kept(),
+            "loss": others * self._loss_kept(),
+            "temporaries": 2 * table,
+        }
+
+    def _bucket(self) -> int:
+        """Copies in which gradients travel."""
+        state = self.state
+        if state.engine == "local":
+            shared = (state.mesh.dp or 1) * state.mesh.sp > 1
+            return 4 * min(state.parameters, _LOCAL_BUCKET) if shared else 0
+        if state.engine == "deepspeed" and state.stage < 3:
+            return min(state.parameters, _REDUCE_BUCKET) * (2 if state.half and state.stage > 0 else 4)
+        return 0
+
+    def _optimizer(self) -> int:
+        """AdamW's root of the second moment, of all parameters at once on CUDA and of one, twice, on a CPU;
+        ZeRO's one parameter is its whole partition, whose gradient it has copied together first."""
+        state = self.state
+        if self.recipe.optimizer.kind == "sgd":
+            return 0
+        partition = 4 * state.held(1)
+        if state.engine == "deepspeed" and state.stage > 0:
+            return partition + partition * (1 if state.cuda else 2)
+        return partition if state.cuda else 2 * 4 * self._vocabulary
+
+
+def _carried_states(recipe: Recipe, mesh: MeshConfig, half: bool) -> int:
     """What rows hand on between two steps, of every row of a replica and every layer.
 
     Both memories (fp32), the same at the start of the chunk that the row ends in, the convolution's inputs.
     """
     if recipe.data.carry_rows == 1:
         return 0
-    model, width = recipe.model, 2 if recipe.training.precision == "bf16" else 4
+    model, width = recipe.model, 2 if half else 4
     rows = recipe.global_rows // (mesh.dp or 1)
     memories = 2 * 2 * model.trellis.slots * model.dim * 4
     tail = max(model.trellis.conv_kernel - 1, 0) * 2 * model.dim * width
     return rows * model.num_layers * (memories + tail) // mesh.tp
-
-
-def _activations(recipe: Recipe, mesh: MeshConfig) -> int:
-    """What the micro-batches in work keep for their backward passes, and what the layer in work adds to it.
-
-    Blocks and the loss; of every Trellis layer the memories at segment starts, of the one in work those at
-    all chunk starts and their adjoints (docs/kernels.md). Full recomputation keeps a block's input only;
-    selective recomputation keeps less than is said here.
-    """
-    model, training = recipe.model, recipe.training
-    width = 2 if training.precision == "bf16" else 4
-    tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
-    block = _block_elements(recipe, mesh.tp)
-    chunk, pair = model.trellis.chunk_size, 2 * model.trellis.slots * model.dim * 4 // mesh.tp
-    trellis_layers = sum(model.layer_kind(layer) == "trellis" for layer in range(model.num_layers))
-    memories = pair * -(-tokens // max(chunk, _SEGMENT_TOKENS))
-    in_work = min(trellis_layers, 1) * 2 * pair * -(-tokens // chunk)
-    if training.activation_checkpointing == "full":
-        kept = tokens * model.num_layers * width * model.dim
-        in_work += tokens * width * block + min(trellis_layers, 1) * memories
-    else:
-        kept = tokens * model.num_layers * width * block + trellis_layers * memories
-    accumulation = recipe.global_rows // (training.micro_batch * (mesh.dp or 1))
-    first = min(training.forwards_first, accumulation)
-    return first * (kept + _loss_gradients(model, tokens, mesh.tp)) + in_work + _logits(recipe, tokens)
-
-
-def _loss_gradients(model: ModelConfig, tokens: int, tp: int) -> int:
-    """The loss keeps its two gradients (fp32)."""
-    return (model.vocab_size // tp + tokens) * model.dim * 4
-
-
-def _logits(recipe: Recipe, tokens: int) -> int:
-    """One block of logits (fp32) with its softmax, while the loss runs."""
-    return 2 * 4 * min(tokens * recipe.model.vocab_size, _LOGIT_BLOCK[recipe.training.precision])
-
-
-def _block_elements(recipe: Recipe, tp: int) -> int:
-    """Elements per token and block; Megatron's sequence parallelism splits the residual stream too."""
-    model = recipe.model
-    whole = _WHOLE_ACTIVATIONS * model.dim
-    split = _SPLIT_ACTIVATIONS * model.dim + 2 * model.num_heads * model.trellis.slots + 4 * model.mlp_width
-    return split // tp + (whole // tp if recipe.tensor.sequence_parallel else whole)
