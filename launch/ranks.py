@@ -30,23 +30,28 @@ from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
 
 __all__ = [
+    "ASKED",
+    "PASSED_ON",
+    "SLACK_S",
     "RankError",
     "TerminatedError",
     "explain",
     "log_folder",
     "record_failure",
     "run_ranks",
+    "share_machine",
+    "silence_the_agent",
     "under_torchrun",
 ]
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
 # What the agent passes on to the ranks. The last one is what a scheduler can be told to send before the end.
-_PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 # After the grace period, for a rank to be gone once its save is.
-_SLACK_S = 5
+SLACK_S = 5
 # With which ranks end that were asked to; before they have a handler, by the signal itself.
-_ASKED = (EXIT_TERMINATED, *(-number for number in SIGNALS))
+ASKED = (EXIT_TERMINATED, *(-number for number in SIGNALS))
 
 
 def under_torchrun() -> bool:
@@ -78,16 +83,16 @@ def run_ranks(
 
     _prepare_environment(count, grace_s=grace_s)
     forget_failures(run_dir)
-    _silence_the_agent()
+    silence_the_agent()
     before = newest_step(run_dir)
     # The loopback address by its number: the machine's own host name need not resolve.
     here = ["--standalone", "--local-addr=127.0.0.1", f"--nproc-per-node={count}"]
-    passed_on = f"--signals-to-handle={','.join(number.name for number in _PASSED_ON)}"
+    passed_on = f"--signals-to-handle={','.join(number.name for number in PASSED_ON)}"
     try:
-        with handlers_kept(_PASSED_ON):
+        with handlers_kept(PASSED_ON):
             torchrun([*here, passed_on, "-m", module, *arguments])
     except ChildFailedError as error:
-        if {failure.exitcode for failure in error.failures.values()} <= set(_ASKED):
+        if {failure.exitcode for failure in error.failures.values()} <= set(ASKED):
             raise _asked("a signal to its ranks", run_dir, before=before) from None
         raise explain(error, run_dir) from None
     except SignalException as error:
@@ -103,7 +108,7 @@ def _asked(name: str, run_dir: Path, *, before: int) -> TerminatedError | RankEr
     return ended(name, run_dir, before=before)
 
 
-def _silence_the_agent() -> None:
+def silence_the_agent() -> None:
     """The agent's account of a failed rank is a page of log lines; the rank has written a better one."""
     for name in list(logging.root.manager.loggerDict):
         if name.startswith("torch.distributed.elastic"):
@@ -111,22 +116,30 @@ def _silence_the_agent() -> None:
 
 
 def _prepare_environment(count: int, *, grace_s: float) -> None:
-    """Threads divided among the ranks (torchrun would warn and take one), and our rooms first on the path."""
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    """The shares of the machine, one machine's network, the grace, and our rooms first on the path."""
+    share_machine(count)
     if sys.platform == "linux":
         # gloo would look up the machine's own host name, which need not resolve; all ranks are here.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it
-    # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**30))
     # Not the option --shutdown-timeout, which torch 2.11 would refuse.
-    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace_s) + _SLACK_S)
+    os.environ["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] = str(math.ceil(grace_s) + SLACK_S)
     # `python -m` would look in the caller's folder first, and run whatever is called launch or evals there.
     os.environ.setdefault("PYTHONSAFEPATH", "1")
     path = os.environ.get("PYTHONPATH", "")
     if str(CHECKOUT) not in path.split(os.pathsep):
         os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(CHECKOUT), path]))
+
+
+def share_machine(count: int) -> None:
+    """Divide the cores among ``count`` ranks (torchrun would warn and give each one); let them keep memory.
+
+    Sets the environment that the ranks inherit, where it says nothing yet.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
+    # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it
+    # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
+    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
+        os.environ.setdefault(name, str(2**30))
 
 
 def _cores() -> int:
@@ -162,7 +175,7 @@ def explain(error: Any, run_dir: Path) -> RankError:
 
 def _effect(status: int, *, silent: bool) -> int:
     """Which of two ends within a second (the agent's clock) is rather the effect of the other: the higher."""
-    if silent and status in _ASKED:  # by torchrun's agent; it waits half a minute before it kills
+    if silent and status in ASKED:  # by torchrun's agent; it waits half a minute before it kills
         return 3
     if not silent:  # perhaps only in words that a peer is gone
         return 2

@@ -1,0 +1,102 @@
+"""The agent of one node: torchrun's own, with exit statuses and last words that others can act on.
+
+``python -m launch.clusters.run_agent [--follow-stdin] OPTIONS OF TORCHRUN -m MODULE ARGUMENTS``
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any, BinaryIO
+
+from launch.ending import end_rank_at_once
+from launch.failures import silent_end
+from launch.messages import show_warnings_plainly
+from launch.ranks import ASKED, PASSED_ON, share_machine, silence_the_agent
+from trellis_dist.training.job import EXIT_TERMINATED
+from trellis_dist.training.termination import SIGNALS
+
+__all__ = ["FOLLOW_STDIN", "follow", "main", "status_of"]
+
+FOLLOW_STDIN = "--follow-stdin"
+INTERRUPTED = 130
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the agent and return its exit status.
+
+    0: all ranks are done. 75: asked to end (SIGTERM, SIGUSR1), here or on another node, and what was trained
+    is saved as far as the grace allowed: start again to go on. 130: interrupted. 1: anything else, said in
+    one line by a rank or here.
+    """
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    show_warnings_plainly()
+    end_rank_at_once()  # before there are ranks there is nothing to save; torch replaces these handlers
+    if FOLLOW_STDIN in given[:1]:
+        given = given[1:]
+        threading.Thread(target=follow, args=(sys.stdin.buffer,), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    silence_the_agent()
+    share_machine(_ranks(given))
+    try:
+        torchrun(given)
+    except ChildFailedError as error:
+        return _say_and_judge(error.failures)
+    except SignalException as error:
+        return EXIT_TERMINATED if error.sigval in SIGNALS else INTERRUPTED
+    except Exception as error:
+        from launch.worker import error_line
+
+        _say(error_line(error))
+        return 1
+    return 0
+
+
+def _ranks(given: Sequence[str]) -> int:
+    prefix = "--nproc-per-node="
+    return next((int(item[len(prefix) :]) for item in given if item.startswith(prefix)), 1)
+
+
+def follow(stream: BinaryIO) -> None:
+    """Raise in this process each signal that a line of ``stream`` names, and SIGTERM when the stream ends.
+
+    The launcher, on another machine, holds the other end: ssh and Ray pass on no signals, and close it when
+    they are gone.
+    """
+    known = {number.name: number for number in PASSED_ON}
+    for line in stream:
+        if number := known.get(line.decode(errors="replace").strip()):
+            os.kill(os.getpid(), number)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _say_and_judge(failures: Mapping[int, Any]) -> int:
+    for rank, failure in sorted(failures.items()):
+        # A rank that ends by itself has said why; a killed one could not, and SIGTERM came from the agent.
+        if failure.exitcode < 0 and failure.exitcode not in ASKED:
+            _say(f"rank {rank} on {socket.gethostname()}: {silent_end(failure.exitcode)}")
+    return status_of([failure.exitcode for failure in failures.values()])
+
+
+def status_of(ends: Sequence[int]) -> int:
+    """The status of agents, or of an agent, whose ranks ended with ``ends`` (negative: a signal)."""
+    failed = [end for end in ends if end]
+    if not failed:
+        return 0
+    return EXIT_TERMINATED if set(failed) <= set(ASKED) else 1
+
+
+def _say(text: str) -> None:
+    for line in text.splitlines():
+        print(f"trellis: error: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
