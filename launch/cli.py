@@ -13,7 +13,10 @@ import typer
 
 from launch.eval_commands import eval_service, evaluate, generate
 from launch.export_commands import download, export, import_weights
+from launch.launch_commands import launch
 from launch.messages import show_warnings_plainly
+from launch.plan_command import plan
+from launch.nodes_command import preflight
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -51,6 +54,12 @@ MovedDataset = Annotated[
 ]
 RunDir = Annotated[Path | None, typer.Option(help="run folder; runs/<recipe name> unless given")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
+Profile = Annotated[
+    bool,
+    typer.Option(
+        "--profile", help="a Chrome trace per rank of a few steps ([logging.profile]), in RUN/profile/"
+    ),
+]
 MaxRestarts = Annotated[
     int,
     typer.Option(
@@ -63,13 +72,7 @@ MaxRestarts = Annotated[
 Step = Annotated[int | None, typer.Option(help="a saved step; the newest verified one unless given")]
 
 
-@app.command()
-def plan(recipe: RecipeArgument, set_: Overrides = None, as_json: AsJson = False) -> None:
-    """Print the resolved recipe, parameter counts, batch equation and memory per rank; start nothing."""
-    from launch.plan import make_plan, render_plan
-
-    made = make_plan(_load(recipe, set_))
-    print(json.dumps(made, indent=1) if as_json else render_plan(made))
+app.command()(plan)
 
 
 @app.command()
@@ -124,6 +127,7 @@ def train(
         ),
     ] = None,
     max_restarts: MaxRestarts = 0,
+    profile: Profile = False,
 ) -> None:
     """Train on this machine, one process per rank of the mesh; continues from the newest checkpoint.
 
@@ -138,7 +142,8 @@ def train(
         from launch.training_run import train as train_run
 
         source = [f"training.init_from={os.path.abspath(init_from)}"] if init_from else []
-        loaded = _load(recipe, [*(set_ or []), *source], corpus=corpus, dataset_dir=dataset_dir)
+        overrides = [*(set_ or []), *source, *_profiled(profile)]
+        loaded = _load(recipe, overrides, corpus=corpus, dataset_dir=dataset_dir)
         folder = _run_folder(loaded, run_dir)
         train_run(
             loaded,
@@ -159,16 +164,26 @@ def run(
     corpus: Corpus = None,
     dataset_dir: DatasetDir = None,
     max_restarts: MaxRestarts = 0,
+    profile: Profile = False,
 ) -> None:
     """The whole job: prepare, train (with a stop and a resume), evaluate, report; what is done is re-used."""
     from launch.main_job import main_job, render_summary
 
-    loaded = _load(recipe, set_, corpus=corpus, dataset_dir=dataset_dir)
+    overrides = [*(set_ or []), *_profiled(profile)]
+    loaded = _load(recipe, overrides, corpus=corpus, dataset_dir=dataset_dir)
     folder = _run_folder(loaded, run_dir)
     summary = main_job(
         loaded, folder, say=lambda line: print(f"trellis: {line}", flush=True), max_restarts=max_restarts
     )
     print(render_summary(summary, folder))
+
+
+@app.command()
+def report(run: RunArgument) -> None:
+    """Write RUN/training.html, how the run went so far, from what its folder holds; also while it trains."""
+    from launch.run_report import write_training_report
+
+    print(write_training_report(run))
 
 
 app.command("eval")(evaluate)
@@ -179,6 +194,8 @@ app.command()(generate)
 app.command()(export)
 app.command("import")(import_weights)
 app.command()(download)
+app.command()(preflight)
+app.add_typer(launch, name="launch")
 
 
 @app.command()
@@ -291,6 +308,10 @@ def _load(
     from launch.recipe import load_recipe
 
     return load_recipe(reference, overrides or (), corpus=corpus, dataset_dir=dataset_dir)
+
+
+def _profiled(profile: bool) -> list[str]:
+    return ["logging.profile.enabled=true"] if profile else []
 
 
 def _run_folder(recipe: Recipe, given: Path | None) -> Path:

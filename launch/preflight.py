@@ -16,8 +16,10 @@ __all__ = [
     "check_dataset",
     "check_disk",
     "check_machine",
+    "check_run_folder",
     "check_source",
     "check_writable",
+    "checkpoint_bytes",
     "fit_to_machine",
     "local_ranks",
     "most_kept",
@@ -51,9 +53,7 @@ def check_machine(recipe: Recipe, run_dir: Path) -> int:
     from evals.evaluate import check_eval_inputs
 
     ranks = local_ranks(recipe)
-    check_writable(run_dir)
-    kept = most_kept(recipe.checkpoint, steps=recipe.training.steps)
-    check_disk(run_dir, checkpoint_bytes=_checkpoint_bytes(recipe), kept=kept)
+    check_run_folder(recipe, run_dir)
     if recipe.checkpoint.upload:
         check_store(recipe.checkpoint.upload)
     check_eval_inputs(recipe.evals)
@@ -80,13 +80,20 @@ def local_ranks(recipe: Recipe) -> int:
     return count
 
 
+def check_run_folder(recipe: Recipe, run_dir: Path) -> None:
+    """Raise ``OSError`` unless the run folder is writable and what is kept of the run fits on its disk."""
+    check_writable(run_dir)
+    kept = most_kept(recipe.checkpoint, steps=recipe.training.steps)
+    check_disk(run_dir, checkpoint_bytes=checkpoint_bytes(recipe), kept=kept)
+
+
 def check_writable(run_dir: Path) -> None:
     """Raise ``OSError`` unless a file can be written in the run folder."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         probe = run_dir / ".writable"
         probe.write_bytes(b"")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # all nodes try it at the same time
     except OSError as error:
         raise OSError(
             f"the run folder {run_dir} is not writable ({error.strerror}): use another --run-dir"
@@ -118,8 +125,8 @@ def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
         )
 
 
-def _checkpoint_bytes(recipe: Recipe) -> int:
-    """Weights, master weights and two moments, all fp32."""
+def checkpoint_bytes(recipe: Recipe) -> int:
+    """Of one checkpoint: weights, master weights and two moments, all fp32."""
     from trellis_dist.models.counts import parameter_counts
 
     copies = 3 if recipe.training.precision == "fp32" else 4
