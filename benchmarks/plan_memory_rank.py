@@ -91,7 +91,7 @@ def live_peaks(recipe: Recipe, batches: list[Any]) -> dict[str, int]:
             pass
 
     # One record from before the first tensor, so that nothing that is freed was made unseen.
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as record:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
         mark("build")
         engine = build(recipe)
         mark("first")

@@ -1,7 +1,7 @@
 """Bytes that a block keeps for its backward pass and takes while that runs: what autograd holds, counted.
 
-Symbols: N tokens of a micro-batch on a rank, F = model.dim, S = heads x slots, W = the SwiGLU's width, H heads,
-D head width, M slots, C chunk size, G gates; under tensor parallelism all but the residual stream is divided.
+Symbols: N tokens of a micro-batch on a rank, F = model.dim, S = heads x slots, W = the SwiGLU's width,
+H heads, D head width, M slots, C chunk size; under tensor parallelism all but the residual stream is divided.
 docs/planning.md has the table, tests/launch/test_memory.py the comparison with a real step.
 """
 
@@ -16,7 +16,9 @@ from trellis_dist.parallel.config import MeshConfig
 __all__ = ["Block", "block_of"]
 
 _WIDE = 4  # bytes: gates, memories and what the operation computes with are fp32
-_SEGMENT_TOKENS = 256  # from one memory that the Triton form keeps to the next (kernels.triton.stages.SEGMENT)
+_SEGMENT_TOKENS = (
+    256  # from one memory that the Triton form keeps to the next (kernels.triton.stages.SEGMENT)
+)
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ def block_of(recipe: Recipe, mesh: MeshConfig, *, layer: int, cuda: bool) -> Blo
     mlp_joined = 2 * sizes.hidden * model.dim * width
     output = sizes.tokens * width * own["output"]
     kept = tokens * (width * (whole + per_token) + _WIDE * own["gates"]) + output + joined * width + mlp
+    gradients = 3 * sizes.hidden * model.dim * _WIDE
     regions = tokens * (width * (2 * sizes.stream + own["region"]) + _WIDE * own["gates"])
     return Block(
         kept=kept + mlp_joined + memories + moved,
@@ -86,11 +89,12 @@ def block_of(recipe: Recipe, mesh: MeshConfig, *, layer: int, cuda: bool) -> Blo
         output=output,
         boundary=tokens * width * sizes.stream,
         regions=regions + memories + moved + tokens * width * sizes.stream,
-        mlp_work=tokens * width * (4 * sizes.hidden + 2 * sizes.stream) + 3 * sizes.hidden * model.dim * _WIDE,
+        mlp_work=tokens * width * (4 * sizes.hidden + 2 * sizes.stream)
+        + 3 * sizes.hidden * model.dim * _WIDE,
         operation_work=tokens * width * (sizes.stream + 2 * sizes.dim)
         + (operation.backward() if operation else tokens * width * 6 * sizes.dim)
         + sizes.dim * model.dim * _WIDE,
-        mlp_gradients=3 * sizes.hidden * model.dim * _WIDE,
+        mlp_gradients=gradients,
     )
 
 
@@ -194,7 +198,8 @@ class _Operation:
         chunk = self.recipe.model.trellis.chunk_size
         if self.cuda:
             every = max(1, _SEGMENT_TOKENS // chunk)
-            return -(-(-(-length // chunk)) // every) * rows * heads * self._pair
+            chunks = -(-length // chunk)
+            return -(-chunks // every) * rows * heads * self._pair
         if self._passing:
             return rows * heads * self._pair
         import torch

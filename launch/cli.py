@@ -15,8 +15,8 @@ from launch.eval_commands import eval_service, evaluate, generate
 from launch.export_commands import download, export, import_weights
 from launch.launch_commands import launch
 from launch.messages import show_warnings_plainly
-from launch.plan_command import plan
 from launch.nodes_command import preflight
+from launch.plan_command import plan
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe

@@ -1,4 +1,4 @@
-"""Memory of one rank, predicted: what the engine holds, what autograd keeps, and the fullest moment of a step.
+"""Memory of one rank, predicted: what the engine holds, what autograd keeps, the fullest moment of a step.
 
 A step has four phases, and each its fullest moment (docs/planning.md has the equations):
 
@@ -7,8 +7,8 @@ A step has four phases, and each its fullest moment (docs/planning.md has the eq
     reduce     gradients and the buckets in which they travel
     update     gradients and the optimizer's temporaries
 
-The prediction is the fullest of them, in bytes of live tensors. The allocator's own loss is not in it
-(`RESIDENT_FACTOR`, measured), nor is the process itself: Python, libraries and CUDA's context.
+The prediction is the fullest of them, in bytes of live tensors. What an allocator loses is not in it
+(launch.meshes.FRAGMENTATION), nor is the process itself: Python, libraries and CUDA's context.
 """
 
 from __future__ import annotations
@@ -158,6 +158,11 @@ class _State:
         twice = self.half and self.engine == "deepspeed" and self.stage == 1
         return self.held(2) * (6 if twice and not self._offloaded else 4)
 
+    @property
+    def gradient_bytes(self) -> int:
+        """Of one parameter while its block's backward pass runs."""
+        return 2 if self.half and self.engine == "deepspeed" else 4
+
     def buffers(self) -> int:
         """ZeRO 3 keeps one bucket and the divided gradients for good."""
         if self.engine != "deepspeed" or self.stage < 3:
@@ -203,7 +208,7 @@ class _Step:
             "forward": self._forward(),
             "backward": max(self._backward(), key=lambda parts: sum(parts.values())),
             "reduce": {"gradients": self._all(), "temporaries": self._bucket()},
-            "update": {"gradients": self._all(), "temporaries": self._optimizer()},
+            "update": {"gradients": self._updating(), "temporaries": self._optimizer()},
         }
 
     @property
@@ -254,8 +259,8 @@ class _Step:
     def _forward(self) -> dict[str, int]:
         vocabulary, cuda = self.recipe.model.vocab_size // self.state.mesh.tp, self.state.cuda
         logits = 4 * min(self.tokens * vocabulary, max(_LOGIT_BLOCK[cuda], vocabulary))
-        # logits, their log-softmax and what it came from; the product that is added to the weight's gradient
-        working = 3 * logits + 4 * self._vocabulary + self._rows
+        # logits and their log-softmax; the product that is added to the weight's gradient
+        working = 2 * logits + 4 * self._vocabulary + self._rows
         return {
             "gradients": self._earlier(),
             "activations": self._first * self._kept(),
@@ -264,13 +269,23 @@ class _Step:
         }
 
     def _backward(self) -> Iterator[dict[str, int]]:
-        """At the last block, and at the end, where the embedding's gradient is made."""
-        others = self._first - 1
-        block = max(b.backward(self.recipe.training.activation_checkpointing) for b in self.blocks)
-        table = self._vocabulary * self._width  # the output weight's gradient, which waits for the embedding's
+        """At the last block, at the first, and at the end, where the embedding's gradient is made."""
+        others, checkpointing = self._first - 1, self.recipe.training.activation_checkpointing
+        block = max(b.backward(checkpointing) for b in self.blocks)
+        table = (
+            self._vocabulary * self._width
+        )  # the output weight's gradient, which waits for the embedding's
+        of_block = self.state.gradient_bytes * self.state.counts.non_embedding
+        of_block //= self.state.mesh.tp * len(self.blocks)
         yield {
             "gradients": self._earlier() + table,
             "activations": self._first * self._kept(),
+            "loss": others * self._loss_kept(),
+            "temporaries": block + self._rows,
+        }
+        yield {
+            "gradients": max(self._earlier() + table, self._all() - of_block),
+            "activations": others * self._kept() + self.blocks[0].stays(checkpointing),
             "loss": others * self._loss_kept(),
             "temporaries": block + self._rows,
         }
@@ -291,16 +306,22 @@ class _Step:
             return min(state.parameters, _REDUCE_BUCKET) * (2 if state.half and state.stage > 0 else 4)
         return 0
 
+    def _updating(self) -> int:
+        """Gradients while the optimizer runs: ZeRO has copied its part together and dropped the rest."""
+        state = self.state
+        zero = state.engine == "deepspeed" and state.stage > 0
+        return 4 * state.held(1) if zero else state.gradients()
+
     def _optimizer(self) -> int:
-        """AdamW's root of the second moment, of all parameters at once on CUDA and of one, twice, on a CPU;
-        ZeRO's one parameter is its whole partition, whose gradient it has copied together first."""
+        """AdamW's root of the second moment: of all parameters at once on CUDA; on a CPU twice of the one
+        parameter that is updated, and ZeRO's one parameter is its whole part."""
         state = self.state
         if self.recipe.optimizer.kind == "sgd":
             return 0
-        partition = 4 * state.held(1)
-        if state.engine == "deepspeed" and state.stage > 0:
-            return partition + partition * (1 if state.cuda else 2)
-        return partition if state.cuda else 2 * 4 * self._vocabulary
+        if state.cuda:
+            return 4 * state.held(1)
+        zero = state.engine == "deepspeed" and state.stage > 0
+        return 2 * 4 * (state.held(1) if zero else self._vocabulary)
 
 
 def _carried_states(recipe: Recipe, mesh: MeshConfig, half: bool) -> int:

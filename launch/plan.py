@@ -2,31 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from typing import Any
 
+from launch.cluster_model import Cluster, this_machine
 from launch.defaults import defaults
 from launch.fit import fit_mesh, fit_to_devices
-from launch.memory import estimate_memory
+from launch.memory import estimate_memory, phase_peaks
+from launch.plan_tables import candidate_lines, disk_lines, short, time_lines
+from launch.preflight import checkpoint_bytes, most_kept
 from launch.recipe import Recipe, dotted_items, resolve
 
 __all__ = ["make_plan", "render_plan"]
 
 
-def make_plan(recipe: Recipe) -> dict[str, Any]:
-    """Resolved recipe, parameter counts, batch equation and memory per rank (bytes), as JSON types.
+def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
+    """Resolved recipe, counts, batch, memory, predicted time and disk, as JSON types (bytes, seconds).
 
-    Where ``mesh.dp`` is open, mesh, batch and memory are those of a start on this machine.
+    Where ``mesh.dp`` is open, mesh, batch and memory are those of a start on this machine, or with
+    ``cluster`` on all of its devices; then the ways to run there are ranked too ("candidates").
     """
     import torch
 
     from trellis_dist.models.counts import flops_per_token, parameter_counts
 
-    fitted = fit_to_devices(recipe, torch.cuda.device_count())
+    fitted = fit_to_devices(recipe, cluster.devices if cluster else torch.cuda.device_count())
     ranks = fitted.mesh.world_size() or 1
     mesh = fit_mesh(fitted, world_size=ranks)
     dp = mesh.dp or 1
     counts = parameter_counts(recipe.model)
+    where = cluster or this_machine(ranks=ranks)
+    cuda = cluster.cuda if cluster else None
     return {
         "recipe": resolve(recipe),
         "parameters": {
@@ -37,7 +44,58 @@ def make_plan(recipe: Recipe) -> dict[str, Any]:
         "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
         "batch": _batch(fitted, dp=dp),
-        "memory_per_rank_bytes": estimate_memory(fitted, counts=counts, mesh=mesh),
+        "memory_per_rank_bytes": estimate_memory(fitted, counts=counts, mesh=mesh, cuda=cuda),
+        "memory_peaks_bytes": phase_peaks(fitted, counts=counts, mesh=mesh, cuda=cuda),
+        "prediction": _prediction(fitted, where, counts=counts, mesh=mesh),
+        "disk": _disk(recipe),
+        **(_ways(fitted, cluster, counts) if cluster else {}),
+    }
+
+
+def _prediction(recipe: Recipe, cluster: Cluster, *, counts: Any, mesh: Any) -> dict[str, Any]:
+    """The step on the recipe's own mesh: a prediction, nothing was run."""
+    from launch.step_time import predict
+
+    found = predict(recipe, cluster, counts=counts, mesh=mesh)
+    speed = recipe.training.global_batch_tokens / found.total
+    return {
+        "device": cluster.name,
+        "tflops": cluster.tflops,
+        "efficiency": cluster.efficiency,
+        "step_seconds": found.total,
+        "step_seconds_by_part": dataclasses.asdict(found),
+        "tokens_per_second": speed,
+        "days": recipe.tokens() / speed / 86400,
+    }
+
+
+def _disk(recipe: Recipe) -> dict[str, Any]:
+    """Checkpoints that retention can keep and the one being written; token shards."""
+    from data_pipeline.shard import token_dtype
+
+    one, kept = checkpoint_bytes(recipe), most_kept(recipe.checkpoint, steps=recipe.training.steps)
+    limits = [source.max_tokens for source in recipe.data.sources.values()]
+    known = [limit for limit in limits if limit is not None]
+    tokens = sum(known) if len(known) == len(limits) else None
+    width = token_dtype(recipe.data.tokenizer.vocab_size).itemsize
+    return {
+        "checkpoint_bytes": one,
+        "checkpoints_kept": kept,
+        "checkpoints_bytes": one * (kept + 1),
+        "data_tokens": tokens,
+        "data_bytes": None if tokens is None else tokens * width,
+        "bytes_per_token": width,
+    }
+
+
+def _ways(recipe: Recipe, cluster: Cluster, counts: Any) -> dict[str, Any]:
+    from launch.meshes import rank_meshes
+
+    found, refused = rank_meshes(recipe, cluster, counts=counts)
+    return {
+        "cluster": dataclasses.asdict(cluster) | {"total_devices": cluster.devices},
+        "candidates": [one.as_json() for one in found],
+        "refused": refused,
     }
 
 
@@ -66,6 +124,9 @@ def render_plan(plan: dict[str, Any]) -> str:
         ("parameters", _parameter_lines(plan)),
         ("batch", _batch_lines(plan["batch"], plan["mesh"])),
         ("memory per rank", _memory_lines(plan["memory_per_rank_bytes"], plan)),
+        ("time (a prediction: nothing was run)", time_lines(plan)),
+        ("disk", disk_lines(plan["disk"])),
+        ("ways to run on the cluster, fastest first (predictions)", candidate_lines(plan)),
     ]
     shown = [f"{title}\n" + "\n".join(f"  {line}" for line in lines) for title, lines in sections if lines]
     return "\n\n".join(shown)
@@ -84,7 +145,7 @@ def _recipe_lines(resolved: dict[str, Any]) -> list[str]:
 
 def _parameter_lines(plan: dict[str, Any]) -> list[str]:
     labels = {"total": "total", "embedding": "embeddings", "non_embedding": "without embeddings"}
-    rows = [f"{labels[name]:<20} {n:>16,}  ({_short(n)})" for name, n in plan["parameters"].items()]
+    rows = [f"{labels[name]:<20} {n:>16,}  ({short(n)})" for name, n in plan["parameters"].items()]
     total = plan["flops_per_token"] * plan["batch"]["tokens"]
     return [*rows, f"training FLOPs {plan['flops_per_token']:.3g} per token, {total:.3g} in all"]
 
@@ -97,7 +158,7 @@ def _batch_lines(batch: dict[str, int], mesh: dict[str, Any]) -> list[str]:
         f"{batch['accumulation']} x dp {batch['dp']}",
         f"tokens per step {batch['global_batch_tokens']:,} = {batch['global_rows']} rows x "
         f"{batch['sequence_length']:,}",
-        f"{batch['steps']:,} steps: {batch['tokens']:,} tokens ({_short(batch['tokens'])})",
+        f"{batch['steps']:,} steps: {batch['tokens']:,} tokens ({short(batch['tokens'])})",
     ]
 
 
@@ -108,11 +169,10 @@ def _memory_lines(memory: dict[str, int], plan: dict[str, Any]) -> list[str]:
     )
     shown = {name: value for name, value in memory.items() if value}
     rows = [f"{name.replace('_', ' '):<22} {value / 2**20:>12,.1f} MiB" for name, value in shown.items()]
-    return [f"engine: {engine}, {training['precision']}", *rows]
-
-
-def _short(count: int) -> str:
-    for unit, size in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if count >= size:
-            return f"{count / size:.3g}{unit}"
-    return str(count)
+    peaks = plan["memory_peaks_bytes"]
+    phases = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in peaks.items())
+    return [
+        f"engine: {engine}, {training['precision']}; at the fullest moment of a step, of live tensors",
+        *rows,
+        f"most in each phase (MiB): {phases}",
+    ]

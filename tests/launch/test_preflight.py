@@ -47,7 +47,7 @@ def test_the_disk_is_asked_for_all_that_is_kept(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     settings = ["checkpoint.interval=10", "checkpoint.keep=2", "training.steps=60"]
     recipe = load_recipe(BASE, settings)
-    needed = preflight._checkpoint_bytes(recipe)
+    needed = preflight.checkpoint_bytes(recipe)
     usage = shutil.disk_usage(tmp_path)._replace(free=int(needed * 3.5))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     preflight.check_machine(recipe, tmp_path / "run")

@@ -8,7 +8,7 @@ import torch
 
 from trellis_dist.models.config import ModelConfig
 
-__all__ = ["ParameterCounts", "flops_per_token", "parameter_counts", "state_bytes"]
+__all__ = ["ParameterCounts", "flops_per_token", "parameter_counts", "scan_flops_per_token", "state_bytes"]
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,18 @@ def _trellis_flops(config: ModelConfig, layer: int) -> float:
     gates = (2 if config.gate(layer) == "learned" else 1) * (2 if options.value_gates == "own" else 1)
     projections = 5 * config.dim**2 + config.dim * heads * (slots + gates)
     convolution = 2 * config.dim * options.conv_kernel
-    scan: float = 4 * slots * head_dim  # Z = K S', S update, and the same for the value memory
     readout = 2 * slots * head_dim + 2 * chunk * (head_dim + slots)  # Q S', P R; Q K', E U, P W', E V
+    return 2.0 * (projections + convolution + heads * readout) + scan_flops_per_token(config)
+
+
+def scan_flops_per_token(config: ModelConfig) -> float:
+    """Forward FLOPs per token of one layer's scan, the part that runs one chunk after the other."""
+    options, head_dim = config.trellis, config.head_dim
+    slots, chunk = options.slots, options.chunk_size
+    scan: float = 4 * slots * head_dim  # Z = K S', S update, and the same for the value memory
     if options.update == "corrected":  # K K', L^-1 B and L^-1 itself (C^3 / 6), and the same for the values
         scan += 2 * chunk * (head_dim + slots) + chunk**2 / 3
-    return 2.0 * (projections + convolution + heads * (scan + readout))
+    return 2.0 * config.num_heads * scan
 
 
 def _attention_flops(config: ModelConfig, sequence_length: int) -> float:

@@ -1,0 +1,207 @@
+"""Every mesh, engine, recomputation and micro-batch that a cluster's devices allow a recipe, ranked by speed.
+
+Only what ``check_combination`` accepts is offered; the others are counted by reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launch.cluster_model import Cluster
+from launch.fit import fit_mesh
+from launch.memory import estimate_memory
+from launch.recipe import Recipe
+from launch.step_time import StepTime, predict
+from trellis_dist.models.counts import ParameterCounts
+
+__all__ = ["FRAGMENTATION", "RESERVED_BYTES", "Candidate", "changed", "fits", "rank_meshes", "settings_of"]
+
+# What the allocator and the libraries take beside live tensors: a share of them (measured on a CPU,
+# docs/planning.md; on a GPU an assumption, as are 2 GB for CUDA's context, NCCL and cuBLAS).
+FRAGMENTATION = 1.06
+RESERVED_BYTES = {False: 400 * 10**6, True: 2 * 10**9}
+
+# Most rows of a micro-batch that are tried: more make matrix products no faster.
+_MOST_ROWS = 64
+_CHECKPOINTING = ("none", "selective", "full")
+_ENGINES: tuple[tuple[str, int], ...] = (
+    ("local", 0),
+    ("deepspeed", 1),
+    ("deepspeed", 2),
+    ("deepspeed", 3),
+    ("fsdp2", 0),
+)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A way to run the recipe on all devices of a cluster.
+
+    Attributes:
+        recipe: with mesh, engine, recomputation and micro-batch set.
+        memory: bytes by part, as `estimate_memory` gives them.
+        time: the predicted step.
+    """
+
+    recipe: Recipe
+    memory: dict[str, int]
+    time: StepTime
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of the whole cluster."""
+        return self.recipe.training.global_batch_tokens / self.time.total
+
+    def as_json(self) -> dict[str, Any]:
+        """For ``--json``."""
+        training, mesh = self.recipe.training, self.recipe.mesh
+        return {
+            "mesh": {"dp": mesh.dp, "sp": mesh.sp, "tp": mesh.tp},
+            "engine": training.engine,
+            "zero_stage": training.zero_stage if training.engine == "deepspeed" else None,
+            "micro_batch": training.micro_batch,
+            "activation_checkpointing": training.activation_checkpointing,
+            "memory_per_rank_bytes": self.memory,
+            "step_seconds": self.time.total,
+            "step_seconds_by_part": dataclasses.asdict(self.time),
+            "tokens_per_second": self.tokens_per_second,
+            "days": self.recipe.tokens() / self.tokens_per_second / 86400,
+            "set": settings_of(self.recipe),
+        }
+
+
+def rank_meshes(
+    recipe: Recipe, cluster: Cluster, *, counts: ParameterCounts
+) -> tuple[list[Candidate], dict[str, int]]:
+    """Feasible ways on all devices of ``cluster``, fastest first, and how many others each reason refuses."""
+    found: list[Candidate] = []
+    reasons: Counter[str] = Counter()
+    for shape in _shapes(recipe, cluster):
+        fitting = []
+        for tried in shape:
+            try:
+                fit_mesh(tried, world_size=cluster.devices)
+            except ValueError as error:
+                reasons[str(error).splitlines()[0]] += 1
+                continue
+            memory = estimate_memory(tried, counts=counts, mesh=tried.mesh, cuda=cluster.cuda)
+            if not fits(memory["total"], cluster):
+                reasons[_too_large(tried, memory["total"], cluster)] += 1
+                continue
+            time = predict(tried, cluster, counts=counts, mesh=tried.mesh)
+            fitting.append(Candidate(tried, memory, time))
+        if fitting:  # of the micro-batches that fit, the fastest
+            found.append(min(fitting, key=lambda one: (one.time.total, one.memory["total"])))
+    found.sort(key=lambda one: (round(one.time.total, 4), one.memory["total"]))
+    return found, dict(reasons.most_common())
+
+
+def fits(total: int, cluster: Cluster) -> bool:
+    """Whether a rank of ``total`` live bytes has room on its device; always where its memory is not known."""
+    if not cluster.memory_bytes:
+        return True
+    return total * FRAGMENTATION + RESERVED_BYTES[cluster.cuda] <= cluster.memory_bytes
+
+
+def _too_large(recipe: Recipe, total: int, cluster: Cluster) -> str:
+    training = recipe.training
+    engine = f"ZeRO {training.zero_stage}" if training.engine == "deepspeed" else training.engine
+    checkpointing = training.activation_checkpointing
+    again = "no recomputation" if checkpointing == "none" else f"{checkpointing} recomputation"
+    return f"more memory than the {cluster.memory_gb:.0f} GB of a device: {engine}, {again}"
+
+
+def _shapes(recipe: Recipe, cluster: Cluster) -> Iterator[list[Recipe]]:
+    """The recipe on every mesh of all devices, with every engine and recomputation; one list of micro-batches
+    each."""
+    for sp, tp in _splits(recipe, cluster):
+        dp = cluster.devices // (sp * tp)
+        for engine, stage in _ENGINES:
+            if (engine, stage) in (("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 0)) and dp * sp == 1:
+                continue  # nothing to divide among
+            for checkpointing in _CHECKPOINTING:
+                choices = _micro_batches(recipe.global_rows, dp)
+                yield [
+                    changed(
+                        recipe,
+                        dp=dp,
+                        sp=sp,
+                        tp=tp,
+                        engine=engine,
+                        zero_stage=stage,
+                        micro_batch=rows,
+                        checkpointing=checkpointing,
+                    )
+                    for rows in choices
+                ]
+
+
+def _splits(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[int, int]]:
+    """(sp, tp): powers of two and the recipe's own; tp within a node."""
+    powers = {2**exponent for exponent in range(cluster.devices.bit_length())}
+    for tp in sorted({*powers, recipe.mesh.tp}):
+        for sp in sorted({*powers, recipe.mesh.sp}):
+            if tp <= cluster.devices_per_node and cluster.devices % (sp * tp) == 0:
+                yield sp, tp
+
+
+def _micro_batches(global_rows: int, dp: int) -> list[int]:
+    """Divisors of a replica's rows: powers of two times what is left over; [1] where rows do not divide."""
+    share = global_rows // dp
+    if share < 1 or global_rows % dp:
+        return [1]
+    return [rows for rows in range(1, min(share, _MOST_ROWS) + 1) if share % rows == 0]
+
+
+def changed(
+    recipe: Recipe,
+    *,
+    dp: int | None,
+    sp: int,
+    tp: int,
+    engine: str,
+    zero_stage: int,
+    micro_batch: int,
+    checkpointing: str,
+) -> Recipe:
+    """The recipe run another way; packing and Megatron's sequence parallelism follow the mesh."""
+    training = dataclasses.replace(
+        recipe.training,
+        engine=engine,  # type: ignore[arg-type]
+        zero_stage=zero_stage if engine == "deepspeed" else recipe.training.zero_stage,  # type: ignore[arg-type]
+        micro_batch=micro_batch,
+        activation_checkpointing=checkpointing,  # type: ignore[arg-type]
+    )
+    aligned = recipe.data.chunk_aligned or sp > 1
+    split = recipe.tensor.sequence_parallel if tp == recipe.mesh.tp else tp > 1
+    return dataclasses.replace(
+        recipe,
+        training=training,
+        mesh=dataclasses.replace(recipe.mesh, dp=dp, sp=sp, tp=tp),
+        data=dataclasses.replace(recipe.data, chunk_aligned=aligned),
+        tensor=dataclasses.replace(recipe.tensor, sequence_parallel=split),
+    )
+
+
+def settings_of(recipe: Recipe) -> list[str]:
+    """The ``--set`` arguments that make a recipe run this way."""
+    training, mesh = recipe.training, recipe.mesh
+    found = [
+        f"mesh.dp={mesh.dp}",
+        f"mesh.sp={mesh.sp}",
+        f"mesh.tp={mesh.tp}",
+        f"training.engine={training.engine}",
+        f"training.micro_batch={training.micro_batch}",
+        f"training.activation_checkpointing={training.activation_checkpointing}",
+    ]
+    if training.engine == "deepspeed":
+        found.insert(4, f"training.zero_stage={training.zero_stage}")
+    if mesh.sp > 1:
+        found.append("data.chunk_aligned=true")
+    if mesh.tp > 1:
+        found.append(f"tensor.sequence_parallel={str(recipe.tensor.sequence_parallel).lower()}")
+    return found
