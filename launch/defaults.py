@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
-from launch.recipe import Recipe
+from launch.recipe import Recipe, dotted_items
 
-__all__ = ["defaults"]
+__all__ = ["changed", "defaults"]
 
 
 def defaults(section: type = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -24,3 +24,9 @@ def _defaults(section: type, prefix: str) -> Iterator[tuple[str, Any]]:
             yield from _defaults(hints[item.name], f"{prefix}{item.name}.")
         elif item.default is not dataclasses.MISSING:
             yield f"{prefix}{item.name}", json.loads(json.dumps(item.default))
+
+
+def changed(resolved: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted key -> default, of the keys whose value in a resolved recipe is another one."""
+    known = defaults()
+    return {key: known[key] for key, value in dotted_items(resolved) if key in known and known[key] != value}

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from launch import preflight
+from launch.aftermath import record_failed_start, reported, summed_up, write_page
 from launch.ending import (
     asked_to_end,
     end_process,
@@ -67,7 +68,9 @@ def train(
             arguments.append(f"--stop-at-step={stop_at_step}")
         grace_s = recipe.checkpoint.grace_s
         start = functools.partial(run_ranks, ranks, run_dir=run_dir, arguments=arguments, grace_s=grace_s)
-        return supervise(start, run_dir=run_dir, max_restarts=max_restarts)
+        with summed_up(recipe, run_dir):
+            supervise(reported(start, run_dir), run_dir=run_dir, max_restarts=max_restarts)
+        return None
 
 
 def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> None:
@@ -82,6 +85,8 @@ def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
         on_termination(lambda *_: None)
         _tell_once(leave_failure(error, run_dir=run_dir, rank=rank), run_dir)
         end_process(1)
+    if rank == 0:
+        write_page(run_dir)
     if result.exit_status == EXIT_TERMINATED:
         if rank > 0:
             end_process(EXIT_TERMINATED)  # rank 0 says it
@@ -97,7 +102,7 @@ def _start_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
     def report(message: str, echo: bool) -> None:
         failure = leave_hang(run_dir, rank, message, echo)
         if not echo:  # judged by one rank for all
-            _tell(message, failure)
+            _tell(message, failure, run_dir)
 
     return train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
@@ -119,7 +124,7 @@ def _refuse_to_repeat(run_dir: Path) -> None:
         return
     cause = cause_of(earlier)
     if claim_words(run_dir, cause):
-        _tell(f"not started again, because a restart would repeat this: {report(cause)}", cause)
+        _tell(f"not started again, because a restart would repeat this: {report(cause)}", cause, run_dir)
     end_process(1)
 
 
@@ -133,7 +138,7 @@ def _tell_once(own: Failure, run_dir: Path) -> None:
     failures = [failure for failure in read_failures(run_dir) if (failure.run_id, failure.restart) == here]
     cause = cause_of(failures or [own])  # none, where they could not be written
     if cause.rank == own.rank:
-        _tell(report(cause) + (_silent_ranks(failures, run_dir) if cause.echo else ""), cause)
+        _tell(report(cause) + (_silent_ranks(failures, run_dir) if cause.echo else ""), cause, run_dir)
 
 
 def _silent_ranks(failures: list[Failure], run_dir: Path) -> str:
@@ -144,10 +149,11 @@ def _silent_ranks(failures: list[Failure], run_dir: Path) -> str:
     return f"; no word from {', '.join(places)}" if places else ""
 
 
-def _tell(line: str, failure: Failure) -> None:
+def _tell(line: str, failure: Failure, run_dir: Path) -> None:
     if "--debug" in sys.argv:  # which the command line takes for itself, and this process ends before it
         print(failure.detail, file=sys.stderr)
     print(f"trellis: error: {line}", file=sys.stderr, flush=True)
+    record_failed_start(run_dir, line)
 
 
 def _say(line: str) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import FrameType
 from typing import cast
 
+from launch.defaults import changed
 from launch.ending import (
     end_process,
     end_rank_at_once,
@@ -101,6 +102,7 @@ def train_rank(
     """
     from trellis_dist.training.loop import run
 
+    resolved = resolve(recipe)
     job = Job(
         model=recipe.model,
         mesh=recipe.mesh,
@@ -112,7 +114,8 @@ def train_rank(
         training=recipe.training,
         checkpoint=recipe.checkpoint,
         logging=recipe.logging,
-        recipe=resolve(recipe),
+        recipe=resolved,
+        changed=changed(resolved),
     )
     return run(job, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
@@ -191,7 +194,10 @@ def leave_failure(error: Exception, *, run_dir: Path, rank: int) -> Failure:
 
 def leave_hang(run_dir: Path, rank: int, message: str, echo: bool) -> Failure:
     """Record that this rank ends because the run hangs; with ``echo`` another one says who held it up."""
-    stacks = f"the stacks of all ranks are in {log_folder(run_dir)} and above"
+    logs = log_folder(run_dir)
+    stacks = (
+        f"the stacks of all ranks are in {logs} and above, their last collectives in {logs}/flight-step-*/"
+    )
     return record_failure(run_dir, rank=rank, message=message, detail=stacks, echo=echo, named=True)
 
 

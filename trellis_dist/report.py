@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from urllib.parse import quote
 
 from trellis_dist.charts import Bar, Point, bar_chart, line_chart
 
@@ -17,9 +18,10 @@ CSP = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'n
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --muted: #57606a; --line: #d0d7de; --page: #fff;
-        --soft: #f6f8fa; }
+        --soft: #f6f8fa; --link: #0550ae; }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --muted: #9da7b1; --line: #30363d; --page: #0d1117; --soft: #161b22; }
+  :root { --ink: #e6edf3; --muted: #9da7b1; --line: #30363d; --page: #0d1117; --soft: #161b22;
+          --link: #79c0ff; }
 }
 * { box-sizing: border-box; }
 body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 60rem; font: 16px/1.55 system-ui, sans-serif;
@@ -48,6 +50,7 @@ dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(11rem, 1fr));
      margin: 1rem 0; }
 dt { color: var(--muted); font-size: .875rem; }
 dd { margin: 0; font-size: 1.15rem; font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+a { color: var(--link); overflow-wrap: anywhere; }
 pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px; padding: .9rem;
       overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere;
       font: 13px/1.5 ui-monospace, monospace; }
@@ -139,6 +142,14 @@ class Report:
         """Add texts exactly as they are, title -> text, side by side where the page is wide enough."""
         items = (f"<div><p>{escape(k)}</p><pre>{escape(v)}</pre></div>" for k, v in texts.items())
         self._parts.append(f'<div class="beside">{"".join(items)}</div>')
+
+    def links(self, files: Mapping[str, str]) -> None:
+        """Add a list of files, path relative to the page -> a remark such as the size."""
+        items = "".join(
+            f'<li><a href="{escape(quote(path))}">{escape(path)}</a> ({escape(remark)})</li>'
+            for path, remark in files.items()
+        )
+        self._parts.append(f"<ul>{items}</ul>")
 
     def preformatted(self, text: str) -> None:
         """Add text exactly as it is: a sample, a log, a configuration."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from trellis_dist.validation import STRICT, require
 
-__all__ = ["LoggingConfig", "OptimizerConfig", "ScheduleConfig", "TrainingConfig"]
+__all__ = ["LoggingConfig", "OptimizerConfig", "ProfileConfig", "ScheduleConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,6 +197,40 @@ class TrainingConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProfileConfig:
+    """Some steps under torch.profiler: a Chrome trace per rank in ``RUN/profile/`` (docs/console.md).
+
+    Attributes:
+        enabled: profile this run (`trellis train --profile`).
+        start_step: the first step that is profiled; a start that resumes past it takes its own third step.
+        steps: how many; the one before them warms the profiler up.
+        ranks: those that write a trace; () for all.
+        shapes: record the shapes of operators' inputs.
+        memory: record what operators allocate.
+    """
+
+    __pydantic_config__ = STRICT
+
+    enabled: bool = False
+    start_step: int = 10
+    steps: int = 3
+    ranks: tuple[int, ...] = ()
+    shapes: bool = False
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.start_step >= 2,
+            f"logging.profile.start_step = {self.start_step}: use 2 or more, the step before it warms up",
+        )
+        require(1 <= self.steps <= 100, f"logging.profile.steps = {self.steps}: use 1 to 100")
+        require(
+            all(rank >= 0 for rank in self.ranks),
+            f"logging.profile.ranks = {list(self.ranks)}: use ranks from 0, or [] for all",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
     """What is written while a run trains.
 
@@ -204,6 +238,7 @@ class LoggingConfig:
         interval: steps between metric lines.
         tensorboard: also write TensorBoard events.
         progress: a progress bar on rank 0 when standard error is a terminal.
+        profile: some steps under torch.profiler.
     """
 
     __pydantic_config__ = STRICT
@@ -211,6 +246,7 @@ class LoggingConfig:
     interval: int = 10
     tensorboard: bool = True
     progress: bool = True
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"logging.interval = {self.interval}: use 1 or more steps")

@@ -29,6 +29,7 @@ class Job:
         model, mesh, tensor, sequence, data, optimizer, schedule, training, checkpoint, logging: the rooms'
             sections.
         recipe: the whole resolved recipe, written to ``recipe.json`` for the record.
+        changed: dotted key -> default, of the values in ``recipe`` that differ from it; said at the start.
     """
 
     model: ModelConfig
@@ -42,6 +43,7 @@ class Job:
     recipe: Mapping[str, Any]
     tensor: TensorConfig = field(default_factory=TensorConfig)
     sequence: SequenceConfig = field(default_factory=SequenceConfig)
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def global_rows(self) -> int:

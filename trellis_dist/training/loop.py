@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 
 from trellis_dist.parallel import env
+from trellis_dist.training.closing import close_run
 from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
@@ -82,12 +83,31 @@ def run(
         if session is None:
             return _finished_before(job, Path(run_dir))
         try:
-            return _Loop(session).until(last)
-        except (DivergedError, ReplicaError):
-            session.saver.drain()  # every rank raised it at the same place, and what is being saved was sound
+            result = _Loop(session).until(last)
+            _say_closing(session, result)
+            return result
+        except Exception as error:
+            session.starts.end("failed")
+            if isinstance(error, DivergedError | ReplicaError):
+                session.saver.drain()  # every rank raised it at the same place, and what is saved was sound
             raise
         finally:
             session.close()
+
+
+def _say_closing(session: Session, result: TrainResult) -> None:
+    """Print and log the summary of this start, on rank 0."""
+    session.starts.end(result.outcome)
+    if not env.is_main():
+        return
+    training = session.job.training
+    closing = close_run(
+        session.run_dir,
+        outcome=result.outcome,
+        steps=training.steps,
+        tokens_per_step=training.global_batch_tokens,
+    )
+    session.metrics.say(closing.text, kind="end", **closing.facts)
 
 
 def _finished_before(job: Job, run_dir: Path) -> TrainResult:
@@ -167,10 +187,12 @@ class _Loop:
         # Every sequence and tensor rank counts the whole rows, so each token was counted sp * tp times.
         copies = session.mesh.sp * session.mesh.tp
         session.guards.before_step()
+        session.profiler.before_step(step)
         session.busy.begin()
         result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(sum(valid)) // copies))
         self._busy = session.busy.finish()
         self._advance(step, result, time.monotonic() - begin)
+        session.profiler.after_step(step)
         spike = session.guards.note_result(step, result, batches, samples=session.progress.samples)
         if spike is None or not self._rolled_back(spike):
             self._afterwards(step, rate, result)

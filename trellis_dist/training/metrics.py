@@ -121,6 +121,11 @@ class MetricsWriter:
         if self._console:
             self._console.advance(step, loss=loss, tokens_per_second=tokens_per_second)
 
+    @property
+    def width(self) -> int | None:
+        """Characters of the terminal; None where there is none."""
+        return self._console.width if self._console else None
+
     def say(self, text: str, *, kind: str | None = None, **facts: Any) -> None:
         """Print ``text`` and log it with ``facts``; as in :meth:`Console.say`."""
         if self._console:

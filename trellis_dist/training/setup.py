@@ -20,19 +20,20 @@ from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.manifest import load_manifest
 from data_pipeline.prefetch import Prefetcher
 from trellis_dist.files import write_json
-from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.language_model import build_language_model
 from trellis_dist.parallel import env
 from trellis_dist.parallel.apply import apply_parallelism
 from trellis_dist.parallel.mesh import Mesh, build_mesh
+from trellis_dist.training.announce import describe_start
 from trellis_dist.training.carry import RowStates
 from trellis_dist.training.collectives import on_main, together
 from trellis_dist.training.engines.base import Engine
-from trellis_dist.training.engines.factory import build_engine, uses_bf16
+from trellis_dist.training.engines.factory import build_engine
 from trellis_dist.training.evaluate import Validator
 from trellis_dist.training.guards import Guards
 from trellis_dist.training.job import Job, Resume
 from trellis_dist.training.metrics import MetricsWriter
+from trellis_dist.training.profiling import Profiler
 from trellis_dist.training.rng import restore_random_states, seed_generators
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.saving import Saver, upload_newest
@@ -63,7 +64,9 @@ class Session:
     watch: HangWatch
     busy: BusyTimer
     starts: Starts
+    profiler: Profiler
     progress: Progress
+    run_dir: Path
     resumed_step: int
     pending_row: Mapping[str, float]
     started: float
@@ -74,6 +77,7 @@ class Session:
         self.saver.close()
         self.loader.close()
         self.busy.close()
+        self.profiler.close()
         self.starts.close()
         self.metrics.close()
         self.watch.close()
@@ -177,7 +181,19 @@ def _open(
     engine.enter = watch.enter
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
-    metrics.say(_describe(job, mesh, train, start))
+    starts = _starts(run_dir, progress, mesh=mesh, started=started)
+    if env.is_main():
+        text, facts = describe_start(
+            job,
+            mesh=mesh,
+            train=train,
+            validation=validation,
+            start=start,
+            starts=starts,
+            run_dir=run_dir,
+            width=metrics.width,
+        )
+        metrics.say(text, kind="start", **facts)
     guards = Guards(job.training, engine=engine, mesh=mesh, metrics=metrics, run_dir=run_dir)
     guards.load(start.guards)
     fingerprint = train.fingerprint
@@ -194,8 +210,10 @@ def _open(
         states=states,
         watch=watch,
         busy=BusyTimer(engine.forward_module, device=mesh.device),
-        starts=_starts(run_dir, progress, mesh=mesh, started=started),
+        starts=starts,
+        profiler=_profiler(job, run_dir, progress, metrics),
         progress=progress,
+        run_dir=run_dir,
         resumed_step=progress.step,
         pending_row=start.pending_row,
         started=started,
@@ -269,6 +287,16 @@ def _starts(run_dir: Path, progress: Progress, *, mesh: Mesh, started: float) ->
     )
 
 
+def _profiler(job: Job, run_dir: Path, progress: Progress, metrics: MetricsWriter) -> Profiler:
+    def say(text: str) -> None:
+        if env.is_main():
+            metrics.say(text)
+        else:
+            print(text, file=sys.stderr, flush=True)  # of this rank's log
+
+    return Profiler(job.logging.profile, run_dir, rank=env.rank(), resumed_step=progress.step, say=say)
+
+
 def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
     return MetricsWriter(
         run_dir,
@@ -295,40 +323,3 @@ def _validator(job: Job, dataset: TokenDataset, mesh: Mesh) -> Validator:
     return Validator(
         dataset, rows=job.training.validation_rows, micro_batch=job.training.micro_batch, mesh=mesh
     )
-
-
-def _describe(job: Job, mesh: Mesh, train: TokenDataset, start: Start) -> str:
-    """Say in a few lines what is about to run."""
-    training, rows = job.training, job.global_rows
-    count = parameter_counts(job.model).total
-    engine = f"deepspeed ZeRO {training.zero_stage}" if training.engine == "deepspeed" else training.engine
-    precision = "bf16" if uses_bf16(training, mesh) else "fp32"
-    if training.precision != precision:
-        precision += " (bf16 was asked for; a CPU computes in fp32)"
-    accumulation = rows // (training.micro_batch * mesh.dp)
-    lines = [
-        f"model: {count:,} parameters; engine: {engine}, {precision}; mesh: dp {mesh.dp} x sp {mesh.sp} x "
-        f"tp {mesh.tp} on {mesh.device.type}",
-        f"batch: micro {training.micro_batch} x accumulation {accumulation} x dp {mesh.dp} = {rows} rows of "
-        f"{job.data.sequence_length} tokens; steps: {training.steps}",
-    ]
-    lines += _describe_rows(job, train)
-    if start.checkpoint is not None:
-        lines.append(f"resuming from {start.checkpoint}")
-    elif start.weights is not None:
-        lines.append(f"weights from {start.weights}")
-    return "\n".join(lines)
-
-
-def _describe_rows(job: Job, train: TokenDataset) -> list[str]:
-    """How rows are packed and mixed, where that is not the plain way."""
-    lines = []
-    if job.data.packing != "concat" or job.data.chunk_aligned:
-        where = ", documents start at multiples of a chunk" if job.data.chunk_aligned else ""
-        lines.append(f"packing: {job.data.packing}{where}; {train.utilisation:.1%} of the positions predict")
-    if job.data.carry_rows > 1:
-        lines.append(f"states: carried through {job.data.carry_rows} consecutive rows")
-    if len(train.source_rows) > 1:
-        parts = [f"{name} {count / train.order.size:.1%}" for name, count in train.order.shares.items()]
-        lines.append(f"mixture: {', '.join(parts)} of the rows")
-    return lines

@@ -46,6 +46,7 @@ def rank_main(rank: int, world_size: int, port: int, folder: Path, case: str) ->
         heartbeat=Heartbeat(default_store(), rank=rank, world_size=world_size, interval_s=BEAT_S),
         page=StatusPage(status_path(folder, rank), rank=rank),
         store_rank=None if port else 0,
+        logs=folder,
         poll_s=0.1,
     )
     last = VICTIM_STEP if case == "finish" else sys.maxsize

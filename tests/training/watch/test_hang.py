@@ -10,7 +10,9 @@ import torch.distributed as dist
 
 from tests.training.watch import hang_cases
 from tests.training.watch.hang_cases import VICTIM_STEP, alone_main, log, ranks, reports, the_message, until
+from trellis_dist.files import read_json
 from trellis_dist.training.watch import hang
+from trellis_dist.training.watch.flight import flight_path
 from trellis_dist.training.watch.hang import HangWatch
 from trellis_dist.training.watch.heartbeat import Heartbeat, bounded
 from trellis_dist.training.watch.status_page import read_status, status_path
@@ -60,9 +62,17 @@ def test_a_skipped_collective_is_named_with_rank_and_operation_and_all_ranks_end
     assert "rank 1 (" in message
     assert "is not in all_reduce #" in message
     assert "in which 2 other ranks wait; it is in step 4, a detour" in message
+    entered = []
     for rank in range(3):
         assert "stacks of all threads" in log(tmp_path, rank)
         assert "rank_main" in log(tmp_path, rank)
+        flight = flight_path(tmp_path, step=VICTIM_STEP, rank=rank)
+        assert f"rank {rank}: its last collectives are in {flight}" in log(tmp_path, rank)
+        entries = read_json(flight)["recorders"]["fr_trace_json"]["entries"]
+        last = max(int(entry["collective_seq_id"]) for entry in entries)
+        entered.append(last)
+        assert all("all_reduce" in entry["profiling_name"] for entry in entries)
+    assert entered[0] == entered[2] == entered[1] + 1  # the collective that rank 1 never came to
 
 
 def test_a_run_that_gets_on_is_left_alone(tmp_path: Path) -> None:

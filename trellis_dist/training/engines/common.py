@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import record_function
 
 from trellis_dist.training import collectives
 from trellis_dist.training.engines.accumulation import accumulate
@@ -58,20 +59,22 @@ class CommonEngine(ABC):
         self._begin(len(batches))
         total = accumulate(
             batches,
-            forward=lambda batch: self._module(batch, self._mesh.device, self._options.z_loss),
-            backward=lambda loss, last: self._backward(loss * scale, last=last),
+            forward=self._forward,
+            backward=lambda loss, last: self._named_backward(loss * scale, last=last),
             forwards_first=self._options.forwards_first,
         )
         # All tp ranks see the same tokens.
         loss = collectives.sum_scalars([float(total)])[0] / (self._mesh.tp * valid_tokens)
         self._enter("reduction of the gradients")
-        self._reduce()
+        with record_function("reduction of the gradients"):
+            self._reduce()
         if self.inspector is not None:
             self.inspector(list(self._gradients()))
         if self.before_update is not None:
             self.before_update()
         self._enter("update of the weights")
-        result = self._update(loss, lr)
+        with record_function("update of the weights"):
+            result = self._update(loss, lr)
         self.optimizer_steps += result.applied
         if self._options.states is not None and not result.applied:
             self._options.states.forget()
@@ -80,6 +83,15 @@ class CommonEngine(ABC):
     def _enter(self, operation: str) -> None:
         if self.enter is not None:
             self.enter(operation)
+
+    def _forward(self, batch: Batch) -> Tensor:
+        with record_function("forward"):
+            loss: Tensor = self._module(batch, self._mesh.device, self._options.z_loss)
+        return loss
+
+    def _named_backward(self, loss: Tensor, *, last: bool) -> None:
+        with record_function("backward"):
+            self._backward(loss, last=last)
 
     def _averaged_over(self) -> int:
         """Ranks whose gradients the library averages where the contract sums."""

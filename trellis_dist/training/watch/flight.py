@@ -10,11 +10,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
-__all__ = ["Collective", "Group", "group_members", "groups_from_entries", "read_groups"]
+from trellis_dist.files import write_json
+
+__all__ = [
+    "Collective",
+    "Group",
+    "flight_path",
+    "group_members",
+    "groups_from_entries",
+    "read_groups",
+    "write_flight",
+]
 
 # gloo and what is common to all backends, and NCCL's own recorder where torch was built with it.
 RECORDERS = ("_dump_fr_trace_json", "_dump_nccl_trace_json")
@@ -54,6 +65,34 @@ def read_groups() -> dict[str, Group]:
         except (ValueError, TypeError, AttributeError, KeyError, IndexError, RuntimeError):
             continue  # another torch writes it another way: phases then decide alone
     return groups
+
+
+def flight_path(logs: Path, *, step: int, rank: int) -> Path:
+    """Where rank ``rank``, stuck in ``step``, leaves its record below ``logs``."""
+    return logs / f"flight-step-{step:08d}" / f"rank-{rank:05d}.json"
+
+
+def write_flight(path: Path, *, rank: int, operation: str) -> bool:
+    """Write the last collectives of this rank, as torch recorded them; False where it recorded none.
+
+    The file is {"rank", "operation", "members": group -> ranks, "recorders": recorder -> what it dumped}; a
+    dump has the numbers, sizes, states and times of the collectives. Raises OSError.
+    """
+    dumps = {}
+    for name in RECORDERS:
+        dump = getattr(_c10d(), name, None)
+        try:
+            found = json.loads(dump()) if dump is not None else {}
+        except (ValueError, TypeError, RuntimeError):
+            continue
+        if found.get("entries"):
+            dumps[name.removeprefix("_dump_")] = found
+    if not dumps:
+        return False
+    path.parent.mkdir(parents=True, exist_ok=True)
+    members = {name: list(ranks) for name, ranks in group_members().items()}
+    write_json(path, {"rank": rank, "operation": operation, "members": members, "recorders": dumps})
+    return True
 
 
 def groups_from_entries(entries: Iterator[Mapping[str, Any]]) -> dict[str, Group]:

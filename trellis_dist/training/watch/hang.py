@@ -20,10 +20,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TextIO
 
 from trellis_dist.training.watch.blame import Verdict, blame
-from trellis_dist.training.watch.flight import group_members
+from trellis_dist.training.watch.flight import flight_path, group_members, write_flight
 from trellis_dist.training.watch.heartbeat import Heartbeat
 from trellis_dist.training.watch.status_page import StatusPage
 
@@ -56,6 +57,7 @@ class HangWatch:
         page: StatusPage | None = None,
         store_rank: int | None = None,
         speaks: bool | None = None,
+        logs: Path | None = None,
         poll_s: float = 0.25,
         clock: Callable[[], float] = time.monotonic,
         end: Callable[[int], None] = os._exit,
@@ -70,10 +72,12 @@ class HangWatch:
                 None when another process does (torchrun's agent).
             speaks: whether this rank says what it knows when the store is silent and ranks cannot choose one
                 of them; unless given, the first rank that does not keep the store.
+            logs: where the record of this rank's last collectives is left; nowhere without.
             end: ends the process with a status.
         """
         self._rank, self._report, self._heartbeat, self._page = rank, report, heartbeat, page
         self._store_rank, self._poll_s, self._clock, self._end = store_rank, poll_s, clock, end
+        self._logs = logs
         self._speaks = rank == (1 if store_rank == 0 else 0) if speaks is None else speaks
         self._stuck: list[int] = []  # silent processes of this job on this machine
         self._phase = Phase(0, "start", 0.0, None)
@@ -130,6 +134,7 @@ class HangWatch:
             phase, found = self._phase, self._heartbeat.verdict if self._heartbeat else None
             if found is not None:
                 self._write_stacks(f"{phase.operation} of step {phase.step}")
+                self._write_flight(phase)
                 return self._leave(found, echo=True)
             if phase.deadline is not None and self._clock() >= phase.deadline:
                 return self._overdue(phase)
@@ -138,6 +143,7 @@ class HangWatch:
     def _overdue(self, phase: Phase) -> None:
         what = f"step {phase.step}, {phase.operation}: more than {phase.seconds:g} s"
         self._write_stacks(what)
+        self._write_flight(phase)
         try:
             message, echo = self._judge(what)
         except Exception as error:  # a hang must be reported whatever becomes of the search for its cause
@@ -208,6 +214,17 @@ class HangWatch:
     def _write_stacks(self, what: str) -> None:
         print(f"rank {self._rank}: {what}; stacks of all threads:", file=_log(), flush=True)
         faulthandler.dump_traceback(file=_log(), all_threads=True)
+
+    def _write_flight(self, phase: Phase) -> None:
+        """Leave the collectives this rank entered last: they tell where the ranks went apart."""
+        if self._logs is None:
+            return
+        path = flight_path(self._logs, step=phase.step, rank=self._rank)
+        try:
+            if write_flight(path, rank=self._rank, operation=phase.operation):
+                print(f"rank {self._rank}: its last collectives are in {path}", file=_log(), flush=True)
+        except Exception as error:  # a hang must be reported whatever becomes of its records
+            print(f"rank {self._rank}: no flight record: {error}", file=_log(), flush=True)
 
 
 def _log() -> TextIO:

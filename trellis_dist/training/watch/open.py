@@ -38,6 +38,7 @@ def open_watch(run_dir: Path, *, token: str, report: Report | None = None) -> Ha
         report=report or _say,
         heartbeat=heartbeat,
         page=StatusPage(status_path(logs, rank), rank=rank),
+        logs=logs,
         store_rank=None if agent_has_store else 0,
         # The agent's node may be what is gone, and its ranks with it: one rank of each node then says so.
         speaks=env.local_rank() == 0 if agent_has_store else None,
