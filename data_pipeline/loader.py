@@ -169,6 +169,12 @@ class TokenDataset:
         reader, row = self._found(row)
         return reader.carried(row, rows)
 
+    def sources_of(self, rows: np.ndarray) -> dict[str, int]:
+        """How many of `rows`, counted source after source, belong to each source."""
+        found = np.searchsorted(self._first_row, rows, side="right") - 1
+        counts = np.bincount(found, minlength=len(self._readers)).tolist()
+        return dict(zip(self.source_rows, counts, strict=True))
+
     def _found(self, row: int) -> tuple[StreamRows | TableRows, int]:
         if not 0 <= row < self.num_samples:
             raise IndexError(f"row {row} of {self.num_samples}")

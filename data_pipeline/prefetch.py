@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections import deque
 
 import torch
 
-from data_pipeline.loader import Batch, BatchLoader
+from data_pipeline.loader import Batch, BatchLoader, TokenDataset
 
 __all__ = ["Prefetcher"]
 
@@ -20,6 +21,9 @@ class Prefetcher:
 
     Asking for another counter than the next one is as correct and as slow as the loader itself. To be called
     from one thread.
+
+    Attributes:
+        waited: seconds that the caller has waited for batches so far, the first of all included.
     """
 
     def __init__(self, loader: BatchLoader, *, ahead: int = 2, pin: bool = False) -> None:
@@ -41,14 +45,22 @@ class Prefetcher:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._next = 0
+        self.waited = 0.0
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """What the batches are made of."""
+        return self._loader.dataset
 
     def micro_batches(self, counter: int) -> list[Batch]:
         """What the loader's `micro_batches(counter)` returns; raises what it raises."""
         if self._thread is None or counter != self._next:
             self.close()
             self._start(counter)
+        began = time.perf_counter()
         with self._changed:
             self._changed.wait_for(lambda: self._ready)
+            self.waited += time.perf_counter() - began
             made = self._ready.popleft()
             self._changed.notify_all()
         if isinstance(made, BaseException):

@@ -102,6 +102,7 @@ class LanguageModel(nn.Module):
         cu_seqlens: Documents = None,
         z_loss: float = 0.0,
         carry: Carry | None = None,
+        each: Tensor | None = None,
     ) -> Tensor:
         """Sum of the token losses: an fp32 scalar (fp64 for an fp64 model).
 
@@ -111,6 +112,7 @@ class LanguageModel(nn.Module):
             z_loss: adds z_loss * logsumexp(logits)^2 per labelled token.
             carry: states that rows take over from earlier rows; what the layers leave is filled in. Needs
                 boundaries in ``cu_seqlens``.
+            each: [B*T], takes the loss of every labelled token, without the z-loss.
 
         Raises:
             ValueError: as ``forward``; labels of another shape or outside the vocabulary; a carry of another
@@ -120,7 +122,9 @@ class LanguageModel(nn.Module):
         if carry is not None:
             cu_seqlens = self._carried_documents(tokens, cu_seqlens, carry)
         hidden = self._hidden(tokens, cu_seqlens)
-        return self.token_loss(hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss)
+        return self.token_loss(
+            hidden.flatten(0, -2), self.output_weight, labels.flatten(), z_loss=z_loss, each=each
+        )
 
     def hidden(self, tokens: Tensor, *, cu_seqlens: Documents = None) -> Tensor:
         """Final normalised activations [B, T, dim]; arguments as in ``forward``.

@@ -57,7 +57,15 @@ def whole_vocabulary(logits: Tensor, labels: Tensor) -> Scores:
 class TokenLoss(Protocol):
     """What a language model calls; parallel/ replaces it to split the vocabulary."""
 
-    def __call__(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Tensor:
+    def __call__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        z_loss: float = 0.0,
+        each: Tensor | None = None,
+    ) -> Tensor:
         """See ``linear_cross_entropy_sum``."""
         ...
 
@@ -69,6 +77,7 @@ def linear_cross_entropy_sum(
     *,
     z_loss: float = 0.0,
     score: ScoreFunction = whole_vocabulary,
+    each: Tensor | None = None,
 ) -> Tensor:
     """Sum over the rows with a label of  -log softmax(weight h)[label] + z_loss * logsumexp(weight h)^2.
 
@@ -79,6 +88,7 @@ def linear_cross_entropy_sum(
         z_loss: weight of the squared log-partition (PaLM, section 5).
         score: for a weight that holds a part of the vocabulary; the gradient of ``hidden`` is then that
             part's, and the ranks that hold the others are to be summed over.
+        each: [N], takes -log softmax(weight h)[label] of every row that has a label.
 
     Returns:
         fp32 scalar (fp64 for fp64 inputs).
@@ -86,7 +96,7 @@ def linear_cross_entropy_sum(
     # Asked here: inside the function ``ctx.needs_input_grad`` is true under no_grad too.
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(  # type: ignore[no-any-return, no-untyped-call]
-        hidden, weight, labels, z_loss, score, differentiate
+        hidden, weight, labels, z_loss, score, differentiate, each
     )
 
 
@@ -100,6 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         z_loss: float,
         score: ScoreFunction,
         differentiate: bool,
+        each: Tensor | None,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         rows = max(1, _BLOCK_ELEMENTS.get(hidden.device.type, 1 << 24) // len(weight))
@@ -109,7 +120,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), rows):
             span = slice(start, start + rows)
             logits = matmul_transposed(hidden[span], weight).to(wide)
-            loss, dlogits = _block(score(logits, labels[span]), z_loss, differentiate, hidden.dtype)
+            scores = score(logits, labels[span])
+            if each is not None:
+                each[span] = torch.where(scores.valid, scores.nll, 0.0).squeeze(-1)
+            loss, dlogits = _block(scores, z_loss, differentiate, hidden.dtype)
             total += loss
             if dhidden is not None and dweight is not None:
                 dhidden[span] = matmul_transposed(dlogits, weight.t())
@@ -125,7 +139,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # dtotal (1 / N, say) is a factor of all gradients and must not be rounded to bf16: a tensor of one
         # dimension is not, where CUDA rounds one of none. With ``out`` CUDA makes no wide copy.
         scaled = torch.mul(dhidden, dtotal.view(1), out=torch.empty_like(dhidden))
-        return scaled, (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None
+        return scaled, (dweight * dtotal).to(ctx.weight_dtype), None, None, None, None, None
 
 
 def _block(scores: Scores, z_loss: float, differentiate: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

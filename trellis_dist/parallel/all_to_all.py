@@ -13,7 +13,7 @@ attention has no small state to pass, so it always works this way.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -164,7 +164,14 @@ class AllToAllCompress(_AllToAll):
     Args:
         mesh: its sp_group carries the exchange.
         segments: the documents of the current batch's whole rows.
+
+    Attributes:
+        inner: ``compress_kv``, called with whole rows of this rank's heads; what looks into it replaces it.
     """
+
+    def __init__(self, mesh: Mesh, segments: Segments) -> None:
+        super().__init__(mesh, segments)
+        self.inner: Callable[..., tuple[Tensor, CompressState | None]] = compress_kv
 
     def __call__(
         self,
@@ -212,7 +219,7 @@ class AllToAllCompress(_AllToAll):
         heads = self._heads(q.shape[2])
         if initial_state is not None:
             initial_state = _whole_state(initial_state, rows, whole, heads)
-        y, _ = compress_kv(
+        y, _ = self.inner(
             **self._whole_operands(operands, rows, packed=whole.packed),
             chunk_size=chunk_size,
             phi=phi,

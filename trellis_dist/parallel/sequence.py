@@ -16,6 +16,7 @@ so at odd sizes some numbers differ in the last bit.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,11 +43,16 @@ class StatePassing:
     Args:
         transfers: the neighbours.
         segments: which rows of the current batch continue a document of the segment before.
+
+    Attributes:
+        entered: when set, called in the forward pass with the memories (S, R) [N, H, M, .] before the
+            segment's documents.
     """
 
     def __init__(self, transfers: Transfers, segments: Segments) -> None:
         self._transfers = transfers
         self._segments = segments
+        self.entered: Callable[[Tensor, Tensor], None] | None = None
 
     def __call__(
         self,
@@ -96,6 +102,7 @@ class StatePassing:
             first=first,
             last=last,
             continues=self._segments.continues(rows),
+            entered=self.entered,
         )
         check_choices(call.rule)
         initial = _initial_memories(initial_state, layout.num_documents, operands)
@@ -113,6 +120,7 @@ class _Call:
     first: tuple[int, ...]
     last: tuple[int, ...]
     continues: tuple[bool, ...]
+    entered: Callable[[Tensor, Tensor], None] | None
 
 
 def _check_chunks(layout: PackedLayout, chunk_size: int, state: CompressState | None) -> None:
@@ -154,6 +162,8 @@ class _PassStates(torch.autograd.Function):
         with full_precision(key):
             inputs = stages.arrange(whole, layout=layout, rule=call.rule)
             initial = [key, value] if arrival is None else _continue((key, value), own, arrival, call)
+            if call.entered is not None:
+                call.entered(*initial)
             first = Memories(*map(layout.rank_documents, initial))
             states, end = stages.scan_forward(inputs, first)
             final = [layout.unrank_documents(memory) for memory in (end.key, end.value)]

@@ -101,7 +101,15 @@ class TensorParallel:
         y, _ = self._column_layer(weight.shape[1], len(weight), gather=True)(self._flat(x), weight=weight)
         return self._rows(y, len(x)) if self._scattered else y
 
-    def token_loss(self, hidden: Tensor, weight: Tensor, labels: Tensor, *, z_loss: float = 0.0) -> Tensor:
+    def token_loss(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        *,
+        z_loss: float = 0.0,
+        each: Tensor | None = None,
+    ) -> Tensor:
         """``loss.linear_cross_entropy_sum`` of the whole vocabulary, the same on every tp rank.
 
         Unlike megatron-core's cross-entropy it keeps fp64 and never holds the logits of all rows.
@@ -110,6 +118,7 @@ class TensorParallel:
             hidden: [n, dim]; with sequence parallelism this rank's [n / tp, dim].
             weight: [V / tp, dim].
             labels: int64 [n].
+            each: [n], takes the losses of the rows.
         """
         from megatron.core.tensor_parallel import mappings
 
@@ -117,7 +126,7 @@ class TensorParallel:
             hidden = mappings.gather_from_sequence_parallel_region(hidden, group=self._group)
         else:
             hidden = mappings.copy_to_tensor_model_parallel_region(hidden, group=self._group)
-        return linear_cross_entropy_sum(hidden, weight, labels, z_loss=z_loss, score=self._score)
+        return linear_cross_entropy_sum(hidden, weight, labels, z_loss=z_loss, score=self._score, each=each)
 
     def _score(self, logits: Tensor, labels: Tensor) -> Scores:
         """Scores of this rank's columns [n, V / tp]; two small reductions over tp."""

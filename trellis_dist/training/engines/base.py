@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from trellis_dist.models.context import document_starts
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.training.config import OptimizerConfig
 
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from trellis_dist.parallel.segments import Segments
     from trellis_dist.training.carry import RowStates
 
-__all__ = ["Engine", "EngineOptions", "Inspector", "LossModule", "StepResult"]
+__all__ = ["Engine", "EngineOptions", "Inspector", "LossModule", "StepResult", "TokenLosses"]
 
 Inspector = Callable[[list["LogicalTensor"]], None]
+# Takes labels [B, L], positions [B, L] inside their documents, and losses [B, L] of what was evaluated.
+TokenLosses = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +91,7 @@ class Engine(Protocol):
         before_update: when set, called in every step before weights and optimizer state change.
         enter: when set, told what a step does next, in words.
         forward_module: what is called once per micro-batch, whole; for hooks that measure.
+        token_losses: when set, ``evaluate`` gives it the loss of every token of this rank.
     """
 
     model: nn.Module
@@ -96,6 +100,7 @@ class Engine(Protocol):
     before_update: Callable[[], None] | None
     enter: Callable[[str], None] | None
     forward_module: nn.Module
+    token_losses: TokenLosses | None
 
     def train_step(self, batches: Sequence[Batch], *, lr: float, valid_tokens: int) -> StepResult:
         """Accumulate over ``batches`` (this rank's micro-batches) and apply one update at rate ``lr``."""
@@ -107,6 +112,10 @@ class Engine(Protocol):
         Over the ranks of one tensor shard the first sums to the total; the second counts each row once per
         sequence rank. Where weights are divided over dp, all ranks must bring equally many batches.
         """
+        ...
+
+    def own_weights(self) -> Iterator[Tensor]:
+        """Yield fp32 weights [n], flat views: over all ranks every trained weight exactly once."""
         ...
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
@@ -136,6 +145,7 @@ class LossModule(nn.Module):
         super().__init__()
         self.model: Any = model
         self._segments, self._states = segments, states
+        self.token_losses: TokenLosses | None = None
 
     def forward(self, batch: Batch, device: torch.device, z_loss: float) -> Tensor:
         """Return the sum of the token losses of this rank's part of ``batch`` (fp32 scalar)."""
@@ -147,7 +157,23 @@ class LossModule(nn.Module):
         states = self._states if torch.is_grad_enabled() else None
         carry = None if states is None else states.enter(batch)
         options: dict[str, Any] = {} if carry is None else {"carry": carry}
+        if self.token_losses is not None:
+            options["each"] = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
         loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss, **options)
+        if self.token_losses is not None:
+            places = self._positions(batch).to(device)
+            self.token_losses(labels, places, options["each"].view_as(labels))
         if states is not None and carry is not None:
             states.leave(batch, carry)
         return loss
+
+    def _positions(self, batch: Batch) -> Tensor:
+        """Tokens before each token of this rank's part [B, L] in its document, which a row's start begins."""
+        rows, length = batch.tokens.shape
+        starts = document_starts(batch.cu_seqlens, rows=rows, length=length)
+        lengths = torch.cat([starts, starts.new_tensor([rows * length])]).diff()
+        whole = (torch.arange(rows * length) - starts.repeat_interleave(lengths)).view(rows, length)
+        if self._segments is None or self._segments.mesh.sp == 1:
+            return whole
+        mesh = self._segments.mesh
+        return whole.chunk(mesh.sp, dim=1)[mesh.sp_rank]

@@ -12,7 +12,13 @@ from torch.autograd.profiler import record_function
 
 from trellis_dist.training import collectives
 from trellis_dist.training.engines.accumulation import accumulate
-from trellis_dist.training.engines.base import EngineOptions, Inspector, LossModule, StepResult
+from trellis_dist.training.engines.base import (
+    EngineOptions,
+    Inspector,
+    LossModule,
+    StepResult,
+    TokenLosses,
+)
 from trellis_dist.training.engines.fragments import (
     Fragment,
     check_names,
@@ -47,6 +53,7 @@ class CommonEngine(ABC):
         self._held = held_parameters(model)
         self._loss = LossModule(self.model, segments=options.segments, states=options.states)
         self.forward_module: nn.Module = self._loss
+        self.token_losses: TokenLosses | None = None
         # The library's wrapper of ``_loss``, where it has one.
         self._module: nn.Module = self._loss
         # Whether every rank holds its local tensors whole: the weights, whatever becomes of their masters.
@@ -136,10 +143,20 @@ class CommonEngine(ABC):
     def evaluate(self, batches: Iterable[Batch]) -> tuple[float, int]:
         """Return (sum of token losses without the z-loss, valid tokens of the whole rows)."""
         total, tokens = torch.zeros((), dtype=torch.float64, device=self._mesh.device), 0
-        for batch in batches:
-            total += self._module(batch, self._mesh.device, 0.0).double()
-            tokens += batch.valid_tokens
+        self._loss.token_losses = self.token_losses
+        try:
+            for batch in batches:
+                total += self._module(batch, self._mesh.device, 0.0).double()
+                tokens += batch.valid_tokens
+        finally:
+            self._loss.token_losses = None
         return float(total), tokens
+
+    def own_weights(self) -> Iterator[Tensor]:
+        """Yield fp32 weights [n], flat views: over all ranks every trained weight exactly once."""
+        for part in self._fragments() if self._writes_fragments() else ():
+            if part.held.written_by(self._mesh):
+                yield part.master.detach()
 
     def logical_tensors(self) -> Iterator[LogicalTensor]:
         """Yield this rank's slices of weights, fp32 masters (where they differ), moments and row states."""
