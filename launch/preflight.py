@@ -40,8 +40,11 @@ def fit_to_machine(recipe: Recipe, *, say: Callable[[str], None]) -> Recipe:
     return fitted
 
 
-def check_machine(recipe: Recipe, run_dir: Path) -> int:
-    """Check devices, run folder, disk, where checkpoints are uploaded and what scoring reads.
+def check_machine(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] | None = None) -> int:
+    """Check devices, run folder, disk, memory, where checkpoints are uploaded and what scoring reads.
+
+    ``say`` takes a line where the planner thinks that memory will not do; it is refused only where weights
+    and optimizer state alone are more than a GPU holds.
 
     Returns:
         The ranks to start on this machine.
@@ -51,9 +54,12 @@ def check_machine(recipe: Recipe, run_dir: Path) -> int:
     """
     from checkpoints.upload import check_store
     from evals.evaluate import check_eval_inputs
+    from launch.memory_advice import check_memory
 
     ranks = local_ranks(recipe)
     check_run_folder(recipe, run_dir)
+    if (line := check_memory(recipe, ranks=ranks)) and say is not None:
+        say(line)
     if recipe.checkpoint.upload:
         check_store(recipe.checkpoint.upload)
     check_eval_inputs(recipe.evals)

@@ -61,7 +61,7 @@ def train(
                 f"nothing to resume in {run_dir}: it holds no checkpoint; start without --resume"
             )
         preflight.check_dataset(recipe)
-        ranks = preflight.check_machine(recipe, run_dir)
+        ranks = preflight.check_machine(recipe, run_dir, say=_say)
         saved = claim_run(run_dir, recipe)
         arguments = [f"--recipe={saved}", f"--run-dir={run_dir}", f"--resume={resume}"]
         if stop_at_step is not None:
@@ -83,7 +83,7 @@ def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
     except Exception as error:
         # torchrun's SIGTERM, with which it ends all ranks after the first, waits for the report.
         on_termination(lambda *_: None)
-        _tell_once(leave_failure(error, run_dir=run_dir, rank=rank), run_dir)
+        _tell_once(leave_failure(error, run_dir=run_dir, rank=rank, recipe=recipe), run_dir)
         end_process(1)
     if rank == 0:
         write_page(run_dir)

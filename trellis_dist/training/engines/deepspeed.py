@@ -206,10 +206,14 @@ def _initialize(
     # Finalise an engine built before this one now: its destructor imports, and when a collection runs it
     # inside one of initialize's imports, Python 3.11's import lock raises KeyError (python/cpython#106176).
     gc.collect()
+    config = _deepspeed_config(options, stage)
+    # Stage 3 allocates a whole bucket: DeepSpeed's default would be 2 GB of fp32 for the smallest model.
+    elements = sum(parameter.numel() for parameter in module.parameters())
+    config["zero_optimization"].setdefault("reduce_bucket_size", min(500_000_000, elements))
     engine, *_ = deepspeed.initialize(
         model=module,
         optimizer=optimizer,
-        config=_deepspeed_config(options, stage),
+        config=config,
         mpu=ModelParallelUnit(options.mesh, shard_over_replicas=stage == 3),
         dist_init_required=False,
     )
