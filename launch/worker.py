@@ -120,16 +120,16 @@ def train_rank(
     return run(job, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
 
-def error_line(error: BaseException) -> str:
-    """One line per problem, no traceback: the message of what a user can cause, a named bug otherwise."""
+def error_line(error: BaseException, recipe: Recipe | None = None) -> str:
+    """One line per problem, no traceback: the message of what a user can cause, a named bug otherwise.
+
+    ``recipe`` is what was being trained: where memory ran out, the planner says what to change in it.
+    """
     text = str(error).strip() or repr(error)
     if isinstance(error, USER_ERRORS):
         return text
     if _out_of_memory(error, text):
-        return (
-            f"out of memory ({text.splitlines()[0]}): lower training.micro_batch (the global batch stays) "
-            "or data.sequence_length"
-        )
+        return f"out of memory ({text.splitlines()[0]}): {_memory_advice(recipe)}"
     if isinstance(error, ModuleNotFoundError) and error.name:
         return (
             f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
@@ -137,6 +137,16 @@ def error_line(error: BaseException) -> str:
     if lost_contact(error):
         return f"lost the connection to another rank ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
+
+
+def _memory_advice(recipe: Recipe | None) -> str:
+    """The planner's, or without a recipe (or memory to plan in) what always helps."""
+    if recipe is not None:
+        with contextlib.suppress(Exception):
+            from launch.memory_advice import out_of_memory_advice
+
+            return out_of_memory_advice(recipe, ranks=int(os.environ.get("WORLD_SIZE", "0")) or None)
+    return "lower training.micro_batch (the global batch stays) or data.sequence_length"
 
 
 def _out_of_memory(error: BaseException, text: str) -> bool:
@@ -158,6 +168,7 @@ def main(arguments: list[str] | None = None) -> int:
     def report(message: str, echo: bool) -> None:
         leave_hang(options.run_dir, rank, message, echo)
 
+    recipe: Recipe | None = None
     try:
         recipe = parse_recipe(read_json(options.recipe), source=str(options.recipe))
         resume = cast(Resume, options.resume)
@@ -169,7 +180,7 @@ def main(arguments: list[str] | None = None) -> int:
             report=report,
         )
     except Exception as error:
-        failure = leave_failure(error, run_dir=options.run_dir, rank=rank)
+        failure = leave_failure(error, run_dir=options.run_dir, rank=rank, recipe=recipe)
         if failure.echo:
             _let_the_cause_be_said(options.run_dir)
         elif failure.named:
@@ -180,12 +191,12 @@ def main(arguments: list[str] | None = None) -> int:
     return result.exit_status
 
 
-def leave_failure(error: Exception, *, run_dir: Path, rank: int) -> Failure:
-    """Record what a rank fails with; for use where ``error`` is handled."""
+def leave_failure(error: Exception, *, run_dir: Path, rank: int, recipe: Recipe | None = None) -> Failure:
+    """Record what a rank that trains ``recipe`` fails with; for use where ``error`` is handled."""
     return record_failure(
         run_dir,
         rank=rank,
-        message=error_line(error),
+        message=error_line(error, recipe),
         detail="".join(traceback.format_exception(error)),
         echo=isinstance(error, EchoError) or lost_contact(error),
         restartable=is_restartable(error),
