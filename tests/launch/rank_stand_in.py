@@ -45,11 +45,11 @@ def play(_: Any, run_dir: Path, *, report: Callable[[str, bool], object], **__: 
     """Do what the script says for this rank and this start."""
     rank = int(os.environ["RANK"])
     scripts = read_json(run_dir / "script.json")
-    with open(run_dir / f"starts-{rank}", "a", encoding="utf-8") as file:
-        file.write("x")
     log_folder(run_dir).mkdir(exist_ok=True)
     page = StatusPage(status_path(log_folder(run_dir), rank), rank=rank)
-    page.write(step=12, operation="backward pass")
+    page.write(step=12, operation="backward pass")  # before the count, after which tests read the page
+    with open(run_dir / f"starts-{rank}", "a", encoding="utf-8") as file:
+        file.write("x")
     begun, script = starts(run_dir, rank), scripts[rank]
     wait_until(lambda: all(starts(run_dir, other) >= begun for other in range(len(scripts))))
     outcome = "finished"
