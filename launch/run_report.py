@@ -26,6 +26,7 @@ from trellis_dist.training.starts import StartRecord, read_starts
 __all__ = ["write_training_report"]
 
 POINTS = 1000  # of a curve; a row more is not seen on a page
+MOST_LINES = 6  # in one chart: more colours cannot be told apart
 LISTED = 50  # alerts, records of hangs
 EVENT_BYTES = 8 << 20  # of console.jsonl that are read, from its end
 MIB = 2**20
@@ -66,7 +67,7 @@ def write_training_report(run_dir: Path) -> Path:
     recipe = read_json(run_dir / "recipe.json")
     rows, starts, events = read_rows(run_dir / "metrics.jsonl"), read_starts(run_dir), _events(run_dir)
     report = Report(str(recipe.get("name", run_dir.name)), f"How the run in {run_dir.absolute()} went")
-    closing = _closing(run_dir, recipe, events, starts)
+    closing = _closing(run_dir, recipe, rows=rows, starts=starts, events=events)
     report.facts(_summary(closing))
     if closing.facts.get("error"):
         report.preformatted(closing.facts["error"])
@@ -99,7 +100,14 @@ def _events(run_dir: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _closing(run_dir: Path, recipe: Row, events: Sequence[Row], starts: Sequence[StartRecord]) -> Closing:
+def _closing(
+    run_dir: Path,
+    recipe: Row,
+    *,
+    rows: Sequence[Row],
+    starts: Sequence[StartRecord],
+    events: Sequence[Row],
+) -> Closing:
     """Where the run stands: how its newest start ended, or that it has not."""
     training = recipe["training"]
     outcome, error = "at work", ""
@@ -114,6 +122,7 @@ def _closing(run_dir: Path, recipe: Row, events: Sequence[Row], starts: Sequence
         steps=int(training["steps"]),
         tokens_per_step=int(training["global_batch_tokens"]),
         error=error,
+        rows=rows,
     )
 
 
@@ -155,12 +164,21 @@ def _curves(report: Report, rows: Sequence[Row]) -> None:
         _curve(report, title, unit, {name: _points(rows, key, scale) for key, name in names.items()})
     parts = {name: _points(rows, key, 1000.0) for key, name in PARTS.items()}
     _curve(report, "Parts of a step", "milliseconds", parts)
-    own = sorted({key for row in rows for key in row if key.startswith(("trellis/", "loss/position"))})
-    if own:
-        report.section("What only this model has")
-        for title, keys in _families(own).items():
-            _curve(report, title, title, {key.rpartition("/")[2]: _points(rows, key, 1.0) for key in keys})
-    return None
+    return _own_curves(report, rows)
+
+
+def _own_curves(report: Report, rows: Sequence[Row]) -> None:
+    """What only this model has: a chart for each quantity, a line for each layer or stretch of positions."""
+    own = sorted({key for row in rows for key in row if key.startswith(("trellis/", "loss/position_"))})
+    if not own:
+        return
+    report.section("What only this model has")
+    for title, members in _families(own).items():
+        shown = [members[index * len(members) // MOST_LINES] for index in range(MOST_LINES)]
+        lines = members if len(members) <= MOST_LINES else [*shown[:-1], members[-1]]
+        some = f", {len(lines)} of {len(members)}" if len(lines) < len(members) else ""
+        series = {_member(key): _points(rows, key, 1.0) for key in lines}
+        _curve(report, title + some, "nats per token" if title.startswith("Validation") else title, series)
 
 
 def _curve(report: Report, title: str, unit: str, series: Mapping[str, Sequence[Point]]) -> None:
@@ -170,12 +188,19 @@ def _curve(report: Report, title: str, unit: str, series: Mapping[str, Sequence[
 
 
 def _families(keys: Sequence[str]) -> dict[str, list[str]]:
-    """Keys that differ in their last part belong into one chart, as many as it can tell apart."""
+    """Title -> keys: ``trellis/layer_03/name`` under its name, ``loss/position_0000_0063`` together."""
     families: dict[str, list[str]] = {}
     for key in keys:
-        family = key.rpartition("/")[0] if key.count("/") > 1 else key
-        families.setdefault(family, []).append(key)
-    return {family: members[:6] for family, members in families.items()}
+        by_position = key.startswith("loss/position_")
+        title = "Validation loss by position" if by_position else key.rpartition("/")[2].replace("_", " ")
+        families.setdefault(title, []).append(key)
+    return families
+
+
+def _member(key: str) -> str:
+    if key.startswith("loss/position_"):
+        return "positions " + " to ".join(str(int(part)) for part in key.split("_")[1:] if part.isdigit())
+    return key.split("/")[1].replace("_", " ")
 
 
 def _points(rows: Sequence[Row], key: str, scale: float) -> list[Point]:
@@ -199,13 +224,23 @@ def _starts(report: Report, starts: Sequence[StartRecord], events: Sequence[Row]
     if not starts:
         return
     report.section("Starts")
-    header = ["start", "began", "host", "ranks", "from step", "to step", "in steps", "done again", "ended"]
+    header = [
+        "start",
+        "began (UTC)",
+        "host",
+        "ranks",
+        "from step",
+        "to step",
+        "in steps",
+        "done again",
+        "ended",
+    ]
     rows = []
     for record, after in zip(starts, [*starts[1:], None]):
         rows.append(
             [
                 record.start,
-                _when(record.time),
+                _when(record.time).removesuffix(" UTC"),
                 record.host,
                 record.world_size,
                 f"{record.resumed_step:,}",

@@ -65,6 +65,8 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
 .beside pre { margin-top: .25rem; }
 @media (max-width: 40rem) {
   body { padding: 1.25rem .9rem 3rem; }
+  svg text { font-size: 18px; }
+  dl { grid-template-columns: repeat(auto-fit, minmax(8.5rem, 1fr)); }
   table { font-size: .8125rem; }
   th { font-size: .75rem; }
   th, td { padding-right: .7rem; }

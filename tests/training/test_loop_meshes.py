@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import gzip
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,10 @@ from checkpoints.state import CheckpointReader
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, write_dataset
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
+from trellis_dist.training.config import ProfileConfig
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
+from trellis_dist.training.profiling import profile_folder
 
 ROW, STEPS = 32, 6
 TIMEOUT_S = 120.0  # three starts of a run in one case
@@ -67,7 +71,14 @@ def small_job(data: Path, *, training: dict[str, Any] | None = None, **sections:
 def stop_and_resume_case(job: Job, folder: Path) -> TrainResult:
     run(job, folder / "whole")
     run(job, folder / "parts", stop_at_step=3)
-    return run(job, folder / "parts", resume="require")
+    profiled = dataclasses.replace(job.logging, profile=ProfileConfig(enabled=True, start_step=5, steps=2))
+    return run(dataclasses.replace(job, logging=profiled), folder / "parts", resume="require")
+
+
+def passes(folder: Path, rank: int) -> set[str]:
+    """What the trace of a rank names."""
+    with gzip.open(profile_folder(folder, 5) / f"rank-{rank:05d}.trace.json.gz", "rt") as file:
+        return {event["name"] for event in json.load(file)["traceEvents"] if "name" in event}
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,6 +95,8 @@ def test_a_mesh_trains_as_one_process_and_resumes_exactly(name: str, data: Path,
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
     assert all(torch.equal(whole[key], parts[key]) for key in whole)
     assert exact_rows(tmp_path / "whole") == exact_rows(tmp_path / "parts")
+    named = {"forward", "backward", "reduction of the gradients", "update of the weights"}
+    assert all(named <= passes(tmp_path / "parts", rank) for rank in range(2))
     expected = exact_rows(alone)
     for row, theirs in zip(exact_rows(tmp_path / "whole"), expected, strict=True):
         assert row.keys() == theirs.keys()

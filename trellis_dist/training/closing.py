@@ -27,15 +27,25 @@ class Closing:
     facts: Mapping[str, Any]
 
 
-def close_run(run_dir: Path, *, outcome: str, steps: int, tokens_per_step: int, error: str = "") -> Closing:
+def close_run(
+    run_dir: Path,
+    *,
+    outcome: str,
+    steps: int,
+    tokens_per_step: int,
+    error: str = "",
+    rows: Sequence[Mapping[str, Any]] | None = None,
+) -> Closing:
     """Sum up the run in ``run_dir`` after its newest start.
 
     Args:
         outcome: "finished", "stopped", "terminated" or "failed".
         steps, tokens_per_step: of the recipe.
         error: why it failed.
+        rows: of ``metrics.jsonl``, where they were read before.
     """
-    starts, rows = read_starts(run_dir), read_rows(run_dir / "metrics.jsonl")
+    starts = read_starts(run_dir)
+    rows = read_rows(run_dir / "metrics.jsonl") if rows is None else rows
     facts = _facts(run_dir, starts, rows, tokens_per_step=tokens_per_step)
     facts |= {"outcome": outcome, "steps": steps} | ({"error": error} if error else {})
     lines = [

@@ -49,7 +49,8 @@ class Profiler:
         wanted = config.enabled and (not config.ranks or rank in config.ranks)
         self._config, self._run_dir, self._rank, self._say = config, run_dir, rank, say
         # The step before the first is profiled too and thrown away: the profiler's own start is slow.
-        self._first = max(config.start_step, resumed_step + 3) if wanted else 0
+        reachable = config.start_step >= resumed_step + 2
+        self._first = (config.start_step if reachable else resumed_step + 3) if wanted else 0
         self._profile: Any = None
 
     def before_step(self, step: int) -> None:
