@@ -16,7 +16,7 @@ from typing import Literal
 
 from launch.ranks import PASSED_ON, SLACK_S
 
-__all__ = ["Agents", "Rendezvous", "agent_command", "agent_environment", "shell_words"]
+__all__ = ["CHECKOUT", "Agents", "Rendezvous", "agent_command", "agent_environment", "shell_words"]
 
 Rendezvous = Literal["c10d", "static"]
 
@@ -62,15 +62,15 @@ class Agents:
         return f"{self.master}:{self.port}"
 
 
-def agent_environment(agents: Agents) -> dict[str, str]:
-    """What an agent needs in its environment beside what its node has."""
+def agent_environment(agents: Agents, *, checkout: Path = CHECKOUT) -> dict[str, str]:
+    """What an agent needs in its environment beside its node's own; ``checkout`` is this repository there."""
     environment = {
         # Ranks have the grace, and some seconds to be gone. By the variable, because torch 2.11 refuses the
         # option --shutdown-timeout.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(math.ceil(agents.grace_s) + SLACK_S),
         # `python -m` would look in the caller's folder first, and run whatever is called launch there.
         "PYTHONSAFEPATH": "1",
-        "PYTHONPATH": str(CHECKOUT),
+        "PYTHONPATH": str(checkout),
     }
     if agents.rendezvous == "c10d" and agents.nodes > 1:
         # Ranks would find each other in the store where nodes meet, and ranks started again would find the

@@ -29,7 +29,7 @@ forward() {
             help
             exit 0
             ;;
-        --dry-run | --no-preflight | --*=*)
+        --dry-run | --no-preflight | --no-wait | --apply | --*=*)
             options+=("$1")
             shift
             ;;

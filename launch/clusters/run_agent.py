@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import socket
 import sys
 import threading
-from collections.abc import Mapping, Sequence
-from typing import Any, BinaryIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from launch.ending import end_rank_at_once
 from launch.failures import silent_end
@@ -38,7 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     end_rank_at_once()  # before there are ranks there is nothing to save; torch replaces these handlers
     if FOLLOW_STDIN in given[:1]:
         given = given[1:]
-        threading.Thread(target=follow, args=(sys.stdin.buffer,), daemon=True).start()
+        # Unbuffered: a buffer that a thread waits in cannot be let go at the end of the process.
+        stream = io.FileIO(os.dup(sys.stdin.fileno()))
+        threading.Thread(target=follow, args=(stream,), daemon=True).start()
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -64,7 +67,7 @@ def _ranks(given: Sequence[str]) -> int:
     return next((int(item[len(prefix) :]) for item in given if item.startswith(prefix)), 1)
 
 
-def follow(stream: BinaryIO) -> None:
+def follow(stream: Iterable[bytes]) -> None:
     """Raise in this process each signal that a line of ``stream`` names, and SIGTERM when the stream ends.
 
     The launcher, on another machine, holds the other end: ssh and Ray pass on no signals, and close it when

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from launch.clusters.agent import Agents, agent_command, agent_environment, shell_words
+from launch.clusters.agent import CHECKOUT, Agents, agent_command, agent_environment, shell_words
 from launch.fit import fit_mesh, fit_to_devices
 from launch.recipe import Recipe, load_recipe
 
@@ -31,7 +31,7 @@ class Work:
         folder: the working directory on every node.
         recipe_options: those of ``options`` that change the recipe and that `trellis preflight` takes too.
         preflight: run that on each node before its agent.
-        python: the interpreter on every node.
+        python, checkout: the interpreter and this repository on every node.
     """
 
     recipe: str
@@ -42,6 +42,7 @@ class Work:
     recipe_options: tuple[str, ...] = ()
     preflight: bool = True
     python: str = sys.executable
+    checkout: Path = CHECKOUT
 
     @property
     def grace_s(self) -> float:
@@ -49,9 +50,7 @@ class Work:
         return self.loaded.checkpoint.grace_s
 
 
-def read_work(
-    recipe: str, options: Sequence[str], *, preflight: bool = True, python: str | None = None
-) -> Work:
+def read_work(recipe: str, options: Sequence[str], *, preflight: bool = True) -> Work:
     """Parse the options as `trellis train` will, and load the recipe with them.
 
     Raises:
@@ -77,7 +76,6 @@ def read_work(
             *([f"--dataset-dir={given['dataset_dir']}"] if given["dataset_dir"] else []),
         ),
         preflight=preflight,
-        python=python or sys.executable,
     )
 
 
@@ -115,7 +113,7 @@ def node_line(
 
     ``place`` is the node's, where it is known; the others as in `agent.agent_command`.
     """
-    environment = agent_environment(agents)
+    environment = agent_environment(agents, checkout=work.checkout)
     known = [] if place is None else [f"--node-rank={place}"]
     steps = [f"cd {shlex.quote(str(work.folder))}"]
     if work.preflight:
@@ -180,7 +178,5 @@ def _tasks(work: Work, combinations: Sequence[dict[str, str]]) -> Iterator[Work]
         name = re.sub(r"[^A-Za-z0-9=.+,-]+", "_", ",".join(settings))[:100]
         options = [*work.options, *itertools.chain.from_iterable(("--set", item) for item in settings)]
         run_dir = os.path.join(parent, f"{number:03d}-{name}")
-        task = read_work(
-            work.recipe, [*options, "--run-dir", run_dir], preflight=work.preflight, python=work.python
-        )
-        yield replace(task, folder=work.folder)
+        task = read_work(work.recipe, [*options, "--run-dir", run_dir], preflight=work.preflight)
+        yield replace(task, folder=work.folder, python=work.python, checkout=work.checkout)

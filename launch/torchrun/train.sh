@@ -24,5 +24,4 @@ set -euo pipefail
 
 # shellcheck source=launch/clusters/forward.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/../clusters/forward.sh"
-cd -- "$root"
 forward torchrun "$@"

@@ -1,0 +1,149 @@
+"""DeepSpeed's hostfile: one agent per host, started over ssh from here.
+
+Not by DeepSpeed's own launcher, whose hostfile this reads: it needs pdsh, has no restarts, ends ranks on a
+signal without waiting for their save, and ends remote ones by the text of their command line (``pkill -f``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from launch.clusters.agent import Agents, shell_words
+from launch.clusters.run_agent import status_of
+from launch.clusters.work import Work, node_line
+from launch.ranks import PASSED_ON
+from trellis_dist.training.job import EXIT_TERMINATED
+
+__all__ = ["Host", "dry_run", "host_commands", "read_hostfile", "run_hosts"]
+
+_LINE = re.compile(r"(?P<name>[^\s#@:]+)\s+slots=(?P<slots>[1-9][0-9]*)")
+_SSH_FAILED = 255  # of ssh itself
+# After one host has failed: for the others to lose its ranks, and to say so.
+_PATIENCE_S = 60.0
+_POLL_S = 0.1
+
+
+@dataclass(frozen=True)
+class Host:
+    """A line of a hostfile: a machine that ssh reaches, and how many ranks it takes."""
+
+    name: str
+    slots: int
+
+
+def read_hostfile(path: Path) -> list[Host]:
+    """The hosts of a file with lines ``HOST slots=N``; empty lines and ``#`` comments are passed over.
+
+    Raises:
+        ValueError: a line that is none, a host twice, hosts with different numbers of slots, or no host.
+        FileNotFoundError: no such file.
+    """
+    hosts: list[Host] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        text = line.partition("#")[0].strip()
+        if not text:
+            continue
+        found = _LINE.fullmatch(text)
+        if found is None or text.startswith("-"):
+            raise ValueError(f"{path}, line {number}: {text!r}: write it as `HOST slots=N`, N at least 1")
+        hosts.append(Host(found["name"], int(found["slots"])))
+        if [host.name for host in hosts].count(found["name"]) > 1:
+            raise ValueError(f"{path}, line {number}: {found['name']} stands there twice: give it one line")
+        if hosts[-1].slots != hosts[0].slots:
+            raise ValueError(
+                f"{path}, line {number}: {found['name']} has {hosts[-1].slots} slots and {hosts[0].name} "
+                f"{hosts[0].slots}: every host takes the same number of ranks"
+            )
+    if not hosts:
+        raise ValueError(f"{path} names no host: write lines `HOST slots=N`")
+    return hosts
+
+
+def host_commands(
+    agents: Agents, work: Work, hosts: Sequence[Host], *, ssh_port: int | None = None
+) -> list[list[str]]:
+    """The ssh command of each host, in the order of their places."""
+    ssh = ["ssh", "-o", "BatchMode=yes", *(["-p", str(ssh_port)] if ssh_port else [])]
+    lines = [node_line(agents, work, place=place, follow_stdin=True) for place in range(len(hosts))]
+    # The login shell of a host may be any; what it is to run is one word of bash.
+    return [[*ssh, host.name, shell_words(["bash", "-c", line])] for host, line in zip(hosts, lines)]
+
+
+def dry_run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> str:
+    """The exact command of each host."""
+    lines = []
+    for place, (command, host) in enumerate(zip(commands, hosts)):
+        lines += [f"# node {place}: {host.name}", shell_words(command)]
+    return "\n".join(lines)
+
+
+def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
+    """Run the command of each host until all have ended, and return the status of the run.
+
+    A signal goes to the agents of all hosts as a line on their standard input, which they follow. After the
+    first failure the other hosts have a minute to end by themselves; then they are asked to.
+
+    Raises:
+        FileNotFoundError: there is no ssh here.
+    """
+    processes = [subprocess.Popen(list(command), stdin=subprocess.PIPE) for command in commands]
+    with _signals_to(processes):
+        _wait(processes, hosts)
+    for process in processes:
+        if process.stdin:
+            with contextlib.suppress(OSError):
+                process.stdin.close()
+    ends = [process.returncode for process in processes]
+    return status_of(ends)
+
+
+@contextlib.contextmanager
+def _signals_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+    def pass_on(number: int, _: FrameType | None) -> None:
+        _tell(processes, signal.Signals(number))
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _tell(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
+    for process in processes:
+        if process.stdin and process.poll() is None:
+            with contextlib.suppress(OSError):
+                process.stdin.write(f"{number.name}\n".encode())
+                process.stdin.flush()
+
+
+def _wait(processes: Sequence[subprocess.Popen[bytes]], hosts: Sequence[Host]) -> None:
+    said: set[str] = set()
+    deadline: float | None = None
+    while any(process.poll() is None for process in processes):
+        time.sleep(_POLL_S)
+        for process, host in zip(processes, hosts):
+            if process.returncode not in (None, 0) and host.name not in said:
+                said.add(host.name)
+                _say(host, process.returncode)
+                deadline = deadline or time.monotonic() + _PATIENCE_S
+        if deadline and time.monotonic() > deadline:
+            _tell(processes, signal.SIGTERM)
+            deadline = time.monotonic() + _PATIENCE_S
+
+
+def _say(host: Host, status: int) -> None:
+    if status == EXIT_TERMINATED:
+        return
+    found = "ssh cannot reach it, or lost it" if status == _SSH_FAILED else f"its agent ended with {status}"
+    print(f"trellis: error: {host.name}: {found}", file=sys.stderr, flush=True)
