@@ -171,9 +171,7 @@ class _Bar:
         """Draw the bar; False where the stream is no terminal, or one that cannot move its cursor."""
         if not self._stream.isatty():
             return False
-        from rich.console import Console as RichConsole
-
-        self._console = RichConsole(file=self._stream, highlight=False, markup=False, emoji=False)
+        self._console = _terminal(self._stream)
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             return False
         self._progress = _columns(self._console)
@@ -204,6 +202,16 @@ class _Bar:
     def close(self) -> None:
         with contextlib.suppress(OSError):
             self._progress.stop()
+
+
+def _terminal(stream: TextIO) -> Any:
+    from rich.console import Console as RichConsole
+
+    class Terminal(RichConsole):
+        def on_broken_pipe(self) -> None:  # rich would end the process
+            self.quiet = True
+
+    return Terminal(file=stream, highlight=False, markup=False, emoji=False)
 
 
 def _columns(console: Any) -> Any:
