@@ -17,10 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
+from launch.memory import estimate_memory
 from launch.recipe import Recipe, load_recipe, resolve
 from trellis_dist.files import read_json, write_json
+from trellis_dist.models.counts import parameter_counts
 
-__all__ = ["CASES", "RESULT", "case_recipe", "main", "measure_case"]
+__all__ = ["CASES", "RESULT", "case_recipe", "estimated", "main", "measure_case", "table"]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
@@ -107,14 +109,38 @@ def _result(rank: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
+def estimated(name: str) -> int:
+    """Bytes of live tensors that the planner says a rank of the case takes at the most."""
+    recipe = case_recipe(name)
+    counts = parameter_counts(recipe.model)
+    return estimate_memory(recipe, counts=counts, mesh=recipe.mesh, cuda=False)["total"]
+
+
+def table(record: dict[str, Any]) -> str:
+    """The record as docs/planning.md has it."""
+    lines = ["| case | plan, MB | live, MB | plan / live | resident, MB | plan / resident |"]
+    lines.append("|---|---|---|---|---|---|")
+    for name, found in record["cases"].items():
+        plan, live, resident = estimated(name), found["live"], found["resident"]
+        lines.append(
+            f"| {name} | {plan / 1e6:,.0f} | {live / 1e6:,.0f} | {plan / live:.3f} | {resident / 1e6:,.0f} | "
+            f"{plan / resident:.3f} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Measure what is left and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--output", type=Path, default=RESULT, help="the JSON")
     parser.add_argument("--only", default="", help="measure the cases that begin so")
     parser.add_argument("--again", action="store_true", help="measure them although they have a result")
+    parser.add_argument("--show", action="store_true", help="print the table of what is measured")
     options = parser.parse_args()
     path: Path = options.output
+    if options.show:
+        print(table(read_json(path)))
+        return 0
     record = read_json(path) if path.is_file() else {"cases": {}}
     record |= {"machine": machine(), "versions": versions(), "malloc": FIXED_MALLOC}
     for name in CASES:

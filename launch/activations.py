@@ -70,7 +70,8 @@ def block_of(recipe: Recipe, mesh: MeshConfig, *, layer: int, cuda: bool) -> Blo
     model, training = recipe.model, recipe.training
     width = 2 if training.precision == "bf16" and cuda else 4
     tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
-    sizes = _Sizes(model, tokens, tp=mesh.tp, cuda=cuda, stream_split=recipe.tensor.sequence_parallel)
+    split = recipe.tensor.sequence_parallel
+    sizes = _Sizes(model, tokens, tp=mesh.tp, sp=mesh.sp, cuda=cuda, stream_split=split)
     trellis = model.layer_kind(layer) == "trellis"
     own = _trellis(sizes, model, layer) if trellis else _attention(sizes)
     operation = _Operation(recipe, mesh, sizes, cuda=cuda) if trellis else None
@@ -105,6 +106,7 @@ class _Sizes:
     model: ModelConfig
     tokens: int
     tp: int
+    sp: int
     cuda: bool
     stream_split: bool
 
@@ -134,13 +136,15 @@ def _trellis(sizes: _Sizes, model: ModelConfig, layer: int) -> dict[str, int]:
 
     whole: the norm's unit rows and its output (on CUDA its input too, which the fused norm keeps).
     split: the joined projections q k v z alpha gates; after the convolution 2F (on CUDA after SiLU 2F); unit
-    q k 2F, v F, alpha S. output: y's unit rows, normed, GELU of the gate, their product (CUDA: y too).
+    q k 2F, v F, alpha S; with segments the convolution's inputs behind their halo, 2F.
+    output: y's unit rows, normed, GELU of the gate, their product (CUDA: y too).
     """
     dim, slots, heads = sizes.dim, sizes.slots, sizes.heads
     gates = heads * (2 if model.gate(layer) == "learned" else 1)
     gates *= 2 if model.trellis.value_gates == "own" else 1
     joined = 4 * dim + slots + gates
-    convolved = (2 * dim if model.trellis.conv_kernel else 0) + (2 * dim if sizes.cuda else 0)
+    taps = model.trellis.conv_kernel
+    convolved = 2 * dim * ((taps > 0) + (taps > 1 and sizes.sp > 1) + sizes.cuda)
     operands = 3 * dim + slots
     return {
         "whole": (3 if sizes.cuda else 2) * sizes.stream,

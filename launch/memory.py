@@ -167,7 +167,7 @@ class _State:
         """ZeRO 3 keeps one bucket and the divided gradients for good."""
         if self.engine != "deepspeed" or self.stage < 3:
             return 0
-        return min(self.parameters, _REDUCE_BUCKET) * (2 if self.half else 4)
+        return min(self.parameters, _REDUCE_BUCKET) * (2 if self.half else 4) + self.gradients()
 
     def masters(self) -> int:
         """fp32 copies: of bf16 weights, of what ZeRO divides, and of what lies in host memory."""
@@ -243,7 +243,7 @@ class _Step:
 
     def _earlier(self) -> int:
         """Gradients of the micro-batches before."""
-        if self._accumulation <= self._first:
+        if self._accumulation <= self._first or self.state.buffers():
             return 0
         return self.state.gradients()
 
@@ -251,6 +251,8 @@ class _Step:
         """Gradients after the last backward pass: until they are reduced ZeRO 1 and 2 hold them whole, as far
         as a bucket of DeepSpeed's goes."""
         state = self.state
+        if state.buffers():
+            return 0
         if state.engine == "deepspeed" and state.stage == 2 and not self.recipe.training.offload_optimizer:
             whole = 4 if not state.half else 2
             return max(state.gradients(), min(state.parameters, _REDUCE_BUCKET) * whole)
