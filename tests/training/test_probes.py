@@ -179,7 +179,7 @@ def test_one_replica_looks_and_the_last_segment_or_all_heads():
     "changes",
     [
         {"training": {"activation_checkpointing": "full"}},
-        {"data": {"carry_rows": 4, "packing": "concat"}, "training": {"forwards_first": 2}},
+        {"rows": {"carry_rows": 4, "packing": "concat"}, "training": {"forwards_first": 2}},
         {
             "training": {"compile": "aot_eager"},
             "model": {"pattern": ("trellis", "attention"), "num_layers": 2},
@@ -192,8 +192,10 @@ def test_a_run_that_is_looked_at_trains_to_the_same_bits(changes: dict[str, Any]
     changes = {"training": {}, **changes}
     changes["training"] = {"steps": 6, "validation_interval": 0, **changes["training"]}
     for name, interval in (("with", 2), ("without", 0)):
-        job = make_job(data, **changes, checkpoint={"interval": 1})
-        job = dataclasses.replace(job, logging=dataclasses.replace(job.logging, probe_interval=interval))
+        sections = {"checkpoint": {"interval": 1}, "logging": {"probe_interval": interval}, **changes}
+        rows_as = sections.pop("rows", {})
+        job = make_job(data, **sections)
+        job = dataclasses.replace(job, data=dataclasses.replace(job.data, **rows_as))
         torch.manual_seed(0)
         run(job, tmp_path / name)
     assert exact_rows(tmp_path / "with") == exact_rows(tmp_path / "without")

@@ -239,6 +239,12 @@ class LoggingConfig:
         tensorboard: also write TensorBoard events.
         progress: a progress bar on rank 0 when standard error is a terminal.
         profile: some steps under torch.profiler.
+        probe_interval: steps between looks into the memories of the trellis layers and at the size of an
+            update (docs/monitoring.md); 0 switches them off.
+        peak_tflops: what one device can do per second in the run's precision, for the share that is used
+            (perf/mfu); 0 takes it from a table of devices, and leaves the share out for others.
+        wandb: project of Weights & Biases that the run is logged to as well ("": none); without a key the
+            files stay in RUN/wandb for `wandb sync`. Needs the extra "wandb".
     """
 
     __pydantic_config__ = STRICT
@@ -247,6 +253,16 @@ class LoggingConfig:
     tensorboard: bool = True
     progress: bool = True
     profile: ProfileConfig = field(default_factory=ProfileConfig)
+    probe_interval: int = 100
+    peak_tflops: float = 0.0
+    wandb: str = ""
 
     def __post_init__(self) -> None:
         require(self.interval >= 1, f"logging.interval = {self.interval}: use 1 or more steps")
+        require(
+            self.probe_interval >= 0, f"logging.probe_interval = {self.probe_interval}: use 0 (off) or more"
+        )
+        require(
+            math.isfinite(self.peak_tflops) and self.peak_tflops >= 0,
+            f"logging.peak_tflops = {self.peak_tflops}: use 0 (from the table of devices) or a finite number",
+        )

@@ -21,6 +21,8 @@ from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.guards import DivergedError
 from trellis_dist.training.job import EXIT_TERMINATED, Job, Outcome, Resume, TrainResult
 from trellis_dist.training.metrics import read_rows
+from trellis_dist.training.metrics_row import RowMeter
+from trellis_dist.training.probes import Probes
 from trellis_dist.training.rollback import check_rollback, roll_back
 from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.schedule import learning_rate
@@ -43,9 +45,9 @@ def run(
 ) -> TrainResult:
     """Train ``job`` in ``run_dir`` until its last step, ``stop_at_step`` or a signal; called on every rank.
 
-    Writes ``recipe.json``, ``metrics.jsonl``, ``tensorboard/`` and ``checkpoints/`` (every rank writes its
-    part). A run killed anywhere continues from its newest verified checkpoint, bit for bit on the same mesh
-    and machine.
+    Writes ``recipe.json``, ``metrics.jsonl``, ``console.jsonl``, ``starts.jsonl``, ``tensorboard/``,
+    ``profile/`` and ``checkpoints/`` (every rank writes its part). A run killed anywhere continues from its
+    newest verified checkpoint, bit for bit on the same mesh and machine.
 
     Args:
         job: the sections of a recipe.
@@ -138,7 +140,7 @@ class _Loop:
         self.validation: dict[str, float] = {}
         self.measured: dict[str, float] = {}  # at the last step
         self.first_loss: float | None = None
-        self._seconds = self._steps = 0.0  # of training, since the last row
+        self._meter, self._probes = RowMeter(session), Probes(session)
         self._busy = 0.0  # seconds this rank computed in the last step
 
     def until(self, last: int) -> TrainResult:
@@ -174,6 +176,7 @@ class _Loop:
         session, begin = self.session, time.monotonic()
         self._arm("reading rows", long=self.first_loss is None, ahead=1)
         batches = session.loader.micro_batches(session.progress.samples)
+        self._meter.begin_step(data_seconds=time.monotonic() - begin)
         counted = sum(batch.valid_tokens for batch in batches)
         session.watch.enter("agreement between the ranks")
         said = [counted, self.request.received, session.saver.status, self._busy]
@@ -185,11 +188,13 @@ class _Loop:
         session.guards.note_busy(step - 1, busy)
         rate = self._rate(step)
         # Every sequence and tensor rank counts the whole rows, so each token was counted sp * tp times.
-        copies = session.mesh.sp * session.mesh.tp
+        tokens = int(sum(valid)) // (session.mesh.sp * session.mesh.tp)
         session.guards.before_step()
+        self._meter.agreed(tokens)
+        self._probes.before_step(step, batches)
         session.profiler.before_step(step)
         session.busy.begin()
-        result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, int(sum(valid)) // copies))
+        result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, tokens))
         self._busy = session.busy.finish()
         self._advance(step, result, time.monotonic() - begin)
         session.profiler.after_step(step)
@@ -228,7 +233,7 @@ class _Loop:
         progress.tokens += job.training.global_batch_tokens
         progress.skipped += not result.applied
         self.loss = result.loss
-        self._seconds, self._steps = self._seconds + seconds, self._steps + 1
+        self._meter.end_step(result, seconds=seconds)
         session.starts.note(step, seconds)
         speed = job.training.global_batch_tokens / seconds
         session.metrics.advance(step, loss=result.loss, tokens_per_second=speed)
@@ -262,7 +267,7 @@ class _Loop:
             self.session.engine, interrupted=None if last else self._asked_to_end
         )
         self.session.saver.pending_row = {} if found else dict(row)
-        self.validation = found or self.validation
+        self.validation = _validation_part(found) or self.validation
         row |= found
         return bool(found)
 
@@ -280,35 +285,16 @@ class _Loop:
 
     def _row_due(self, step: int) -> bool:
         job = self.session.job
-        return self.first_loss is None or step % job.logging.interval == 0 or step == job.training.steps
+        regular = self.first_loss is None or step % job.logging.interval == 0
+        return regular or step == job.training.steps or self._probes.due(step)
 
     def _row(self, step: int, rate: float, result: StepResult) -> dict[str, float]:
-        """Return what was measured at ``step``; speeds are means since the last row, without validation."""
-        session = self.session
-        tokens = self._steps * session.job.training.global_batch_tokens
-        row: dict[str, float] = {
-            "step": step,
-            "tokens": session.progress.tokens,
-            "loss/train": result.loss,
-            "optim/lr": rate,
-            "optim/gradient_norm": result.grad_norm,
-            "perf/tokens_per_second": tokens / self._seconds,
-            "perf/step_seconds": self._seconds / self._steps,
-        }
-        self._seconds = self._steps = 0.0
+        """Return what was measured at ``step`` and since the last row."""
+        row = self._meter.row(step, rate=rate, result=result)
         if self.first_loss is None:
-            self.first_loss = time.monotonic() - session.started
+            self.first_loss = time.monotonic() - self.session.started
             row["perf/seconds_to_first_loss"] = self.first_loss
-        row |= session.saver.times()
-        if session.progress.skipped:
-            row["health/skipped_steps"] = session.progress.skipped
-        if session.progress.rollbacks:
-            row["health/rollbacks"] = session.progress.rollbacks
-        if session.guards.slow_ranks:
-            row["health/slow_ranks"] = session.guards.slow_ranks
-        if session.saver.failures:
-            row["health/failed_saves"] = session.saver.failures
-        return row
+        return row | self._probes.after_step(step)
 
     def _result(self, outcome: Outcome) -> TrainResult:
         session = self.session

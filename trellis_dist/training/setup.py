@@ -42,6 +42,7 @@ from trellis_dist.training.state import Progress, Start, find_start, let_go
 from trellis_dist.training.watch.busy import BusyTimer
 from trellis_dist.training.watch.hang import HangWatch
 from trellis_dist.training.watch.open import Report, open_watch
+from trellis_dist.training.writers import check_wandb
 
 __all__ = ["Session", "open_session", "runtime"]
 
@@ -127,6 +128,7 @@ def open_session(
         ValueError, FileNotFoundError: what a user can put right, in one line; on every rank.
         OSError: a file system that cannot keep checkpoints, or that ranks do not share.
     """
+    on_main(lambda: check_wandb(job.logging.wandb))
     train, validation = _open_data(job)
     on_main(lock.take)
     token = env.broadcast_object(os.urandom(8).hex())
@@ -305,6 +307,8 @@ def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
         steps=job.training.steps,
         tensorboard=job.logging.tensorboard,
         progress=job.logging.progress,
+        wandb=job.logging.wandb,
+        config=job.recipe,
     )
 
 

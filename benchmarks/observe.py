@@ -1,0 +1,202 @@
+"""What watching a run costs at the default intervals: ``python -m benchmarks.observe``, about six minutes.
+
+Writes benchmarks/results/observe.json. One process trains a model in blocks of ten steps of three kinds,
+which take turns:
+
+    off      the bare steps: nothing is counted, written or looked at
+    rows     a row of metrics at the end (logging.interval = 10), to JSON lines and TensorBoard
+    looks    the same, and a look into the memories at the last step (logging.probe_interval = 100)
+
+A run at the default intervals has a row in every ten steps and a look in every hundred, so per step
+
+    cost = (rows - off) / 10 + (looks - rows) / 100          of off / 10
+
+Every round has one block of each kind, in an order that turns; differences are taken inside a round, so that
+what else the machine does cancels as far as it lasts longer than a round, and their median is reported. CPU
+seconds of the process stand beside wall seconds: they do not grow while another program has the cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.hand_made import random_splits
+from benchmarks.machine import machine, versions
+from checkpoints.config import CheckpointConfig
+from data_pipeline.config import DataConfig
+from trellis_dist.files import write_json
+from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.counts import parameter_counts
+from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from trellis_dist.training.job import Job
+from trellis_dist.training.metrics_row import RowMeter
+from trellis_dist.training.probes import Probes
+from trellis_dist.training.run_lock import RunLock
+from trellis_dist.training.setup import Session, open_session, runtime
+
+RESULT = Path(__file__).parent / "results" / "observe.json"
+KINDS = ("off", "rows", "looks")
+BLOCK, PROBE_INTERVAL = 10, 100
+SEQUENCE = 512
+# Of each model: layers, width, heads, vocabulary, rows per step and rounds.
+MODELS = {
+    "quickstart": {"shape": (2, 192, 6, 2048), "slots": 32, "rows": 4, "rounds": 12},
+    "17m": {"shape": (6, 384, 6, 12288), "slots": 64, "rows": 2, "rounds": 5},
+}
+Times = dict[str, tuple[float, float]]  # wall and CPU seconds of a block, by kind
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument("--rounds", type=int, help="of every model; without it as many as the result has")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    chosen = parser.parse_args()
+    record: dict[str, Any] = {"machine": machine(), "versions": versions()}
+    record |= {"block_steps": BLOCK, "probe_interval": PROBE_INTERVAL, "models": {}}
+    for name in chosen.models:
+        record["models"][name] = measure(name, rounds=chosen.rounds or int(MODELS[name]["rounds"]))
+        print(name, record["models"][name]["cost"], flush=True)
+    write_json(chosen.output, record)
+
+
+def measure(name: str, *, rounds: int) -> dict[str, Any]:
+    """The blocks of one model, and what follows from them."""
+    job_of: dict[str, Any] = MODELS[name]
+    with tempfile.TemporaryDirectory() as folder:
+        job = make_job(Path(folder) / "set", **{key: job_of[key] for key in ("shape", "slots", "rows")})
+        run_dir = Path(folder) / "run"
+        with runtime(job) as device, RunLock(run_dir) as lock:
+            session = open_session(
+                job, run_dir, resume="auto", device=device, started=time.monotonic(), lock=lock
+            )
+            assert session is not None, "a new run has steps to do"
+            try:
+                taken = Blocks(session).take(rounds)
+            finally:
+                session.close()
+    return {
+        "parameters": parameter_counts(job.model).total,
+        "tokens_per_step": job.training.global_batch_tokens,
+        "rounds": rounds,
+        **summary(taken),
+    }
+
+
+def make_job(data: Path, *, shape: Sequence[int], slots: int, rows: int) -> Job:
+    """A run of one rank with nothing due but what is measured."""
+    layers, dim, heads, vocabulary = shape
+    random_splits(data, seed=0, vocab_size=vocabulary, lengths=(200, 2000, 8000))
+    return Job(
+        model=ModelConfig(
+            vocab_size=vocabulary,
+            num_layers=layers,
+            dim=dim,
+            num_heads=heads,
+            trellis=TrellisConfig(slots=slots, chunk_size=64),
+        ),
+        mesh=MeshConfig(),
+        data=DataConfig(directory=str(data), sequence_length=SEQUENCE),
+        optimizer=OptimizerConfig(),
+        schedule=ScheduleConfig(),
+        training=TrainingConfig(
+            steps=10**6,
+            global_batch_tokens=rows * SEQUENCE,
+            micro_batch=rows,
+            engine="local",
+            precision="fp32",
+            first_step_timeout_s=0,
+            step_timeout_s=0,
+        ),
+        checkpoint=CheckpointConfig(interval=10**6),
+        logging=LoggingConfig(progress=False, probe_interval=1),
+        recipe={},
+    )
+
+
+class Blocks:
+    """Steps of one session, watched or not."""
+
+    def __init__(self, session: Session) -> None:
+        """Take two steps to warm up."""
+        self._session, self._step = session, 0
+        self._meter, self._probes = RowMeter(session), Probes(session)
+        for kind in KINDS:
+            self._block(kind, steps=2)
+
+    def take(self, rounds: int) -> list[Times]:
+        """One block of each kind a round."""
+        found = []
+        for number in range(rounds):
+            order = KINDS[number % 3 :] + KINDS[: number % 3]
+            found.append({kind: self._block(kind) for kind in order})
+        return found
+
+    def _block(self, kind: str, *, steps: int = BLOCK) -> tuple[float, float]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        for left in reversed(range(steps)):
+            self._one(watched=kind != "off", row=left == 0, look=kind == "looks" and left == 0)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def _one(self, *, watched: bool, row: bool, look: bool) -> None:
+        """What the loop does in a step, with or without what is to be paid for."""
+        session, began = self._session, time.monotonic()
+        self._step += 1
+        batches = session.loader.micro_batches(session.progress.samples)
+        valid = sum(batch.valid_tokens for batch in batches)
+        if watched:
+            self._meter.begin_step(data_seconds=time.monotonic() - began)
+            self._meter.agreed(valid)
+        if look:
+            self._probes.before_step(self._step, batches)
+        result = session.engine.train_step(batches, lr=1e-4, valid_tokens=valid)
+        progress = session.progress
+        progress.step, progress.samples = self._step, progress.samples + session.job.global_rows
+        progress.tokens += session.job.training.global_batch_tokens
+        if watched:
+            self._meter.end_step(result, seconds=time.monotonic() - began)
+        if watched and row:
+            found = self._meter.row(self._step, rate=1e-4, result=result)
+            session.metrics.write(found | (self._probes.after_step(self._step) if look else {}))
+
+
+def summary(taken: Sequence[Times]) -> dict[str, Any]:
+    """Per step: seconds without watching, and the cost of rows and looks as a share of them."""
+    found: dict[str, Any] = {"blocks": [dict(round_) for round_ in taken]}
+    for place, clock in enumerate(("wall", "cpu")):
+        off = statistics.median(times["off"][place] for times in taken) / BLOCK
+        rows = [(times["rows"][place] - times["off"][place]) / BLOCK / off for times in taken]
+        looks = [(times["looks"][place] - times["rows"][place]) / PROBE_INTERVAL / off for times in taken]
+        found[clock] = {
+            "step_seconds": off,
+            "step_seconds_range": [f(times["off"][place] for times in taken) / BLOCK for f in (min, max)],
+            "rows": _median_and_spread(rows),
+            "looks": _median_and_spread(looks),
+        }
+    found["cost"] = {clock: cost(found[clock]) for clock in ("wall", "cpu")}
+    return found
+
+
+def cost(found: dict[str, Any]) -> float:
+    """Rows and looks together, as a share of a step."""
+    total: float = found["rows"]["median"] + found["looks"]["median"]
+    return total
+
+
+def _median_and_spread(values: Sequence[float]) -> dict[str, float]:
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "first_quartile": low, "third_quartile": high}
+
+
+if __name__ == "__main__":
+    main()
