@@ -132,10 +132,10 @@ def _task_of(tasks: list[Any], task: int | None) -> Any:
     return tasks[task]
 
 
-def _agents(*, ranks: int | None, rendezvous: str, **fields: Any) -> Agents:
-    _check_rendezvous(rendezvous)
+def _agents(*, ranks: int | None, **fields: Any) -> Agents:
+    _check_rendezvous(fields["rendezvous"])
     # The number of devices last: it takes seconds to learn.
-    checked = Agents(ranks_per_node=1 if ranks is None else ranks, rendezvous=rendezvous, **fields)
+    checked = Agents(ranks_per_node=1 if ranks is None else ranks, **fields)
     return checked if ranks is not None else dataclasses.replace(checked, ranks_per_node=_devices())
 
 
@@ -157,7 +157,7 @@ def _with_grace(agents: Agents, work: Any, grace: int | None) -> Agents:
 def _booked(
     work: Any, *, nodes: int | None, ranks: int | None, gpus: int, grace: int | None, **fields: Any
 ) -> Agents:
-    """The agents of a job on machines that are booked: one rank per GPU asked for, and the recipe fits them."""
+    """The agents of a job on booked machines, one rank per GPU asked for; the recipe has to fit them."""
     from launch.clusters.work import check_size
 
     with _misuse():
@@ -193,8 +193,8 @@ def deepspeed(
         path = _given(hostfile, "--hostfile", "the file with a line `HOST slots=N` for each machine")
         hosts = by_hostfile.read_hostfile(path)
     work = read_work(recipe, options or (), preflight=not no_preflight)
-    sizes = {"nodes": len(hosts), "ranks": hosts[0].slots, "gpus": 0, "grace": grace}
-    fields = {"master": master or hosts[0].name, "port": port, "max_restarts": max_restarts}
+    sizes: dict[str, Any] = {"nodes": len(hosts), "ranks": hosts[0].slots, "gpus": 0, "grace": grace}
+    fields: dict[str, Any] = {"master": master or hosts[0].name, "port": port, "max_restarts": max_restarts}
     agents = _booked(work, **sizes, **fields, rendezvous="static")
     commands = by_hostfile.host_commands(agents, work, hosts, ssh_port=ssh_port)
     if dry_run:
@@ -244,8 +244,8 @@ def slurm(
     work = read_work(recipe, options or (), preflight=not no_preflight)
     with _misuse():
         tasks = sweep_tasks(work, sweep or ())
-    sizes = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
-    known = {"master": "FIRST_NODE", "port": 20000 if port is None else port, "job": "JOB_ID"}
+    sizes: dict[str, Any] = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
+    known: dict[str, Any] = {"master": "FIRST_NODE", "port": 20000 if port is None else port, "job": "JOB_ID"}
     agents, *_ = [_booked(task, **sizes, **known, max_restarts=max_restarts) for task in tasks]
     booking = scheduler.Booking(
         gpus_per_node=gpus_per_node,
@@ -293,7 +293,7 @@ def ray(
     from launch.clusters.work import read_work
 
     work = read_work(recipe, options or (), preflight=not no_preflight)
-    sizes = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
+    sizes: dict[str, Any] = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
     agents = _booked(work, **sizes, master=MASTER, port=port, max_restarts=max_restarts)
     driver = jobs.driver_command(agents, work, jobs.Workers(cpus=cpus_per_node, gpus=gpus_per_node))
     command = jobs.submit_command(agents, driver, address=address, python=work.python, wait=not no_wait)
@@ -346,7 +346,7 @@ def kubernetes(
 
     read = read_work(recipe, options or (), preflight=not no_preflight)
     work = dataclasses.replace(read, folder=mount, python=python, checkout=checkout)
-    sizes = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
+    sizes: dict[str, Any] = {"nodes": nodes, "ranks": ranks_per_node, "gpus": gpus_per_node, "grace": grace}
     with _misuse():
         called = manifests.name_of(work, name)
         _check_rendezvous(rendezvous)
@@ -361,7 +361,12 @@ def kubernetes(
             tolerations=tuple(manifests.parse_toleration(item) for item in toleration or ()),
             job_restarts=max_job_restarts,
         )
-    where = {"master": manifests.master_of(called), "port": port, "rendezvous": rendezvous, "job": called}
+    where: dict[str, Any] = {
+        "master": manifests.master_of(called),
+        "port": port,
+        "rendezvous": rendezvous,
+        "job": called,
+    }
     agents = _booked(work, **sizes, **where, max_restarts=max_restarts)
     text = manifests.render(manifests.job_set(agents, work, pods, name=called, namespace=namespace))
     if dry_run or not apply:

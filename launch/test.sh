@@ -22,8 +22,8 @@ check ruff format --check .
 check mypy
 check lint-imports
 if command -v shellcheck >/dev/null; then
-    mapfile -t scripts < <(find launch .ci -name '*.sh' -o -path .ci/run)
-    check shellcheck "${scripts[@]}"
+    mapfile -t scripts < <(find launch .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
+    check shellcheck -x "${scripts[@]}"
 else
     printf '== shellcheck is not here: shell scripts were not checked\n' >&2
 fi

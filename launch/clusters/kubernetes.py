@@ -209,11 +209,8 @@ def render(table: dict[str, Any]) -> str:
     """The table as YAML."""
     import yaml
 
-    class Dumper(yaml.SafeDumper):
-        def ignore_aliases(self, data: Any) -> bool:
-            return True
-
-    text: str = yaml.dump(table, Dumper=Dumper, sort_keys=False, width=10**6)
+    dumper: Any = type("Dumper", (yaml.SafeDumper,), {"ignore_aliases": lambda *_: True})
+    text: str = yaml.dump(table, Dumper=dumper, sort_keys=False, width=10**6)
     return text
 
 

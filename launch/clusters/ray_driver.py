@@ -40,7 +40,8 @@ class Node:
         """Address and host name."""
         import ray
 
-        return ray.util.get_node_ip_address(), socket.gethostname()
+        context: Any = ray.util
+        return context.get_node_ip_address(), socket.gethostname()
 
     def start(self, line: str) -> None:
         """Start ``line`` with bash."""
@@ -124,7 +125,8 @@ def _place(nodes: int, bundle: Mapping[str, float], *, seconds: float) -> list[_
 
     group = ray.util.placement_group([dict(bundle)] * nodes, strategy="STRICT_SPREAD")
     if not group.wait(seconds):
-        alive = [node for node in ray.nodes() if node["Alive"]]
+        cluster: Any = ray
+        alive = [node for node in cluster.nodes() if node["Alive"]]
         have = ", ".join(f"{node['NodeManagerAddress']} {_counts(node['Resources'])}" for node in alive)
         raise ValueError(
             f"no {nodes} nodes with {_counts(bundle)} free within {seconds:.0f} s; the cluster has {have}: "

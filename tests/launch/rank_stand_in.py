@@ -19,6 +19,7 @@ from launch.failures import log_folder
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.job import TrainResult
+from trellis_dist.training.termination import TerminationRequest
 from trellis_dist.training.watch.status_page import StatusPage, status_path
 
 BASE = str(Path(__file__).with_name("base.toml"))
@@ -91,6 +92,8 @@ def act(action: str, run_dir: Path, dying: Path) -> str | None:
             (run_dir / "checkpoints" / f"step-{int(value):08d}").mkdir(parents=True, exist_ok=True)
         case "asked":
             return wait_for_a_signal(run_dir)
+        case "stubborn":
+            save_for_ever(run_dir)
     return None
 
 
@@ -102,6 +105,15 @@ def wait_for_a_signal(run_dir: Path) -> str:
     (run_dir / f"listening-{os.environ['RANK']}").touch()
     wait_until(lambda: bool(received))
     return "terminated"
+
+
+def save_for_ever(run_dir: Path) -> None:
+    """As the loop does whose last save does not end: only a second request ends it."""
+    with TerminationRequest() as request:
+        (run_dir / f"listening-{os.environ['RANK']}").touch()
+        wait_until(lambda: request.received)
+        (run_dir / f"saving-{os.environ['RANK']}").touch()
+        wait_until(lambda: False)
 
 
 if __name__ == "__main__":

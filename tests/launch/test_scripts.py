@@ -9,6 +9,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ROOT / "launch" / "torchrun" / "train.sh"
+LAUNCHERS = {
+    "torchrun/train.sh": "torchrun",
+    "deepspeed/train.sh": "deepspeed",
+    "slurm/train.sbatch": "slurm",
+    "ray/submit.sh": "ray",
+    "kubernetes/render.sh": "kubernetes",
+}
 
 
 def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -55,6 +62,8 @@ def test_restarts_and_the_grace_reach_torchrun() -> None:
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in line
     (line,) = dry_run(*node, "quickstart")
     assert {"--max-restarts=0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=35"} <= set(line)
+    (line,) = dry_run(*node, "quickstart", "--set", "checkpoint.grace_s=90.5")  # the recipe's, unless given
+    assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=96" in line
 
 
 def test_a_leading_zero_is_no_octal_number() -> None:
@@ -65,10 +74,27 @@ def test_a_leading_zero_is_no_octal_number() -> None:
     assert {"--nnodes=8", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=15"} <= set(lines[0])
 
 
-def test_the_help_says_when_the_grace_must_be_given() -> None:
-    ran = shell(TORCHRUN, "--help")
-    assert ran.returncode == 0
-    assert "Must be given when the recipe's checkpoint.grace_s is not 30" in ran.stdout
+def test_every_launcher_says_what_it_takes() -> None:
+    for script in LAUNCHERS:
+        ran = shell(ROOT / "launch" / script, "--help", SLURM_JOB_ID="")
+        assert ran.returncode == 0
+        assert {"--dry-run", "--no-preflight", "--max-restarts"} <= set(ran.stdout.split())
+        assert "set -" not in ran.stdout
+        assert "no recipe" in shell(ROOT / "launch" / script, "--port", "1", SLURM_JOB_ID="").stderr
+
+
+def test_every_launcher_hands_options_of_the_run_on_behind_the_recipe(tmp_path: Path) -> None:
+    """Each script in a checkout whose interpreter only prints what it gets."""
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    python.chmod(0o755)
+    (tmp_path / "launch").symlink_to(ROOT / "launch")
+    for script, kind in LAUNCHERS.items():
+        given = ["--dry-run", "--port", "7", "--grace=9", "q", "--set", "a.b=c d", "--resume"]
+        ran = shell(tmp_path / "launch" / script, *given, SLURM_JOB_ID="")
+        passed = ["--dry-run", "--port", "7", "--grace=9", "q", "--", "--set", "a.b=c d", "--resume"]
+        assert ran.stdout.splitlines() == ["-m", "launch.cli", "launch", kind, *passed]
 
 
 def test_overrides_with_spaces_survive_the_shell() -> None:

@@ -1,0 +1,96 @@
+"""A hostfile's machines, started over an ssh that runs commands here: two agents, two ranks, signals."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch.clusters.agent import Agents
+from launch.clusters.deepspeed import Host, dry_run, host_commands, run_hosts
+from launch.clusters.work import Work, read_work
+from tests.launch.rank_stand_in import BASE, write_script
+from tests.launch.stand_in_python import write_python
+
+HOSTS = [Host("worker-0", 1), Host("worker-1", 1)]
+SSH = """#!/usr/bin/env bash
+while [[ $1 == -* ]]; do shift 2; done
+printf '%s\\n' "$1" >>"$FAKES/reached"
+shift
+exec bash -c "$*"
+"""
+
+
+@pytest.fixture
+def ssh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder whose bin/, with an ssh that stays here, is on the path."""
+    program = tmp_path / "bin" / "ssh"
+    program.parent.mkdir()
+    program.write_text(SSH)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("FAKES", str(tmp_path))
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def agents_here() -> Agents:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return Agents(
+        nodes=2, ranks_per_node=1, master="127.0.0.1", port=port, rendezvous="static", grace_s=500.0
+    )
+
+
+def stand_in(folder: Path, *scripts: list[str]) -> Work:
+    run_dir = folder / "run"
+    write_script(run_dir, *scripts)
+    work = read_work(BASE, ["--run-dir", str(run_dir)], preflight=False)
+    return dataclasses.replace(work, python=write_python(folder))
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
+def test_a_signal_reaches_the_ranks_of_all_hosts_and_a_second_one_ends_them_at_once(ssh: Path) -> None:
+    """The first is answered by a save that does not end; the test has no time for the grace of 500 s."""
+    work = stand_in(ssh, ["stubborn"], ["stubborn"])
+    run_dir, done = work.run_dir, threading.Event()
+
+    def ask_twice() -> None:
+        until(lambda: all((run_dir / f"listening-{rank}").exists() for rank in (0, 1)))
+        os.kill(os.getpid(), signal.SIGTERM)
+        until(lambda: all((run_dir / f"saving-{rank}").exists() for rank in (0, 1)))
+        while not done.wait(1.0):  # a signal within two seconds of the first belongs to it
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=ask_twice)
+    thread.start()
+    try:
+        assert run_hosts(host_commands(agents_here(), work, HOSTS), HOSTS) == 75
+    finally:
+        done.set()
+        thread.join()
+    assert all((run_dir / f"saving-{rank}").exists() for rank in (0, 1))
+    assert sorted((ssh / "reached").read_text().split()) == ["worker-0", "worker-1"]
+
+
+def test_a_host_that_ssh_does_not_reach_is_named(ssh: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (ssh / "bin" / "ssh").write_text('#!/bin/sh\ncase "$*" in *worker-1*) exit 255;; esac\n')
+    commands = host_commands(agents_here(), stand_in(ssh, ["ok"], ["ok"]), HOSTS, ssh_port=2222)
+    assert all(command[:5] == ["ssh", "-o", "BatchMode=yes", "-p", "2222"] for command in commands)
+    assert dry_run(commands, HOSTS).splitlines()[::2] == ["# node 0: worker-0", "# node 1: worker-1"]
+    assert run_hosts(commands, HOSTS) == 1
+    assert "trellis: error: worker-1: ssh cannot reach it, or lost it" in capfd.readouterr().err
