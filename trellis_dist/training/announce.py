@@ -157,9 +157,9 @@ def _batch_line(job: Job, facts: Mapping[str, Any]) -> str:
 def _data_line(job: Job, train: TokenDataset, validation: TokenDataset) -> str:
     passes = job.training.steps * job.global_rows / max(1, train.num_samples)
     return (
-        f"data: {job.data.directory}, fingerprint {train.fingerprint}; {train.num_tokens:,} tokens in "
-        f"{train.num_samples:,} rows, of which the run reads {passes:.2f} times as many; "
-        f"{train.utilisation:.1%} of the positions predict; validation {validation.num_tokens:,} tokens"
+        f"data: {job.data.directory}, fingerprint {train.fingerprint[:12]}; {train.num_tokens:,} tokens in "
+        f"{train.num_samples:,} rows, {passes:,.2f} passes in all; {train.utilisation:.1%} of the positions "
+        f"predict; validation {validation.num_tokens:,} tokens"
     )
 
 
