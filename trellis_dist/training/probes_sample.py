@@ -199,8 +199,8 @@ def _state_before(arguments: Mapping[str, Any], document: int, entered: Memories
     q, v, alpha = (arguments[name] for name in ("q", "v", "alpha"))
     wide = torch.promote_types(q.dtype, torch.float32)
     shape = (1, *alpha.shape[2:])
-    zeros = (torch.zeros(*shape, x.shape[-1], dtype=wide, device=q.device) for x in (q, v))
-    return CompressState(*zeros)
+    key, value = (torch.zeros(*shape, x.shape[-1], dtype=wide, device=q.device) for x in (q, v))
+    return CompressState(key, value)
 
 
 def _tokens(x: Tensor | None, begin: int, end: int) -> Tensor | None:
@@ -210,7 +210,7 @@ def _tokens(x: Tensor | None, begin: int, end: int) -> Tensor | None:
 
 def _read_up_to(arguments: Mapping[str, Any], state: CompressState, begin: int, end: int) -> CompressState:
     """The state after the tokens [begin, end) of the stream."""
-    changed = {name: _tokens(arguments.get(name), begin, end) for name in _TOKEN_NAMES}
+    changed: dict[str, Any] = {name: _tokens(arguments.get(name), begin, end) for name in _TOKEN_NAMES}
     changed |= {"initial_state": state, "layout": None, "check_values": False}
     _, after = compress_kv(**{**arguments, **changed, "output_final_state": True})
     assert after is not None, "asked for above"
