@@ -95,7 +95,10 @@ def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
     Raises:
         FileNotFoundError: there is no ssh here.
     """
-    processes = [subprocess.Popen(list(command), stdin=subprocess.PIPE) for command in commands]
+    # In sessions of their own: an interrupt at the terminal, which every process there gets, would cut them off.
+    processes = [
+        subprocess.Popen(list(command), stdin=subprocess.PIPE, start_new_session=True) for command in commands
+    ]
     with _signals_to(processes):
         _wait(processes, hosts)
     for process in processes:
@@ -109,7 +112,8 @@ def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
 @contextlib.contextmanager
 def _signals_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
-        _tell(processes, signal.Signals(number))
+        # A terminal that is closed asks the run to end; ranks save for SIGTERM alone.
+        _tell(processes, signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
 
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     try:
