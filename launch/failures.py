@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from trellis_dist.files import read_json, write_json
-from trellis_dist.training.errors import EchoError
+from trellis_dist.training.errors import CUT_OFF, SILENT_STORE, EchoError
 from trellis_dist.training.watch.status_page import Status, read_status, status_path
 
 __all__ = [
@@ -220,11 +220,19 @@ def claim_words(run_dir: Path, failure: Failure) -> bool:
 
 
 def cause_of(failures: Sequence[Failure]) -> Failure:
-    """The earliest of ``failures`` that is no echo; of echoes alone, and of equal words, the first rank."""
+    """The earliest of ``failures`` that is no echo; of echoes alone, and of equal words, the first rank.
+
+    What a rank found that is itself cut off, or does not reach the others, counts after what others say.
+    """
     candidates = [failure for failure in failures if not failure.echo] or list(failures)
+    candidates = [failure for failure in candidates if not _one_sided(failure)] or candidates
     words = candidates[0].message if not candidates[0].echo else None
     same = [failure for failure in candidates if words in (None, failure.message)]
     return min(same, key=lambda failure: failure.rank)
+
+
+def _one_sided(failure: Failure) -> bool:
+    return any(f": {words} " in failure.message for words in (CUT_OFF, SILENT_STORE))
 
 
 def same_everywhere(failures: Iterable[Failure]) -> bool:

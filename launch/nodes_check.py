@@ -6,6 +6,7 @@ started, what it says about itself, its clock, the run folder, and at last how f
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
@@ -39,6 +40,19 @@ TOKEN_S = 30.0  # a network file system may show a new file late
 CLOCK_TRIPS, CLOCK_S = 5, 10.0
 
 Clock = Callable[[], float]
+_BROKEN_OFF = {
+    "passed": False,
+    "problems": [
+        {
+            "node": None,
+            "host": None,
+            "what": "preflight",
+            "line": "the preflight was broken off on the first node: see its terminal",
+        }
+    ],
+    "nodes": [],
+    "seconds": 0.0,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,11 +114,11 @@ def meet(local: Local, *, call: Call, rendezvous: str, seconds: float) -> dict[s
     _check_door(door, host, call)
     begin = time.monotonic()
     meeting = Meeting.open(door, call, answers, seconds=seconds)
-    report: dict[str, Any] = {"passed": False}
+    report: dict[str, Any] = _BROKEN_OFF
     try:
-        report = _examine(meeting, local, expected=call.nodes) | {
-            "seconds": round(time.monotonic() - begin, 3)
-        }
+        found = _examine(meeting, local, expected=call.nodes)
+        found["seconds"] = round(time.monotonic() - begin, 3)
+        report = json.loads(json.dumps(found))  # as the other nodes get it
     except (KeyError, TypeError, ValueError, AttributeError) as error:  # of answers that are none
         raise ValueError(
             f"a node answered something else than it was asked ({error!r}): is it the same version?"

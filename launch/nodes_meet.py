@@ -9,7 +9,6 @@ through it hold nobody up: each has its own few seconds to say who it is.
 
 from __future__ import annotations
 
-import concurrent.futures
 import contextlib
 import errno
 import queue
@@ -68,6 +67,8 @@ def open_door(host: str, port: int, *, place: int | None) -> socket.socket | Non
     Raises:
         MeetingError: it is this node's and cannot be used, or it must be (``place`` 0) and is not.
     """
+    if place:  # another node is the first, though it may be one of this machine
+        return None
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
     except socket.gaierror as error:
@@ -142,15 +143,20 @@ class Meeting:
         """
         deadline = time.monotonic() + seconds
         given = details or [{}] * len(self.nodes)
-        pool = concurrent.futures.ThreadPoolExecutor(len(self.nodes))
-        try:
-            asked = [
-                pool.submit(self._ask, node, question, dict(about), deadline)
-                for node, about in zip(self.nodes, given, strict=True)
-            ]
-            return [_within(answer, deadline) for answer in asked]
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        answers: list[dict[str, Any]] = [{"failed": "timed out"} for _ in self.nodes]
+
+        def ask(place: int) -> None:
+            try:
+                answers[place] = self._ask(self.nodes[place], question, dict(given[place]), deadline)
+            except (OSError, ValueError) as error:
+                answers[place] = {"failed": why_unreachable(error)}
+
+        asked = [threading.Thread(target=ask, args=(place,), daemon=True) for place in range(len(answers))]
+        for thread in asked:
+            thread.start()
+        for thread in asked:  # this node's own answer may take longer: then it is left to its thread
+            thread.join(max(0.0, deadline - time.monotonic()) + 1.0)
+        return list(answers)
 
     def round_trip(self, node: Node, question: str, *, seconds: float) -> dict[str, Any]:
         """Ask one node. Raises OSError or ValueError."""
@@ -169,13 +175,6 @@ class Meeting:
             return dict(self._answers[question](details))
         node.channel.send({"question": question, "details": details}, deadline=deadline)
         return node.channel.receive(deadline=deadline)
-
-
-def _within(answer: concurrent.futures.Future[dict[str, Any]], deadline: float) -> dict[str, Any]:
-    try:
-        return answer.result(max(0.0, deadline - time.monotonic()) + 1.0)
-    except (OSError, ValueError, TimeoutError) as error:
-        return {"failed": why_unreachable(error)}
 
 
 def _dispute(came: Sequence[Node]) -> bool:

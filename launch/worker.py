@@ -134,6 +134,10 @@ def error_line(error: BaseException, recipe: Recipe | None = None) -> str:
         return (
             f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
         )
+    from launch.nodes_errors import network_line
+
+    if line := network_line(error):
+        return line
     if lost_contact(error):
         return f"lost the connection to another rank ({text.splitlines()[0]})"
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"

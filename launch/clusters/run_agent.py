@@ -17,6 +17,7 @@ from typing import Any
 from launch.ending import end_rank_at_once
 from launch.failures import silent_end
 from launch.messages import show_warnings_plainly
+from launch.nodes_errors import endpoint_of, refuse_taken_port
 from launch.ranks import ASKED, PASSED_ON, share_machine, silence_the_agent
 from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
@@ -49,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     silence_the_agent()
     share_machine(_ranks(given))
     try:
+        if place := endpoint_of(given):
+            refuse_taken_port(*place)
         torchrun(given)
     except ChildFailedError as error:
         return _say_and_judge(error.failures)

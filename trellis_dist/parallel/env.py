@@ -13,6 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
 
@@ -36,6 +37,7 @@ __all__ = [
 
 # torch gives every later group its own default (30 minutes), whatever the first was told: it is kept here.
 _DEFAULT_TIMEOUT_S = 600.0
+CONNECT_S = 300.0  # for the ranks of all nodes to come; imports from a cold network disk take minutes
 FLIGHT_RECORDER = "64"  # collectives; reading so many takes about 2 ms
 _timeout_s = _DEFAULT_TIMEOUT_S
 # Process groups, and what holds them, made since init_distributed.
@@ -50,10 +52,12 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
     Args:
         device: "cpu" (gloo) or "cuda" (NCCL for CUDA tensors and gloo for CPU tensors; also selects this
             rank's GPU).
-        timeout_s: seconds after which a collective with a missing rank fails.
+        timeout_s: seconds after which a collective with a missing rank fails. The ranks are waited for no
+            longer than ``CONNECT_S``.
 
     Raises:
         ValueError: the environment names some of torchrun's variables but not all, or no GPU for this rank.
+        RuntimeError: the ranks did not come together, in torch's words.
     """
     global _timeout_s
     kind = torch.device(device).type
@@ -68,7 +72,11 @@ def init_distributed(device: str | torch.device = "cpu", timeout_s: float = _DEF
     backend = "cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo"
     # torch's flight recorder then remembers the last collectives, so that a hang can be told by name.
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER)
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+    # Connecting has a limit of its own: a collective may take long, an address that is wrong stays wrong.
+    store, place, size = next(rendezvous("env://", timeout=timedelta(seconds=min(CONNECT_S, timeout_s))))
+    limit = timedelta(seconds=timeout_s)
+    store.set_timeout(limit)
+    dist.init_process_group(backend, store=store, rank=place, world_size=size, timeout=limit)
 
 
 def timeout_s() -> float:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["EchoError", "MachineError"]
+__all__ = ["CUT_OFF", "SILENT_STORE", "EchoError", "MachineError"]
+
+# With which the finding of a rank begins that knows only its own side of a hang; another rank's says more.
+CUT_OFF, SILENT_STORE = "the network:", "the job's store"
 
 
 class EchoError(Exception):

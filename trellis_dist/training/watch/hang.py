@@ -23,9 +23,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
+from trellis_dist.training.errors import CUT_OFF, SILENT_STORE
 from trellis_dist.training.watch.blame import Verdict, blame
 from trellis_dist.training.watch.flight import flight_path, group_members, write_flight
 from trellis_dist.training.watch.heartbeat import Heartbeat
+from trellis_dist.training.watch.links import lost_links, working_links
 from trellis_dist.training.watch.status_page import StatusPage
 
 __all__ = ["HangWatch"]
@@ -79,6 +81,7 @@ class HangWatch:
         self._store_rank, self._poll_s, self._clock, self._end = store_rank, poll_s, clock, end
         self._logs = logs
         self._speaks = rank == (1 if store_rank == 0 else 0) if speaks is None else speaks
+        self._links = working_links()
         self._stuck: list[int] = []  # silent processes of this job on this machine
         self._phase = Phase(0, "start", 0.0, None)
         self._backstop = False
@@ -162,10 +165,21 @@ class HangWatch:
                 return found, True
         verdict = self._blame(beat) if first is not None else None
         if verdict is None:
-            return f"{here}: {self._silent_store()}", not self._speaks
+            return f"{here}: {self._own_links() or self._silent_store()}", not self._speaks
+        if cut := self._own_links():
+            return f"{here}: {cut}", False
         message = f"{here}: {verdict.message}"
         beat.publish(message, READ_LIMIT_S)
         return message, False
+
+    def _own_links(self) -> str:
+        """That this host has lost its network, if it has: then the others are not to blame."""
+        lost = lost_links(self._links)
+        return (
+            f"{CUT_OFF} {socket.gethostname()} itself is cut off: {', '.join(lost)} has no link"
+            if lost
+            else ""
+        )
 
     def _verdict_of_another(self, beat: Heartbeat) -> str | None:
         """Wait for it as long as judging takes."""
@@ -192,9 +206,14 @@ class HangWatch:
         return verdict
 
     def _silent_store(self) -> str:
+        place, here = os.environ.get("MASTER_ADDR"), socket.gethostname()
+        silent = f"{SILENT_STORE} on {place}" if place else SILENT_STORE
         if self._store_rank is None:
-            return "the job's store does not answer: its host is down, stopped or cannot be reached"
-        return f"the job's store does not answer: rank {self._store_rank}, which keeps it, is stopped or gone"
+            return f"{silent} does not answer: its host is down, stopped or cannot be reached from {here}"
+        return (
+            f"{silent} does not answer: rank {self._store_rank}, which keeps it, is stopped or gone, or "
+            f"{here} is cut off from it"
+        )
 
     def _leave(self, message: str, *, echo: bool) -> None:
         """Report and end; the other ranks get time to see the verdict first."""
