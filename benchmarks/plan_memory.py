@@ -120,7 +120,8 @@ def table(record: dict[str, Any]) -> str:
     """The record as docs/planning.md has it."""
     lines = ["| case | plan, MB | live, MB | plan / live | resident, MB | plan / resident |"]
     lines.append("|---|---|---|---|---|---|")
-    for name, found in record["cases"].items():
+    for name in (name for name in CASES if name in record["cases"]):
+        found = record["cases"][name]
         plan, live, resident = estimated(name), found["live"], found["resident"]
         lines.append(
             f"| {name} | {plan / 1e6:,.0f} | {live / 1e6:,.0f} | {plan / live:.3f} | {resident / 1e6:,.0f} | "

@@ -32,6 +32,8 @@ _LOCAL_BUCKET = 1 << 24
 # DeepSpeed's defaults: elements that it gathers gradients up to, and weights that stay gathered at ZeRO 3.
 _REDUCE_BUCKET = 500_000_000
 _LIVE_WEIGHTS = 1_000_000_000
+# gloo's threads hold the last buffers that they gathered: of all gathered weights, found at two sizes.
+_GLOO_HOLDS = 1 / 3
 
 
 def estimate_memory(
@@ -147,6 +149,7 @@ class _State:
             return 0
         if self.engine == "deepspeed":
             whole = min(self.parameters, _LIVE_WEIGHTS)
+            whole += 0 if self.cuda else int(_GLOO_HOLDS * whole)
         else:
             per_block = self.counts.non_embedding // self.recipe.model.num_layers
             whole = (self.counts.embedding + 2 * per_block) // self.mesh.tp

@@ -122,7 +122,10 @@ def render_plan(plan: dict[str, Any]) -> str:
             [f"{k}: {v}" for k, v in sorted(plan["recipe"]["choices"].items())],
         ),
         ("parameters", _parameter_lines(plan)),
-        ("batch", _batch_lines(plan["batch"], plan["mesh"])),
+        (
+            "batch",
+            _batch_lines(plan["batch"], plan["mesh"], where="cluster" if "cluster" in plan else "machine"),
+        ),
         ("memory per rank", _memory_lines(plan["memory_per_rank_bytes"], plan)),
         ("time (a prediction: nothing was run)", time_lines(plan)),
         ("disk", disk_lines(plan["disk"])),
@@ -150,8 +153,8 @@ def _parameter_lines(plan: dict[str, Any]) -> list[str]:
     return [*rows, f"training FLOPs {plan['flops_per_token']:.3g} per token, {total:.3g} in all"]
 
 
-def _batch_lines(batch: dict[str, int], mesh: dict[str, Any]) -> list[str]:
-    open_dp = "; mesh.dp is open: this is what the devices of this machine give" if mesh["dp_open"] else ""
+def _batch_lines(batch: dict[str, int], mesh: dict[str, Any], *, where: str) -> list[str]:
+    open_dp = f"; mesh.dp is open: this is what the devices of this {where} give" if mesh["dp_open"] else ""
     return [
         f"mesh: dp {mesh['dp']} x sp {mesh['sp']} x tp {mesh['tp']} = {mesh['ranks']} rank(s){open_dp}",
         f"global rows {batch['global_rows']} = micro_batch {batch['micro_batch']} x accumulation "
