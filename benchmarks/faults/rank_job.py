@@ -38,6 +38,7 @@ __all__ = [
     "data_set",
     "exact_rows",
     "job",
+    "recipe_file",
     "resume_step",
     "sources",
     "unharmed",
@@ -116,7 +117,8 @@ def data_set(shared: Path) -> Path:
     return final
 
 
-def _recipe(shared: Path) -> Path:
+def recipe_file(shared: Path) -> Path:
+    """The recipe, in a file."""
     path = shared / "faults.toml"
     path.write_text(RECIPE)
     return path
@@ -128,7 +130,7 @@ def _assignments(values: Mapping[str, Any]) -> list[str]:
 
 def job(shared: Path, values: Mapping[str, Any]) -> Job:
     """The job with dotted keys set to ``values``, for ranks that are there."""
-    recipe = load_recipe(str(_recipe(shared)), _assignments(values), dataset_dir=data_set(shared))
+    recipe = load_recipe(str(recipe_file(shared)), _assignments(values), dataset_dir=data_set(shared))
     names = ("model", "mesh", "tensor", "sequence", "data", "optimizer", "schedule", "training", "checkpoint")
     sections = {name: getattr(recipe, name) for name in names}
     return Job(**sections, logging=recipe.logging, recipe=resolve(recipe))
@@ -200,7 +202,7 @@ def command(
         environment: variables to add.
     """
     sets = [part for assignment in _assignments(values) for part in ("--set", assignment)]
-    arguments = [str(_recipe(shared)), f"--run-dir={run_dir}", f"--dataset-dir={data_set(shared)}", *sets]
+    arguments = [str(recipe_file(shared)), f"--run-dir={run_dir}", f"--dataset-dir={data_set(shared)}", *sets]
     program = ["-m", "launch.cli"] if code is None else ["-c", code]
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     variables = {key: value for key, value in os.environ.items() if key not in ranks}

@@ -1,0 +1,190 @@
+"""Runs over several hosts that lose a rank, an agent, a host or a cable, and preflights of four hosts.
+
+    python -m benchmarks.nodes --work DIR [--only NAME ...]
+
+The hosts are network namespaces of this machine (benchmarks/namespaces.py), the runs are
+launch/torchrun/train.sh of a tiny model, one rank a host. A run that was killed goes on after its last row.
+It writes benchmarks/results/nodes.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.faults.rank_job import STEPS, compare, sources
+from benchmarks.kernels.record import Case, Deadline, Record
+from benchmarks.machine import machine, versions
+from benchmarks.namespaces import Hosts
+from benchmarks.node_runs import TIMEOUT_S, NodeRun, environment, preflight_command
+from launch.failures import cause_of, read_failures, report
+
+__all__ = ["RESULT", "cases", "main"]
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "nodes.json"
+AT_STEP = 7
+# Beyond the timeout of a step: judging takes up to 5 s, and torch's agent looks at its ranks now and then.
+PATIENCE_S = 90.0
+LONG = {"training.steps": 100_000}
+SLOW_MEGABITS = 40
+
+Harm = Callable[[NodeRun, int], None]
+HARMS: dict[str, Harm] = {
+    "killed rank": lambda run, host: run.kill_ranks(host),
+    "killed agent": lambda run, host: run.kill_agent(host),
+    "killed host": lambda run, host: run.hosts.kill(host),
+    "cut link": lambda run, host: run.hosts.cut(host),
+}
+
+
+def whole(work: Path, hosts: int) -> Path:
+    """The run that nobody disturbed, made once."""
+    folder = work / f"whole-{hosts}-{sources()}"
+    if not (folder / "checkpoints" / f"step-{STEPS:08d}").is_dir():
+        with (
+            Hosts(hosts, work) as network,
+            NodeRun(network, folder, work, {"training.steps": STEPS}, "--no-preflight") as run,
+        ):
+            if any(run.end()):
+                raise RuntimeError(run.said(0)[-300:])
+    return folder
+
+
+def recovers(work: Path, harm: str, hosts: int, *, static: bool) -> dict[str, Any]:
+    """Do ``harm`` to the last host of a run with restarts, and wait for its end."""
+    folder, reference = _folder(work), whole(work, hosts)
+    options = ("--no-preflight", "--max-restarts", "2")
+    with (
+        Hosts(hosts, work) as network,
+        NodeRun(network, folder, work, {"training.steps": STEPS}, *options, static=static) as run,
+    ):
+        run.wait_for_step(AT_STEP)
+        HARMS[harm](run, hosts - 1)
+        begin = time.monotonic()
+        waited = [host for host in range(hosts) if harm != "killed agent" or host != hosts - 1]
+        statuses = run.end(waited)
+        seconds = time.monotonic() - begin
+        lines = [line for host in range(hosts) for line in run.errors(host)]
+    different = compare(folder, reference)
+    ok = not any(statuses[host] for host in waited) and not different
+    outcome = "finished, equal in every bit" if ok else f"statuses {statuses}; {different}"
+    return {"passed": ok, "outcome": outcome, "until_end_s": round(seconds, 1), "lines": lines}
+
+
+def ends(work: Path, harm: str, hosts: int, *, static: bool, host: int | None = None) -> dict[str, Any]:
+    """Do ``harm`` to a host (the last) of a run without restarts: all others end, and that host is named."""
+    folder, victim = _folder(work), hosts - 1 if host is None else host
+    with (
+        Hosts(hosts, work) as network,
+        NodeRun(network, folder, work, LONG, "--no-preflight", static=static) as run,
+    ):
+        run.wait_for_step(AT_STEP)
+        HARMS[harm](run, victim)
+        begin, others = time.monotonic(), [other for other in range(hosts) if other != victim]
+        run.end(others, limit_s=PATIENCE_S)
+        seconds = time.monotonic() - begin
+        lines = [line for other in others for line in run.errors(other)]
+        cause = report(cause_of(read_failures(folder)))
+    # A line names the host by what it says of it: a rank that only says where it is itself names nobody.
+    named = [name for name in network.names if any(_blames(line, name) for line in [*lines, cause])]
+    ok = named == [network.names[victim]]
+    return {
+        "passed": ok,
+        "outcome": f"ended; named: {', '.join(named) or 'nobody'}",
+        "until_end_s": round(seconds, 1),
+        "lines": lines,
+        "cause": cause,
+    }
+
+
+def _blames(line: str, name: str) -> bool:
+    """Whether a line says of a host that it, or its rank, is gone."""
+    gone = line.partition("no word from ")[2]
+    silent = [part for part in line.split(": ")[-1].split("; ") if "has not been heard of" in part]
+    cut = f"{name} itself is cut off" in line
+    killed = f" on {name}" in line and "killed by" in line
+    store = f"the job's store on {name} does not answer" in line
+    return cut or killed or store or f" on {name}" in gone or any(f"({name}," in part for part in silent)
+
+
+def compared(work: Path, hosts: int, *, slow: int | None = None) -> dict[str, Any]:
+    """A preflight of ``hosts``; with ``slow`` a host whose link is throttled, which must be named."""
+    options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    line = preflight_command(work, _folder(work), hosts, "--json")
+    with Hosts(hosts, work) as network:
+        if slow is not None:
+            network.shape(slow, SLOW_MEGABITS)
+        started = [network.popen(host, line, env=environment(), **options) for host in range(hosts)]
+        said = [process.communicate(timeout=300.0) for process in started]
+    reports = [json.loads(out) for out, _ in said]
+    problems = [problem["line"] for problem in reports[0]["problems"]]
+    named = [problem["host"] for problem in reports[0]["problems"]]
+    expected = [] if slow is None else [f"host{slow}"]
+    return {
+        "passed": named == expected and all(found == reports[0] for found in reports),
+        "outcome": "passed" if not problems else f"named: {', '.join(named)}",
+        "lines": problems,
+        **{
+            key: reports[0][key]
+            for key in ("all_reduce", "links", "node_bandwidth", "clocks")
+            if key in reports[0]
+        },
+        "preflight_s": reports[0]["seconds"],
+    }
+
+
+def _folder(work: Path) -> Path:
+    return work / f"run-{time.time_ns()}"
+
+
+def cases(work: Path) -> list[Case]:
+    """Every row, by name."""
+    found: dict[str, Callable[[], dict[str, Any]]] = {
+        "4 hosts: preflight": lambda: compared(work, 4),
+        "4 hosts: preflight, one link throttled": lambda: compared(work, 4, slow=2),
+    }
+    for hosts in (2, 4):
+        for harm in HARMS:
+            run = functools.partial(
+                recovers if harm in ("killed rank", "killed agent") else ends, work, harm, hosts
+            )
+            how = "restarts" if harm in ("killed rank", "killed agent") else "no restarts"
+            found[f"{hosts} hosts: {harm}, c10d, {how}"] = functools.partial(run, static=False)
+    found["4 hosts: cut link of the first host, c10d, no restarts"] = lambda: ends(
+        work, "cut link", 4, static=False, host=0
+    )
+    found["2 hosts: killed rank, static, restarts"] = lambda: recovers(work, "killed rank", 2, static=True)
+    found["2 hosts: killed rank, static, no restarts"] = lambda: ends(work, "killed rank", 2, static=True)
+    return [Case(name, measure) for name, measure in found.items()]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is left; 1 where a row did not pass."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.nodes", description=__doc__)
+    parser.add_argument("--work", type=Path, required=True, help="folder of the runs")
+    parser.add_argument("--only", nargs="+", default=[], help="only rows whose names hold one of these words")
+    parser.add_argument("--output", type=Path, default=RESULT)
+    given = parser.parse_args(arguments)
+    given.work.mkdir(parents=True, exist_ok=True)
+    identity = {"machine": machine(), "versions": versions(), "step_timeout_s": TIMEOUT_S, "at_step": AT_STEP}
+    record = Record(given.output, identity)
+    every = cases(given.work)
+    chosen = [case for case in every if not given.only or any(word in case.name for word in given.only)]
+    record.run(chosen, Deadline())
+    if not record.left(every):
+        record.finish()
+    failed = [name for name, found in record.cases.items() if not found.get("passed")]
+    print(f"wrote {given.output}" + (f"; not as promised: {'; '.join(failed)}" if failed else ""))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
