@@ -1,7 +1,7 @@
 """What watching a run costs at the default intervals: ``python -m benchmarks.observe``, about six minutes.
 
-Writes benchmarks/results/observe.json. One process trains a model in blocks of ten steps of three kinds,
-which take turns:
+Writes benchmarks/results/observe.json and the table of docs/monitoring.md. One process trains a model in
+blocks of ten steps of three kinds, which take turns:
 
     off      the bare steps: nothing is counted, written or looked at
     rows     a row of metrics at the end (logging.interval = 10), to JSON lines and TensorBoard
@@ -42,6 +42,8 @@ from trellis_dist.training.run_lock import RunLock
 from trellis_dist.training.setup import Session, open_session, runtime
 
 RESULT = Path(__file__).parent / "results" / "observe.json"
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "monitoring.md"
+HEADING = "## What it costs\n\n"  # the page's last
 KINDS = ("off", "rows", "looks")
 BLOCK, PROBE_INTERVAL = 10, 100
 SEQUENCE = 512
@@ -68,6 +70,35 @@ def main() -> None:
         record["models"][name] = measure(name, rounds=chosen.rounds or int(MODELS[name]["rounds"]))
         print(name, record["models"][name]["cost"], flush=True)
     write_json(chosen.output, record)
+    if chosen.output == RESULT:
+        page = PAGE.read_text(encoding="utf-8")
+        PAGE.write_text(page[: page.index(HEADING)] + section(record), encoding="utf-8")
+
+
+def section(record: dict[str, Any]) -> str:
+    """The end of the page, from a record."""
+    where, lines = record["machine"], []
+    for name, found in record["models"].items():
+        wall, cpu = found["wall"], found["cpu"]
+        spread = f"{_percent(wall['rows']['first_quartile'])} .. {_percent(wall['rows']['third_quartile'])}"
+        shares = [_percent(wall["rows"]["median"]), spread, _percent(wall["looks"]["median"])]
+        shares += [f"**{_percent(found['cost'][clock])}**" for clock in ("wall", "cpu")]
+        size = f"{name}, {found['parameters'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens"
+        lines.append(f"| {size} | {cpu['step_seconds']:.2f} s | {' | '.join(shares)} |\n")
+    torch = record["versions"]["torch"]
+    machine_line = f"{where['processor']}, {where['cores']} cores, torch {torch}"
+    return (
+        f"{HEADING}Rows every ten steps and a look every hundred, against the same steps with nothing of it, "
+        "in one process, taking turns\n(`python -m benchmarks.observe`; one rank, medians of the differences "
+        f"inside a round; {machine_line}):\n\n"
+        "| model and step | step, CPU time | rows | quartiles | looks | together | together, CPU time |\n"
+        f"|---|---|---|---|---|---|---|\n{''.join(lines)}\n"
+        "A negative number is noise. A row costs the same whatever the model: larger steps pay less.\n"
+    )
+
+
+def _percent(share: float) -> str:
+    return f"{share:.2%}"
 
 
 def measure(name: str, *, rounds: int) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The pictures of docs/monitoring.md: ``python -m benchmarks.observe_pictures [--run RUN]``.
 
 Without --run a small model is first trained on the running Python's own library, byte by byte, in
-runs/monitoring: about two minutes on two quiet cores. Then TensorBoard shows the run to a headless Chromium,
+runs/monitoring: about a minute on two quiet cores. Then TensorBoard shows the run to a headless Chromium,
 and its pages become docs/monitoring-*.png. Nothing is measured here.
 """
 
@@ -48,7 +48,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--run", type=Path, help="a run folder to show")
-    parser.add_argument("--steps", type=int, default=400, help="of the run that is trained without --run")
+    parser.add_argument("--steps", type=int, default=300, help="of the run that is trained without --run")
     chosen = parser.parse_args()
     if chosen.run is None:
         train(RUN, steps=chosen.steps)
@@ -64,7 +64,7 @@ def train(run_dir: Path, *, steps: int) -> None:
         model=ModelConfig(
             vocab_size=259,
             num_layers=2,
-            dim=128,
+            dim=96,
             num_heads=4,
             trellis=TrellisConfig(slots=32, chunk_size=32),
         ),
@@ -74,14 +74,14 @@ def train(run_dir: Path, *, steps: int) -> None:
         schedule=ScheduleConfig(warmup_steps=40),
         training=TrainingConfig(
             steps=steps,
-            global_batch_tokens=2048,
-            micro_batch=8,
+            global_batch_tokens=512,
+            micro_batch=2,
             engine="local",
             precision="fp32",
             validation_interval=50,
-            validation_rows=32,
+            validation_rows=16,
         ),
-        checkpoint=CheckpointConfig(interval=100),
+        checkpoint=CheckpointConfig(interval=150),
         logging=LoggingConfig(progress=False, probe_interval=20),
         recipe={"name": "monitoring"},
     )
