@@ -211,7 +211,7 @@ def slow_links(links: Sequence[Link], count: int) -> tuple[list[float], list[Pro
         Problem(
             node=node,
             what="bandwidth",
-            message=f"{speed:.2f} GB/s with its neighbours, the median of the nodes is {middle:.2f}: look at "
+            message=f"{speed:.3g} GB/s with its neighbours, the median of the nodes is {middle:.3g}: look at "
             "its network card, cable and switch port (ethtool, ibstat), and at what else uses them",
         )
         for node, speed in enumerate(best)

@@ -14,10 +14,12 @@ import pytest
 import torch.distributed as dist
 from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
 
+from launch.failures import Failure, cause_of
 from launch.nodes_errors import endpoint_of, network_line, refuse_taken_port
 from launch.nodes_ports import holder_of
 from launch.worker import error_line
 from trellis_dist.parallel import env
+from trellis_dist.training.errors import CUT_OFF, SILENT_STORE
 
 LISTEN = """
 import socket, sys
@@ -123,3 +125,14 @@ def test_a_store_that_is_made_in_time_is_no_error() -> None:
     )  # type: ignore[attr-defined]
     refuse_taken_port("127.0.0.1", free_port())
     assert store.port > 0
+
+
+def test_what_a_rank_found_that_is_cut_off_counts_after_what_others_say() -> None:
+    here = "no progress on rank {} (step 9, update: more than 10 s)"
+    cut = Failure(
+        rank=1, message=f"{here.format(1)}: {CUT_OFF} h1 itself is cut off: eth0 has no link", detail="", at=1
+    )
+    silent = Failure(rank=2, message=f"{here.format(2)}: {SILENT_STORE} does not answer: x", detail="", at=2)
+    heard = Failure(rank=0, message=f"{here.format(0)}: rank 1 has not been heard of", detail="", at=3)
+    assert cause_of([cut, silent, heard]) is heard
+    assert cause_of([cut, silent]) is cut
