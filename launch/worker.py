@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import re
 import signal
 import sys
 import threading
@@ -139,7 +140,7 @@ def error_line(error: BaseException, recipe: Recipe | None = None) -> str:
     if line := network_line(error):
         return line
     if lost_contact(error):
-        return f"lost the connection to another rank ({text.splitlines()[0]})"
+        return f"lost the connection to another rank ({_gloo_words(text)})"
     return f"{type(error).__name__}: {text.splitlines()[0]} (a bug; run again with --debug for the traceback)"
 
 
@@ -151,6 +152,11 @@ def _memory_advice(recipe: Recipe | None) -> str:
 
             return out_of_memory_advice(recipe, ranks=int(os.environ.get("WORLD_SIZE", "0")) or None)
     return "lower training.micro_batch (the global batch stays) or data.sequence_length"
+
+
+def _gloo_words(text: str) -> str:
+    """The first sentence, without the place in gloo's code."""
+    return re.sub(r"^\[\S+:\d+\] ", "", text.splitlines()[0]).partition(". This is typically")[0]
 
 
 def _out_of_memory(error: BaseException, text: str) -> bool:
