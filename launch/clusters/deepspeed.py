@@ -95,7 +95,7 @@ def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
     Raises:
         FileNotFoundError: there is no ssh here.
     """
-    # In sessions of their own: an interrupt at the terminal, which every process there gets, would cut them off.
+    # In sessions of their own: an interrupt at the terminal goes to every process there, and would end ssh.
     processes = [
         subprocess.Popen(list(command), stdin=subprocess.PIPE, start_new_session=True) for command in commands
     ]

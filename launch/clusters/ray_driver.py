@@ -24,8 +24,6 @@ __all__ = ["ADDRESS", "FIRST", "MASTER", "Node", "main"]
 MASTER, ADDRESS, FIRST = "FIRST_NODE", "THIS_NODE", "IS_FIRST"
 
 _POLL_S = 0.5
-# After one node has failed: for the others to lose its ranks, and to say so.
-_PATIENCE_S = 60.0
 
 
 class Node:
@@ -85,17 +83,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.add_argument(option, type=int, default=default, required=default is None)
     parser.add_argument("--line", required=True, help=f"of a node, with {MASTER}, {ADDRESS} and {FIRST}")
     parser.add_argument("--patience", type=float, default=120.0, help="seconds to wait for free nodes")
+    parser.add_argument(
+        "--settle",
+        type=float,
+        default=60.0,
+        help="after a failure, seconds for the other nodes to say theirs",
+    )
     options = parser.parse_args(arguments)
     import ray
 
     asked: list[str] = []
-    with _remember_signals(asked):
-        ray.init(log_to_driver=True)
+    ray.init(log_to_driver=True)
+    with _remember_signals(asked):  # after Ray, which takes SIGTERM for a crash
         try:
             bundle = {"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})}
             workers = _place(options.nodes, bundle, seconds=options.patience)
             _start(workers, options.line)
-            return _follow(workers, asked)
+            return _follow(workers, asked, settle=options.settle)
         except ValueError as error:
             _say(str(error))
             return 1
@@ -158,8 +162,11 @@ def _start(workers: Sequence[_Worker], line: str) -> None:
         ray.get(worker.actor.start.remote(own))
 
 
-def _follow(workers: Sequence[_Worker], asked: list[str]) -> int:
-    """Print what the workers print, hand signals on, until all have ended."""
+def _follow(workers: Sequence[_Worker], asked: list[str], *, settle: float) -> int:
+    """Print what the workers print, hand signals on, until all have ended.
+
+    ``settle`` seconds after the first failure the others are asked to end.
+    """
     deadline: float | None = None
     while running := [worker for worker in workers if worker.ended is None]:
         time.sleep(_POLL_S)
@@ -168,10 +175,10 @@ def _follow(workers: Sequence[_Worker], asked: list[str]) -> int:
         for worker in running:
             _poll(worker)
         if deadline is None and any(worker.ended for worker in workers):
-            deadline = time.monotonic() + _PATIENCE_S
+            deadline = time.monotonic() + settle
         if deadline is not None and time.monotonic() > deadline:
             _tell(running, "SIGTERM")
-            deadline = time.monotonic() + _PATIENCE_S
+            deadline = time.monotonic() + settle
     return status_of([worker.ended or 0 for worker in workers])
 
 
