@@ -157,9 +157,18 @@ class _State:
 
     def gradients(self) -> int:
         """All of a step, accumulated in fp32."""
-        # DeepSpeed's BF16_Optimizer, taken for these settings only, keeps the bf16 gradients beside the sums.
-        twice = self.half and self.engine == "deepspeed" and self.stage == 1
-        return self.held(2) * (6 if twice and not self._offloaded else 4)
+        return self.held(2) * (6 if self._twice else 4)
+
+    @property
+    def _twice(self) -> bool:
+        """DeepSpeed's BF16_Optimizer, taken for these settings only, has sums beside the bf16 gradients."""
+        return self.half and self.engine == "deepspeed" and self.stage == 1 and not self._offloaded
+
+    def passing(self) -> int:
+        """Of the gradients those that are not in buffers that stay."""
+        if self.engine == "deepspeed" and self.stage == 3:
+            return 0
+        return self.held(2) * 2 if self._twice else self.gradients()
 
     @property
     def gradient_bytes(self) -> int:
@@ -167,7 +176,9 @@ class _State:
         return 2 if self.half and self.engine == "deepspeed" else 4
 
     def buffers(self) -> int:
-        """ZeRO 3 keeps one bucket and the divided gradients for good."""
+        """ZeRO 3 keeps one bucket and the divided gradients for good, BF16_Optimizer the fp32 sums."""
+        if self._twice:
+            return self.held(2) * 4
         if self.engine != "deepspeed" or self.stage < 3:
             return 0
         return min(self.parameters, _REDUCE_BUCKET) * (2 if self.half else 4) + self.gradients()
@@ -246,20 +257,16 @@ class _Step:
 
     def _earlier(self) -> int:
         """Gradients of the micro-batches before."""
-        if self._accumulation <= self._first or self.state.buffers():
-            return 0
-        return self.state.gradients()
+        return self.state.passing() if self._accumulation > self._first else 0
 
     def _all(self) -> int:
         """Gradients after the last backward pass: until they are reduced ZeRO 1 and 2 hold them whole, as far
         as a bucket of DeepSpeed's goes."""
         state = self.state
-        if state.buffers():
-            return 0
         if state.engine == "deepspeed" and state.stage == 2 and not self.recipe.training.offload_optimizer:
             whole = 4 if not state.half else 2
-            return max(state.gradients(), min(state.parameters, _REDUCE_BUCKET) * whole)
-        return state.gradients()
+            return max(state.passing(), min(state.parameters, _REDUCE_BUCKET) * whole)
+        return state.passing()
 
     def _forward(self) -> dict[str, int]:
         vocabulary, cuda = self.recipe.model.vocab_size // self.state.mesh.tp, self.state.cuda
@@ -315,7 +322,7 @@ class _Step:
         """Gradients while the optimizer runs: ZeRO has copied its part together and dropped the rest."""
         state = self.state
         zero = state.engine == "deepspeed" and state.stage > 0
-        return 4 * state.held(1) if zero else state.gradients()
+        return 4 * state.held(1) if zero else state.passing()
 
     def _optimizer(self) -> int:
         """AdamW's root of the second moment: of all parameters at once on CUDA; on a CPU twice of the one

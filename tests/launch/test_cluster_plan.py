@@ -99,7 +99,7 @@ def test_options_change_a_known_device() -> None:
     "text, words",
     [
         ('device = "h100"\nspeed = 3', "unknown key speed"),
-        ("nodes = 2", "intra_gbps is missing"),
+        ("nodes = 2", "inter_gbps is missing"),
         ('device = "h100"\nefficiency = 0.0', "efficiency = 0.0"),
         ("nodes = ", "not valid TOML"),
         ('device = "z80"', "--device z80: use one of h100"),
@@ -159,7 +159,7 @@ def test_parts_of_a_step_follow_mesh_and_engine() -> None:
     assert exchanged["exchange"] > 0
     assert parts("mesh.dp=2", "mesh.tp=2")["tensor"] > 0
     near, far = (parts("mesh.dp=4", cluster=dataclasses.replace(FOUR, devices_per_node=n)) for n in (4, 1))
-    assert far["reduction"] > 5 * near["reduction"] > 0
+    assert far["reduction"] > 3 * near["reduction"] > 0
 
 
 def test_the_record_of_real_steps_is_what_the_model_predicts() -> None:
