@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from launch import nodes_meet
+from launch import nodes_check, nodes_meet
 from launch.nodes_channel import LONGEST_LINE, Channel
 from launch.nodes_check import Local, meet, render
 from launch.nodes_meet import PROTOCOL, Call, MeetingError
@@ -309,3 +309,35 @@ def test_a_meeting_place_is_an_address_and_a_port(text: str) -> None:
 
 def test_an_ipv6_address_has_brackets() -> None:
     assert parse_endpoint("[fd00::1]:29500") == ("fd00::1", 29500)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"nodes": 0}, "--nodes 0: use 1 or more"),
+        ({"ranks": 0}, "--ranks-per-node 0: use 1 or more"),
+        ({"place": 2}, "--node-rank 2: with --nodes 2 use 0 to 1"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
+    call = Call(**({"nodes": 2, "ranks": 1, "place": 0, "host": "host0"} | changes))
+    with pytest.raises(ValueError, match=words):
+        meet(local(tmp_path), call=call, rendezvous="127.0.0.1:1", seconds=1.0)
+
+
+def test_a_name_of_the_first_node_that_only_it_finds_is_refused() -> None:
+    call = Call(nodes=2, ranks=1, place=0, host="node0")
+    door = nodes_meet.open_door("127.0.0.1", free_port(), place=0)
+    assert door is not None
+    nodes_check._check_door(door, "localhost", call)
+    with pytest.raises(ValueError, match=r"--rdzv node0 is 127\.0\.0\.1 on node0 itself"):
+        nodes_check._check_door(door, "node0", call)
+    assert door.fileno() == -1
+
+
+def test_an_address_that_is_not_the_first_nodes_is_refused_there_alone() -> None:
+    elsewhere = "203.0.113.7"  # of RFC 5737, nobody's
+    assert nodes_meet.open_door(elsewhere, 29500, place=None) is None
+    assert nodes_meet.open_door(elsewhere, 29500, place=1) is None
+    with pytest.raises(MeetingError, match=r"203\.0\.113\.7 is no address of .* started with --node-rank 0"):
+        nodes_meet.open_door(elsewhere, 29500, place=0)
