@@ -134,16 +134,20 @@ def _tell(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) 
 def _wait(processes: Sequence[subprocess.Popen[bytes]], hosts: Sequence[Host]) -> None:
     said: set[str] = set()
     deadline: float | None = None
-    while any(process.poll() is None for process in processes):
-        time.sleep(_POLL_S)
-        for process, host in zip(processes, hosts):
-            if process.returncode not in (None, 0) and host.name not in said:
+    while True:
+        ends = [process.poll() for process in processes]
+        for host, end in zip(hosts, ends):
+            if end and host.name not in said:
                 said.add(host.name)
-                _say(host, process.returncode)
-                deadline = deadline or time.monotonic() + _PATIENCE_S
-        if deadline and time.monotonic() > deadline:
+                _say(host, end)
+        if None not in ends:
+            return
+        if said and deadline is None:
+            deadline = time.monotonic() + _PATIENCE_S
+        if deadline is not None and time.monotonic() > deadline:
             _tell(processes, signal.SIGTERM)
             deadline = time.monotonic() + _PATIENCE_S
+        time.sleep(_POLL_S)
 
 
 def _say(host: Host, status: int) -> None:

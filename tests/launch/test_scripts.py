@@ -36,7 +36,15 @@ def dry_run(*options: str) -> list[list[str]]:
 
 def test_static_rendezvous_gives_every_node_its_place() -> None:
     lines = dry_run(
-        "--nodes", "3", "--master", "10.1.0.1", "--rendezvous", "static", "350m-c4", "--set", "mesh.sp=2"
+        "--nodes",
+        "3",
+        "--master",
+        "10.1.0.1",
+        "--rendezvous",
+        "static",
+        "350m-c4",
+        "--set",
+        "training.seed=2",
     )
     assert len(lines) == 3
     for place, line in enumerate(lines):
@@ -44,7 +52,7 @@ def test_static_rendezvous_gives_every_node_its_place() -> None:
         assert {"--nnodes=3", "--nproc-per-node=4", "--master-addr=10.1.0.1", "--master-port=29500"} <= set(
             line
         )
-        assert line[-6:] == ["-m", "launch.cli", "train", "350m-c4", "--set", "mesh.sp=2"]
+        assert line[-6:] == ["-m", "launch.cli", "train", "350m-c4", "--set", "training.seed=2"]
 
 
 def test_c10d_rendezvous_is_the_same_command_everywhere() -> None:
