@@ -221,8 +221,9 @@ def test_the_clock_of_sleep_stands_still_while_this_thread_computes():
         while time.thread_time() < end:
             pass
 
-    assert passed(lambda: time.sleep(0.3)) >= 0.25
-    assert passed(compute) < 0.1
+    # Whoever takes the core between the two readings of the clock spoils a try.
+    assert max(passed(lambda: time.sleep(0.2)) for _ in range(3)) >= 0.15
+    assert min(passed(compute) for _ in range(3)) < 0.1
 
 
 class FakeWandb(types.ModuleType):

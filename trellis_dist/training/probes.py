@@ -10,7 +10,6 @@ evaluated once more, without the graphs.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -92,7 +91,6 @@ class Probes:
         self._looks = looks(session.mesh)
         self._ratio: UpdateRatio | None = None
         self._taps: list[Tap] = []
-        self.seconds = 0.0  # that this rank spent on looks, but for what its taps copied
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is looked at."""
@@ -104,13 +102,11 @@ class Probes:
         self._taps = []
         if not self.due(step):
             return
-        began = time.perf_counter()
         self._ratio = UpdateRatio(self._session.engine)
         if self._looks:
             self._taps = [Tap(mixer, self._session.mesh) for mixer in self._mixers]
         if self._compiled and self._mixers:
             self._evaluate(batches[:1])
-        self.seconds += time.perf_counter() - began
 
     def _evaluate(self, batches: Sequence[Batch]) -> None:
         """Pass the taps without the graphs; every rank does, for what the layers exchange."""
@@ -129,7 +125,6 @@ class Probes:
         if not self.due(step):
             return {}
         assert self._ratio is not None, "before_step comes before after_step"
-        began = time.perf_counter()
         self._remove()
         row = {"optim/update_to_weight": self._ratio.measure()}
         found, failure = self._measured()
@@ -137,7 +132,6 @@ class Probes:
         gathered = gather_objects((found, failure)) if self._mixers else []
         if env.is_main():
             row |= self._write(step, gathered)
-        self.seconds += time.perf_counter() - began
         return row
 
     def _measured(self) -> tuple[list[LayerLook], str]:

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,25 +50,23 @@ Numbers = dict[str, Tensor]
 def measure(samples: Sequence[LayerSample]) -> list[Numbers]:
     """Numbers [H] of each sample by name, on the CPU; the samples are of one model and micro-batch."""
     heads = [sample.chunk.q.shape[2] for sample in samples]
-    chunk = _joined(samples)
-    found = _of_chunk(chunk)
-    finals = [Memories(*(torch.cat(x).cpu().double() for x in zip(*_pairs(samples))))]
-    for name, memory in (("key", finals[0].key), ("value", finals[0].value)):
+    found = _of_chunk(_joined(samples))
+    for name in ("key", "value"):
+        memory = torch.cat([getattr(sample.final, name) for sample in samples]).cpu().double()
         found[f"norm_{name}"] = memory.flatten(1).norm(dim=1)
         found[f"rank_{name}"] = effective_rank(memory)
     parts = {name: x.cpu().split(heads) for name, x in found.items()}
     return [{name: part[i] for name, part in parts.items()} for i in range(len(samples))]
 
 
-def _pairs(samples: Sequence[LayerSample]) -> list[tuple[Tensor, Tensor]]:
-    return [(sample.final.key, sample.final.value) for sample in samples]
-
-
+@dataclass(frozen=True)
 class _Chunk:
-    """One chunk of all layers, their heads side by side."""
+    """One chunk of all layers, their heads side by side; see ``LayerSample``."""
 
-    def __init__(self, operands: Operands, start: Memories, stale: Memories | None, rule: Rule) -> None:
-        self.operands, self.start, self.stale, self.rule = operands, start, stale, rule
+    operands: Operands
+    start: Memories
+    stale: Memories | None
+    rule: Rule
 
 
 def _joined(samples: Sequence[LayerSample]) -> _Chunk:
@@ -78,10 +77,13 @@ def _joined(samples: Sequence[LayerSample]) -> _Chunk:
 
     columns = list(zip(*(sample.chunk for sample in samples), strict=True))
     operands = Operands(*(cat(x, 2) for x in columns[:8]), *(cat(x, 0) for x in columns[8:]))  # type: ignore[arg-type]
-    start = Memories(*(torch.cat(x, 1) for x in zip(*((s.start.key, s.start.value) for s in samples))))
-    pairs = [(s.stale.key, s.stale.value) for s in samples if s.stale is not None]
-    stale = Memories(*(torch.cat(x, 1) for x in zip(*pairs))) if pairs else None
-    return _Chunk(operands, start, stale, samples[0].rule)
+    start = _side_by_side([sample.start for sample in samples])
+    stale = [sample.stale for sample in samples if sample.stale is not None]
+    return _Chunk(operands, start, _side_by_side(stale) if stale else None, samples[0].rule)
+
+
+def _side_by_side(pairs: Sequence[Memories]) -> Memories:
+    return Memories(torch.cat([pair.key for pair in pairs], 1), torch.cat([pair.value for pair in pairs], 1))
 
 
 def effective_rank(matrices: Tensor) -> Tensor:

@@ -158,11 +158,11 @@ class LossModule(nn.Module):
         carry = None if states is None else states.enter(batch)
         options: dict[str, Any] = {} if carry is None else {"carry": carry}
         if self.token_losses is not None:
-            options["each"] = torch.zeros(labels.numel(), dtype=torch.float32, device=labels.device)
+            options["each"] = torch.zeros(cut[1].numel(), dtype=torch.float32, device=device)
         loss: Tensor = self.model.loss_sum(tokens, labels, cu_seqlens=cu_seqlens, z_loss=z_loss, **options)
         if self.token_losses is not None:
-            places = self._positions(batch).to(device)
-            self.token_losses(labels, places, options["each"].view_as(labels))
+            each, places = options["each"].view_as(cut[1]), self._positions(batch).to(device)
+            self.token_losses(cut[1].to(device), places, each)
         if states is not None and carry is not None:
             states.leave(batch, carry)
         return loss
