@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Workers", "default_workers", "ray_session", "run_tasks"]
+__all__ = ["Workers", "check_token", "default_workers", "ray_session", "run_tasks"]
 
 RETRIES = 3
 ENDING_S = 10.0
@@ -69,15 +69,20 @@ class Workers:
             self.start_seconds = time.perf_counter() - start
 
 
-def _check_token(address: str) -> None:
-    """Refuse a cluster on the network without a token: whoever reaches it runs code on every node."""
-    host = address.removeprefix("ray://").rpartition(":")[0]
+def check_token(address: str, *, option: str = "--ray-address") -> None:
+    """Refuse a cluster on the network without a token: whoever reaches it runs code on every node.
+
+    Raises:
+        ValueError: ``address`` (HOST:PORT or URL), which ``option`` gave, is on the network, without a token.
+    """
+    host = address.partition("://")[2] or address
+    host = host.rstrip("/").rpartition(":")[0]
     given = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     given = given or (Path.home() / ".ray" / "auth_token").is_file()
     if host in LOOPBACK or (given and os.environ.get("RAY_AUTH_MODE") == "token"):
         return
     raise ValueError(
-        f"--ray-address {address} is not on this machine, and Ray runs what it is sent: start the cluster "
+        f"{option} {address} is not on this machine, and Ray runs what it is sent: start the cluster "
         "with RAY_AUTH_MODE=token, and set RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH here too"
     )
 
@@ -92,7 +97,7 @@ def ray_session(*, workers: int, ray_address: str | None) -> Iterator[Any]:
         ValueError: Ray is not installed, does not start, or the cluster cannot be reached.
     """
     if ray_address is not None:
-        _check_token(ray_address)
+        check_token(ray_address)
     # No usage statistics over the network, and no dashboard: its job interface runs what it is sent.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")

@@ -300,7 +300,7 @@ def ray(
     if dry_run:
         print(jobs.dry_run(command, agents, driver))
     else:
-        jobs.submit(command)
+        jobs.submit(command, address=address)
 
 
 @launch.command()

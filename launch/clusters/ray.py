@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
+from data_pipeline.workers import check_token
 from launch.clusters.agent import CHECKOUT, Agents, shell_words
 from launch.clusters.ray_driver import ADDRESS, FIRST, MASTER
 from launch.clusters.work import Work, node_line
@@ -71,8 +72,13 @@ def dry_run(command: Sequence[str], agents: Agents, driver: Sequence[str]) -> st
     return "\n".join(["# submitted from here", shell_words(command), *lines])
 
 
-def submit(command: Sequence[str]) -> NoReturn:
-    """Become the submission."""
+def submit(command: Sequence[str], *, address: str) -> NoReturn:
+    """Become the submission.
+
+    Raises:
+        ValueError: ray[default] is not here, or the cluster is on the network and has no token.
+    """
     check_ray()
+    check_token(address, option="--address")
     sys.stdout.flush()
     os.execv(command[0], list(command))

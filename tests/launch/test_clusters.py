@@ -243,5 +243,15 @@ def test_a_ray_job_may_take_as_long_to_stop_as_its_ranks_to_save(capsys: pytest.
     assert {"--follow-stdin", "--nproc-per-node=1"} <= set(shlex.split(first))
 
 
+def test_a_ray_cluster_on_the_network_needs_a_token(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    status, said = refused(capsys, "ray", BASE, *TWO_NODES, "--address", "http://10.0.0.1:8265")
+    assert status == 1
+    assert "--address http://10.0.0.1:8265 is not on this machine" in said
+    assert "RAY_AUTH_MODE=token" in said
+
+
 def test_the_recipe_of_these_tests_has_two_ranks() -> None:
     assert resolve(load_recipe(BASE))["mesh"]["dp"] == 2

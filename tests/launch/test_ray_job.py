@@ -1,0 +1,129 @@
+"""Ray: jobs submitted to a real cluster of two nodes on this machine; agents and ranks are real processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.clusters import ray as jobs
+from launch.clusters.agent import CHECKOUT, Agents
+from launch.clusters.ray_driver import MASTER
+from launch.clusters.work import Work, read_work
+from tests.launch.rank_stand_in import BASE, write_script
+from tests.launch.stand_in_python import write_python
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen within two minutes"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """Two Ray nodes of two CPUs each, the first with the dashboard that takes jobs."""
+    from ray.cluster_utils import Cluster
+
+    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()}
+    made = Cluster(initialize_head=True, head_node_args=head)
+    made.add_node(num_cpus=2)
+    made.wait_for_nodes()
+    yield made
+    made.shutdown()
+
+
+def stand_in(folder: Path, *scripts: list[str]) -> tuple[Work, list[str]]:
+    """A run whose ranks do as ``scripts`` say, and the driver that `trellis launch ray` would submit."""
+    run_dir = folder / "run"
+    write_script(run_dir, *scripts)
+    work = read_work(BASE, ["--run-dir", str(run_dir)], preflight=False)
+    work = dataclasses.replace(work, python=write_python(folder))
+    agents = Agents(nodes=2, ranks_per_node=1, master=MASTER, port=free_port())
+    return work, [*jobs.driver_command(agents, work, jobs.Workers()), "--settle=1"]
+
+
+def submission(cluster: Any, driver: list[str]) -> list[str]:
+    """The command that hands the driver to the cluster as a job, and follows it."""
+    agents = Agents(nodes=2, ranks_per_node=1, master=MASTER)
+    address = f"http://{cluster.webui_url}"
+    return jobs.submit_command(agents, driver, address=address, python=sys.executable, wait=True)
+
+
+def start(command: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]:
+    ranks = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "RAY_ADDRESS")
+    variables = {name: value for name, value in os.environ.items() if name not in ranks}
+    with log.open("wb") as file:
+        return subprocess.Popen(command, env={**variables, **more}, stdout=file, stderr=subprocess.STDOUT)
+
+
+def listen(run_dir: Path) -> bool:
+    return all((run_dir / f"listening-{rank}").exists() for rank in (0, 1))
+
+
+def test_a_job_runs_an_agent_on_each_node_and_ends_with_its_status(cluster: Any, tmp_path: Path) -> None:
+    work, driver = stand_in(tmp_path, ["ok"], ["ok"])
+    job = start(submission(cluster, driver), tmp_path / "log")
+    status = job.wait(timeout=240)
+    assert status == 0, (tmp_path / "log").read_text()
+    assert all((work.run_dir / f"starts-{rank}").exists() for rank in (0, 1))
+    # What rank 0 prints is the output of the job.
+    assert f"run folder: {work.run_dir}" in (tmp_path / "log").read_text()
+
+
+def test_a_stopped_job_lets_its_ranks_save(cluster: Any, tmp_path: Path) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    work, driver = stand_in(tmp_path, ["asked"], ["asked"])
+    job = start(submission(cluster, driver), tmp_path / "log")
+    until(lambda: listen(work.run_dir))
+    client = JobSubmissionClient(f"http://{cluster.webui_url}")
+    (running,) = [found for found in client.list_jobs() if found.status == "RUNNING"]
+    client.stop_job(running.submission_id)
+    job.wait(timeout=240)
+    assert "trellis: ended by a signal" in client.get_job_logs(running.submission_id)
+
+
+def test_a_node_that_dies_is_named(cluster: Any, tmp_path: Path) -> None:
+    """The driver by itself, as the jobs above run it; it takes the second node away."""
+    work, driver = stand_in(tmp_path, ["asked"], ["asked"])
+    variables = {"RAY_ADDRESS": cluster.address, "PYTHONPATH": str(CHECKOUT)}
+    running = start(driver, tmp_path / "log", **variables)
+    until(lambda: listen(work.run_dir))
+    (second,) = cluster.worker_nodes
+    os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
+    assert running.wait(timeout=240) == 1
+    said = (tmp_path / "log").read_text()
+    assert re.search(
+        rf"error: node [01] \({re.escape(socket.gethostname())}, .*\) died, or the cluster", said
+    )
+
+
+def test_too_few_nodes_are_said_with_what_the_cluster_has(cluster: Any) -> None:
+    import ray
+
+    from launch.clusters.ray_driver import _place
+
+    ray.init(address=cluster.address, log_to_driver=False)
+    try:
+        with pytest.raises(ValueError, match=r"no 9 nodes with CPU 1 free within .*the cluster has .* CPU 2"):
+            _place(9, {"CPU": 1}, seconds=0.5)
+    finally:
+        ray.shutdown()
