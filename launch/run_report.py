@@ -71,9 +71,9 @@ def write_training_report(run_dir: Path) -> Path:
     report.facts(_summary(closing))
     if closing.facts.get("error"):
         report.preformatted(closing.facts["error"])
-    _curves(report, rows)
     _starts(report, starts, events)
     _alerts(report, events)
+    _curves(report, rows)
     _files(report, run_dir)
     _environment(report, events)
     _recipe(report, recipe)
