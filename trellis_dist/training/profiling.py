@@ -66,10 +66,11 @@ class Profiler:
         """``step`` is done; after the last one that is profiled the files are written."""
         if self._profile is None:
             return
-        with self._tolerated("go on"):
-            self._profile.step()
         if step >= self._first + self._config.steps - 1:
             self.close()
+        else:
+            with self._tolerated("go on"):
+                self._profile.step()
 
     def _start(self) -> Any:
         from torch.profiler import ProfilerActivity, profile, schedule
@@ -95,11 +96,13 @@ class Profiler:
                 self._say(f"alert: nothing was profiled: this start ended before step {first}")
             return
         with self._tolerated("be written"):
+            # A collective's record points into the profiler. Some are in garbage (FSDP2 leaves a lot), and
+            # one that was collected after the profiler had stopped ended torch 2.13 with a segfault.
+            gc.collect()
             profile.stop()
             folder = profile_folder(self._run_dir, first)
             folder.mkdir(parents=True, exist_ok=True)
-            with _no_collection():
-                self._write(profile, folder)
+            self._write(profile, folder)
 
     def _write(self, profile: Any, folder: Path) -> None:
         stem = folder / f"rank-{self._rank:05d}"
@@ -137,24 +140,6 @@ class Profiler:
         except Exception as error:
             self._profile, self._first = None, 0
             self._say(f"alert: the profile of rank {self._rank} could not {what}: {error}")
-
-
-@contextlib.contextmanager
-def _no_collection() -> Iterator[None]:
-    """Collect garbage now, and none for a while.
-
-    torch makes a Python object per event, with thousands of chances for the collector; one that came in the
-    middle of that, after steps of FSDP2, ended torch 2.13 with a segmentation fault. Before and after it is
-    harmless.
-    """
-    gc.collect()
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _operator(event: Any) -> dict[str, Any]:
