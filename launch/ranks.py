@@ -30,6 +30,7 @@ from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
 
 __all__ = [
+    "AGENT",
     "ASKED",
     "PASSED_ON",
     "SLACK_S",
@@ -46,6 +47,8 @@ __all__ = [
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
+# Set for ranks whose agent is ours (launch.clusters.run_agent): they end with it.
+AGENT = "TRELLIS_AGENT"
 # What the agent passes on to the ranks. The last one is what a scheduler can be told to send before the end.
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 # After the grace period, for a rank to be gone once its save is.

@@ -18,11 +18,11 @@ from launch.ending import (
     on_termination,
 )
 from launch.failures import Failure, cause_of, claim_words, forget_failure, read_failures, report, where
-from launch.ranks import run_ranks, under_torchrun
+from launch.ranks import AGENT, run_ranks, under_torchrun
 from launch.recipe import Recipe
 from launch.run_folder import anchored, claim_run
 from launch.supervise import supervise
-from launch.worker import ECHO_SECONDS, leave_failure, leave_hang, train_rank
+from launch.worker import ECHO_SECONDS, end_with_launcher, leave_failure, leave_hang, train_rank
 from trellis_dist.training.job import EXIT_TERMINATED, Resume, TrainResult
 
 __all__ = ["train"]
@@ -74,6 +74,8 @@ def train(
 
 
 def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_step: int | None) -> None:
+    if AGENT in os.environ:
+        end_with_launcher()
     rank = int(os.environ["RANK"])
     _refuse_to_repeat(run_dir)
     forget_failure(run_dir, rank)

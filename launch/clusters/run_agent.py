@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import signal
@@ -12,13 +13,15 @@ import socket
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import FrameType
 from typing import Any
 
 from launch.ending import end_rank_at_once
 from launch.failures import silent_end
 from launch.messages import show_warnings_plainly
 from launch.nodes_errors import endpoint_of, refuse_taken_port
-from launch.ranks import ASKED, PASSED_ON, share_machine, silence_the_agent
+from launch.ranks import AGENT, ASKED, PASSED_ON, share_machine, silence_the_agent
 from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
 
@@ -43,12 +46,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Unbuffered: a buffer that a thread waits in cannot be let go at the end of the process.
         stream = io.FileIO(os.dup(sys.stdin.fileno()))
         threading.Thread(target=follow, args=(stream,), daemon=True).start()
+    from torch.distributed.elastic.multiprocessing import api
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     silence_the_agent()
     share_machine(_ranks(given))
+    api._terminate_process_handler = _OnSignal()
+    os.environ[AGENT] = str(os.getpid())
     try:
         if place := endpoint_of(given):
             refuse_taken_port(*place)
@@ -63,6 +69,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error_line(error))
         return 1
     return 0
+
+
+class _OnSignal:
+    """Torch's handler of signals for the first one; each later one goes to the ranks and interrupts nothing.
+
+    Torch's own raises again, out of the wait for the ranks: the third would end the agent and leave them.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+
+    def __call__(self, signum: int, frame: FrameType | None) -> None:
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+
+        if not self._asked:
+            self._asked = True
+            name = signal.Signals(signum)
+            raise SignalException(f"process {os.getpid()} got signal: {name}", sigval=name)
+        for rank in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(rank, signum)
+
+
+def _children() -> list[int]:
+    """The processes that this one's main thread started: the ranks."""
+    try:
+        text = Path(f"/proc/self/task/{os.getpid()}/children").read_text()
+    except OSError:  # no Linux, or one without this file: torch has sent them the first signal
+        return []
+    return [int(word) for word in text.split()]
 
 
 def _ranks(given: Sequence[str]) -> int:

@@ -102,7 +102,7 @@ def wait_for_a_signal(run_dir: Path) -> str:
     received: list[int] = []
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: received.append(number))
-    (run_dir / f"listening-{os.environ['RANK']}").touch()
+    (run_dir / f"listening-{os.environ['RANK']}").write_text(str(os.getpid()))
     wait_until(lambda: bool(received))
     return "terminated"
 
@@ -110,7 +110,7 @@ def wait_for_a_signal(run_dir: Path) -> str:
 def save_for_ever(run_dir: Path) -> None:
     """As the loop does whose last save does not end: only a second request ends it."""
     with TerminationRequest() as request:
-        (run_dir / f"listening-{os.environ['RANK']}").touch()
+        (run_dir / f"listening-{os.environ['RANK']}").write_text(str(os.getpid()))
         wait_until(lambda: request.received)
         (run_dir / f"saving-{os.environ['RANK']}").touch()
         wait_until(lambda: False)

@@ -74,6 +74,14 @@ def start(command: list[str], log: Path, **more: str) -> subprocess.Popen[bytes]
         return subprocess.Popen(command, env={**variables, **more}, stdout=file, stderr=subprocess.STDOUT)
 
 
+def alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
 def listen(run_dir: Path) -> bool:
     return all((run_dir / f"listening-{rank}").exists() for rank in (0, 1))
 
@@ -110,6 +118,8 @@ def test_a_node_that_dies_is_named(cluster: Any, tmp_path: Path) -> None:
     (second,) = cluster.worker_nodes
     os.kill(second.all_processes["raylet"][0].process.pid, signal.SIGKILL)
     assert running.wait(timeout=240) == 1
+    ranks = [int((work.run_dir / f"listening-{rank}").read_text()) for rank in (0, 1)]
+    until(lambda: not any(alive(rank) for rank in ranks))  # Ray killed the agent of the dead node
     said = (tmp_path / "log").read_text()
     assert re.search(
         rf"error: node [01] \({re.escape(socket.gethostname())}, .*\) died, or the cluster", said
