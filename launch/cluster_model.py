@@ -118,13 +118,12 @@ def this_machine(*, ranks: int) -> Cluster:
     """The CUDA devices of this machine; without any, ``ranks`` CPU cores."""
     import torch
 
-    count = torch.cuda.device_count()
-    if not count:
+    if not torch.cuda.is_available():
         return dataclasses.replace(CPU_CORE, devices_per_node=ranks, memory_gb=_host_gb() / ranks)
     found = torch.cuda.get_device_properties(0)
     known = next((it for key, it in DEVICES.items() if key in found.name.lower()), DEVICES["a100"])
     return dataclasses.replace(
-        known, name=found.name, devices_per_node=count, memory_gb=found.total_memory / GB
+        known, name=found.name, devices_per_node=torch.cuda.device_count(), memory_gb=found.total_memory / GB
     )
 
 
