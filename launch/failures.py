@@ -7,6 +7,7 @@ echoes, so that the run has one cause, said once with rank, host and last operat
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
@@ -22,6 +23,7 @@ from trellis_dist.training.watch.status_page import Status, read_status, status_
 __all__ = [
     "Failure",
     "RankError",
+    "address_of",
     "cause_of",
     "claim_words",
     "doing",
@@ -30,6 +32,7 @@ __all__ = [
     "is_echo",
     "is_restartable",
     "log_folder",
+    "lost_addresses",
     "lost_contact",
     "read_failures",
     "record_failure",
@@ -259,6 +262,20 @@ def where(run_dir: Path, rank: int, *, pid: int | None = None) -> tuple[str, str
     """
     page = _page(run_dir, rank, pid=pid)
     return (f" on {page.host}", doing(page.step, page.operation)) if page else ("", "")
+
+
+def lost_addresses(messages: Iterable[str]) -> set[str]:
+    """Addresses of peers whose connection was lost, as gloo's words have them: ``[10.0.0.4]:26762``."""
+    return {address for message in messages for address in re.findall(r"\[([0-9a-fA-F.:]+)\]:\d+", message)}
+
+
+def address_of(run_dir: Path, rank: int) -> str | None:
+    """The address of the host that this rank's status page names; None where it is not known."""
+    page = _page(run_dir, rank, pid=None)
+    try:
+        return socket.gethostbyname(page.host) if page else None
+    except OSError:
+        return None
 
 
 def silent_end(status: int) -> str:

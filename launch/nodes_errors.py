@@ -23,6 +23,7 @@ NOT_REACHED = re.compile(
 JOINED = re.compile(r"(?P<came>\d+)/(?P<all>\d+) clients joined")
 # Of torch's agents, by the names of their errors.
 AGENT_TIMEOUT, AGENT_CLOSED = "RendezvousTimeoutError", "RendezvousClosedError"
+AGENT_CONNECTION = "RendezvousConnectionError"
 PROBE_S = 3.0
 OURS = ("launch.clusters.run_agent", "torch.distributed.run", "torchrun")
 
@@ -32,10 +33,16 @@ def network_line(error: BaseException | None) -> str | None:
 
     ``error`` is what torch raised; what it was raised from counts too.
     """
+    first = error
     while error is not None:
         if found := _line(error):
             return found
         error = error.__cause__ or error.__context__
+    if type(first).__name__ == AGENT_CONNECTION:
+        return (
+            "the first node, where the nodes meet, has left: its terminal says why, or names the node that "
+            "is gone"
+        )
     return None
 
 

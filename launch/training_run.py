@@ -17,7 +17,17 @@ from launch.ending import (
     newest_step,
     on_termination,
 )
-from launch.failures import Failure, cause_of, claim_words, forget_failure, read_failures, report, where
+from launch.failures import (
+    Failure,
+    address_of,
+    cause_of,
+    claim_words,
+    forget_failure,
+    lost_addresses,
+    read_failures,
+    report,
+    where,
+)
 from launch.ranks import AGENT, run_ranks, under_torchrun
 from launch.recipe import Recipe
 from launch.run_folder import anchored, claim_run
@@ -144,9 +154,14 @@ def _tell_once(own: Failure, run_dir: Path) -> None:
 
 
 def _silent_ranks(failures: list[Failure], run_dir: Path) -> str:
-    """Those that left no record, one of which died: where each was last."""
+    """Those that left no record, one of which died: where each was last.
+
+    Others may be silent because they still wait for it: where a connection was lost tells which is meant.
+    """
     spoke = {failure.rank for failure in failures}
     silent = [rank for rank in range(int(os.environ["WORLD_SIZE"])) if rank not in spoke]
+    lost = lost_addresses(failure.message for failure in failures)
+    silent = [rank for rank in silent if address_of(run_dir, rank) in lost] or silent
     places = ["rank {}{}{}".format(rank, *where(run_dir, rank)) for rank in silent]
     return f"; no word from {', '.join(places)}" if places else ""
 

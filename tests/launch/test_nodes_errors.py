@@ -9,17 +9,24 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
-from torch.distributed.elastic.rendezvous import RendezvousClosedError, RendezvousTimeoutError
+from torch.distributed.elastic.rendezvous import (
+    RendezvousClosedError,
+    RendezvousConnectionError,
+    RendezvousTimeoutError,
+)
 
-from launch.failures import Failure, cause_of
+from launch.failures import Failure, address_of, cause_of, log_folder, lost_addresses
 from launch.nodes_errors import endpoint_of, network_line, refuse_taken_port
 from launch.nodes_ports import holder_of
+from launch.training_run import _silent_ranks
 from launch.worker import error_line
 from trellis_dist.parallel import env
 from trellis_dist.training.errors import CUT_OFF, SILENT_STORE
+from trellis_dist.training.watch.status_page import StatusPage, status_path
 
 LISTEN = """
 import socket, sys
@@ -110,6 +117,10 @@ def test_an_agent_that_waits_in_vain_says_what_to_do() -> None:
     wrapped = RuntimeError("see inner exception")
     wrapped.__cause__ = RendezvousTimeoutError()
     assert network_line(wrapped) == network_line(RendezvousTimeoutError())
+    left = RendezvousConnectionError("The connection to the C10d store has failed.")
+    assert (network_line(left) or "").startswith(
+        "the first node, where the nodes meet, has left: its terminal"
+    )
     assert network_line(KeyError("x")) is None
 
 
@@ -136,3 +147,26 @@ def test_what_a_rank_found_that_is_cut_off_counts_after_what_others_say() -> Non
     heard = Failure(rank=0, message=f"{here.format(0)}: rank 1 has not been heard of", detail="", at=3)
     assert cause_of([cut, silent, heard]) is heard
     assert cause_of([cut, silent]) is cut
+
+
+def test_of_silent_ranks_the_one_whose_connection_was_lost_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hosts = {"h0": "10.0.0.1", "h1": "10.0.0.2", "h2": "10.0.0.3"}
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    log_folder(tmp_path).mkdir()
+    for rank, host in enumerate(hosts):
+        monkeypatch.setattr(socket, "gethostname", lambda host=host: host)
+        page = StatusPage(status_path(log_folder(tmp_path), rank), rank=rank)
+        page.write(step=7, operation="update")
+        page.close()
+    monkeypatch.setattr(socket, "gethostbyname", hosts.__getitem__)
+    assert address_of(tmp_path, 2) == "10.0.0.3"
+    assert address_of(tmp_path, 3) is None
+    words = "lost the connection to another rank (Read error [10.0.0.3]:26762: Connection reset by peer)"
+    assert lost_addresses([words]) == {"10.0.0.3"}
+    spoke = [Failure(rank=0, message=words, detail="", echo=True)]
+    assert _silent_ranks(spoke, tmp_path) == "; no word from rank 2 on h2 in step 7, update"
+    unknown = [Failure(rank=0, message="lost the connection", detail="", echo=True)]
+    assert "rank 1 on h1" in _silent_ranks(unknown, tmp_path)
+    assert "rank 2 on h2" in _silent_ranks(unknown, tmp_path)
