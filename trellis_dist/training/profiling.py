@@ -10,7 +10,6 @@ a trace that cannot be written is an alert, not the end of the run.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -96,9 +95,6 @@ class Profiler:
                 self._say(f"alert: nothing was profiled: this start ended before step {first}")
             return
         with self._tolerated("be written"):
-            # A collective's record points into the profiler. Some are in garbage (FSDP2 leaves a lot), and
-            # one that was collected after the profiler had stopped ended torch 2.13 with a segfault.
-            gc.collect()
             profile.stop()
             folder = profile_folder(self._run_dir, first)
             folder.mkdir(parents=True, exist_ok=True)
