@@ -13,6 +13,7 @@ import subprocess
 import sys
 import sysconfig
 import time
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,7 +39,7 @@ FILES, LONGEST = 300, 40_000  # of the library; bytes of one file
 PICTURES = {
     "scalars": ("timeseries", "^(loss/|optim/)"),
     "trellis": ("timeseries", "^trellis/layer_01/[a-z_]+$"),
-    "histograms": ("histograms", "layer_01/(forget_gate|step_size)/head_0[01]"),
+    "histograms": ("histograms", ""),
 }
 
 
@@ -54,7 +55,8 @@ def main() -> None:
         train(RUN, steps=chosen.steps)
     with tensorboard(chosen.run or RUN) as address, open_browser() as browser:
         for name, (page, tags) in PICTURES.items():
-            photograph(browser, f"{address}/?tagFilter={tags}#{page}", DOCS / f"monitoring-{name}.png")
+            query = urllib.parse.urlencode({"tagFilter": tags, "smoothing": 0})
+            photograph(browser, f"{address}/?{query}#{page}", DOCS / f"monitoring-{name}.png")
 
 
 def train(run_dir: Path, *, steps: int) -> None:
@@ -80,6 +82,7 @@ def train(run_dir: Path, *, steps: int) -> None:
             precision="fp32",
             validation_interval=50,
             validation_rows=16,
+            threads=1,
         ),
         checkpoint=CheckpointConfig(interval=150),
         logging=LoggingConfig(progress=False, probe_interval=20),
@@ -107,9 +110,10 @@ def tensorboard(run_dir: Path) -> Iterator[str]:
     """TensorBoard on a port of its own; its address."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", str(run_dir / "tensorboard")]
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", "tensorboard"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--load_fast", "false"]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen(command, cwd=run_dir, **quiet)
     try:
         address = f"http://127.0.0.1:{port}"
         _await_tags(f"{address}/data/plugin/scalars/tags")
@@ -136,6 +140,9 @@ def photograph(browser: Any, address: str, path: Path) -> None:
     """What the page shows once its charts are drawn."""
     page = browser.new_page(viewport={"width": 1400, "height": 900})
     page.goto(address, wait_until="networkidle", timeout=120_000)
+    settings = page.get_by_role("button", name="Settings", exact=True)
+    if settings.count():  # a panel that would take a third of the page
+        settings.first.click()
     page.wait_for_timeout(8000)
     page.screenshot(path=str(path))
     page.close()
