@@ -146,6 +146,11 @@ class NodeRun:
         pages = [read_status(path) for path in log_folder(self.run_dir).glob("rank-*.status")]
         return [page.pid for page in pages if page and page.host == self.hosts.names[host]]
 
+    def alive(self, hosts: Sequence[int]) -> bool:
+        """Whether a rank on one of ``hosts`` still runs."""
+        running = {pid for host in hosts for pid in self.hosts.processes(host)}
+        return any(pid in running for host in hosts for pid in self.ranks(host))
+
     def kill_ranks(self, host: int) -> None:
         """SIGKILL the ranks on ``host``."""
         for pid in self.ranks(host):

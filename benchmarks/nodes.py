@@ -94,7 +94,10 @@ def ends(work: Path, harm: str, hosts: int, *, static: bool, host: int | None = 
         run.wait_for_step(AT_STEP)
         HARMS[harm](run, victim)
         begin, others = time.monotonic(), [other for other in range(hosts) if other != victim]
-        run.end(others, limit_s=PATIENCE_S)
+        if host == 0:  # torch's agents, whose store was there, need minutes to see it: the ranks do not
+            run.wait(lambda: run.errors(1) != [] and not run.alive(others), limit_s=PATIENCE_S)
+        else:
+            run.end(others, limit_s=PATIENCE_S)
         seconds = time.monotonic() - begin
         lines = [line for other in others for line in run.errors(other)]
         cause = report(cause_of(read_failures(folder)))
@@ -177,7 +180,7 @@ def cases(work: Path) -> list[Case]:
 def render(found: dict[str, Any]) -> str:
     """The table of docs/troubleshooting.md."""
     lines = ["| what happens | what became of it | after |", "|---|---|---|"]
-    for name, row in found["cases"].items():
+    for name, row in sorted(found["cases"].items()):
         seconds = row.get("until_end_s", row.get("preflight_s"))
         lines.append(f"| {name} | {row.get('outcome', row.get('error'))} | {seconds} s |")
     return "\n".join(lines)
