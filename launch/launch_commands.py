@@ -195,7 +195,7 @@ def deepspeed(
     work = read_work(recipe, options or (), preflight=not no_preflight)
     sizes: dict[str, Any] = {"nodes": len(hosts), "ranks": hosts[0].slots, "gpus": 0, "grace": grace}
     fields: dict[str, Any] = {"master": master or hosts[0].name, "port": port, "max_restarts": max_restarts}
-    agents = _booked(work, **sizes, **fields, rendezvous="static")
+    agents = _booked(work, **sizes, **fields)
     commands = by_hostfile.host_commands(agents, work, hosts, ssh_port=ssh_port)
     if dry_run:
         print(by_hostfile.dry_run(commands, hosts))

@@ -55,6 +55,12 @@ class Agents:
             raise ValueError(f"--port {self.port}: use 1 to 65535")
         if self.grace_s < 0:
             raise ValueError(f"--grace {self.grace_s}: use 0 or more seconds")
+        if self.rendezvous == "static" and self.nodes > 1 and self.max_restarts:
+            # Each agent starts its own ranks again, in the store where the addresses of the dead ones stand.
+            raise ValueError(
+                f"--max-restarts {self.max_restarts} with --rendezvous static: ranks of several nodes that "
+                "are started again do not find each other; use --rendezvous c10d, or no restarts"
+            )
 
     @property
     def endpoint(self) -> str:

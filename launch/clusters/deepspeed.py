@@ -73,9 +73,22 @@ def host_commands(
 ) -> list[list[str]]:
     """The ssh command of each host, in the order of their places."""
     ssh = ["ssh", "-o", "BatchMode=yes", *(["-p", str(ssh_port)] if ssh_port else [])]
-    lines = [node_line(agents, work, place=place, follow_stdin=True) for place in range(len(hosts))]
+    lines = [_line(agents, work, place) for place in range(len(hosts))]
     # The login shell of a host may be any; what it is to run is one word of bash.
     return [[*ssh, host.name, shell_words(["bash", "-c", line])] for host, line in zip(hosts, lines)]
+
+
+def _line(agents: Agents, work: Work, place: int) -> str:
+    # The first host keeps the store where all meet, whatever it calls itself: others know it by this address.
+    first = place == 0
+    return node_line(
+        agents,
+        work,
+        place=place,
+        local_address=agents.master if first else None,
+        hosts_store=str(int(first)),
+        follow_stdin=True,
+    )
 
 
 def dry_run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> str:

@@ -1,13 +1,15 @@
 """Kubernetes: the JobSet of a run, one pod per node.
 
-A pod that is evicted, or whose ranks were asked to end and saved (exit status 75), fails its Job by the pod
-failure policy, and the JobSet starts again without counting; other failures are counted.
+A pod that is evicted, or was asked to end (exit status 75 once its ranks have saved, 143 before there were
+any), fails its Job by the pod failure policy, and the JobSet starts again without counting; other failures
+are counted.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import signal
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,9 +24,12 @@ __all__ = ["Pods", "apply", "job_set", "master_of", "name_of", "parse_label", "p
 WORKERS = "workers"
 # Beside the grace: the step in work, and the agent's own end.
 MARGIN_S = 30
+# The end of a shell by SIGTERM: the pod was asked to end before there were ranks, in the preflight.
+_BEFORE_RANKS = 128 + signal.SIGTERM
 # Filled in by the pod's shell.
 _PLACE, _FIRST, _ADDRESS = "PLACE_OF_POD", "FIRST_OR_NOT", "ADDRESS_OF_POD"
-_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?")
+# A DNS label as RFC 1035 has it: the network is a Service, and JobSet refuses a digit at the beginning.
+_LABEL = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,8 +68,8 @@ def name_of(work: Work, given: str | None) -> str:
     )
     if not _LABEL.fullmatch(name) or len(name) > 40:
         raise ValueError(
-            f"--name {name}: use up to 40 of a-z, 0-9 and -, beginning and ending with no -; pods and their "
-            "network are called by it"
+            f"--name {name}: use up to 40 of a-z, 0-9 and -, beginning with a letter and ending with no -; "
+            "pods and their network are called by it"
         )
     return name
 
@@ -147,7 +152,7 @@ def _job(agents: Agents, work: Work, pods: Pods) -> dict[str, Any]:
                     "onExitCodes": {
                         "containerName": "trellis",
                         "operator": "In",
-                        "values": [EXIT_TERMINATED],
+                        "values": [EXIT_TERMINATED, _BEFORE_RANKS],
                     },
                 },
                 {"action": "FailJob", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
@@ -165,6 +170,9 @@ def _pod(agents: Agents, work: Work, pods: Pods) -> dict[str, Any]:
     ]
     return {
         "restartPolicy": "Never",
+        # Process 1 of a container ignores a SIGTERM that it does not handle, and the shell of the preflight
+        # does not: with this a process of Kubernetes is number 1.
+        "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": math.ceil(agents.grace_s) + MARGIN_S,
         "containers": [_container(agents, work, pods)],
         "volumes": volumes,

@@ -58,7 +58,11 @@ def test_the_agent_of_a_static_job_needs_its_place() -> None:
         agent_command(agents, [])
     assert "--node-rank=1" in agent_command(agents, [], node_rank=1)
     assert "TORCH_DISABLE_SHARE_RDZV_TCP_STORE" not in agent_environment(agents)
-    for change, words in (({"port": 70000}, "use 1 to 65535"), ({"ranks_per_node": 0}, "use 1 or more")):
+    for change, words in (
+        ({"port": 70000}, "use 1 to 65535"),
+        ({"ranks_per_node": 0}, "use 1 or more"),
+        ({"nodes": 2, "rendezvous": "static", "max_restarts": 1}, "use --rendezvous c10d, or no restarts"),
+    ):
         with pytest.raises(ValueError, match=words):
             Agents(**{"nodes": 1, "ranks_per_node": 1, "master": "h", **change})
 
@@ -153,6 +157,21 @@ def test_a_hostfile_is_read_strictly(tmp_path: Path) -> None:
             read_hostfile(path)
 
 
+def test_the_first_host_of_a_hostfile_is_where_all_meet(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "hosts").write_text("a slots=1\nb slots=1\n")
+    given = ("deepspeed", BASE, "--hostfile", str(tmp_path / "hosts"), "--max-restarts", "2", "--dry-run")
+    first, second = (
+        shlex.split(shlex.split(line)[-1])[-1].split() for line in commands(launched(capsys, *given))
+    )
+    assert {"--rdzv-endpoint=a:29500", "--rdzv-conf=is_host=1", "--local-addr=a", "--node-rank=0"} <= set(
+        first
+    )
+    assert {"--rdzv-endpoint=a:29500", "--rdzv-conf=is_host=0", "--node-rank=1"} <= set(second)
+    assert "--local-addr" not in " ".join(second)
+
+
 def manifest(capsys: pytest.CaptureFixture[str], *options: str) -> dict[str, Any]:
     needed = (*TWO_NODES, "--image", "registry/trellis:1", "--claim", "shared")
     table: dict[str, Any] = yaml.safe_load(launched(capsys, "kubernetes", BASE, *needed, *options))
@@ -194,7 +213,7 @@ def test_a_preempted_pod_starts_the_job_set_again_without_counting(
     spec = manifest(capsys, "--max-job-restarts", "5")["spec"]
     job = spec["replicatedJobs"][0]["template"]["spec"]
     saved, evicted = job["podFailurePolicy"]["rules"]
-    assert (saved["action"], saved["onExitCodes"]["values"]) == ("FailJob", [75])
+    assert (saved["action"], saved["onExitCodes"]["values"]) == ("FailJob", [75, 143])
     assert saved["onExitCodes"]["containerName"] == job["template"]["spec"]["containers"][0]["name"]
     assert evicted["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     assert job["template"]["spec"]["restartPolicy"] == "Never"  # which a pod failure policy needs
@@ -221,6 +240,7 @@ def test_names_and_tolerations_that_kubernetes_would_refuse(capsys: pytest.Captu
     needed = ("kubernetes", BASE, *TWO_NODES, "--image", "i", "--claim", "c")
     for options, words in (
         (("--name", "My_Run"), "use up to 40 of a-z"),
+        (("--name", "7b"), "beginning with a letter"),
         (("--name", "x" * 41), "use up to 40 of a-z"),
         (("--toleration", "gpu:Sometimes"), "write it as KEY"),
         (("--node-selector", "gpu"), "write it as LABEL=VALUE"),

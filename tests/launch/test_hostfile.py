@@ -16,7 +16,7 @@ import pytest
 from launch.clusters.agent import Agents
 from launch.clusters.deepspeed import Host, dry_run, host_commands, run_hosts
 from launch.clusters.work import Work, read_work
-from tests.launch.rank_stand_in import BASE, write_script
+from tests.launch.rank_stand_in import BASE, starts, write_script
 from tests.launch.stand_in_python import write_python
 
 HOSTS = [Host("worker-0", 1), Host("worker-1", 1)]
@@ -46,9 +46,7 @@ def agents_here() -> Agents:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return Agents(
-        nodes=2, ranks_per_node=1, master="127.0.0.1", port=port, rendezvous="static", grace_s=500.0
-    )
+    return Agents(nodes=2, ranks_per_node=1, master="127.0.0.1", port=port, max_restarts=1, grace_s=500.0)
 
 
 def stand_in(folder: Path, *scripts: list[str]) -> Work:
@@ -72,9 +70,12 @@ def alive(process: int) -> bool:
     return True
 
 
-def test_a_signal_reaches_the_ranks_of_all_hosts_and_a_second_one_ends_them_at_once(ssh: Path) -> None:
-    """The first is answered by a save that does not end; the test has no time for the grace of 500 s."""
-    work = stand_in(ssh, ["stubborn"], ["stubborn"])
+def test_ranks_are_started_again_on_all_hosts_and_a_signal_reaches_them_there(ssh: Path) -> None:
+    """A second signal ends them at once.
+
+    The first is answered by a save that does not end; the test has no time for the grace of 500 s.
+    """
+    work = stand_in(ssh, ["lose", "stubborn"], ["kill", "stubborn"])
     run_dir, done = work.run_dir, threading.Event()
 
     def ask_twice() -> None:
@@ -91,6 +92,7 @@ def test_a_signal_reaches_the_ranks_of_all_hosts_and_a_second_one_ends_them_at_o
     finally:
         done.set()
         thread.join()
+    assert [starts(run_dir, rank) for rank in (0, 1)] == [2, 2]
     assert [rank for rank in (0, 1) if alive(int((run_dir / f"listening-{rank}").read_text()))] == []
     assert sorted((ssh / "reached").read_text().split()) == ["worker-0", "worker-1"]
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import shlex
 import subprocess
 from pathlib import Path
 
+from launch import cli
+
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ROOT / "launch" / "torchrun" / "train.sh"
+ONE_EACH = ("--rendezvous", "static", "--ranks-per-node", "1")
 LAUNCHERS = {
     "torchrun/train.sh": "torchrun",
     "deepspeed/train.sh": "deepspeed",
@@ -28,10 +33,21 @@ def shell(*arguments: str | Path, **environment: str) -> subprocess.CompletedPro
     )
 
 
+def launched(*arguments: str) -> tuple[int, str, str]:
+    """Status, output and errors of what the scripts hand over to, in this process: a start costs seconds."""
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as wrong:
+        status = cli.main(["launch", "torchrun", *arguments])
+    return status, out.getvalue(), wrong.getvalue()
+
+
+def lines_of(text: str) -> list[list[str]]:
+    return [shlex.split(line) for line in text.splitlines() if not line.startswith("#")]
+
+
 def dry_run(*options: str) -> list[list[str]]:
-    ran = shell(TORCHRUN, "--dry-run", "--ranks-per-node", "4", *options)
-    assert ran.returncode == 0, ran.stderr
-    return [shlex.split(line) for line in ran.stdout.splitlines() if not line.startswith("#")]
+    status, said, wrong = launched("--dry-run", "--ranks-per-node", "4", *options)
+    assert status == 0, wrong
+    return lines_of(said)
 
 
 def test_static_rendezvous_gives_every_node_its_place() -> None:
@@ -43,6 +59,7 @@ def test_static_rendezvous_gives_every_node_its_place() -> None:
         "--rendezvous",
         "static",
         "350m-c4",
+        "--",
         "--set",
         "training.seed=2",
     )
@@ -70,7 +87,7 @@ def test_restarts_and_the_grace_reach_torchrun() -> None:
     assert "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1" in line
     (line,) = dry_run(*node, "quickstart")
     assert {"--max-restarts=0", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=35"} <= set(line)
-    (line,) = dry_run(*node, "quickstart", "--set", "checkpoint.grace_s=90.5")  # the recipe's, unless given
+    (line,) = dry_run(*node, "quickstart", "--", "--set", "checkpoint.grace_s=90.5")
     assert "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=96" in line
 
 
@@ -106,9 +123,9 @@ def test_every_launcher_hands_options_of_the_run_on_behind_the_recipe(tmp_path: 
 
 
 def test_overrides_with_spaces_survive_the_shell() -> None:
-    (line,) = dry_run(
-        "--nodes", "1", "--master", "h", "quickstart", "--set", 'model.pattern=["trellis", "attention"]'
-    )
+    given = ("--nodes", "1", "--master", "h", "--ranks-per-node", "1", "--dry-run", "quickstart")
+    ran = shell(TORCHRUN, *given, "--set", 'model.pattern=["trellis", "attention"]')
+    (line,) = lines_of(ran.stdout)
     assert line[-1] == 'model.pattern=["trellis", "attention"]'
 
 
@@ -116,7 +133,7 @@ def test_torchrun_refuses_what_cannot_work() -> None:
     for options, words in [
         (["--master", "h", "quickstart"], "--nodes is missing"),
         (["--nodes", "2", "quickstart"], "--master is missing"),
-        (["--nodes", "2", "--master", "h"], "no recipe"),
+        (["--nodes", "2", "--master", "h"], "RECIPE"),
         (["--nodes", "2", "--master", "h", "--max-restarts", "-1", "quickstart"], "whole number"),
         (["--nodes", "two", "--master", "h", "quickstart"], "whole number"),
         (["--nodes", "2", "--master", "h", "--ranks-per-node", "0", "quickstart"], "use 1 or more"),
@@ -125,11 +142,14 @@ def test_torchrun_refuses_what_cannot_work() -> None:
             ["--nodes", "2", "--master", "h", "--rendezvous", "static", "--ranks-per-node", "1", "q"],
             "--node-rank",
         ),
+        (["--nodes", "2", "--master", "h", *ONE_EACH, "--max-restarts", "1", "q"], "use --rendezvous c10d"),
     ]:
-        ran = shell(TORCHRUN, *options)
-        assert ran.returncode == 2
-        assert words in ran.stderr
-        assert len(ran.stderr.splitlines()) == 1
+        status, said, wrong = launched(*options)
+        assert (status, said) == (2, "")
+        assert words in wrong
+        assert len(wrong.splitlines()) == 1
+    ran = shell(TORCHRUN, "--nodes", "two", "--master", "h", "quickstart")
+    assert (ran.returncode, len(ran.stderr.splitlines())) == (2, 1)
 
 
 def checkout(tmp_path: Path) -> Path:
