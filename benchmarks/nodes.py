@@ -59,13 +59,13 @@ def whole(work: Path, hosts: int) -> Path:
     return folder
 
 
-def recovers(work: Path, harm: str, hosts: int, *, static: bool) -> dict[str, Any]:
+def recovers(work: Path, harm: str, hosts: int) -> dict[str, Any]:
     """Do ``harm`` to the last host of a run with restarts, and wait for its end."""
     folder, reference = _folder(work), whole(work, hosts)
     options = ("--no-preflight", "--max-restarts", "2")
     with (
         Hosts(hosts, work) as network,
-        NodeRun(network, folder, work, {"training.steps": STEPS}, *options, static=static) as run,
+        NodeRun(network, folder, work, {"training.steps": STEPS}, *options) as run,
     ):
         run.wait_for_step(AT_STEP)
         HARMS[harm](run, hosts - 1)
@@ -84,7 +84,9 @@ def recovers(work: Path, harm: str, hosts: int, *, static: bool) -> dict[str, An
     return {"passed": ok, "outcome": outcome, "until_end_s": round(seconds, 1), "lines": lines}
 
 
-def ends(work: Path, harm: str, hosts: int, *, static: bool, host: int | None = None) -> dict[str, Any]:
+def ends(
+    work: Path, harm: str, hosts: int, *, static: bool = False, host: int | None = None
+) -> dict[str, Any]:
     """Do ``harm`` to a host (the last) of a run without restarts: all others end, and that host is named."""
     folder, victim = _folder(work), hosts - 1 if host is None else host
     with (
@@ -164,15 +166,13 @@ def cases(work: Path) -> list[Case]:
     }
     for hosts in (2, 4):
         for harm in HARMS:
-            run = functools.partial(
-                recovers if harm in ("killed rank", "killed agent") else ends, work, harm, hosts
-            )
-            how = "restarts" if harm in ("killed rank", "killed agent") else "no restarts"
-            found[f"{hosts} hosts: {harm}, c10d, {how}"] = functools.partial(run, static=False)
+            again = harm in ("killed rank", "killed agent")
+            name = f"{hosts} hosts: {harm}, c10d, {'restarts' if again else 'no restarts'}"
+            found[name] = functools.partial(recovers if again else ends, work, harm, hosts)
     found["4 hosts: cut link of the first host, c10d, no restarts"] = lambda: ends(
-        work, "cut link", 4, static=False, host=0
+        work, "cut link", 4, host=0
     )
-    found["2 hosts: killed rank, static, restarts"] = lambda: recovers(work, "killed rank", 2, static=True)
+    # Static with restarts is refused: launch/clusters/agent.py.
     found["2 hosts: killed rank, static, no restarts"] = lambda: ends(work, "killed rank", 2, static=True)
     return [Case(name, measure) for name, measure in found.items()]
 
