@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import gzip
 import json
+import threading
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
 from trellis_dist.training import profiling
 from trellis_dist.training.config import ProfileConfig
 from trellis_dist.training.loop import run
 from trellis_dist.training.profiling import Profiler, profile_folder
+from trellis_dist.training.watch.hang import HangWatch
 
 PASSES = {"forward": 4, "backward": 4, "reduction of the gradients": 2, "update of the weights": 2}
 
@@ -70,6 +73,98 @@ def test_a_trace_too_large_to_be_looked_at_is_dropped_and_the_table_stays(
     assert names == ["rank-00000.operators.json", "rank-00000.operators.txt"]
 
 
+def test_other_ranks_wait_for_the_writing_under_the_long_limit(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    armed: list[tuple[float, str]] = []
+    arm = HangWatch.arm
+
+    def note(watch: HangWatch, seconds: float, *, step: int, operation: str) -> None:
+        armed.append((seconds, operation))
+        arm(watch, seconds, step=step, operation=operation)
+
+    monkeypatch.setattr(HangWatch, "arm", note)
+    job = profiled(data, ranks=(1,))  # not this one
+    run(job, tmp_path, stop_at_step=5)
+    where = armed.index((job.training.first_step_timeout_s, "writing the profile"))
+    before = [operation for _, operation in armed[:where]]
+    assert before.count("reading rows") == 4
+    assert armed[where + 1] == (job.training.step_timeout_s, "measuring")
+
+
+def test_a_run_that_fails_leaves_no_profile_and_no_profiler(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiling_at_the_error: list[bool] = []
+
+    def fail(*_: object, **__: object) -> None:
+        profiling_at_the_error.append(torch._C._autograd._profiler_enabled())
+        raise ValueError("at step 3")
+
+    started = profiling.Profiler.after_step
+    monkeypatch.setattr(
+        profiling.Profiler, "after_step", lambda self, step: fail() if step == 3 else started(self, step)
+    )
+    with pytest.raises(ValueError, match="at step 3"):
+        run(profiled(data), tmp_path)
+    assert profiling_at_the_error == [True]
+    assert not torch._C._autograd._profiler_enabled()
+    assert not (tmp_path / "profile").exists()
+
+
+class Recording:
+    """Stands in for torch's profiler."""
+
+    def __init__(self) -> None:
+        self.stopped = 0
+
+    def start(self) -> None: ...
+
+    def step(self) -> None:
+        raise RuntimeError("no more memory")
+
+    def stop(self) -> None:
+        self.stopped += 1
+        raise RuntimeError("not in this state")
+
+
+def begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str]) -> tuple[Profiler, Recording]:
+    recording = Recording()
+    monkeypatch.setattr(Profiler, "_made", lambda self: recording)
+    config = ProfileConfig(enabled=True, start_step=3)
+    profiler = Profiler(config, tmp_path, rank=0, resumed_step=0, say=said.append)
+    profiler.before_step(2)
+    return profiler, recording
+
+
+def test_a_profile_that_cannot_go_on_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    profiler, recording = begun(tmp_path, monkeypatch, said)
+    profiler.after_step(2)
+    assert said == ["alert: the profile of rank 0 could not go on: no more memory"]
+    assert recording.stopped == 1
+    profiler.close()
+    assert recording.stopped == 1
+
+
+def test_a_device_that_does_not_end_its_work_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    release = threading.Event()
+    monkeypatch.setattr(profiling, "STOP_S", 0.01)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: release.wait(60))
+    profiler, recording = begun(tmp_path, monkeypatch, [])
+    profiler.close(failed=True)
+    assert recording.stopped == 0
+    release.set()
+    monkeypatch.setattr(profiling, "STOP_S", 60.0)
+    profiler, recording = begun(tmp_path, monkeypatch, [])
+    profiler.close(failed=True)
+    assert recording.stopped == 1
+
+
 def test_a_start_past_the_first_step_profiles_its_own_third(data: Path, tmp_path: Path) -> None:
     run(make_job(data, training={"steps": 6}), tmp_path, stop_at_step=3)
     run(profiled(data, start_step=2, steps=9), tmp_path)  # the run ends before they are done
@@ -99,7 +194,7 @@ def test_other_ranks_and_runs_profile_nothing(tmp_path: Path, enabled: bool, ran
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("wrong", [{"start_step": 1}, {"steps": 0}, {"steps": 101}, {"ranks": (-1,)}])
+@pytest.mark.parametrize("wrong", [{"start_step": 1}, {"steps": 0}, {"steps": 21}, {"ranks": (-1,)}])
 def test_what_cannot_be_profiled_is_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=rf"logging\.profile\.{next(iter(wrong))} = .*: use "):
         ProfileConfig(**wrong)

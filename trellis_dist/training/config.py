@@ -203,7 +203,8 @@ class ProfileConfig:
     Attributes:
         enabled: profile this run (`trellis train --profile`).
         start_step: the first step that is profiled; a start that resumes past it takes its own third step.
-        steps: how many; the one before them warms the profiler up.
+        steps: how many, up to 20: every operator of every micro-batch stays in memory until it is written.
+            The one before them warms the profiler up.
         ranks: those that write a trace; () for all.
         shapes: record the shapes of operators' inputs.
         memory: record what operators allocate.
@@ -223,7 +224,7 @@ class ProfileConfig:
             self.start_step >= 2,
             f"logging.profile.start_step = {self.start_step}: use 2 or more, the step before it warms up",
         )
-        require(1 <= self.steps <= 100, f"logging.profile.steps = {self.steps}: use 1 to 100")
+        require(1 <= self.steps <= 20, f"logging.profile.steps = {self.steps}: use 1 to 20")
         require(
             all(rank >= 0 for rank in self.ranks),
             f"logging.profile.ranks = {list(self.ranks)}: use ranks from 0, or [] for all",

@@ -10,6 +10,7 @@ a trace that cannot be written is an alert, not the end of the run.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from trellis_dist.training.config import ProfileConfig
 __all__ = ["Profiler", "profile_folder"]
 
 TOP = 40  # operators in the table
+STOP_S = 10.0  # for a device to come to the end of its work after an error
 LARGEST = 256 << 20  # bytes of a compressed trace that is kept
 
 
@@ -50,8 +52,14 @@ class Profiler:
         self._config, self._run_dir, self._rank, self._say = config, run_dir, rank, say
         # The step before the first is profiled too and thrown away: the profiler's own start is slow.
         reachable = config.start_step >= resumed_step + 2
-        self._first = (config.start_step if reachable else resumed_step + 3) if wanted else 0
+        first = config.start_step if reachable else resumed_step + 3
+        self._first = first if wanted else 0
+        self._last = first + config.steps - 1 if config.enabled else 0
         self._profile: Any = None
+
+    def writes_after(self, step: int) -> bool:
+        """Whether ranks write their profiles after ``step``; the same answer on all ranks."""
+        return step == self._last
 
     def before_step(self, step: int) -> None:
         """``step`` is about to begin."""
@@ -59,46 +67,60 @@ class Profiler:
             return
         if self._profile is None:
             with self._tolerated("begin"):
-                self._profile = self._start()
+                self._profile = self._made()
+                self._profile.start()
 
     def after_step(self, step: int) -> None:
         """``step`` is done; after the last one that is profiled the files are written."""
         if self._profile is None:
             return
-        if step >= self._first + self._config.steps - 1:
+        if step >= self._last:
             self.close()
         else:
             with self._tolerated("go on"):
                 self._profile.step()
 
-    def _start(self) -> Any:
+    def _made(self) -> Any:
         from torch.profiler import ProfilerActivity, profile, schedule
 
         activities = [ProfilerActivity.CPU]
         if torch.cuda.is_available():
             activities.append(ProfilerActivity.CUDA)
-        made = profile(
+        return profile(
             activities=activities,
             schedule=schedule(wait=0, warmup=1, active=self._config.steps, repeat=1),
             record_shapes=self._config.shapes,
             profile_memory=self._config.memory,
         )
-        made.start()
-        return made
 
-    def close(self) -> None:
-        """Stop, and write what was recorded; may be called twice."""
-        profile, self._profile = self._profile, None
-        first, self._first = self._first, 0
+    def close(self, *, failed: bool = False) -> None:
+        """Stop, and write what was recorded, unless the run ``failed``; may be called twice."""
+        profile, first = self._profile, self._first
         if profile is None:
-            if first:
+            if first and not failed:
                 self._say(f"alert: nothing was profiled: this start ended before step {first}")
-            return
+            self._first = 0
+        elif failed:
+            self._drop()
+        else:
+            self._finish(profile, first)
+
+    def _finish(self, profile: Any, first: int) -> None:
         with self._tolerated("be written"):
             profile.stop()
+            self._profile, self._first = None, 0
             folder = profile_folder(self._run_dir, first)
             folder.mkdir(parents=True, exist_ok=True)
             self._write(profile, folder)
+
+    def _drop(self) -> None:
+        """End a profile without writing it; without this the process would go on recording."""
+        profile, self._profile, self._first = self._profile, None, 0
+        # It is stopped in the thread that started it, and waits for the device, where a collective may wait
+        # for a rank that is dead. Such a process is about to end, and may record until it does.
+        if profile is not None and _device_is_idle(STOP_S):
+            with contextlib.suppress(Exception):
+                profile.stop()
 
     def _write(self, profile: Any, folder: Path) -> None:
         stem = folder / f"rank-{self._rank:05d}"
@@ -134,8 +156,25 @@ class Profiler:
         try:
             yield
         except Exception as error:
-            self._profile, self._first = None, 0
+            self._drop()
             self._say(f"alert: the profile of rank {self._rank} could not {what}: {error}")
+
+
+def _device_is_idle(limit_s: float) -> bool:
+    """Wait until this rank's GPU has done its work; False if that takes more than ``limit_s``."""
+    if not torch.cuda.is_initialized():
+        return True
+    thread = threading.Thread(
+        target=_synchronize, args=(torch.cuda.current_device(),), name="trellis-profile", daemon=True
+    )
+    thread.start()
+    thread.join(limit_s)
+    return not thread.is_alive()
+
+
+def _synchronize(device: int) -> None:
+    with contextlib.suppress(RuntimeError):  # an error of the work itself: it is over, too
+        torch.cuda.synchronize(device)
 
 
 def _operator(event: Any) -> dict[str, Any]:
