@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.training.small_run import make_job, write_dataset
+from trellis_dist.training import loop
+from trellis_dist.training.closing import close_run
 from trellis_dist.training.loop import run
 from trellis_dist.training.metrics import read_rows
 from trellis_dist.training.starts import LINE, Starts, read_starts, useful_seconds
@@ -81,6 +84,16 @@ def test_a_line_cut_short_hides_no_other_start(tmp_path: Path) -> None:
     assert json.loads(lines[2])["host"]
 
 
+@pytest.mark.parametrize("line", ['{"start": 1}', "[]", "7"])
+def test_a_line_of_another_version_is_left_out(line: str, tmp_path: Path) -> None:
+    clock = Clock()
+    steps(begin(tmp_path, clock), clock, 1, 2)
+    path = tmp_path / "starts.jsonl"
+    known = json.loads(path.read_text())
+    path.write_text(path.read_text() + line + "\n" + json.dumps({**known, "step": "x"}) + "\n")
+    assert [record.step for record in read_starts(tmp_path)] == [2]
+
+
 def test_a_clock_that_is_behind_makes_no_goodput_above_one(tmp_path: Path) -> None:
     clock = Clock()
     steps(begin(tmp_path, clock), clock, 1, 2)
@@ -100,9 +113,17 @@ def test_other_ranks_write_and_tell_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_folder_that_refuses_ends_no_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("refuses", ["open", "read"])
+def test_a_folder_that_refuses_ends_no_run(refuses: str, tmp_path: Path, monkeypatch) -> None:
+    def fail(path: Path) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
     clock = Clock()
-    (tmp_path / "starts.jsonl").mkdir()
+    if refuses == "open":
+        (tmp_path / "starts.jsonl").mkdir()
+    else:
+        (tmp_path / "starts.jsonl").touch()
+        monkeypatch.setattr(Path, "read_bytes", fail)
     starts = begin(tmp_path, clock)
     steps(starts, clock, 1)
     starts.end("stopped")
@@ -153,7 +174,7 @@ def test_a_run_that_resumes_says_so_in_its_rows_events_and_summary(tmp_path: Pat
     run(job, folder, stop_at_step=8)
     stopped = capsys.readouterr().err
     assert "stopped: step 8 of 20, 512 tokens" in stopped
-    assert "next: the same command continues" in stopped
+    assert stopped.endswith("next: the same command continues from step 8\n")
     (folder / "checkpoints" / "step-00000008").rename(tmp_path / "gone")  # back to step 5
     run(job, folder)
     said = capsys.readouterr().err
@@ -169,7 +190,7 @@ def test_a_run_that_resumes_says_so_in_its_rows_events_and_summary(tmp_path: Pat
     assert "1 restart(s), 3 step(s) done again" in said
     assert f"checkpoints: 5 in {folder}/checkpoints" not in said  # step 8 is gone
     assert f"checkpoints: 4 in {folder}/checkpoints (steps 5, 10, 15, 20)" in said
-    assert f"next: trellis eval {folder}; tensorboard" in said
+    assert said.endswith(f"next: trellis eval {folder}\n")
     ends = [event for event in read_rows(folder / "console.jsonl") if event["kind"] == "end"]
     assert [(end["outcome"], end["step"]) for end in ends] == [("stopped", 8), ("finished", 20)]
     assert ends[1]["lost_steps"] == 3
@@ -177,3 +198,44 @@ def test_a_run_that_resumes_says_so_in_its_rows_events_and_summary(tmp_path: Pat
     row = read_rows(folder / "metrics.jsonl")[-1]
     assert ends[1]["validation"] == row["loss/validation"]
     assert [record.outcome for record in read_starts(folder)] == ["stopped", "finished"]
+    run(job, folder)  # nothing is left to do
+    assert capsys.readouterr().err.startswith("finished: step 20 of 20, 1,280 tokens\n")
+    assert len(read_starts(folder)) == 2
+
+
+def test_a_summary_that_fails_makes_no_failure_of_a_run(tmp_path: Path, monkeypatch, capsys) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise KeyError("step")
+
+    monkeypatch.setattr(loop, "close_run", fail)
+    job = make_job(write_dataset(tmp_path / "set"), training={"steps": 2})
+    assert run(job, tmp_path / "run").outcome == "finished"
+    assert "alert: finished, without a summary: KeyError('step')" in capsys.readouterr().err
+    assert [record.outcome for record in read_starts(tmp_path / "run")] == ["finished"]
+
+
+@pytest.mark.parametrize(
+    "outcome, saved, error, line",
+    [
+        ("stopped", True, "", "the same command continues from step 40"),
+        ("terminated", False, "", "the same command begins at step 0: no step is saved"),
+        (
+            "failed",
+            True,
+            "no space",
+            "put right what the error says; then the same command continues from step 40",
+        ),
+        ("failed", True, "diverged: start again in another --run-dir", "do what the error says"),
+        ("failed", False, "no space", "do what the error says; no step is saved, a start begins at step 0"),
+    ],
+)
+def test_the_next_step_fits_the_error_and_what_is_there(
+    outcome: str, saved: bool, error: str, line: str, tmp_path: Path
+) -> None:
+    if saved:
+        (tmp_path / "checkpoints" / "step-00000040").mkdir(parents=True)
+    closing = close_run(tmp_path, outcome=outcome, steps=60, tokens_per_step=64, error=error)
+    assert closing.text.splitlines()[-1] == f"  next: {line}"
+    (tmp_path / "tensorboard").mkdir()
+    closing = close_run(tmp_path, outcome=outcome, steps=60, tokens_per_step=64, error=error)
+    assert closing.text.splitlines()[-1] == f"  next: {line}; tensorboard --logdir {tmp_path}/tensorboard"

@@ -54,7 +54,7 @@ def close_run(
         *_loss_lines(facts),
         _checkpoint_line(run_dir, facts["checkpoints"]),
         f"  report: {run_dir / 'training.html'}",
-        _next_line(run_dir, outcome),
+        _next_line(run_dir, outcome, newest=max(facts["checkpoints"], default=0), error=error),
     ]
     return Closing("\n".join(lines), facts)
 
@@ -144,9 +144,18 @@ def _checkpoint_line(run_dir: Path, saved: Sequence[int]) -> str:
     return f"  checkpoints: {len(saved)} in {run_dir / 'checkpoints'} (steps {more}{listed})"
 
 
-def _next_line(run_dir: Path, outcome: str) -> str:
-    folder = shlex.quote(str(run_dir))
-    curves = f"tensorboard --logdir {shlex.quote(str(run_dir / 'tensorboard'))}"
+def _next_line(run_dir: Path, outcome: str, *, newest: int, error: str) -> str:
+    """What to do next; what ``error`` says itself is not contradicted."""
     if outcome == "finished":
-        return f"  next: trellis eval {folder}; {curves}"
-    return f"  next: the same command continues from the newest checkpoint; {curves}"
+        todo = f"trellis eval {shlex.quote(str(run_dir))}"
+    elif outcome == "failed" and ("--run-dir" in error or not newest):
+        todo = "do what the error says" + ("" if newest else "; no step is saved, a start begins at step 0")
+    else:
+        first = "put right what the error says; then " if outcome == "failed" else ""
+        todo = f"{first}the same command " + (
+            f"continues from step {newest:,}" if newest else "begins at step 0: no step is saved"
+        )
+    curves = run_dir / "tensorboard"
+    return f"  next: {todo}" + (
+        f"; tensorboard --logdir {shlex.quote(str(curves))}" if curves.is_dir() else ""
+    )

@@ -8,13 +8,15 @@ between the ranks before it is acted on, so that no rank waits in a collective a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import sys
 import time
 from pathlib import Path
 
 from trellis_dist.parallel import env
-from trellis_dist.training.closing import close_run
+from trellis_dist.training.closing import Closing, close_run
 from trellis_dist.training.collectives import gather_scalars
 from trellis_dist.training.combination import check_combination
 from trellis_dist.training.engines.base import StepResult
@@ -84,9 +86,11 @@ def run(
         )
         if session is None:
             return _finished_before(job, Path(run_dir))
+        failed = True
         try:
             result = _Loop(session).until(last)
             _say_closing(session, result)
+            failed = False
             return result
         except Exception as error:
             session.starts.end("failed")
@@ -94,26 +98,33 @@ def run(
                 session.saver.drain()  # every rank raised it at the same place, and what is saved was sound
             raise
         finally:
-            session.close()
+            session.close(failed=failed)
 
 
 def _say_closing(session: Session, result: TrainResult) -> None:
-    """Print and log the summary of this start, on rank 0."""
+    """Print and log the summary of this start, on rank 0; what was trained and saved does not hang on it."""
     session.starts.end(result.outcome)
     if not env.is_main():
         return
-    training = session.job.training
-    closing = close_run(
-        session.run_dir,
-        outcome=result.outcome,
-        steps=training.steps,
-        tokens_per_step=training.global_batch_tokens,
-    )
-    session.metrics.say(closing.text, kind="end", **closing.facts)
+    try:
+        closing = _closing(session.job, session.run_dir, result.outcome)
+    except Exception as error:
+        session.metrics.say(f"alert: {result.outcome}, without a summary: {error!r}")
+    else:
+        session.metrics.say(closing.text, kind="end", **closing.facts)
+
+
+def _closing(job: Job, run_dir: Path, outcome: Outcome) -> Closing:
+    training = job.training
+    tokens = training.global_batch_tokens
+    return close_run(run_dir, outcome=outcome, steps=training.steps, tokens_per_step=tokens)
 
 
 def _finished_before(job: Job, run_dir: Path) -> TrainResult:
     """Report a run that has nothing left to do from its own metrics."""
+    if env.is_main():
+        with contextlib.suppress(Exception):  # as above
+            print(_closing(job, run_dir, "finished").text, file=sys.stderr, flush=True)
     rows = read_rows(run_dir / "metrics.jsonl")
     validation = [row for row in rows if "loss/validation" in row]
     steps = job.training.steps
@@ -192,16 +203,27 @@ class _Loop:
         session.guards.before_step()
         self._meter.agreed(tokens)
         self._probes.before_step(step, batches)
+        self._meter.begin_passes()
         session.profiler.before_step(step)
         session.busy.begin()
         result = session.engine.train_step(batches, lr=rate, valid_tokens=max(1, tokens))
         self._busy = session.busy.finish()
         self._advance(step, result, time.monotonic() - begin)
-        session.profiler.after_step(step)
+        self._profile_after(step)
         spike = session.guards.note_result(step, result, batches, samples=session.progress.samples)
         if spike is None or not self._rolled_back(spike):
             self._afterwards(step, rate, result)
         return False
+
+    def _profile_after(self, step: int) -> None:
+        """Tell the profiler; where ranks write their profiles, which may take minutes, all wait for them."""
+        profiler = self.session.profiler
+        if not profiler.writes_after(step):
+            return profiler.after_step(step)
+        self._arm("writing the profile", long=True)
+        profiler.after_step(step)
+        gather_scalars([step])
+        return self._arm("measuring", long=False)
 
     def _rolled_back(self, spike: Spike) -> bool:
         """Say that there is a spike, and go back before it if the run is to."""

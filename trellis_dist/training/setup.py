@@ -73,13 +73,16 @@ class Session:
     pending_row: Mapping[str, float]
     started: float
 
-    def close(self) -> None:
-        """Stop the watch, the saver's and the loader's threads, close files."""
+    def close(self, *, failed: bool = False) -> None:
+        """Stop the watch, the saver's and the loader's threads, close files.
+
+        After a run that ``failed`` nothing is done that waits for a device, whose work may never end.
+        """
         self.watch.disarm()  # what comes now limits itself, and other ranks may have ended
         self.saver.close()
         self.loader.close()
         self.busy.close()
-        self.profiler.close()
+        self.profiler.close(failed=failed)
         self.starts.close()
         self.metrics.close()
         self.watch.close()
@@ -185,8 +188,9 @@ def _open(
     on_main(lambda: _record(job, run_dir))
     metrics = together(lambda: _metrics(job, run_dir, progress), what="opening the run folder")
     starts = _starts(run_dir, progress, mesh=mesh, started=started)
-    if env.is_main():
-        text, facts = describe_start(
+    on_main(
+        lambda: _say_start(
+            metrics,
             job,
             mesh=mesh,
             train=train,
@@ -194,9 +198,8 @@ def _open(
             start=start,
             starts=starts,
             run_dir=run_dir,
-            width=metrics.width,
         )
-        metrics.say(text, kind="start", **facts)
+    )
     guards = Guards(job.training, engine=engine, mesh=mesh, metrics=metrics, run_dir=run_dir)
     guards.load(start.guards)
     fingerprint = train.fingerprint
@@ -288,6 +291,12 @@ def _starts(run_dir: Path, progress: Progress, *, mesh: Mesh, started: float) ->
         world_size=mesh.world_size,
         began=time.time() - (time.monotonic() - started),
     )
+
+
+def _say_start(metrics: MetricsWriter, job: Job, **parts: Any) -> None:
+    """Say and log what is about to run, of which ``parts`` are those of ``describe_start``."""
+    text, facts = describe_start(job, width=metrics.width, **parts)
+    metrics.say(text, kind="start", **facts)
 
 
 def _profiler(job: Job, run_dir: Path, progress: Progress, metrics: MetricsWriter) -> Profiler:

@@ -22,6 +22,7 @@ __all__ = ["StartRecord", "Starts", "read_starts", "useful_seconds"]
 NAME = "starts.jsonl"
 LINE = 512  # bytes, the newline included
 LONGEST_HOST = 64
+KINDS: dict[str, tuple[type, ...]] = {"int": (int,), "float": (int, float), "str": (str,)}
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,7 +38,8 @@ class StartRecord:
         step: the last one it did.
         seconds: of its steps that count, without validation, saves and what a rollback undid.
         lost_steps: done before, by this start or an earlier one, and to be done again in this one.
-        outcome: "finished", "stopped", "terminated"; "" while it works, and for ever after a crash.
+        outcome: "finished", "stopped", "terminated", "failed" (an error in training); "" while it works, and
+            for ever after a kill or a hang.
     """
 
     start: int
@@ -55,15 +57,28 @@ class StartRecord:
 
 def read_starts(run_dir: Path) -> list[StartRecord]:
     """The starts of a run, the first first; a line that cannot be read is left out."""
-    path, found = Path(run_dir) / NAME, []
-    known = {field.name for field in dataclasses.fields(StartRecord)}
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            record = json.loads(line)
-            found.append(StartRecord(**{key: value for key, value in record.items() if key in known}))
-        except (ValueError, TypeError, AttributeError):  # cut short by a crash, or another version's
-            continue
-    return found
+    path = Path(run_dir) / NAME
+    lines = path.read_bytes().splitlines() if path.is_file() else []
+    return [record for line in lines if (record := _record(line)) is not None]
+
+
+def _record(line: bytes) -> StartRecord | None:
+    """What a line says; None for one that was cut short by a crash, or is another version's."""
+    try:
+        values = json.loads(line)
+        fields = {field.name: str(field.type) for field in dataclasses.fields(StartRecord)}
+        record = StartRecord(**{name: value for name, value in values.items() if name in fields})
+    except (ValueError, TypeError, AttributeError):
+        return None
+    sound = all(isinstance(getattr(record, name), KINDS[kind]) for name, kind in fields.items())
+    return record if sound else None
+
+
+def _known_starts(run_dir: Path) -> list[StartRecord]:
+    try:
+        return read_starts(run_dir)
+    except OSError:
+        return []
 
 
 def useful_seconds(records: Iterable[StartRecord]) -> float:
@@ -105,7 +120,7 @@ class Starts:
         """Begin a start at ``resumed_step``; ``began`` is its unix time, now unless given."""
         self._main, self._clock, self._file = main, clock, -1
         self._path = Path(run_dir) / NAME
-        self._earlier = read_starts(run_dir) if main else []
+        self._earlier = _known_starts(run_dir) if main else []
         reached = self._earlier[-1].step if self._earlier else 0
         began = clock() if began is None else began
         self.record = StartRecord(
