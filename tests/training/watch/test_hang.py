@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import signal
 import socket
+import threading
 import time
 from pathlib import Path
 
@@ -132,6 +133,44 @@ def test_a_report_that_fails_does_not_keep_the_process(capfd: pytest.CaptureFixt
     until(lambda: ends == [1])
     watch.close()
     assert "the hang could not be recorded (disk full): no progress on rank 0" in capfd.readouterr().err
+
+
+def test_a_file_system_that_hangs_delays_neither_the_verdict_nor_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    release, order = threading.Event(), []
+
+    class Judge(Heartbeat):
+        def publish(self, verdict: str, limit_s: float) -> None:
+            order.append("published")
+
+    def stuck(*what: object) -> None:
+        order.append("wrote" if isinstance(what[0], Path) else "reported")
+        release.wait(250)
+
+    monkeypatch.setattr(hang, "FILES_LIMIT_S", 0.05)
+    monkeypatch.setattr(hang, "dump_flight", lambda **_: {"recorders": {}})
+    monkeypatch.setattr(hang, "write_flight", stuck)
+    now, ends = [0.0], []
+    watch = HangWatch(
+        rank=0,
+        report=stuck,
+        heartbeat=Judge(dist.HashStore(), rank=0, world_size=1, interval_s=0.05),
+        logs=tmp_path,
+        poll_s=0.01,
+        clock=lambda: now[0],
+        end=ends.append,
+    )
+    watch.arm(1.0, step=1, operation="a")
+    now[0] = 2.0
+    until(lambda: ends == [1])
+    watch.close()
+    release.set()
+    assert sorted(order) == ["published", "reported", "wrote"]
+    assert order.index("published") < order.index("reported")
+    said = capfd.readouterr().err
+    assert "the hang could not be recorded (not done within 0.05 s): no progress on rank 0" in said
+    assert "rank 0: no flight record: not done within 0.05 s" in said
 
 
 def test_a_judge_that_fails_still_reports() -> None:

@@ -20,6 +20,7 @@ from trellis_dist.files import write_json
 __all__ = [
     "Collective",
     "Group",
+    "dump_flight",
     "flight_path",
     "group_members",
     "groups_from_entries",
@@ -72,11 +73,11 @@ def flight_path(logs: Path, *, step: int, rank: int) -> Path:
     return logs / f"flight-step-{step:08d}" / f"rank-{rank:05d}.json"
 
 
-def write_flight(path: Path, *, rank: int, operation: str) -> bool:
-    """Write the last collectives of this rank, as torch recorded them; False where it recorded none.
+def dump_flight(*, rank: int, operation: str) -> dict[str, Any] | None:
+    """The last collectives of this rank, as torch recorded them; None where it recorded none.
 
-    The file is {"rank", "operation", "members": group -> ranks, "recorders": recorder -> what it dumped}; a
-    dump has the numbers, sizes, states and times of the collectives. Raises OSError.
+    {"rank", "operation", "members": group -> ranks, "recorders": recorder -> what it dumped}; a dump has the
+    numbers, sizes, states and times of the collectives.
     """
     dumps = {}
     for name in RECORDERS:
@@ -87,12 +88,15 @@ def write_flight(path: Path, *, rank: int, operation: str) -> bool:
             continue
         if found.get("entries"):
             dumps[name.removeprefix("_dump_")] = found
-    if not dumps:
-        return False
-    path.parent.mkdir(parents=True, exist_ok=True)
     members = {name: list(ranks) for name, ranks in group_members().items()}
-    write_json(path, {"rank": rank, "operation": operation, "members": members, "recorders": dumps})
-    return True
+    found = {"rank": rank, "operation": operation, "members": members, "recorders": dumps}
+    return found if dumps else None
+
+
+def write_flight(path: Path, flight: Mapping[str, Any]) -> None:
+    """Write what ``dump_flight`` gave. Raises OSError."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, dict(flight))
 
 
 def groups_from_entries(entries: Iterator[Mapping[str, Any]]) -> dict[str, Group]:

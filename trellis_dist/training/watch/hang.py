@@ -25,7 +25,7 @@ from typing import TextIO
 
 from trellis_dist.training.errors import CUT_OFF, SILENT_STORE
 from trellis_dist.training.watch.blame import Verdict, blame
-from trellis_dist.training.watch.flight import flight_path, group_members, write_flight
+from trellis_dist.training.watch.flight import dump_flight, flight_path, group_members, write_flight
 from trellis_dist.training.watch.heartbeat import Heartbeat
 from trellis_dist.training.watch.links import lost_links, working_links
 from trellis_dist.training.watch.status_page import StatusPage
@@ -34,7 +34,8 @@ __all__ = ["HangWatch"]
 
 READ_LIMIT_S = 0.8  # for one question to the store, whose host may be what hangs
 BEATS_APART = 2.2  # between the two readings
-GRACE_S = 8.0  # what judging may take before the C timer ends the process
+GRACE_S = 8.0  # what judging may take before the C timer ends the process; and what comes after it
+FILES_LIMIT_S = 2.5  # for the report, and for the flight record: the file system may be what hangs
 
 
 @dataclass(frozen=True)
@@ -137,8 +138,7 @@ class HangWatch:
             phase, found = self._phase, self._heartbeat.verdict if self._heartbeat else None
             if found is not None:
                 self._write_stacks(f"{phase.operation} of step {phase.step}")
-                self._write_flight(phase)
-                return self._leave(found, echo=True)
+                return self._leave(found, echo=True, flight=self._keep_flight(phase))
             if phase.deadline is not None and self._clock() >= phase.deadline:
                 return self._overdue(phase)
         return None
@@ -146,12 +146,12 @@ class HangWatch:
     def _overdue(self, phase: Phase) -> None:
         what = f"step {phase.step}, {phase.operation}: more than {phase.seconds:g} s"
         self._write_stacks(what)
-        self._write_flight(phase)
+        flight = self._keep_flight(phase)
         try:
             message, echo = self._judge(what)
         except Exception as error:  # a hang must be reported whatever becomes of the search for its cause
             message, echo = f"no progress on rank {self._rank} ({what}); no cause found: {error!r}", False
-        self._leave(message, echo=echo)
+        self._leave(message, echo=echo, flight=flight)
 
     def _judge(self, what: str) -> tuple[str, bool]:
         """The message, and whether another rank gives it."""
@@ -215,13 +215,14 @@ class HangWatch:
             f"{here} is cut off from it"
         )
 
-    def _leave(self, message: str, *, echo: bool) -> None:
+    def _leave(self, message: str, *, echo: bool, flight: _Beside | None) -> None:
         """Report and end; the other ranks get time to see the verdict first."""
         self._set_backstop(GRACE_S)
-        try:
-            self._report(message, echo)
-        except Exception as error:
+        error = _Beside(lambda: self._report(message, echo)).failure()
+        if error is not None:
             print(f"the hang could not be recorded ({error}): {message}", file=_log(), flush=True)
+        if flight is not None and (error := flight.failure()) is not None:
+            print(f"rank {self._rank}: no flight record: {error}", file=_log(), flush=True)
         if self._heartbeat is not None and not echo:
             time.sleep(1.5 * self._heartbeat.interval_s)
         for process in self._stuck:
@@ -234,16 +235,44 @@ class HangWatch:
         print(f"rank {self._rank}: {what}; stacks of all threads:", file=_log(), flush=True)
         faulthandler.dump_traceback(file=_log(), all_threads=True)
 
-    def _write_flight(self, phase: Phase) -> None:
-        """Leave the collectives this rank entered last: they tell where the ranks went apart."""
+    def _keep_flight(self, phase: Phase) -> _Beside | None:
+        """Note the collectives this rank entered last, which tell where the ranks went apart; file them."""
         if self._logs is None:
-            return
+            return None
         path = flight_path(self._logs, step=phase.step, rank=self._rank)
         try:
-            if write_flight(path, rank=self._rank, operation=phase.operation):
-                print(f"rank {self._rank}: its last collectives are in {path}", file=_log(), flush=True)
+            flight = dump_flight(rank=self._rank, operation=phase.operation)
         except Exception as error:  # a hang must be reported whatever becomes of its records
             print(f"rank {self._rank}: no flight record: {error}", file=_log(), flush=True)
+            return None
+
+        def write() -> None:
+            if flight:
+                write_flight(path, flight)
+                print(f"rank {self._rank}: its last collectives are in {path}", file=_log(), flush=True)
+
+        return _Beside(write)
+
+
+class _Beside(threading.Thread):
+    """Work on files in a thread of its own: the file system may be what hangs, and ranks want a verdict."""
+
+    def __init__(self, work: Callable[[], object]) -> None:
+        super().__init__(name="trellis-files", daemon=True)
+        self._work = work
+        self._error: Exception | None = None
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self._work()
+        except Exception as error:
+            self._error = error
+
+    def failure(self) -> Exception | None:
+        """What went wrong, which may be that ``FILES_LIMIT_S`` more were not enough."""
+        self.join(FILES_LIMIT_S)
+        return TimeoutError(f"not done within {FILES_LIMIT_S:g} s") if self.is_alive() else self._error
 
 
 def _log() -> TextIO:
