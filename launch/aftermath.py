@@ -13,7 +13,7 @@ from pathlib import Path
 from launch.failures import RankError
 from launch.recipe import Recipe
 
-__all__ = ["record_failed_start", "reported", "summed_up", "write_page"]
+__all__ = ["record_failed_start", "reported", "sum_up_failure", "summed_up", "write_page"]
 
 
 def reported(start: Callable[[], None], run_dir: Path) -> Callable[[], None]:
@@ -37,9 +37,14 @@ def summed_up(recipe: Recipe, run_dir: Path) -> Iterator[None]:
     try:
         yield
     except RankError as error:
-        with contextlib.suppress(OSError, ValueError):
-            _sum_up(recipe, run_dir, str(error))
+        sum_up_failure(recipe, run_dir, str(error))
         raise
+
+
+def sum_up_failure(recipe: Recipe, run_dir: Path, error: str) -> None:
+    """Print the closing summary of a run that failed with ``error``; what goes wrong must not hide that."""
+    with contextlib.suppress(Exception):
+        _sum_up(recipe, run_dir, error)
 
 
 def _sum_up(recipe: Recipe, run_dir: Path, error: str) -> None:

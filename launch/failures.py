@@ -238,9 +238,9 @@ def _one_sided(failure: Failure) -> bool:
     return any(f": {words} " in failure.message for words in (CUT_OFF, SILENT_STORE))
 
 
-def same_everywhere(failures: Iterable[Failure]) -> bool:
-    """True when all say the same, so that no rank is to be named."""
-    return len({failure.message for failure in failures}) == 1
+def same_everywhere(failures: Sequence[Failure], *, ranks: int) -> bool:
+    """True when all ``ranks`` say the same, so that none is to be named."""
+    return len(failures) == ranks and len({failure.message for failure in failures}) == 1
 
 
 def report(failure: Failure) -> str:

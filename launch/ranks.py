@@ -96,18 +96,18 @@ def run_ranks(
             torchrun([*here, passed_on, "-m", module, *arguments])
     except ChildFailedError as error:
         if {failure.exitcode for failure in error.failures.values()} <= set(ASKED):
-            raise _asked("a signal to its ranks", run_dir, before=before) from None
-        raise explain(error, run_dir) from None
+            raise _asked("a signal to its ranks", run_dir, before=before, count=count) from None
+        raise explain(error, run_dir, count=count) from None
     except SignalException as error:
         if error.sigval not in SIGNALS:
             raise KeyboardInterrupt from None
-        raise _asked(signal.Signals(error.sigval).name, run_dir, before=before) from None
+        raise _asked(signal.Signals(error.sigval).name, run_dir, before=before, count=count) from None
 
 
-def _asked(name: str, run_dir: Path, *, before: int) -> TerminatedError | RankError:
+def _asked(name: str, run_dir: Path, *, before: int, count: int) -> TerminatedError | RankError:
     """How ranks ended that were asked to: as they should, or with a save that failed."""
     if any(not failure.echo for failure in read_failures(run_dir)):
-        return _recorded(run_dir)
+        return _recorded(run_dir, count=count)
     return ended(name, run_dir, before=before)
 
 
@@ -151,21 +151,21 @@ def _cores() -> int:
     return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
-def explain(error: Any, run_dir: Path) -> RankError:
-    """The rank that failed by itself: the earliest to end, or the one that says why others agreed to fail.
+def explain(error: Any, run_dir: Path, *, count: int) -> RankError:
+    """The one of ``count`` ranks that failed by itself: the earliest to end, or who knows why others failed.
 
     The others only lost their peer and say so in words that help nobody, or hung and were killed at the end.
     """
     records = read_failures(run_dir)
     if any(failure.named and not failure.echo for failure in records):
-        return _recorded(run_dir)  # a hang: who judged it may have ended the rank it is about
+        return _recorded(run_dir, count=count)  # a hang: who judged it may have ended the rank it is about
     recorded = {failure.rank for failure in records}
     rank, first = min(
         error.failures.items(),
         key=lambda item: (item[1].timestamp, _effect(item[1].exitcode, silent=item[0] not in recorded)),
     )
     if rank in recorded:
-        return _recorded(run_dir)
+        return _recorded(run_dir, count=count)
     logs = log_folder(run_dir)
     _, doing = where(run_dir, rank, pid=first.pid)
     who, what = f"rank {rank} on {socket.gethostname()}", silent_end(first.exitcode)
@@ -185,11 +185,11 @@ def _effect(status: int, *, silent: bool) -> int:
     return 0 if status < 0 else 1
 
 
-def _recorded(run_dir: Path) -> RankError:
-    """The first record, in the order of time, that is no echo."""
+def _recorded(run_dir: Path, *, count: int) -> RankError:
+    """The first record, in the order of time, that is no echo; there are ``count`` ranks."""
     failures = read_failures(run_dir)
     cause = cause_of(failures)
     # What all ranks were refused for, such as a recipe, is nothing that happened to one of them.
-    plain = same_everywhere(failures) and not cause.restartable
+    plain = same_everywhere(failures, ranks=count) and not cause.restartable
     line = cause.message if plain else report(cause)
     return RankError(line, cause.detail, restartable=cause.restartable)

@@ -37,16 +37,16 @@ CURVES = (
     ("Learning rate", "learning rate", {"optim/lr": "learning rate"}, 1.0),
     ("Speed", "tokens per second", {"perf/tokens_per_second": "tokens per second"}, 1.0),
     ("MFU", "% of the device's peak", {"perf/mfu": "MFU"}, 100.0),
-    ("Memory of rank 0", "MiB", {"memory/peak_bytes": "peak", "memory/used_bytes": "used"}, 1 / MIB),
+    ("Most memory of a rank", "MiB", {"memory/peak_bytes": "peak", "memory/used_bytes": "used"}, 1 / MIB),
+    ("Waiting for rows", "ms per step, slowest rank", {"perf/loader_wait_seconds": "waiting"}, 1000.0),
     ("Goodput", "% of the time since the first start", {"perf/goodput": "goodput"}, 100.0),
 )
-PARTS = {
+PARTS = {  # of rank 0, one after the other
     "perf/data_seconds": "data",
     "perf/forward_seconds": "forward",
     "perf/backward_seconds": "backward",
     "perf/update_seconds": "update",
     "perf/save_stall_seconds": "waiting for saves",
-    "perf/loader_wait_seconds": "waiting for rows",
 }
 
 Row = Mapping[str, Any]
@@ -290,12 +290,13 @@ def _operators(report: Report, trace: Path) -> None:
     path = trace.with_name(trace.name.replace(".trace.json.gz", ".operators.json"))
     try:
         top = read_json(path)[:10]
-    except (OSError, ValueError):
+        device = any(row["self_device_us"] for row in top)
+        which = "self_device_us" if device else "self_cpu_us"
+        found = [(f"{row['name']} x {row['calls']}", float(row[which])) for row in top]
+    except (OSError, ValueError, TypeError, LookupError):  # another version's, or cut short
         return
-    device = any(row["self_device_us"] for row in top)
-    which = "self_device_us" if device else "self_cpu_us"
     title = f"Operators of {trace.parent.name}, {trace.name.partition('.')[0]}: own time on the "
-    bars = [(f"{row['name']} x {row['calls']}", row[which], f"{row[which] / 1000:,.2f} ms") for row in top]
+    bars = [(name, own, f"{own / 1000:,.2f} ms") for name, own in found]
     report.bar_chart(title + ("device" if device else "CPU"), bars)
 
 

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 from launch import preflight
-from launch.aftermath import record_failed_start, reported, summed_up, write_page
+from launch.aftermath import record_failed_start, reported, sum_up_failure, summed_up, write_page
 from launch.ending import (
     asked_to_end,
     end_process,
@@ -95,7 +95,7 @@ def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
     except Exception as error:
         # torchrun's SIGTERM, with which it ends all ranks after the first, waits for the report.
         on_termination(lambda *_: None)
-        _tell_once(leave_failure(error, run_dir=run_dir, rank=rank, recipe=recipe), run_dir)
+        _tell_once(leave_failure(error, run_dir=run_dir, rank=rank, recipe=recipe), run_dir, recipe)
         end_process(1)
     if rank == 0:
         write_page(run_dir)
@@ -113,8 +113,8 @@ def _start_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
 
     def report(message: str, echo: bool) -> None:
         failure = leave_hang(run_dir, rank, message, echo)
-        if not echo:  # judged by one rank for all
-            _tell(message, failure, run_dir)
+        if not echo:  # judged by one rank for all; the page of the run takes longer than it has
+            _tell(message, failure, run_dir, page=False)
 
     return train_rank(recipe, run_dir, resume=resume, stop_at_step=stop_at_step, report=report)
 
@@ -140,7 +140,7 @@ def _refuse_to_repeat(run_dir: Path) -> None:
     end_process(1)
 
 
-def _tell_once(own: Failure, run_dir: Path) -> None:
+def _tell_once(own: Failure, run_dir: Path, recipe: Recipe) -> None:
     """Say why the ranks of this start failed if this is the rank to say it; the others stay quiet.
 
     All ranks wait for each other's records and then choose alike.
@@ -150,7 +150,9 @@ def _tell_once(own: Failure, run_dir: Path) -> None:
     failures = [failure for failure in read_failures(run_dir) if (failure.run_id, failure.restart) == here]
     cause = cause_of(failures or [own])  # none, where they could not be written
     if cause.rank == own.rank:
-        _tell(report(cause) + (_silent_ranks(failures, run_dir) if cause.echo else ""), cause, run_dir)
+        line = report(cause) + (_silent_ranks(failures, run_dir) if cause.echo else "")
+        sum_up_failure(recipe, run_dir, line)
+        _tell(line, cause, run_dir)
 
 
 def _silent_ranks(failures: list[Failure], run_dir: Path) -> str:
@@ -166,11 +168,11 @@ def _silent_ranks(failures: list[Failure], run_dir: Path) -> str:
     return f"; no word from {', '.join(places)}" if places else ""
 
 
-def _tell(line: str, failure: Failure, run_dir: Path) -> None:
+def _tell(line: str, failure: Failure, run_dir: Path, *, page: bool = True) -> None:
     if "--debug" in sys.argv:  # which the command line takes for itself, and this process ends before it
         print(failure.detail, file=sys.stderr)
     print(f"trellis: error: {line}", file=sys.stderr, flush=True)
-    record_failed_start(run_dir, line)
+    record_failed_start(run_dir, line, report=page)
 
 
 def _say(line: str) -> None:

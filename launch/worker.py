@@ -53,6 +53,7 @@ __all__ = [
 USER_ERRORS = (ValueError, OSError, MachineError)
 
 ECHO_SECONDS = 3.0
+SAME_SECONDS = 2.0
 ECHO_POLL_SECONDS = 0.1
 
 LAUNCHER_POLL_SECONDS = 0.5
@@ -195,6 +196,8 @@ def main(arguments: list[str] | None = None) -> int:
             _let_the_cause_be_said(options.run_dir)
         elif failure.named:
             _let_the_watch_end_this()
+        elif not failure.restartable:
+            _let_the_others_speak(options.run_dir)
         return 1
     except KeyboardInterrupt:
         return 130  # every process of the terminal got the signal; the launcher says so once
@@ -227,10 +230,21 @@ def _let_the_cause_be_said(run_dir: Path) -> None:
 
     Where that one died without a word, torchrun's SIGTERM ends the wait.
     """
+    _wait_while(lambda: all(failure.echo for failure in read_failures(run_dir)), ECHO_SECONDS)
+
+
+def _let_the_others_speak(run_dir: Path) -> None:
+    """Wait a little: what every rank was refused for is said without a rank, if all have recorded it."""
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    _wait_while(lambda: len(read_failures(run_dir)) < ranks, SAME_SECONDS)
+
+
+def _wait_while(condition: Callable[[], bool], seconds: float) -> None:
+    """Poll, at most ``seconds``; torchrun, which ends all ranks when one has exited, ends this one too."""
     with handlers_kept(SIGNALS):
         on_termination(_end_failed)
-        deadline = time.monotonic() + ECHO_SECONDS
-        while time.monotonic() < deadline and all(failure.echo for failure in read_failures(run_dir)):
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline and condition():
             time.sleep(ECHO_POLL_SECONDS)
 
 

@@ -82,9 +82,15 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
     echo = "opening the data failed on another rank, which says why"
     record_failure(tmp_path, rank=1, message=echo, detail="")  # the first to write
     record_failure(tmp_path, rank=0, message="train-00000.bin is damaged", detail="the story")
-    error = explain(ended({1: (1, 0)}), tmp_path)
+    error = explain(ended({1: (1, 0)}), tmp_path, count=2)
     assert str(error) == f"rank 0 on {HOST}: train-00000.bin is damaged"
     assert error.detail == "the story"
+
+
+@pytest.mark.parametrize("count, line", [(1, "steps = 0: use 1"), (2, f"rank 0 on {HOST}: steps = 0: use 1")])
+def test_what_one_of_several_ranks_says_is_not_said_by_all(count: int, line: str, tmp_path: Path) -> None:
+    record_failure(tmp_path, rank=0, message="steps = 0: use 1", detail="", restartable=False)
+    assert str(explain(ended({0: (1, 10)}), tmp_path, count=count)) == line
 
 
 @pytest.mark.parametrize(
@@ -105,14 +111,14 @@ def test_the_rank_that_knows_the_cause_is_heard(tmp_path: Path) -> None:
 def test_of_two_silent_ranks_the_first_to_end_is_named(
     ends: dict[int, tuple[int, int]], words: str, tmp_path: Path
 ) -> None:
-    assert words in str(explain(ended(ends), tmp_path))
+    assert words in str(explain(ended(ends), tmp_path, count=2))
 
 
 def test_a_peer_killed_at_the_end_does_not_hide_the_record_of_the_first(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")
     line = f"rank 1 on {HOST}: the disk is full"
-    assert str(explain(ended({0: (-9, 40), 1: (1, 10)}), tmp_path)) == line
-    assert "killed by SIGKILL" in str(explain(ended({0: (-9, 10), 1: (1, 10)}), tmp_path))
+    assert str(explain(ended({0: (-9, 40), 1: (1, 10)}), tmp_path, count=2)) == line
+    assert "killed by SIGKILL" in str(explain(ended({0: (-9, 10), 1: (1, 10)}), tmp_path, count=2))
 
 
 @pytest.mark.parametrize("end", [9, 10])
@@ -121,7 +127,7 @@ def test_the_verdict_on_a_hang_is_told_though_its_judge_ended_the_rank_it_is_abo
 ) -> None:
     verdict = f"rank 0 ({HOST}) has not been heard of for 7 s"
     record_failure(tmp_path, rank=1, message=verdict, detail="stacks", named=True)
-    error = explain(ended({0: (-9, end), 1: (1, 10)}), tmp_path)
+    error = explain(ended({0: (-9, end), 1: (1, 10)}), tmp_path, count=2)
     assert str(error) == verdict
     assert error.restartable
 
@@ -142,21 +148,43 @@ def test_the_verdict_of_a_watch_outlives_what_its_own_main_thread_says_later(
     monkeypatch.setenv("RANK", "0")
     write_json(tmp_path / "recipe.json", {})
     assert worker.main(["--recipe", str(tmp_path / "recipe.json"), "--run-dir", str(tmp_path)]) == 1
-    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == verdict
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path, count=2)) == verdict
     assert waited == [GRACE_S], "its watch ends this process, after those that hear nothing"
+
+
+def test_a_rank_that_is_refused_waits_for_the_records_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise ValueError("steps = 0: use 1")
+
+    def record_the_other(_: float) -> None:
+        waited.append(1)
+        record_failure(tmp_path, rank=1, message="steps = 0: use 1", detail="", restartable=False)
+
+    waited: list[int] = []
+    monkeypatch.setattr(worker, "train_rank", refuse)
+    monkeypatch.setattr(worker, "parse_recipe", lambda table, source: None)
+    monkeypatch.setattr(worker.time, "sleep", record_the_other)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    write_json(tmp_path / "recipe.json", {})
+    assert worker.main(["--recipe", str(tmp_path / "recipe.json"), "--run-dir", str(tmp_path)]) == 1
+    assert waited == [1]
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path, count=2)) == "steps = 0: use 1"
 
 
 def test_a_watch_that_judges_after_its_main_thread_lost_a_peer_is_heard(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=0, message="lost the connection", detail="", echo=True)
     worker.leave_hang(tmp_path, 0, "the verdict", False)
-    assert str(explain(ended({0: (1, 10)}), tmp_path)) == "the verdict"
+    assert str(explain(ended({0: (1, 10)}), tmp_path, count=2)) == "the verdict"
 
 
 def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> None:
     record_failure(tmp_path, rank=0, message="agreed to fail", detail="", echo=True)
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")
     line = f"rank 1 on {HOST}: the disk is full"
-    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == line
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path, count=2)) == line
 
 
 def test_records_are_in_the_order_of_what_they_say(tmp_path: Path) -> None:
@@ -166,7 +194,7 @@ def test_records_are_in_the_order_of_what_they_say(tmp_path: Path) -> None:
     path = log_folder(tmp_path) / "failure-rank-00001.json"
     write_json(path, {**read_json(path), "at": time.time() - 60})
     assert [failure.message for failure in read_failures(tmp_path)] == ["the first", "the second"]
-    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path)) == f"rank 1 on {HOST}: the first"
+    assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path, count=2)) == f"rank 1 on {HOST}: the first"
 
 
 def test_what_is_no_record_is_left_out(tmp_path: Path) -> None:
@@ -181,9 +209,9 @@ def test_a_status_page_of_an_earlier_process_is_not_believed(tmp_path: Path) -> 
     page = StatusPage(status_path(log_folder(tmp_path), 1), rank=1)
     page.write(step=12, operation="backward pass")
     killed = ended({1: (-9, 10)})
-    assert "in step 12, backward pass; logs" in str(explain(killed, tmp_path))
+    assert "in step 12, backward pass; logs" in str(explain(killed, tmp_path, count=2))
     killed.failures[1].pid += 1
-    assert "killed by SIGKILL (out of memory?); logs" in str(explain(killed, tmp_path))
+    assert "killed by SIGKILL (out of memory?); logs" in str(explain(killed, tmp_path, count=2))
 
 
 @pytest.mark.parametrize(

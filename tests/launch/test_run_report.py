@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from launch import training_run
 from launch.aftermath import record_failed_start, reported, summed_up
 from launch.cli import main
-from launch.failures import RankError
+from launch.failures import RankError, read_failures, record_failure
 from launch.recipe import load_recipe, resolve
 from launch.run_report import POINTS, write_training_report
 from trellis_dist.training.console import append_event
@@ -90,7 +91,7 @@ def test_the_page_has_the_numbers_the_curves_the_starts_and_the_recipe(tmp_path:
     for title in (
         "Loss",
         "MFU",
-        "Memory of rank 0",
+        "Most memory of a rank",
         "Goodput",
         "memory norm, 6 of 9",
         "Validation loss by position",
@@ -109,6 +110,7 @@ def test_a_failed_start_is_told_with_its_error_and_its_records_are_linked(tmp_pa
     ):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_bytes(b"")
+    (folder / "profile/step-00000003/rank-00000.operators.json").write_text('[{"name": "another version"}]')
     error = "rank 1 on node-2: no progress"
     with pytest.raises(RankError), summed_up(recipe(), folder):
         reported(lambda: fail(error), folder)()
@@ -119,9 +121,25 @@ def test_a_failed_start_is_told_with_its_error_and_its_records_are_linked(tmp_pa
     assert "logs/flight-step-00000007/rank-00001.json" in page.links
     said = capsys.readouterr().err
     assert said.startswith("failed: step 40 of 240, 327,680 tokens\n")
-    assert "next: the same command continues" in said
+    assert "next: do what the error says; no step is saved" in said
     events = read_rows(folder / "console.jsonl")
     assert [(event["kind"], event["text"]) for event in events] == [("failure", error)]
+
+
+def test_the_rank_of_torchrun_that_says_the_cause_sums_the_run_up(
+    tmp_path: Path, monkeypatch, capsys
+) -> None:
+    folder = write_run(tmp_path / "run")
+    for rank, echo in ((0, True), (1, False)):
+        record_failure(folder, rank=rank, message="a word", detail="", echo=echo)
+    monkeypatch.setattr(training_run, "ECHO_SECONDS", 0.0)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for failure in read_failures(folder):
+        training_run._tell_once(failure, folder, recipe())
+    said = capsys.readouterr().err
+    assert said.startswith("failed: step 40 of 240, 327,680 tokens\n")
+    assert [said.count(words) for words in ("failed: step", "trellis: error: rank 1 on ")] == [1, 1]
+    assert "a word" in Page(folder / "training.html").text
 
 
 def fail(error: str) -> None:

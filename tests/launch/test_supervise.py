@@ -108,6 +108,7 @@ def run(run_dir: Path, *ranks: list[str]) -> None:
         ((["lose"], ["full"]), f"rank 1 on {HOST} {PLACE}: [Errno 28] No space left", True),
         ((["bug"], ["lose"]), f"rank 0 on {HOST} {PLACE}: KeyError: 'x' (a bug", True),
         ((["lose"], ["value 3"]), f"rank 1 on {HOST} {PLACE}: optimizer.lr = 3: use less", False),
+        ((["sleep 60"], ["value 3"]), f"rank 1 on {HOST} {PLACE}: optimizer.lr = 3: use less", False),
         ((["value 3"], ["value 3"]), "optimizer.lr = 3: use less", False),
         ((["hang"], ["hang"]), HANG, True),
         ((["gloo"], ["gloo"]), f"rank 0 on {HOST} {PLACE}: lost the connection to another rank", True),
