@@ -32,6 +32,7 @@ from trellis_dist.training.termination import SIGNALS
 __all__ = [
     "AGENT",
     "ASKED",
+    "MALLOC",
     "PASSED_ON",
     "SLACK_S",
     "RankError",
@@ -53,6 +54,11 @@ AGENT = "TRELLIS_AGENT"
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1)
 # After the grace period, for a rank to be gone once its save is.
 SLACK_S = 5
+# glibc hands a freed activation back to the system and faults it in again at the next step: keeping it made a
+# CPU step of the quickstart 8-10% shorter. But not buffers as large as all gradients: with 1 GiB for both a
+# rank whose tensors take 1.5 GB took 2.4, with these 2.0, and the quickstart's step is no longer
+# (docs/planning.md). 32 MiB is the most that mallopt(3) allows. Other C libraries ignore these names.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": 2**30, "MALLOC_MMAP_THRESHOLD_": 2**25}
 # With which ranks end that were asked to; before they have a handler, by the signal itself.
 ASKED = (EXIT_TERMINATED, *(-number for number in SIGNALS))
 
@@ -139,10 +145,8 @@ def share_machine(count: int) -> None:
     Sets the environment that the ranks inherit, where it says nothing yet.
     """
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // count)))
-    # glibc hands a freed activation back to the system and faults it in again at the next step: keeping it
-    # made a CPU step of the quickstart 8-10% shorter. Other C libraries ignore these names.
-    for name in ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_"):
-        os.environ.setdefault(name, str(2**30))
+    for name, size in MALLOC.items():
+        os.environ.setdefault(name, str(size))
 
 
 def _cores() -> int:
