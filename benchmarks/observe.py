@@ -1,10 +1,11 @@
 """What watching a run costs at the default intervals: ``python -m benchmarks.observe``, about six minutes.
 
-Writes benchmarks/results/observe.json and the table of docs/monitoring.md. One process trains a model in
-blocks of ten steps of three kinds, which take turns:
+Writes benchmarks/results/observe.json and the table of docs/monitoring.md. One process (in the last case two
+ranks of one thread each) trains a model in blocks of ten steps of three kinds, which take turns:
 
     off      the bare steps: nothing is counted, written or looked at
-    rows     a row of metrics at the end (logging.interval = 10), to JSON lines and TensorBoard
+    rows     every step is timed, counted and noted (parts, busy seconds, starts.jsonl, the console); a row of
+             metrics at the end (logging.interval = 10), to JSON lines and TensorBoard
     looks    the same, and a look into the memories at the last step (logging.probe_interval = 100)
 
 A run at the default intervals has a row in every ten steps and a look in every hundred, so per step
@@ -13,12 +14,14 @@ A run at the default intervals has a row in every ten steps and a look in every 
 
 Every round has one block of each kind, in an order that turns; differences are taken inside a round, so that
 what else the machine does cancels as far as it lasts longer than a round, and their median is reported. CPU
-seconds of the process stand beside wall seconds: they do not grow while another program has the cores.
+seconds stand beside wall seconds: they do not grow while another program has the cores. Of two ranks both
+are means; which kind a block is follows from its number, so that the ranks do the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -27,14 +30,18 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.hand_made import random_splits
+from benchmarks.local_ranks import join
 from benchmarks.machine import machine, versions
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
+from data_pipeline.loader import Batch
 from trellis_dist.files import write_json
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.parallel.config import MeshConfig
+from trellis_dist.training.collectives import gather_objects, gather_scalars
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
+from trellis_dist.training.engines.base import StepResult
 from trellis_dist.training.job import Job
 from trellis_dist.training.metrics_row import RowMeter
 from trellis_dist.training.probes import Probes
@@ -47,10 +54,11 @@ HEADING = "## What it costs\n\n"  # the page's last
 KINDS = ("off", "rows", "looks")
 BLOCK, PROBE_INTERVAL = 10, 100
 SEQUENCE = 512
-# Of each model: layers, width, heads, vocabulary, rows per step and rounds.
+# Of each model: layers, width, heads, vocabulary; slots, rows per step, ranks and rounds.
 MODELS = {
-    "quickstart": {"shape": (2, 192, 6, 2048), "slots": 32, "rows": 4, "rounds": 12},
-    "17m": {"shape": (6, 384, 6, 12288), "slots": 64, "rows": 2, "rounds": 5},
+    "quickstart": {"shape": (2, 192, 6, 2048), "slots": 32, "rows": 4, "ranks": 1, "rounds": 10},
+    "17m": {"shape": (6, 384, 6, 12288), "slots": 64, "rows": 2, "ranks": 1, "rounds": 4},
+    "two-ranks": {"shape": (2, 192, 6, 2048), "slots": 32, "rows": 4, "ranks": 2, "rounds": 10},
 }
 Times = dict[str, tuple[float, float]]  # wall and CPU seconds of a block, by kind
 
@@ -78,18 +86,19 @@ def main() -> None:
 def section(record: dict[str, Any]) -> str:
     """The end of the page, from a record."""
     where, lines = record["machine"], []
-    for name, found in record["models"].items():
+    for found in record["models"].values():
         wall, cpu = found["wall"], found["cpu"]
         spread = f"{_percent(wall['rows']['first_quartile'])} .. {_percent(wall['rows']['third_quartile'])}"
         shares = [_percent(wall["rows"]["median"]), spread, _percent(wall["looks"]["median"])]
         shares += [f"**{_percent(found['cost'][clock])}**" for clock in ("wall", "cpu")]
-        size = f"{name}, {found['parameters'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens"
+        ranks = f"{found['ranks']} ranks" if found["ranks"] > 1 else "1 rank"
+        size = f"{found['parameters'] / 1e6:.1f}M parameters, {found['tokens_per_step']:,} tokens, {ranks}"
         lines.append(f"| {size} | {cpu['step_seconds']:.2f} s | {' | '.join(shares)} |\n")
     torch = record["versions"]["torch"]
     machine_line = f"{where['processor']}, {where['cores']} cores, torch {torch}"
     return (
         f"{HEADING}Rows every ten steps and a look every hundred, against the same steps with nothing of it, "
-        "in one process, taking turns\n(`python -m benchmarks.observe`; one rank, medians of the differences "
+        "in the same processes, taking turns\n(`python -m benchmarks.observe`; medians of the differences "
         f"inside a round; {machine_line}):\n\n"
         "| model and step | step, CPU time | rows | quartiles | looks | together | together, CPU time |\n"
         f"|---|---|---|---|---|---|---|\n{''.join(lines)}\n"
@@ -105,27 +114,65 @@ def measure(name: str, *, rounds: int) -> dict[str, Any]:
     """The blocks of one model, and what follows from them."""
     job_of: dict[str, Any] = MODELS[name]
     with tempfile.TemporaryDirectory() as folder:
-        job = make_job(Path(folder) / "set", **{key: job_of[key] for key in ("shape", "slots", "rows")})
-        run_dir = Path(folder) / "run"
-        with runtime(job) as device, RunLock(run_dir) as lock:
-            session = open_session(
-                job, run_dir, resume="auto", device=device, started=time.monotonic(), lock=lock
-            )
-            assert session is not None, "a new run has steps to do"
-            try:
-                taken = Blocks(session).take(rounds)
-            finally:
-                session.close()
+        settings = {key: job_of[key] for key in ("shape", "slots", "rows", "ranks")}
+        job = make_job(Path(folder) / "set", **settings)
+        taken = (on_ranks if job.mesh.dp != 1 else take)(job, Path(folder) / "run", rounds)
     return {
         "parameters": parameter_counts(job.model).total,
         "tokens_per_step": job.training.global_batch_tokens,
+        "ranks": job_of["ranks"],
         "rounds": rounds,
         **summary(taken),
     }
 
 
-def make_job(data: Path, *, shape: Sequence[int], slots: int, rows: int) -> Job:
-    """A run of one rank with nothing due but what is measured."""
+def on_ranks(job: Job, run_dir: Path, rounds: int) -> list[Times]:
+    """``take`` on ranks of their own."""
+    import torch.distributed as dist
+
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    fixed = (store.port, job, run_dir, rounds, answers)
+    ranks = [context.Process(target=_rank, args=(rank, *fixed), daemon=True) for rank in range(job.mesh.dp)]
+    for process in ranks:
+        process.start()
+    taken: list[Times] = answers.get(timeout=900.0)
+    for process in ranks:
+        process.join()
+    return taken
+
+
+def _rank(rank: int, port: int, job: Job, run_dir: Path, rounds: int, answers: Any) -> None:
+    join(rank, job.mesh.dp, port, timeout_s=300.0)
+    taken = take(job, run_dir, rounds)
+    if rank == 0:
+        answers.put(taken)
+
+
+def take(job: Job, run_dir: Path, rounds: int) -> list[Times]:
+    """Blocks of a new run; with several ranks every one calls it and gets the means over all."""
+    with runtime(job) as device, RunLock(run_dir) as lock:
+        session = open_session(
+            job, run_dir, resume="auto", device=device, started=time.monotonic(), lock=lock
+        )
+        assert session is not None, "a new run has steps to do"
+        try:
+            of_ranks = gather_objects(Blocks(session).take(rounds))
+        finally:
+            session.close()
+    return [_mean(times) for times in zip(*of_ranks, strict=True)]
+
+
+def _mean(of_ranks: Sequence[Times]) -> Times:
+    def over_ranks(kind: str, clock: int) -> float:
+        return statistics.mean(times[kind][clock] for times in of_ranks)
+
+    return {kind: (over_ranks(kind, 0), over_ranks(kind, 1)) for kind in of_ranks[0]}
+
+
+def make_job(data: Path, *, shape: Sequence[int], slots: int, rows: int, ranks: int) -> Job:
+    """A run with nothing due but what is measured; several ranks have one thread each."""
     layers, dim, heads, vocabulary = shape
     random_splits(data, seed=0, vocab_size=vocabulary, lengths=(200, 2000, 8000))
     return Job(
@@ -136,16 +183,17 @@ def make_job(data: Path, *, shape: Sequence[int], slots: int, rows: int) -> Job:
             num_heads=heads,
             trellis=TrellisConfig(slots=slots, chunk_size=64),
         ),
-        mesh=MeshConfig(),
+        mesh=MeshConfig(dp=ranks),
         data=DataConfig(directory=str(data), sequence_length=SEQUENCE),
         optimizer=OptimizerConfig(),
         schedule=ScheduleConfig(),
         training=TrainingConfig(
             steps=10**6,
             global_batch_tokens=rows * SEQUENCE,
-            micro_batch=rows,
+            micro_batch=rows // ranks,
             engine="local",
             precision="fp32",
+            threads=1 if ranks > 1 else 0,
             first_step_timeout_s=0,
             step_timeout_s=0,
         ),
@@ -162,6 +210,7 @@ class Blocks:
         """Take two steps to warm up."""
         self._session, self._step = session, 0
         self._meter, self._probes = RowMeter(session), Probes(session)
+        self._busy = 0.0
         for kind in KINDS:
             self._block(kind, steps=2)
 
@@ -184,21 +233,38 @@ class Blocks:
         session, began = self._session, time.monotonic()
         self._step += 1
         batches = session.loader.micro_batches(session.progress.samples)
-        valid = sum(batch.valid_tokens for batch in batches)
         if watched:
             self._meter.begin_step(data_seconds=time.monotonic() - began)
+        counted, busy = zip(
+            *gather_scalars([sum(batch.valid_tokens for batch in batches), self._busy]), strict=True
+        )
+        valid = int(sum(counted))
+        if watched:
+            session.guards.note_busy(self._step - 1, busy)
             self._meter.agreed(valid)
-        if look:
-            self._probes.before_step(self._step, batches)
+            if look:
+                self._probes.before_step(self._step, batches)
+            self._meter.begin_passes()
+            session.busy.begin()
         result = session.engine.train_step(batches, lr=1e-4, valid_tokens=valid)
+        self._busy = session.busy.finish() if watched else 0.0
         progress = session.progress
         progress.step, progress.samples = self._step, progress.samples + session.job.global_rows
         progress.tokens += session.job.training.global_batch_tokens
         if watched:
-            self._meter.end_step(result, seconds=time.monotonic() - began)
+            self._noted(result, batches, seconds=time.monotonic() - began)
         if watched and row:
             found = self._meter.row(self._step, rate=1e-4, result=result)
             session.metrics.write(found | (self._probes.after_step(self._step) if look else {}))
+
+    def _noted(self, result: StepResult, batches: Sequence[Batch], *, seconds: float) -> None:
+        """What the loop notes of a step that is done."""
+        session = self._session
+        self._meter.end_step(result, seconds=seconds)
+        session.starts.note(self._step, seconds)
+        speed = session.job.training.global_batch_tokens / seconds
+        session.metrics.advance(self._step, loss=result.loss, tokens_per_second=speed)
+        session.guards.note_result(self._step, result, batches, samples=session.progress.samples)
 
 
 def summary(taken: Sequence[Times]) -> dict[str, Any]:

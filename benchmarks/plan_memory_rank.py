@@ -4,7 +4,9 @@ Resident: what the process held at most while its engine was built and in its se
 after its imports and the rendezvous. Live: bytes of tensors at the most, from torch's record of every
 allocation (in a second engine, built after the first is gone, because the record takes memory itself).
 
-    python -m benchmarks.plan_memory_rank RECIPE_JSON RANK WORLD_SIZE PORT
+Kept: the same of the engine's build and four steps, with nothing handed back between them, as in training.
+
+    python -m benchmarks.plan_memory_rank RECIPE_JSON RANK WORLD_SIZE PORT [kept]
 """
 
 from __future__ import annotations
@@ -23,8 +25,9 @@ from benchmarks.local_ranks import join
 if TYPE_CHECKING:
     from launch.recipe import Recipe
 
-__all__ = ["live_peaks", "main", "measure"]
+__all__ = ["live_peaks", "main", "measure", "measure_kept"]
 
+STEPS = 4  # of what is kept; the peak still grows in the second
 PHASES = ("build", "forward", "backward", "reduce", "update")
 
 
@@ -44,6 +47,23 @@ def measure(recipe: Recipe, *, rank: int) -> dict[str, Any]:
     gc.collect()
     phases = live_peaks(recipe, batches)
     return {**found, "live": max(phases[name] for name in PHASES if name != "build"), "live_phases": phases}
+
+
+def measure_kept(recipe: Recipe, *, rank: int) -> dict[str, Any]:
+    """Peaks in bytes of this rank, as the allocator of its environment lets them grow.
+
+    {"kept": the highest, "kept_steps": as far as each step had brought it}.
+    """
+    from benchmarks.kernels.memory import _reset_peak, _status
+
+    before = _reset_peak()
+    engine = build(recipe)
+    batches = make_rows(recipe, rank=rank)
+    peaks = []
+    for _ in range(STEPS):
+        step(engine, batches)
+        peaks.append(_status("VmHWM") - before)
+    return {"kept": peaks[-1], "kept_steps": peaks}
 
 
 def build(recipe: Recipe) -> Any:
@@ -105,7 +125,11 @@ def live_peaks(recipe: Recipe, batches: list[Any]) -> dict[str, int]:
 
 def _mark_phases(engine: Any, mark: Any) -> None:
     """Have the engine's own announcements, and the loss, cut the step."""
-    names = {"forward and backward passes": "forward", "reduction of the gradients": "reduce"}
+    names = {
+        "forward and backward passes": "forward",
+        "sum of the losses": "backward",
+        "reduction of the gradients": "reduce",
+    }
     engine.enter = lambda what: mark(names.get(what, "update"))
     real = engine._backward
 
@@ -165,7 +189,8 @@ def main() -> None:
 
     recipe = parse_recipe(json.loads(source), source="benchmark")
     join(rank, world_size, port, timeout_s=600.0)
-    print("FOUND " + json.dumps(measure(recipe, rank=rank)), flush=True)
+    measured = measure_kept if sys.argv[5:] == ["kept"] else measure
+    print("FOUND " + json.dumps(measured(recipe, rank=rank)), flush=True)
 
 
 if __name__ == "__main__":

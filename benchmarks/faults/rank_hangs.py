@@ -33,7 +33,7 @@ sys.exit(cli.main(sys.argv[1:]))
 # What a rank goes past: attributes of modules, and the operation in which the others then wait.
 SKIPPED = {
     "agreement": ("trellis_dist.training.loop", "gather_scalars", "agreement between the ranks"),
-    "loss": ("trellis_dist.training.collectives", "sum_scalars", "forward and backward passes"),
+    "loss": ("trellis_dist.training.collectives", "sum_scalars", "sum of the losses"),
     "gradients": (
         "trellis_dist.training.engines.local",
         "sum_replica_gradients",

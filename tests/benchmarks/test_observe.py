@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import observe
+from tests.distributed import gloo_pool
 from trellis_dist.files import read_json
+from trellis_dist.training.metrics import read_rows
+
+SMALL: dict[str, Any] = {"shape": (1, 16, 2, 64), "slots": 4, "rows": 1, "ranks": 1}
 
 
 def test_the_cost_is_a_tenth_of_a_row_and_a_hundredth_of_a_look():
@@ -25,13 +31,23 @@ def test_the_cost_is_a_tenth_of_a_row_and_a_hundredth_of_a_look():
 
 
 def test_a_round_writes_rows_and_looks_where_it_should(monkeypatch: pytest.MonkeyPatch):
-    small = {"shape": (1, 16, 2, 64), "slots": 4, "rows": 1}
-    monkeypatch.setitem(observe.MODELS, "small", {**small, "rounds": 1})
+    monkeypatch.setitem(observe.MODELS, "small", {**SMALL, "rounds": 1})
     monkeypatch.setattr(observe, "BLOCK", 2)
     found = observe.measure("small", rounds=2)
     assert [set(round_) for round_ in found["blocks"]] == [set(observe.KINDS)] * 2
     assert all(math.isfinite(found["cost"][clock]) for clock in ("wall", "cpu"))
     assert found["wall"]["step_seconds"] > 0
+
+
+def test_two_ranks_take_the_same_blocks(tmp_path: Path):
+    job = observe.make_job(tmp_path / "set", **{**SMALL, "rows": 2, "ranks": 2})
+    first, second = gloo_pool(2).run(observe.take, job, tmp_path / "run", 1)
+    assert first == second  # means over both
+    assert [set(round_) for round_ in first] == [set(observe.KINDS)]
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    looked = [row for row in rows if "optim/update_to_weight" in row]
+    assert (len(rows), len(looked)) == (4, 2)  # with those of the warm-up
+    assert all("perf/communication_share" in row for row in rows)
 
 
 def test_the_page_has_the_table_of_the_result():

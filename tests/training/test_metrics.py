@@ -91,6 +91,8 @@ def test_the_console_line_has_progress_eta_and_the_numbers():
     assert out.getvalue() == (
         "step 10/100 (10%) | ETA 3:00 | loss 3.2500 | grad norm 0.500 | 12,346 tokens/s | lr 1.00e-03\n"
     )
+    console.line({"step": 10, "perf/eta_seconds": 61.0, "health/skipped_steps": 0.0})
+    assert out.getvalue().endswith("\nstep 10/100 (10%) | ETA 1:01\n")
 
 
 class Terminal(io.StringIO):
@@ -106,6 +108,27 @@ def test_a_terminal_gets_a_bar():
     console.close()
     assert "3/4" in out.getvalue() or "2/4" in out.getvalue()
     assert "a line above the bar\n" in out.getvalue()
+
+
+def test_a_disk_too_full_to_go_back_takes_later_rows(tmp_path: Path, monkeypatch, capsys):
+    from trellis_dist.training import writers
+
+    writer = MetricsWriter(tmp_path, main=True, resumed_step=0, steps=9, tensorboard=False, progress=False)
+    for row in rows(1, 2, 3):
+        writer.write(row)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(writers, "atomic_write", full)
+        writer.rewind(1)
+    assert "alert: the metrics of step 1 were not written" in capsys.readouterr().err
+    writer.write(rows(4)[0])
+    writer.rewind(3)
+    writer.write(rows(5)[0])
+    writer.close()
+    assert read_rows(tmp_path / "metrics.jsonl") == rows(1, 2, 3, 5)
 
 
 def test_a_full_disk_is_announced_and_survived(tmp_path: Path, monkeypatch, capsys):

@@ -259,6 +259,57 @@ def test_only_a_sample_of_many_weights_is_copied(monkeypatch):
     monkeypatch.setattr(probes, "WEIGHTS", 100)
     engine = Engine()
     ratio = probes.UpdateRatio(engine)  # type: ignore[arg-type]
-    assert [len(part) for part in ratio._before] == [100]
+    assert [len(part) for _, part in ratio._before] == [100]
     engine.weights = engine.weights * 1.01
-    assert ratio.measure() == pytest.approx(0.01, rel=1e-4)
+    assert quotient(ratio) == pytest.approx(0.01, rel=1e-4)
+
+
+def quotient(ratio: probes.UpdateRatio) -> float:
+    update, weight = ratio.squares()
+    return math.sqrt(update / weight)
+
+
+def test_a_sample_of_weights_stands_for_all_columns_and_for_small_tensors(monkeypatch):
+    """One of 64 columns moves, of which every 64th weight is all or none; beside it are small tensors."""
+
+    class Engine:
+        def __init__(self) -> None:
+            self.parts = [torch.ones(1024, 64), *(torch.ones(3) for _ in range(200))]
+
+        def own_weights(self):
+            yield from (part.view(-1) for part in self.parts)
+
+    monkeypatch.setattr(probes, "WEIGHTS", 1030)
+    engine = Engine()
+    ratio = probes.UpdateRatio(engine)  # type: ignore[arg-type]
+    engine.parts[0][:, 0] += 0.5
+    _, weight = ratio.squares()
+    assert weight == pytest.approx(1024 * 64 + 600, rel=1e-9)  # each tensor's sample for its own numbers
+    assert quotient(ratio) == pytest.approx(0.5 / 8, rel=0.6)
+    engine.parts[0][:, 0] -= 0.5
+    engine.parts[0][:, 1] += 0.5
+    assert quotient(ratio) == pytest.approx(0.5 / 8, rel=0.6)
+
+
+@pytest.mark.parametrize("broken", ["__init__", "squares"])
+def test_a_ratio_that_fails_is_a_line_and_no_end(broken: str, tmp_path: Path, monkeypatch, capsys):
+    def fails(*_: Any) -> None:
+        raise RuntimeError("no memory left for a copy")
+
+    monkeypatch.setattr(probes.UpdateRatio, broken, fails)
+    job = make_job(write_dataset(tmp_path / "set"), training={"steps": 2}, logging={"probe_interval": 2})
+    assert run(job, tmp_path / "run").outcome == "finished"
+    said = capsys.readouterr().err
+    alert = "alert: no ratio of update to weights at step 2: RuntimeError: no memory left for a copy"
+    assert said.count(alert) == 1
+    last = read_rows(tmp_path / "run" / "metrics.jsonl")[-1]
+    assert "optim/update_to_weight" not in last
+    assert "trellis/layer_00/norm_key" in last
+
+
+def test_numbers_that_cannot_be_merged_are_a_line_and_no_end(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.setattr(probes, "merge", lambda looks: looks[0].nothing)
+    job = make_job(write_dataset(tmp_path / "set"), training={"steps": 2}, logging={"probe_interval": 2})
+    assert run(job, tmp_path / "run").outcome == "finished"
+    assert "alert: no look into the memories at step 2: AttributeError" in capsys.readouterr().err
+    assert "optim/update_to_weight" in read_rows(tmp_path / "run" / "metrics.jsonl")[-1]

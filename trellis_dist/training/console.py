@@ -29,7 +29,7 @@ PARTS: Mapping[str, Callable[[float], str]] = {
     "perf/goodput": "goodput {:.1%}".format,
     "optim/lr": "lr {:.2e}".format,
     "validation/bits_per_byte": "bits/byte {:.4f}".format,
-    "health/skipped_steps": "skipped {:.0f}".format,
+    "health/skipped_steps": lambda value: f"skipped {value:.0f}" if value else "",
     "health/restarts": lambda value: f"restarts {value:.0f}" if value else "",
     "health/lost_steps": lambda value: f"lost steps {value:.0f}" if value else "",
 }
@@ -135,7 +135,7 @@ class Console:
 
     def line(self, row: Mapping[str, float]) -> None:
         """Print the interval line of ``row``."""
-        eta = self._eta(int(row["step"]))
+        eta = row.get("perf/eta_seconds", self._eta(int(row["step"])))
         self._print(interval_line(row, steps=self._steps, eta=eta, width=self.width), style="")
 
     def _print(self, text: str, *, style: str) -> None:

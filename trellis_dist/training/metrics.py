@@ -104,17 +104,19 @@ class MetricsWriter:
             if not sink.lasting:
                 lost = f"no {sink.title} from step {step} on, until the next start"
                 self._sinks.remove(sink)
-                _close(sink)
+                self._close(sink)
             self.say(f"alert: {lost}: {error}")
 
     def close(self) -> None:
         """Close files and bar; what a full disk still refuses was announced with its row."""
         for sink in self._sinks:
-            _close(sink)
+            self._close(sink)
         if self._console:
             self._console.close()
 
-
-def _close(sink: Sink) -> None:
-    with contextlib.suppress(Exception):
-        sink.close()
+    def _close(self, sink: Sink) -> None:
+        with contextlib.suppress(Exception):
+            try:
+                sink.close()
+            except TimeoutError as error:
+                self.say(f"alert: {error}")

@@ -38,14 +38,13 @@ class RowMeter:
     def __init__(self, session: Session) -> None:
         """Listen to the session's engine."""
         self._session, job = session, session.job
+        self._on_gpu = session.mesh.device.type == "cuda"
         self._clock = StepClock(session.engine, device=session.mesh.device)
         bf16 = uses_bf16(job.training, session.mesh)
         override = job.logging.peak_tflops
         self._peak = peak_flops(session.mesh.device, bf16=bf16, override_tflops=override)
         self._flops = flops_per_token(job.model, sequence_length=job.data.sequence_length)
-        self._samples = session.progress.samples
-        self._waited = session.loader.waited
-        self._stalled = 0.0
+        self._first: tuple[int, float] | None = None  # step of this start, and when it was done
         self._reset()
 
     def _reset(self) -> None:
@@ -56,26 +55,30 @@ class RowMeter:
     def begin_step(self, *, data_seconds: float) -> None:
         """The rows of a step are there; what comes now is agreement between the ranks and the step itself."""
         self._data += data_seconds
-        self._began, self._slept = time.perf_counter(), slept_seconds()
+        self._began = self._waiting_clock()
 
     def agreed(self, valid_tokens: int) -> None:
         """The ranks have agreed that the step is done, over ``valid_tokens`` tokens of the whole mesh."""
         self._valid += valid_tokens
-        self._agreement = time.perf_counter() - self._began
+        self._exchange += self._waiting_clock() - self._began
+
+    def _waiting_clock(self) -> float:
+        """Seconds; on a CPU those slept, where the system tells."""
+        slept = None if self._on_gpu else slept_seconds()
+        return time.perf_counter() if slept is None else slept
+
+    def begin_passes(self) -> None:
+        """What comes now is the step itself."""
         self._clock.begin()
 
     def end_step(self, result: StepResult, *, seconds: float) -> None:
-        """The step is done; it took ``seconds``, its rows included."""
+        """The step is done and counted; it took ``seconds``, its rows included."""
         self._clock.end()
+        if self._first is None:
+            self._first = (self._session.progress.step, time.monotonic())
         clip_norm = self._session.job.optimizer.clip_norm
         self._clipped += bool(clip_norm) and result.grad_norm > clip_norm
         self._seconds, self._steps = self._seconds + seconds, self._steps + 1
-        slept = slept_seconds()
-        on_gpu = self._session.mesh.device.type == "cuda"
-        if on_gpu or slept is None or self._slept is None:
-            self._exchange += self._agreement
-        else:
-            self._exchange += slept - self._slept
 
     def row(self, step: int, *, rate: float, result: StepResult) -> dict[str, float]:
         """Return what is known after ``step``; every rank calls it. Speeds leave validation out."""
@@ -95,6 +98,7 @@ class RowMeter:
         if self._peak is not None:
             speed = row["perf/tokens_per_second"] * self._flops
             row["perf/mfu"] = speed / (self._peak * session.mesh.world_size)
+        row |= self._left(step)
         row |= self._times()
         row |= self._data_row(tokens)
         row |= self._health()
@@ -102,15 +106,21 @@ class RowMeter:
         self._reset()
         return row
 
+    def _left(self, step: int) -> dict[str, float]:
+        """Seconds to the last step at the pace of this start, which needs two steps to show."""
+        if self._first is None or step <= self._first[0]:
+            return {}
+        pace = (time.monotonic() - self._first[1]) / (step - self._first[0])
+        return {"perf/eta_seconds": pace * (self._session.job.training.steps - step)}
+
     def _times(self) -> dict[str, float]:
         """Parts of a step on this rank, and what is worst or usual over all ranks."""
         session, steps, parts = self._session, self._steps, self._clock.parts()
         found = {"perf/data_seconds": self._data / steps}
-        for part in ("forward", "backward", "update"):
-            seconds = parts.get(part, 0.0) + (parts.get("reduction", 0.0) if part == "backward" else 0.0)
-            found[f"perf/{part}_seconds"] = seconds / steps
-        on_gpu = session.mesh.device.type == "cuda"
-        exchange = self._exchange + (parts.get("reduction", 0.0) if on_gpu else 0.0)
+        for part in ("forward", "backward", "reduction", "update"):
+            found[f"perf/{part}_seconds"] = parts.get(part, 0.0) / steps
+        slept = self._clock.slept()
+        exchange = self._exchange + (parts.get("reduction", 0.0) if slept is None else slept)
         saves = session.saver.times()
         memory = memory_bytes(session.mesh.device)
         said = [exchange / self._seconds, (session.loader.waited - self._waited) / steps, *memory.values()]
@@ -152,7 +162,7 @@ class RowMeter:
             "health/slow_ranks": session.guards.slow_ranks,
             "health/failed_saves": session.saver.failures,
         }
-        return {name: float(count) for name, count in counts.items() if count}
+        return {name: float(count) for name, count in counts.items()}
 
 
 def memory_bytes(device: torch.device) -> dict[str, float]:

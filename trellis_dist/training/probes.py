@@ -5,12 +5,14 @@ A look costs one forward pass of a micro-batch a little: taps in the trellis lay
 the heads of all ranks. Nothing that trains changes by a bit, and what goes wrong is a line on the console.
 
 With torch.compile the operation is inside a graph, which a tap would change. There the micro-batch is
-evaluated once more, without the graphs.
+evaluated once more, without the graphs: a forward pass, which can only fail as one of a step does, and ends
+the run as that would.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +23,7 @@ from torch import Tensor
 
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.parallel import env
-from trellis_dist.training.collectives import gather_objects, sum_scalars
+from trellis_dist.training.collectives import gather_objects
 from trellis_dist.training.engines.base import Engine
 from trellis_dist.training.probes_measure import measure
 from trellis_dist.training.probes_sample import LayerSample, Tap, looks
@@ -31,9 +33,10 @@ if TYPE_CHECKING:
     from data_pipeline.loader import Batch
     from trellis_dist.training.setup import Session
 
-__all__ = ["LayerLook", "Probes", "UpdateRatio", "merge"]
+__all__ = ["LayerLook", "Probes", "Report", "UpdateRatio", "merge"]
 
 WEIGHTS = 1 << 20  # of this rank's weights whose change is looked at
+_RATIO, _MEMORIES = "ratio of update to weights", "look into the memories"
 _HEADS = ("norm_key", "norm_value", "rank_key", "rank_value")  # a histogram over the heads of a layer
 
 
@@ -56,27 +59,55 @@ class LayerLook:
 
 
 class UpdateRatio:
-    """Norm of one update over the norm of the weights, of the whole model on any mesh.
+    """Norm of one update over the norm of the weights: this rank's part of it.
 
-    Of a rank with more than WEIGHTS weights every n-th is looked at, so that the copy stays small.
+    Of a rank with more than WEIGHTS weights a sample is looked at, so that the copy stays small: of every
+    tensor one weight in each n, drawn by a generator of its own. (Every n-th would be the same few columns of
+    a matrix whose width shares a factor with n.)
     """
 
     def __init__(self, engine: Engine) -> None:
         """Copy the weights that this rank counts."""
         self._engine = engine
-        total = sum(weights.numel() for weights in engine.own_weights())
-        self._stride = max(1, -(-total // WEIGHTS))
-        self._before = [weights[:: self._stride].clone() for weights in engine.own_weights()]
+        every = max(1, -(-sum(weights.numel() for weights in engine.own_weights()) // WEIGHTS))
+        self._before = []
+        for place, weights in enumerate(engine.own_weights()):
+            index = None if every == 1 else _one_of_each(every, weights, seed=place)
+            self._before.append((index, (weights if index is None else weights[index]).clone()))
 
-    def measure(self) -> float:
-        """After the update; every rank calls it. 0 where there was none."""
-        update = weight = 0.0
-        for before, now in zip(self._before, self._engine.own_weights(), strict=True):
-            update += float((now[:: self._stride].double() - before.double()).square().sum())
-            weight += float(before.double().square().sum())
-        # Ranks take different shares of their weights, where they have more or fewer: scaled to all of them.
-        update, weight = sum_scalars([update * self._stride, weight * self._stride])
-        return (update / weight) ** 0.5 if weight > 0 else 0.0
+    def squares(self) -> tuple[float, float]:
+        """After the update: squared norms of it and of the weights before it, of this rank's share."""
+        parts = [torch.zeros(2, dtype=torch.float64)]
+        for (index, before), now in zip(self._before, self._engine.own_weights(), strict=True):
+            old, new = before.double(), (now if index is None else now[index]).double()
+            share = torch.stack([(new - old).square().sum(), old.square().sum()])
+            # Each tensor's sample stands for the whole of it.
+            parts.append(share * (now.numel() / max(1, len(before))))
+        update, weight = torch.stack([part.to(parts[-1].device) for part in parts]).sum(0).tolist()
+        return update, weight
+
+
+def _one_of_each(every: int, weights: Tensor, *, seed: int) -> Tensor:
+    """Indices into ``weights`` [n]: one at a random place of each of ceil(n / every) equal parts."""
+    count = -(-weights.numel() // every)
+    draw = torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    index = ((torch.arange(count) + draw) * (weights.numel() / max(1, count))).long()
+    return index.clamp_max(weights.numel() - 1).to(weights.device)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one rank says of a look.
+
+    Attributes:
+        looks: of its heads.
+        squares: those of ``UpdateRatio``.
+        failures: what went wrong, by what it was to be.
+    """
+
+    looks: list[LayerLook]
+    squares: tuple[float, float]
+    failures: dict[str, str]
 
 
 class Probes:
@@ -91,6 +122,7 @@ class Probes:
         self._looks = looks(session.mesh)
         self._ratio: UpdateRatio | None = None
         self._taps: list[Tap] = []
+        self._failures: dict[str, str] = {}
 
     def due(self, step: int) -> bool:
         """Whether ``step`` is looked at."""
@@ -99,10 +131,11 @@ class Probes:
     def before_step(self, step: int, batches: Sequence[Batch]) -> None:
         """Get ready for a look at ``step``, if one is due."""
         self._remove()  # of a look that a rollback broke off
-        self._taps = []
+        self._taps, self._ratio, self._failures = [], None, {}
         if not self.due(step):
             return
-        self._ratio = UpdateRatio(self._session.engine)
+        with self._survived(_RATIO):
+            self._ratio = UpdateRatio(self._session.engine)
         if self._looks:
             self._taps = [Tap(mixer, self._session.mesh) for mixer in self._mixers]
         if self._compiled and self._mixers:
@@ -116,6 +149,14 @@ class Probes:
         finally:
             self._remove()
 
+    @contextlib.contextmanager
+    def _survived(self, what: str) -> Iterator[None]:
+        """Note an error: a look ends no run, and no rank may miss the exchange that comes after it."""
+        try:
+            yield
+        except Exception as error:
+            self._failures[what] = f"{type(error).__name__}: {error}"
+
     def _remove(self) -> None:
         for tap in self._taps:
             tap.remove()
@@ -124,37 +165,43 @@ class Probes:
         """The scalars of a look at ``step``; the histograms are written. Empty where none is due."""
         if not self.due(step):
             return {}
-        assert self._ratio is not None, "before_step comes before after_step"
         self._remove()
-        row = {"optim/update_to_weight": self._ratio.measure()}
-        found, failure = self._measured()
-        self._taps, self._ratio = [], None
-        gathered = gather_objects((found, failure)) if self._mixers else []
-        if env.is_main():
-            row |= self._write(step, gathered)
+        looks, squares = [], (0.0, 0.0)
+        with self._survived(_RATIO):
+            if self._ratio is not None:
+                squares = self._ratio.squares()
+        with self._survived(_MEMORIES):
+            looks = self._measured()
+        reports = gather_objects(Report(looks, squares, self._failures))
+        self._taps, self._ratio, self._failures = [], None, {}
+        return self._written(step, reports) if env.is_main() else {}
+
+    def _measured(self) -> list[LayerLook]:
+        """What this rank's taps say."""
+        failures = [tap.failure for tap in self._taps if tap.failure is not None]
+        if failures:
+            raise failures[0]
+        samples = [tap.taken for tap in self._taps if tap.taken is not None]
+        numbers = measure(samples) if samples else []
+        return [_look(*both) for both in zip(samples, numbers, strict=True)]
+
+    def _written(self, step: int, reports: Sequence[Report]) -> dict[str, float]:
+        """Rank 0: histograms to the sinks, scalars for the row; what failed on any rank is left out."""
+        failures = {what: text for report in reports for what, text in report.failures.items()}
+        row: dict[str, float] = {}
+        if _RATIO not in failures:
+            update, weight = np.sum([report.squares for report in reports], axis=0).tolist()
+            row["optim/update_to_weight"] = (update / weight) ** 0.5 if weight > 0 else 0.0
+        if _MEMORIES not in failures:
+            with self._survived(_MEMORIES):
+                scalars, histograms = merge([look for report in reports for look in report.looks])
+                row |= scalars
+                if histograms:
+                    self._session.metrics.histograms(step, histograms)
+        failures, self._failures = failures | self._failures, {}
+        for what, text in failures.items():
+            self._session.metrics.say(f"alert: no {what} at step {step}: {text}")
         return row
-
-    def _measured(self) -> tuple[list[LayerLook], str]:
-        """What this rank's taps say, and what went wrong with them."""
-        try:
-            failures = [tap.failure for tap in self._taps if tap.failure is not None]
-            if failures:
-                raise failures[0]
-            samples = [tap.taken for tap in self._taps if tap.taken is not None]
-            numbers = measure(samples) if samples else []
-            return [_look(*both) for both in zip(samples, numbers, strict=True)], ""
-        except Exception as error:  # a look never ends a run
-            return [], f"{type(error).__name__}: {error}"
-
-    def _write(self, step: int, gathered: Sequence[tuple[list[LayerLook], str]]) -> dict[str, float]:
-        """Rank 0: histograms to the sinks, scalars to the row."""
-        failure = next((text for _, text in gathered if text), "")
-        if failure:
-            self._session.metrics.say(f"alert: no look into the memories at step {step}: {failure}")
-            return {}
-        scalars, histograms = merge([look for found, _ in gathered for look in found])
-        self._session.metrics.histograms(step, histograms)
-        return scalars
 
 
 def _look(sample: LayerSample, numbers: dict[str, Tensor]) -> LayerLook:

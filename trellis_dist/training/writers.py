@@ -8,26 +8,28 @@ WandB           one chart per key        yes            the same W&B run goes on
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import importlib.util
 import json
 import math
 import os
+import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from trellis_dist.files import atomic_write
+from trellis_dist.files import atomic_write, read_json, write_json
 
 __all__ = ["Histogram", "JsonLines", "Row", "Sink", "TensorBoard", "WandB", "check_wandb", "read_rows"]
 
 Row = Mapping[str, float]
 BINS = 32
+FINISH_S = 30.0  # for what W&B still has to send
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,7 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """Flush and close."""
+        """Flush and close; ``TimeoutError``, with what a user can do, when that takes too long."""
         ...
 
 
@@ -109,16 +111,14 @@ class JsonLines:
     def __init__(self, path: Path, *, resumed_step: int) -> None:
         """Open for appending; rows after ``resumed_step`` are dropped, so that each step is there once."""
         self._path = path
+        self._file: TextIO | None = None  # opened by the next row
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._open(resumed_step)
-
-    def _open(self, last: int) -> None:
-        kept = [row for row in read_rows(self._path) if row.get("step", 0) <= last]
-        atomic_write(self._path, "".join(_line(row) for row in kept))
-        self._file = self._path.open("a", encoding="utf-8")
+        self.rewind(resumed_step)
 
     def write(self, row: Row) -> None:
         """Append one row; ``OSError`` when the disk refuses."""
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8")
         self._file.write(_line(row))
         self._file.flush()
 
@@ -126,13 +126,16 @@ class JsonLines:
         """Nothing: the file stays one line of numbers per row."""
 
     def rewind(self, step: int) -> None:
-        """Drop the rows after ``step``."""
-        self._file.close()
-        self._open(step)
+        """Drop the rows after ``step``; ``OSError`` when the disk refuses, and later rows follow them."""
+        kept = [row for row in read_rows(self._path) if row.get("step", 0) <= step]
+        atomic_write(self._path, "".join(_line(row) for row in kept))
+        self.close()  # what is open is the file that was replaced
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file; a row would open it again."""
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
 
 
 def _line(row: Mapping[str, Any]) -> str:
@@ -193,7 +196,9 @@ class TensorBoard:
 class WandB:
     """A run of Weights & Biases. A run folder is one W&B run, whatever number of starts it takes.
 
-    W&B keeps what it was first told of a step, so a start that repeats steps adds nothing to them.
+    Its id is drawn once and kept in the folder: another folder of the same path, on another machine or
+    after this one was deleted, is another run. W&B keeps what it was first told of a step, so a start that
+    repeats steps adds nothing to them.
     """
 
     title, lasting = "W&B", False
@@ -209,10 +214,11 @@ class WandB:
         if not _has_key():
             os.environ.setdefault("WANDB_MODE", "offline")
         whole = run_dir.resolve()
+        self._folder = whole / "wandb"
         self._run: Any = self._wandb.init(
             project=project,
             name=whole.name,
-            id=hashlib.sha256(str(whole).encode()).hexdigest()[:16],
+            id=_kept_id(whole / "wandb_id.json"),
             resume="allow",
             dir=str(whole),
             config=dict(config),
@@ -233,8 +239,35 @@ class WandB:
         """Nothing: W&B takes nothing back."""
 
     def close(self) -> None:
-        """Send what is left."""
-        self._run.finish()
+        """Send what is left; ``TimeoutError`` when that takes more than FINISH_S."""
+        errors: list[Exception] = []
+
+        def finish() -> None:
+            try:
+                self._run.finish()
+            except Exception as error:
+                errors.append(error)
+
+        sending = threading.Thread(target=finish, name="wandb finish", daemon=True)
+        sending.start()
+        sending.join(FINISH_S)
+        if sending.is_alive():
+            raise TimeoutError(
+                f"W&B has not taken everything within {FINISH_S:.0f} s: `wandb sync` of the newest folder in "
+                f"{self._folder} sends it again"
+            )
+        if errors:
+            raise errors[0]
+
+
+def _kept_id(path: Path) -> str:
+    """The W&B id of a run folder; a new one where it has none. Raises ``OSError``."""
+    try:
+        return str(read_json(path)["id"])
+    except (OSError, ValueError, KeyError, TypeError):
+        drawn = secrets.token_hex(8)
+        write_json(path, {"id": drawn})
+        return drawn
 
 
 def check_wandb(project: str) -> None:

@@ -70,6 +70,7 @@ class CommonEngine(ABC):
             backward=lambda loss, last: self._named_backward(loss * scale, last=last),
             forwards_first=self._options.forwards_first,
         )
+        self._enter("sum of the losses")  # the first thing that waits for the slowest rank
         # All tp ranks see the same tokens.
         loss = collectives.sum_scalars([float(total)])[0] / (self._mesh.tp * valid_tokens)
         self._enter("reduction of the gradients")
@@ -78,6 +79,7 @@ class CommonEngine(ABC):
         if self.inspector is not None:
             self.inspector(list(self._gradients()))
         if self.before_update is not None:
+            self._enter("copies of a save")
             self.before_update()
         self._enter("update of the weights")
         with record_function("update of the weights"):
