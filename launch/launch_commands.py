@@ -215,6 +215,9 @@ def slurm(
     options: TrainOptions = None,
     nodes: Nodes = None,
     gpus_per_node: Gpus = 0,
+    cpus_per_node: Annotated[
+        int | None, typer.Option(parser=_whole, metavar="C", help="CPUs asked for on each; SLURM's default")
+    ] = None,
     ranks_per_node: BookedRanks = None,
     time: Annotated[str | None, typer.Option(metavar="T", help="as of sbatch")] = None,
     partition: Annotated[str | None, typer.Option(metavar="P", help="as of sbatch")] = None,
@@ -249,6 +252,7 @@ def slurm(
     agents, *_ = [_booked(task, **sizes, **known, max_restarts=max_restarts) for task in tasks]
     booking = scheduler.Booking(
         gpus_per_node=gpus_per_node,
+        cpus_per_node=cpus_per_node,
         time=time,
         partition=partition,
         account=account,
@@ -260,7 +264,15 @@ def slurm(
     given += [f"--grace={grace}"] if grace is not None else []
     given += ["--no-preflight"] if no_preflight else []
     given += [f"--sweep={item}" for item in sweep or ()]
-    command = scheduler.sbatch_command(agents, work, booking, runs=len(tasks), script_options=given)
+    command = scheduler.sbatch_command(
+        agents, work, booking, runs=len(tasks) if sweep else 0, script_options=given
+    )
+    if cpus_per_node is None:
+        typer.echo(
+            "trellis: warning: without --cpus-per-node SLURM gives each node as many CPUs as its default is, "
+            "often one for all ranks",
+            err=True,
+        )
     if dry_run:
         print(scheduler.dry_run(command, agents, tasks))
     elif status := scheduler.submit(command):

@@ -24,12 +24,14 @@ class Booking:
 
     Attributes:
         gpus_per_node: 0 for none.
+        cpus_per_node: None leaves them to the cluster, whose default is often one.
         time, partition, account: as sbatch takes them; None leaves them to the cluster.
         parallel: runs of a sweep at the same time; None sets no limit.
         others: any other options of sbatch.
     """
 
     gpus_per_node: int = 0
+    cpus_per_node: int | None = None
     time: str | None = None
     partition: str | None = None
     account: str | None = None
@@ -38,23 +40,24 @@ class Booking:
 
 
 def sbatch_command(
-    agents: Agents, work: Work, booking: Booking, *, runs: int = 1, script_options: Sequence[str] = ()
+    agents: Agents, work: Work, booking: Booking, *, runs: int = 0, script_options: Sequence[str] = ()
 ) -> list[str]:
-    """The command that submits the run, or with ``runs`` above 1 an array of so many.
+    """The command that submits the run, or with ``runs`` an array of so many.
 
     ``script_options`` stand before the recipe: options of train.sbatch.
     """
     name = f"trellis-{work.loaded.name}"
     line = ["sbatch", f"--job-name={name}", f"--nodes={agents.nodes}", "--ntasks-per-node=1"]
     line += [f"--gpus-per-node={booking.gpus_per_node}"] if booking.gpus_per_node else []
+    line += [f"--cpus-per-task={booking.cpus_per_node}"] if booking.cpus_per_node else []
     for option in ("time", "partition", "account"):
         value = getattr(booking, option)
         line += [f"--{option}={value}"] if value else []
     line.append(f"--signal=B:USR1@{math.ceil(agents.grace_s) + MARGIN_S}")
     line += ["--requeue", "--open-mode=append", f"--chdir={work.folder}"]
-    line.append(f"--output={name}-{'%A_%a' if runs > 1 else '%j'}.log")
+    line.append(f"--output={name}-{'%A_%a' if runs else '%j'}.log")
     line.append(f"--export=ALL,TRELLIS_ROOT={CHECKOUT}")
-    if runs > 1:
+    if runs:
         line.append(f"--array=0-{runs - 1}" + (f"%{booking.parallel}" if booking.parallel else ""))
     return [*line, *booking.others, str(BATCH_SCRIPT), *script_options, work.recipe, *work.options]
 

@@ -18,7 +18,7 @@ BASE = str(Path(__file__).with_name("base.toml"))
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 
-# One process per task, as srun starts them; it hands signals on, and ends with the highest status.
+# One process per task, as srun starts them: SIGUSR1 goes on to all, SIGTERM kills them, the highest status counts.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$FAKES/srun-arguments"
 while [[ $1 == --* ]]; do
@@ -26,11 +26,13 @@ while [[ $1 == --* ]]; do
     shift
 done
 for ((place = 0; place < tasks; place++)); do
-    SLURM_NODEID=$place SLURM_PROCID=$place "$@" &
+    SLURM_NODEID=$place SLURM_PROCID=$place setsid "$@" &
     ranks+=($!)
 done
-trap 'kill -s USR1 "${ranks[@]}"' USR1
-trap 'kill -s TERM "${ranks[@]}"' TERM
+signal() { for rank in "${ranks[@]}"; do kill -s "$1" -- "-$rank"; done; }
+trap 'signal USR1' USR1
+trap 'signal KILL' TERM
+printf '%s\n' "${ranks[@]}" >"$FAKES/steps"
 touch "$FAKES/srun-runs"
 highest=0
 for rank in "${ranks[@]}"; do
@@ -51,8 +53,15 @@ esac
 NODE = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$FAKES/node-$SLURM_NODEID"
 [[ ! -e $FAKES/saved-$SLURM_NODEID ]] || exit 0
-[[ -z ${FAIL:-} ]] || exit "$FAIL"
-trap 'touch "$FAKES/saved-$SLURM_NODEID"; exit 75' USR1
+[[ -z ${FAIL:-} || $SLURM_NODEID = 0 ]] || exit "$FAIL"
+[[ -z ${FAIL:-} ]] || exit 75
+save() {
+    touch "$FAKES/saving-$SLURM_NODEID"
+    while [[ -n ${SLOW:-} && ! -e $FAKES/go ]]; do sleep 0.05; done
+    touch "$FAKES/saved-$SLURM_NODEID"
+    exit 75
+}
+trap save USR1
 trap 'printf x >>"$FAKES/terms-$SLURM_NODEID"; [[ $(<"$FAKES/terms-$SLURM_NODEID") != xx ]] || exit 75' TERM
 touch "$FAKES/ready-$SLURM_NODEID"
 while :; do sleep 0.05; done
@@ -101,13 +110,19 @@ def ready(fakes: Path) -> bool:
 
 
 def test_a_preempted_job_saves_is_requeued_and_goes_on(fakes: Path) -> None:
-    job = start(fakes, "--ranks-per-node=4", "350m-c4", "--set", "a.b=c d")
+    job = start(fakes, "--ranks-per-node=4", "350m-c4", "--set", "a.b=c d", SLURM_CPUS_PER_TASK="6")
     until(lambda: ready(fakes))
     job.send_signal(signal.SIGUSR1)  # to the batch script alone: --signal=B:USR1
     assert job.wait(timeout=60) == 75
     assert (fakes / "requeued").read_text() == "12345\n"
     step = (fakes / "srun-arguments").read_text().splitlines()
-    assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=0"} <= set(step)
+    assert {
+        "--nodes=2",
+        "--ntasks=2",
+        "--ntasks-per-node=1",
+        "--kill-on-bad-exit=0",
+        "--cpus-per-task=6",
+    } <= set(step)
     given = (fakes / "node-1").read_text().splitlines()
     assert given[:6] == ["--nodes", "2", "--master", "node-a", "--port", "22345"]
     assert given[6:] == ["--job", "12345-0", "--ranks-per-node=4", "350m-c4", "--set", "a.b=c d"]
@@ -127,18 +142,38 @@ def test_a_run_of_an_array_is_requeued_as_itself(fakes: Path) -> None:
     assert (fakes / "node-0").read_text().splitlines()[8:10] == ["--task", "4"]
 
 
+def scancel(fakes: Path, job: subprocess.Popen[bytes]) -> None:
+    """As slurmd: SIGTERM for every process of the steps and for the batch script, none for srun."""
+    for step in (fakes / "steps").read_text().split():
+        os.killpg(int(step), signal.SIGTERM)
+    job.send_signal(signal.SIGTERM)
+
+
 def test_a_cancelled_job_is_not_requeued_and_a_second_sigterm_ends_it(fakes: Path) -> None:
     job = start(fakes, "350m-c4")
     until(lambda: ready(fakes))
     for count in (1, 2):
-        job.send_signal(signal.SIGTERM)
+        scancel(fakes, job)
         said = [fakes / f"terms-{place}" for place in (0, 1)]
         until(lambda: all(path.exists() and len(path.read_text()) == count for path in said))  # noqa: B023
     assert job.wait(timeout=60) == 75
     assert not (fakes / "requeued").exists()
 
 
-def test_a_failed_job_is_not_requeued(fakes: Path) -> None:
+def test_the_time_limit_may_come_during_the_save(fakes: Path) -> None:
+    """SIGTERM after SIGUSR1: the job is requeued all the same."""
+    job = start(fakes, "350m-c4", SLOW="1")
+    until(lambda: ready(fakes))
+    job.send_signal(signal.SIGUSR1)
+    until(lambda: all((fakes / f"saving-{place}").exists() for place in (0, 1)))
+    job.send_signal(signal.SIGTERM)
+    (fakes / "go").touch()
+    assert job.wait(timeout=60) == 75
+    assert (fakes / "requeued").read_text() == "12345\n"
+
+
+def test_a_job_of_which_one_node_failed_is_not_requeued(fakes: Path) -> None:
+    """The other node, asked to end by that, ends with 75, which is higher."""
     assert start(fakes, "350m-c4", FAIL="1").wait(timeout=60) == 1
     assert not (fakes / "requeued").exists()
 
@@ -148,15 +183,32 @@ def test_the_submission_is_what_the_dry_run_prints(
 ) -> None:
     executable(tmp_path / "bin" / "sbatch", f'#!/bin/sh\nprintf "%s\\n" sbatch "$@" >{tmp_path}/submitted\n')
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    given = ["launch", "slurm", BASE, "--nodes", "1", "--gpus-per-node", "2", "--time", "2:00:00"]
-    given += ["--partition", "p", "--account", "a", "--sbatch=--constraint=h100", "--parallel", "2"]
+    given = ["launch", "slurm", BASE, "--nodes", "1", "--gpus-per-node", "2", "--cpus-per-node", "16"]
+    given += [
+        "--time",
+        "2:00:00",
+        "--partition",
+        "p",
+        "--account",
+        "a",
+        "--sbatch=--constraint=h100",
+        "--parallel",
+        "2",
+    ]
     given += ["--sweep", "optimizer.lr=1e-3,2e-3,3e-3", "--max-restarts", "1"]
     run = ["--", "--set", "checkpoint.grace_s=100"]
     assert cli.main([*given, *run]) == 0
     submitted = (tmp_path / "submitted").read_text().splitlines()
     expected = {
         *("--job-name=trellis-base", "--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=2"),
-        *("--time=2:00:00", "--partition=p", "--account=a", "--signal=B:USR1@160", "--requeue"),
+        *(
+            "--cpus-per-task=16",
+            "--time=2:00:00",
+            "--partition=p",
+            "--account=a",
+            "--signal=B:USR1@160",
+            "--requeue",
+        ),
         *("--open-mode=append", "--array=0-2%2", "--constraint=h100", f"--export=ALL,TRELLIS_ROOT={ROOT}"),
     }
     assert expected <= set(submitted)
@@ -170,6 +222,15 @@ def test_the_submission_is_what_the_dry_run_prints(
     printed = capsys.readouterr().out.splitlines()
     assert shlex.split(printed[1]) == submitted
     assert sum("run folder runs/base-sweep/" in line for line in printed) == 3
+
+
+def test_a_sweep_of_one_value_is_an_array_too(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its job is told which task it is by nothing else."""
+    given = ["launch", "slurm", BASE, "--nodes", "2", "--sweep", "optimizer.lr=1e-3", "--dry-run"]
+    assert cli.main(given) == 0
+    said, warned = capsys.readouterr()
+    assert "--array=0-0" in shlex.split(said.splitlines()[1])
+    assert "without --cpus-per-node SLURM gives each node" in warned
 
 
 def test_without_slurm_the_remedy_is_named(
