@@ -45,6 +45,7 @@ PARTS = {  # of rank 0, one after the other
     "perf/data_seconds": "data",
     "perf/forward_seconds": "forward",
     "perf/backward_seconds": "backward",
+    "perf/reduction_seconds": "waiting for ranks",
     "perf/update_seconds": "update",
     "perf/save_stall_seconds": "waiting for saves",
 }
