@@ -173,6 +173,28 @@ def test_a_file_system_that_hangs_delays_neither_the_verdict_nor_the_end(
     assert "rank 0: no flight record: not done within 0.05 s" in said
 
 
+def test_a_verdict_that_came_just_after_a_beat_is_found_and_not_given_twice() -> None:
+    store, now, said = dist.HashStore(), [0.0], []
+    judge, late = (Heartbeat(store, rank=rank, world_size=2, interval_s=0.01) for rank in (0, 1))
+    late.close()  # no beat comes any more
+    assert judge.claim(5.0)
+    watch = HangWatch(
+        rank=1,
+        report=lambda *what: said.append(what),
+        heartbeat=late,
+        poll_s=0.01,
+        clock=lambda: now[0],
+        end=lambda status: None,
+    )
+    watch.arm(1.0, step=1, operation="a")
+    judge.publish("rank 1 did it", 5.0)
+    now[0] = 2.0
+    until(lambda: bool(said))
+    watch.close()
+    judge.close()
+    assert said == [("rank 1 did it", True)]
+
+
 def test_a_judge_that_fails_still_reports() -> None:
     class Broken(Heartbeat):
         def claim(self, limit_s: float) -> bool | None:

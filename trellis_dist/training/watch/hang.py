@@ -182,11 +182,11 @@ class HangWatch:
         )
 
     def _verdict_of_another(self, beat: Heartbeat) -> str | None:
-        """Wait for it as long as judging takes."""
+        """Wait for it as long as judging takes; the last beat may have been just before it."""
         until = time.monotonic() + BEATS_APART * beat.interval_s + READ_LIMIT_S
         while beat.verdict is None and time.monotonic() < until:
             time.sleep(self._poll_s)
-        return beat.verdict
+        return beat.verdict or beat.look(READ_LIMIT_S)
 
     def _blame(self, beat: Heartbeat) -> Verdict | None:
         """Read all beats twice; None when the store does not answer."""

@@ -127,6 +127,10 @@ class Heartbeat:
         mine = str(self._rank)
         return bounded(lambda: self._store.compare_set("judge", "", mine).decode() == mine, limit_s)
 
+    def look(self, limit_s: float) -> str | None:
+        """The verdict of another rank, if there is one; asked for now, not with the next beat."""
+        return bounded(self._look, limit_s)
+
     def publish(self, verdict: str, limit_s: float) -> None:
         """Leave ``verdict`` for the other ranks."""
         bounded(lambda: self._store.set("verdict", verdict), limit_s)
@@ -136,12 +140,15 @@ class Heartbeat:
             stopping = self._stop.wait(self.interval_s)
             try:
                 self._beat(ended=stopping)
-                if self._verdict is None and self._store.check(["verdict"]):
-                    self._verdict = self._store.get("verdict").decode(errors="replace")
+                self._verdict = self._verdict or self._look()
             except RuntimeError:  # what torch raises for a lost connection
                 return
             if stopping:
                 return
+
+    def _look(self) -> str | None:
+        found = self._store.check(["verdict"])
+        return self._store.get("verdict").decode(errors="replace") if found else None
 
     def _beat(self, *, ended: bool = False) -> None:
         step, operation, since = self._doing
