@@ -7,7 +7,6 @@ started, what it says about itself, its clock, the run folder, and at last how f
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -15,8 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from launch.nodes_folder import TOKEN_S, folder_answers, shared
+from launch.nodes_limit import within
 from launch.nodes_meet import Answers, Call, Meeting, Node, attend, open_door
 from launch.nodes_ports import is_loopback, parse_endpoint
+from launch.nodes_reach import REACH_S, Reach, probe
 from launch.nodes_verdict import (
     Link,
     Problem,
@@ -25,6 +27,7 @@ from launch.nodes_verdict import (
     failed,
     label,
     own_problems,
+    same_machine,
     slow_links,
     started_alike,
 )
@@ -36,8 +39,9 @@ __all__ = ["MEET_S", "Local", "preflight", "render"]
 
 MEET_S = 120.0  # for all nodes to come; those started by one script are there within seconds
 FACTS_S = 120.0  # torch's import from a cold network disk
-TOKEN_S = 30.0  # a network file system may show a new file late
 CLOCK_TRIPS, CLOCK_S = 5, 10.0
+BANDWIDTH_S = 100.0  # of which ``nodes_reduce.REDUCE_S`` for the measurement
+SLACK_S = 10.0  # for the answer of a node that gave up at the limit to come
 
 Clock = Callable[[], float]
 _BROKEN_OFF = {
@@ -108,7 +112,9 @@ def meet(local: Local, *, call: Call, rendezvous: str, seconds: float) -> dict[s
     """``preflight`` of a node that answers as ``local`` says."""
     _check_call(call)
     host, port = parse_endpoint(rendezvous)
-    door, answers = open_door(host, port, place=call.place), _answers(local)
+    answers, begin = _answers(local), time.monotonic()
+    door = open_door(host, port, place=call.place, seconds=seconds)
+    seconds = max(1.0, seconds - (time.monotonic() - begin))
     if door is None:
         return attend(host, port, call, answers, seconds=seconds, own=_is_here(host))
     _check_door(door, host, call)
@@ -188,35 +194,32 @@ def _answers(local: Local) -> Answers:
             cuda=details["cuda"],
         )
 
-    return {
-        "facts": _safe(lambda _: local.facts()),
-        "clock": _safe(lambda _: {"time": local.clock()}),
-        "token": _safe(lambda details: _see(local.run_dir, details["token"])),
-        "bandwidth": _safe(measure),
+    asked = {
+        "facts": (lambda _: local.facts(), FACTS_S),
+        "clock": (lambda _: {"time": local.clock()}, CLOCK_S),
+        "bandwidth": (measure, BANDWIDTH_S),
     }
+    asked |= {name: (answer, TOKEN_S + SLACK_S) for name, answer in folder_answers(local.run_dir).items()}
+    asked |= {name: (answer, REACH_S) for name, answer in Reach().answers().items()}
+    return {name: _safe(answer, seconds) for name, (answer, seconds) in asked.items()}
 
 
 def _safe(
-    answer: Callable[[Mapping[str, Any]], dict[str, Any]],
+    answer: Callable[[Mapping[str, Any]], dict[str, Any]], seconds: float
 ) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """An answer, or the line of the error that kept this node from giving it."""
+    """An answer, or the line of what kept this node from giving it within ``seconds``."""
 
     def answered(details: Mapping[str, Any]) -> dict[str, Any]:
-        from launch.worker import error_line
-
         try:
-            return answer(details)
+            return within(lambda: answer(details), seconds)
+        except TimeoutError as error:  # without an import: the one that hangs may hold its lock
+            return {"failed": f"{error}: look at its GPUs (nvidia-smi) and the file systems it mounts (df)"}
         except Exception as error:
+            from launch.worker import error_line
+
             return {"failed": error_line(error).splitlines()[0]}
 
     return answered
-
-
-def _see(run_dir: Path, token: str) -> dict[str, Any]:
-    from checkpoints.probe import await_token
-
-    await_token(run_dir, str(token), timeout=TOKEN_S)
-    return {}
 
 
 def _examine(meeting: Meeting, local: Local, *, expected: int) -> dict[str, Any]:
@@ -224,6 +227,7 @@ def _examine(meeting: Meeting, local: Local, *, expected: int) -> dict[str, Any]
     calls = [vars(node.call) for node in meeting.nodes]
     problems = started_alike(calls, expected=expected)
     found: dict[str, Any] = {}
+    problems = problems or same_machine([(node.call.host, node.address) for node in meeting.nodes])
     for check in (_facts, _clocks, _shared, _bandwidth):
         if problems or (check is _bandwidth and (not local.bandwidth or expected == 1)):
             break
@@ -251,7 +255,7 @@ Found = tuple[list[Problem], dict[str, Any]]
 
 
 def _facts(meeting: Meeting, _: Local, __: Mapping[str, Any]) -> Found:
-    answers = meeting.ask("facts", seconds=FACTS_S)
+    answers = meeting.ask("facts", seconds=FACTS_S + SLACK_S)
     problems = failed(answers, "what it says about itself") or own_problems(answers) or compare(answers)
     return problems, {} if any("failed" in answer for answer in answers) else {"facts": answers}
 
@@ -271,41 +275,42 @@ def _clocks(meeting: Meeting, local: Local, _: Mapping[str, Any]) -> Found:
 
 def _offset(meeting: Meeting, node: Node, clock: Clock) -> tuple[float, float]:
     before = clock()
-    theirs = float(meeting.round_trip(node, "clock", seconds=CLOCK_S)["time"])
+    answer = meeting.round_trip(node, "clock", seconds=CLOCK_S + SLACK_S)
+    if "failed" in answer:
+        raise ValueError(answer["failed"])
+    theirs = float(answer["time"])
     after = clock()
     return (theirs - (before + after) / 2, (after - before) / 2)
 
 
-def _shared(meeting: Meeting, local: Local, _: Mapping[str, Any]) -> Found:
-    """A token that this node leaves in the run folder, and nobody can guess, must be seen by all."""
-    from checkpoints.probe import announce, withdraw
-
-    token = os.urandom(16).hex()
-    announce(local.run_dir, token)
-    try:
-        answers = meeting.ask(
-            "token", seconds=TOKEN_S + CLOCK_S, details=[{"token": token}] * len(meeting.nodes)
-        )
-    finally:
-        withdraw(local.run_dir, token)
-    return failed(answers, "run folder"), {}
+def _shared(meeting: Meeting, _: Local, __: Mapping[str, Any]) -> Found:
+    return shared(meeting), {}
 
 
 def _bandwidth(meeting: Meeting, _: Local, found: Mapping[str, Any]) -> Found:
-    from launch.nodes_reduce import REDUCE_S, keep_store
+    from launch.nodes_reduce import keep_store
 
     store, count = keep_store(), len(meeting.nodes)
     cuda = all(facts["devices"] for facts in found["facts"])
     about = {"count": count, "host": meeting.nodes[0].address, "port": store.port, "cuda": cuda}
     answers = meeting.ask(
-        "bandwidth", seconds=REDUCE_S + CLOCK_S, details=[{**about, "rank": rank} for rank in range(count)]
+        "bandwidth", seconds=BANDWIDTH_S + SLACK_S, details=[{**about, "rank": rank} for rank in range(count)]
     )
     problems = failed(answers, "all-reduce between the nodes")
-    if problems:
-        return problems, {}
+    if problems:  # one node is enough to fail them all: find out which
+        return probe(meeting) or _of_nobody(problems), {}
     links: list[Link] = [
         (int(a), int(b), float(speed)) for answer in answers for a, b, speed in answer["links"]
     ]
     best, slow = slow_links(links, count)
     speed = min(float(answer["all_reduce"]) for answer in answers)
     return slow, {"all_reduce": speed, "links": links, "node_bandwidth": best}
+
+
+def _of_nobody(problems: Sequence[Problem]) -> list[Problem]:
+    """A failure of nodes that reach each other: where several have it, its cause cannot be told from here."""
+    first = problems[0]
+    if len(problems) == 1:
+        return [first]
+    line = f"{first.message} (on {len(problems)} nodes, which reach each other)"
+    return [Problem(node=None, what=first.what, message=line)]

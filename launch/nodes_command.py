@@ -12,6 +12,8 @@ import typer
 
 __all__ = ["preflight"]
 
+FACTS_S = 120.0  # for torch to be imported and to count its devices
+
 
 def preflight(
     recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="the recipe that will be trained")],
@@ -26,6 +28,10 @@ def preflight(
     set_: Annotated[
         list[str] | None, typer.Option("--set", metavar="A.B=C", help="override a recipe key; repeatable")
     ] = None,
+    corpus: Annotated[
+        str | None,
+        typer.Option(metavar="PATH|NAME@REVISION", help="the text, as it is given to trellis train"),
+    ] = None,
     run_dir: Annotated[Path | None, typer.Option(help="run folder; runs/<recipe name> unless given")] = None,
     dataset_dir: Annotated[
         Path | None, typer.Option(help="folder of the token shards (data.directory)")
@@ -34,6 +40,10 @@ def preflight(
         int | None, typer.Option(help="one per CUDA device, or 1 on a CPU, unless given")
     ] = None,
     node_rank: Annotated[int | None, typer.Option(help="this node's place, if places are given out")] = None,
+    local_addr: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="of this node, where its host name leads others elsewhere"),
+    ] = None,
     timeout: Annotated[float, typer.Option(min=1.0, help="seconds to wait for the other nodes")] = 120.0,
     bandwidth: Annotated[bool, typer.Option(help="measure all-reduce and every link")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
@@ -47,13 +57,20 @@ def preflight(
     from launch.ending import end_process
     from launch.nodes_check import preflight as check
     from launch.nodes_check import render
-    from launch.nodes_meet import Call
+    from launch.nodes_facts import use_local_address
+    from launch.nodes_meet import Call, MeetingError
     from launch.recipe import load_recipe
 
-    loaded = load_recipe(recipe, set_ or (), dataset_dir=dataset_dir)
+    if local_addr is not None:
+        use_local_address(local_addr)
+    loaded = load_recipe(recipe, set_ or (), corpus=corpus, dataset_dir=dataset_dir)
     call = Call(nodes=nodes, ranks=_ranks(ranks_per_node), place=node_rank, host=socket.gethostname())
     folder = run_dir if run_dir is not None else Path("runs") / loaded.name
-    report = check(loaded, folder, call=call, rendezvous=rdzv, seconds=timeout, bandwidth=bandwidth)
+    try:
+        report = check(loaded, folder, call=call, rendezvous=rdzv, seconds=timeout, bandwidth=bandwidth)
+    except MeetingError as error:  # a question may hang still, in a thread that would be waited for
+        print(f"trellis: error: {error}", file=sys.stderr)
+        end_process(1)
     if as_json:
         print(json.dumps(report, indent=1))
     else:
@@ -68,6 +85,12 @@ def preflight(
 def _ranks(given: int | None) -> int:
     if given is not None:
         return given
-    import torch
 
-    return torch.cuda.device_count() or 1
+    def devices() -> int:
+        import torch
+
+        return torch.cuda.device_count()
+
+    from launch.nodes_limit import within
+
+    return within(devices, FACTS_S) or 1

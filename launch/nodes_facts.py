@@ -15,8 +15,9 @@ from typing import Any
 
 from launch.nodes_ports import is_loopback
 from launch.recipe import Recipe, resolve
+from trellis_dist.training.watch.links import interface_of, is_own_address
 
-__all__ = ["PACKAGES", "facts", "source_digest"]
+__all__ = ["PACKAGES", "facts", "source_digest", "use_local_address"]
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pydantic", "deepspeed", "megatron-core")
 ROOMS = ("kernels", "trellis_dist", "data_pipeline", "checkpoints", "evals", "launch")
@@ -57,6 +58,22 @@ def facts(recipe: Recipe, run_dir: Path, *, nodes: int, ranks: int) -> dict[str,
     if nodes > 1:
         _safely(_check_name, problems)
     return {**found, "problems": problems}
+
+
+def use_local_address(address: str) -> None:
+    """Have gloo and NCCL meet other nodes by ``address``, as the ranks will, and not by this node's name.
+
+    Interfaces that the user has chosen stay. Raises ValueError for an address that is not this node's.
+    """
+    if not is_own_address(address):
+        raise ValueError(
+            f"--local-addr {address} is no address of {socket.gethostname()}: give one that `ip addr` shows "
+            "here and the other nodes reach"
+        )
+    found = str(socket.getaddrinfo(address, None, type=socket.SOCK_STREAM)[0][4][0])
+    if name := interface_of(found):  # none off Linux
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, name)
 
 
 def _safely(work: Callable[[], Any], problems: list[str]) -> Any:

@@ -61,21 +61,18 @@ class Node:
     channel: Channel | None
 
 
-def open_door(host: str, port: int, *, place: int | None) -> socket.socket | None:
+def open_door(host: str, port: int, *, place: int | None, seconds: float) -> socket.socket | None:
     """Listen on HOST:PORT if that is an address of this node; None if it is another node's.
 
+    A name that is not known is looked up again for ``seconds``: that of a pod appears late.
+
     Raises:
-        MeetingError: it is this node's and cannot be used, or it must be (``place`` 0) and is not.
+        MeetingError: it is this node's and cannot be used, or it must be (``place`` 0) and is not; no such
+            name.
     """
     if place:  # another node is the first, though it may be one of this machine
         return None
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except socket.gaierror as error:
-        if place == 0:
-            raise MeetingError(unreachable(host, port, why_unreachable(error), seconds=0)) from None
-        return None
-    family, kind, protocol, _, address = found[0]
+    family, kind, protocol, _, address = _look_up(host, port, seconds)[0]
     door = socket.socket(family, kind, protocol)
     try:
         door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,6 +95,18 @@ def open_door(host: str, port: int, *, place: int | None) -> socket.socket | Non
         raise MeetingError(
             f"{host}:{port} cannot be listened on ({error.strerror}): use another port"
         ) from None
+
+
+def _look_up(host: str, port: int, seconds: float) -> list[Any]:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+        except socket.gaierror as error:
+            if time.monotonic() >= deadline:
+                why = why_unreachable(error)
+                raise MeetingError(unreachable(host, port, why, seconds=seconds)) from None
+        time.sleep(min(PAUSE_S, max(0.0, deadline - time.monotonic())))
 
 
 class Meeting:
@@ -158,9 +167,11 @@ class Meeting:
             thread.join(max(0.0, deadline - time.monotonic()) + 1.0)
         return list(answers)
 
-    def round_trip(self, node: Node, question: str, *, seconds: float) -> dict[str, Any]:
+    def round_trip(
+        self, node: Node, question: str, *, seconds: float, details: Mapping[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Ask one node. Raises OSError or ValueError."""
-        return self._ask(node, question, {}, time.monotonic() + seconds)
+        return self._ask(node, question, dict(details or {}), time.monotonic() + seconds)
 
     def end(self, verdict: Mapping[str, Any]) -> None:
         """Tell every node the verdict; who is gone does not hear it."""

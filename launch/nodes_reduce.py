@@ -5,11 +5,12 @@ All-reduce over all of them, then each link of the ring of nodes by itself, so t
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+from launch.nodes_limit import within
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,28 +44,7 @@ def measure(rank: int, count: int, *, host: str, port: int, cuda: bool) -> dict[
     Raises:
         RuntimeError, OSError, TimeoutError: in the words of torch, or the time was up.
     """
-    return _within(lambda: _measure(rank, count, host=host, port=port, cuda=cuda), REDUCE_S)
-
-
-def _within(work: Callable[[], dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """What ``work`` returns or raises; a collective that hangs is left to its thread."""
-    results: list[dict[str, Any]] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(work())
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, name="trellis-reduce", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no end in {seconds:.0f} s")
-    return results[0]
+    return within(lambda: _measure(rank, count, host=host, port=port, cuda=cuda), REDUCE_S)
 
 
 def _measure(rank: int, count: int, *, host: str, port: int, cuda: bool) -> dict[str, Any]:

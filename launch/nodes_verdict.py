@@ -20,8 +20,10 @@ __all__ = [
     "failed",
     "label",
     "own_problems",
+    "same_machine",
     "slow_links",
     "started_alike",
+    "unreached",
 ]
 
 # The record of a failed rank has its node's time, and the earliest of all is the cause. Ranks wait 3 s for
@@ -80,6 +82,19 @@ def _missing(calls: Sequence[Facts], expected: int) -> str:
         f"{len(calls)} of {expected} nodes came ({came}){who}: start the same command on the others too, and "
         "see there whether they reach this node"
     )
+
+
+def same_machine(places: Sequence[tuple[str, str]]) -> list[Problem]:
+    """Nodes that are another one's machine, by (host, address): its processes are ranks of one node."""
+    line = (
+        "it is on the same machine as node {}: start the command once on each machine, with --ranks-per-node "
+        "for its processes"
+    )
+    return [
+        Problem(node=node, what="machine", message=line.format(places.index(place)))
+        for node, place in enumerate(places)
+        if place in places[:node]
+    ]
 
 
 def failed(answers: Sequence[Facts], what: str) -> list[Problem]:
@@ -216,6 +231,30 @@ def slow_links(links: Sequence[Link], count: int) -> tuple[list[float], list[Pro
         )
         for node, speed in enumerate(best)
         if speed < SLOW * middle
+    ]
+
+
+def unreached(reached: Sequence[Sequence[bool]], nodes: Sequence[str]) -> list[Problem]:
+    """Nodes without a way to or from most others, if they explain all that fails; else pairs, of nobody.
+
+    Args:
+        reached: ``reached[a][b]``: node a could connect to node b.
+        nodes: how each is called.
+    """
+    count = len(reached)
+    ways = {
+        a: {b for b in range(count) if a != b and not (reached[a][b] and reached[b][a])} for a in range(count)
+    }
+    odd = [a for a, missing in ways.items() if 2 * len(missing) > count - 1]
+    remedy = "look at the firewalls between them, which must let every port pass, and at their routes"
+    told = all(a in odd or b in odd for a, missing in ways.items() for b in missing)
+    if odd and told and 2 * len(odd) < count:
+        line = f"{{}} of {count - 1} nodes do not reach it, or it does not reach them: {remedy}"
+        return [Problem(node=a, what="network", message=line.format(len(ways[a]))) for a in odd]
+    pairs = [(a, b) for a, missing in ways.items() for b in sorted(missing) if a < b]
+    return [
+        Problem(node=None, what="network", message=f"no way between {nodes[a]} and {nodes[b]}: {remedy}")
+        for a, b in pairs[:NAMED]
     ]
 
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ STEPS = {"training.steps": rank_job.STEPS}
 # The command, which waits half a minute for a token on a slow network file system, with less patience.
 IMPATIENT = """
 import sys
-from launch import cli, nodes_check
-nodes_check.TOKEN_S = 1.0
+from launch import cli, nodes_folder
+nodes_folder.TOKEN_S = 1.0
 sys.exit(cli.main())
 """
 
@@ -50,6 +53,38 @@ def preflight(
     ]
     ended = [process.communicate(timeout=LIMIT_S) for process in processes]
     return [(p.returncode, out, err) for p, (out, err) in zip(processes, ended, strict=True)]
+
+
+DRIVER = """
+import sys, time
+from pathlib import Path
+from benchmarks.namespaces import Hosts
+hosts = Hosts(1, Path(sys.argv[1]))
+print(hosts.popen(0, ["sleep", "600"]).pid, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_driver_that_is_killed_takes_what_runs_on_its_hosts_with_it(tmp_path: Path) -> None:
+    line = [sys.executable, "-c", DRIVER, str(tmp_path)]
+    driver = subprocess.Popen(line, stdout=subprocess.PIPE, text=True, env={**os.environ, **environment()})
+    assert driver.stdout is not None
+    left = Path(f"/proc/{int(driver.stdout.readline())}")
+    assert left.is_dir()
+    driver.kill()
+    driver.communicate()
+    deadline = time.monotonic() + LIMIT_S
+    while _runs(left):
+        assert time.monotonic() < deadline, "it outlives the driver"
+        time.sleep(0.05)
+
+
+def _runs(process: Path) -> bool:
+    try:
+        status = (process / "stat").read_text(encoding="utf-8")
+    except OSError:
+        return False
+    return "(sleep)" in status and status.rpartition(")")[2].split()[0] != "Z"
 
 
 def test_two_hosts_pass_and_their_network_is_measured(four: Hosts, shared: Path, tmp_path: Path) -> None:
@@ -122,7 +157,7 @@ def test_a_host_whose_cable_is_pulled_is_named_in_time(shared: Path, tmp_path: P
             hosts,
             tmp_path / "run",
             shared,
-            {"training.steps": 100_000, "training.step_timeout_s": 5.0},
+            {"training.steps": 100_000, "training.step_timeout_s": 12.0, "checkpoint.interval": 50},
             "--no-preflight",
         ) as run,
     ):

@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from launch import nodes_check, nodes_meet
+from launch import nodes_check, nodes_meet, nodes_reach
 from launch.nodes_channel import LONGEST_LINE, Channel
 from launch.nodes_check import Local, meet, render
 from launch.nodes_meet import PROTOCOL, Call, MeetingError
 from launch.nodes_ports import holder_of, parse_endpoint
+from launch.nodes_verdict import same_machine, unreached
 
 FACTS: dict[str, Any] = {
     "python": "3.11.7",
@@ -136,7 +137,7 @@ def test_a_wrong_clock_is_measured_and_named(ahead: float, direction: str, tmp_p
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.nodes_check.TOKEN_S", 0.2)
+    monkeypatch.setattr("launch.nodes_folder.TOKEN_S", 0.2)
     for name in ("shared", "apart"):
         (tmp_path / name).mkdir()
     places = [local(tmp_path / name) for name in ("shared", "shared", "apart")]
@@ -151,22 +152,33 @@ def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytes
     [
         ({"nodes": 3}, "--nodes 3, the other node has 2: start every node with the same --nodes"),
         ({"ranks": 8}, "--ranks-per-node 8, the other node has 1: start every node with the same"),
-        ({"place": 0}, None),
     ],
 )
 def test_nodes_that_were_started_differently_are_named(
-    second: dict[str, Any], words: str | None, tmp_path: Path
+    second: dict[str, Any], words: str, tmp_path: Path
 ) -> None:
     calls = [{"nodes": 2, "ranks": 1, "place": place, "host": f"host{place}"} for place in (0, 1)]
     given = [Call(**calls[0]), Call(**(calls[1] | second))]  # type: ignore[arg-type]
-    reports = gather([local(tmp_path)] * 2, calls=given, seconds=3.0)
-    if words is not None:
-        for report in reports:
-            assert lines(report)[0].startswith(f"node 1 (host1, 127.0.0.1): {words}")
-    else:  # two nodes want to be the first: one has the port
-        refused = [report for report in reports if isinstance(report, MeetingError)]
-        assert len(refused) == 1
-        assert "is in use" in str(refused[0])
+    for report in gather([local(tmp_path)] * 2, calls=given):
+        assert lines(report)[0].startswith(f"node 1 (host1, 127.0.0.1): {words}")
+
+
+def test_of_two_that_want_to_be_the_first_one_is_refused(tmp_path: Path) -> None:
+    call, port = Call(nodes=2, ranks=1, place=0, host="host"), free_port()
+    door = nodes_meet.open_door("127.0.0.1", port, place=0, seconds=LIMIT_S)
+    assert door is not None
+    with door, pytest.raises(MeetingError, match=rf"port {port} of 127\.0\.0\.1 is in use"):
+        meet(local(tmp_path), call=call, rendezvous=f"127.0.0.1:{port}", seconds=LIMIT_S)
+
+
+def test_two_processes_of_one_machine_are_no_two_nodes(tmp_path: Path) -> None:
+    calls = [Call(nodes=3, ranks=1, place=place, host=host) for place, host in enumerate(("a", "b", "b"))]
+    for report in gather([local(tmp_path)] * 3, calls=calls):
+        (line,) = lines(report)
+        assert line.startswith(
+            "node 2 (b, 127.0.0.1): it is on the same machine as node 1: start the command"
+        )
+    assert same_machine([("a", "10.0.0.1"), ("a", "10.0.0.2"), ("b", "10.0.0.1")]) == []
 
 
 def test_a_place_that_is_taken_is_named(tmp_path: Path) -> None:
@@ -178,10 +190,18 @@ def test_a_place_that_is_taken_is_named(tmp_path: Path) -> None:
     assert "--node-rank 1, as another node has: give every node its own, 0 to 2" in lines(told[0])[0]
 
 
-def test_who_does_not_come_is_missed_by_the_deadline(tmp_path: Path) -> None:
+def test_who_does_not_come_is_missed_by_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deadline is at once when the second has come, however long that took."""
+    wait = nodes_meet._Arrivals.next
+    came: list[Any] = []
+
+    def next_(self: nodes_meet._Arrivals, deadline: float) -> Any:
+        came.append(wait(self, 0.0 if came else deadline))
+        return came[-1]
+
+    monkeypatch.setattr(nodes_meet._Arrivals, "next", next_)
     calls = [Call(nodes=3, ranks=1, place=place, host=f"host{place}") for place in (0, 1)]
-    reports = gather([local(tmp_path)] * 2, calls=calls, seconds=1.0)
-    for report in reports:
+    for report in gather([local(tmp_path)] * 2, calls=calls):
         assert lines(report)[0].startswith(
             "2 of 3 nodes came (host0, host1); --node-rank 2 did not: start the same"
         )
@@ -327,7 +347,7 @@ def test_numbers_that_cannot_be_are_refused(changes: dict[str, Any], words: str,
 
 def test_a_name_of_the_first_node_that_only_it_finds_is_refused() -> None:
     call = Call(nodes=2, ranks=1, place=0, host="node0")
-    door = nodes_meet.open_door("127.0.0.1", free_port(), place=0)
+    door = nodes_meet.open_door("127.0.0.1", free_port(), place=0, seconds=LIMIT_S)
     assert door is not None
     nodes_check._check_door(door, "localhost", call)
     with pytest.raises(ValueError, match=r"--rdzv node0 is 127\.0\.0\.1 on node0 itself"):
@@ -337,7 +357,106 @@ def test_a_name_of_the_first_node_that_only_it_finds_is_refused() -> None:
 
 def test_an_address_that_is_not_the_first_nodes_is_refused_there_alone() -> None:
     elsewhere = "203.0.113.7"  # of RFC 5737, nobody's
-    assert nodes_meet.open_door(elsewhere, 29500, place=None) is None
-    assert nodes_meet.open_door(elsewhere, 29500, place=1) is None
+    assert nodes_meet.open_door(elsewhere, 29500, place=None, seconds=1.0) is None
+    assert nodes_meet.open_door(elsewhere, 29500, place=1, seconds=1.0) is None
     with pytest.raises(MeetingError, match=r"203\.0\.113\.7 is no address of .* started with --node-rank 0"):
-        nodes_meet.open_door(elsewhere, 29500, place=0)
+        nodes_meet.open_door(elsewhere, 29500, place=0, seconds=1.0)
+
+
+@pytest.mark.parametrize("place", [0, None])
+def test_a_name_that_appears_late_is_waited_for(place: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of a pod does."""
+    look_up, port = socket.getaddrinfo, free_port()
+    asked: list[Any] = []
+
+    def late(host: Any, *more: Any, **options: Any) -> Any:
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return look_up("127.0.0.1", *more, **options)
+
+    monkeypatch.setattr(nodes_meet, "PAUSE_S", 0.01)
+    monkeypatch.setattr(socket, "getaddrinfo", late)
+    door = nodes_meet.open_door("pod-0.svc", port, place=place, seconds=LIMIT_S)
+    assert door is not None
+    door.close()
+    asked.clear()
+    with pytest.raises(MeetingError, match=r"\(name not known; tried for 0 s\): give the first node by"):
+        nodes_meet.open_door("pod-0.svc", port, place=place, seconds=0.0)
+
+
+def test_a_question_that_hangs_on_a_node_is_left_and_the_node_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA that does not initialise, a dead mount: the node itself gives up, and hears the verdict."""
+    monkeypatch.setattr(nodes_check, "FACTS_S", 0.5)
+    ever = threading.Event()
+
+    def hang() -> dict[str, Any]:
+        ever.wait(10 * LIMIT_S)
+        return FACTS
+
+    stuck = Local(facts=hang, run_dir=tmp_path, bandwidth=False)
+    try:
+        for report in gather([local(tmp_path), stuck, local(tmp_path)]):
+            (line,) = lines(report)
+            assert line.startswith(
+                "node 1 (host1, 127.0.0.1): what it says about itself: timed out: no end in 0.5 s: look at"
+            )
+    finally:
+        ever.set()
+
+
+def test_where_the_first_node_has_another_folder_it_is_named_and_not_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("launch.nodes_folder.TOKEN_S", 0.2)
+    folders = [tmp_path / name for name in ("apart", "shared", "third")]
+    for folder in folders:
+        folder.mkdir()
+    apart, shared, third = (local(folder) for folder in folders)
+    (line,) = lines(gather([apart, shared, shared])[1])
+    assert line.startswith(
+        "node 0 (host0, 127.0.0.1): run folder: it is not the folder that 2 of 3 nodes share: put the run on"
+    )
+    (line,) = lines(gather([apart, shared, third])[0])
+    assert line.startswith("the run folders of the nodes are several: put the run on")
+    assert [list(folder.iterdir()) for folder in folders] == [[], [], []]
+
+
+@pytest.mark.parametrize(
+    "closed, named, words",
+    [
+        ({(0, 2), (1, 2), (3, 2)}, [2], "node 2 (host2, 127.0.0.1): 3 of 3 nodes do not reach it"),
+        ({(1, 2), (2, 3)}, [2], "node 2 (host2, 127.0.0.1): 2 of 3 nodes do not reach it"),
+        ({(0, 1)}, [None], "no way between node 0 (host0) and node 1 (host1): look at the firewalls"),
+        (set(), [None], "all-reduce between the nodes: no full mesh (on 4 nodes, which reach each other)"),
+    ],
+)
+def test_an_all_reduce_that_fails_everywhere_names_the_node_behind_the_firewall(
+    closed: set[tuple[int, int]],
+    named: list[int | None],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """``closed``: who cannot connect to whom; as they are asked, the nodes of this test all connect."""
+
+    def fail(*_: Any, **__: Any) -> dict[str, Any]:
+        raise OSError("no full mesh")
+
+    def judge(found: list[list[bool]], nodes: list[str]) -> Any:
+        assert found == [[True] * 4] * 4
+        return unreached([[(a, b) not in closed for b in range(4)] for a in range(4)], nodes)
+
+    monkeypatch.setattr("launch.nodes_reduce.measure", fail)
+    monkeypatch.setattr("launch.nodes_reach.unreached", judge)
+    report = gather([Local(facts=lambda: FACTS, run_dir=tmp_path) for _ in range(4)])[3]
+    assert [problem["node"] for problem in report["problems"]] == named
+    assert lines(report)[0].startswith(words)
+
+
+def test_a_port_at_which_nobody_listens_is_not_reached() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as door:
+        peers = [("127.0.0.1", door.getsockname()[1]), ("127.0.0.1", free_port())]
+        assert nodes_reach._reach_all(peers) == [True, False]

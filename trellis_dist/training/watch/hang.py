@@ -27,7 +27,7 @@ from trellis_dist.training.errors import CUT_OFF, SILENT_STORE
 from trellis_dist.training.watch.blame import Verdict, blame
 from trellis_dist.training.watch.flight import dump_flight, flight_path, group_members, write_flight
 from trellis_dist.training.watch.heartbeat import Heartbeat
-from trellis_dist.training.watch.links import lost_links, working_links
+from trellis_dist.training.watch.links import has_link, is_own_address, job_link
 from trellis_dist.training.watch.status_page import StatusPage
 
 __all__ = ["HangWatch"]
@@ -82,8 +82,10 @@ class HangWatch:
         self._store_rank, self._poll_s, self._clock, self._end = store_rank, poll_s, clock, end
         self._logs = logs
         self._speaks = rank == (1 if store_rank == 0 else 0) if speaks is None else speaks
-        self._links = working_links()
+        self._link = job_link()
+        self._store_is_here = is_own_address(os.environ.get("MASTER_ADDR", ""))
         self._stuck: list[int] = []  # silent processes of this job on this machine
+        self._apart = False  # all ranks to blame are on other machines
         self._phase = Phase(0, "start", 0.0, None)
         self._backstop = False
         self._stop = threading.Event()
@@ -165,21 +167,20 @@ class HangWatch:
                 return found, True
         verdict = self._blame(beat) if first is not None else None
         if verdict is None:
-            return f"{here}: {self._own_links() or self._silent_store()}", not self._speaks
-        if cut := self._own_links():
+            cut = "" if self._store_is_here else self._own_link()
+            return f"{here}: {cut or self._silent_store()}", not self._speaks
+        # A store on another host has just answered, so there is a network; one on this host proves nothing.
+        if self._store_is_here and self._apart and (cut := self._own_link()):
             return f"{here}: {cut}", False
         message = f"{here}: {verdict.message}"
         beat.publish(message, READ_LIMIT_S)
         return message, False
 
-    def _own_links(self) -> str:
+    def _own_link(self) -> str:
         """That this host has lost its network, if it has: then the others are not to blame."""
-        lost = lost_links(self._links)
-        return (
-            f"{CUT_OFF} {socket.gethostname()} itself is cut off: {', '.join(lost)} has no link"
-            if lost
-            else ""
-        )
+        if self._link is None or has_link(self._link):
+            return ""
+        return f"{CUT_OFF} {socket.gethostname()} itself is cut off: {self._link} has no link"
 
     def _verdict_of_another(self, beat: Heartbeat) -> str | None:
         """Wait for it as long as judging takes; the last beat may have been just before it."""
@@ -198,11 +199,12 @@ class HangWatch:
         if after is None:
             return None
         verdict = blame(before, after, now=time.time(), members=group_members())
+        here = socket.gethostname()
         self._stuck = [
-            found.pid
-            for rank in verdict.silent
-            if (found := after[rank]) is not None and found.host == socket.gethostname()
+            found.pid for rank in verdict.silent if (found := after[rank]) is not None and found.host == here
         ]
+        hosts = [found.host if (found := after[rank]) is not None else None for rank in verdict.ranks]
+        self._apart = bool(hosts) and here not in hosts
         return verdict
 
     def _silent_store(self) -> str:
