@@ -25,8 +25,18 @@ __all__ = ["Hosts", "refusal"]
 
 NETWORK = "10.77.0"
 BRIDGE = "switch"
-# A holder keeps namespaces alive for as long as its standard input, a pipe from this process, is open.
-HOLD = "echo ready; exec cat"
+# A holder keeps namespaces alive for as long as its standard input, a pipe from this process, is open. When
+# this process dies, however it does, the holder ends what still runs in its network.
+HOLD = """echo ready
+while read -r line; do :; done
+here=$(readlink /proc/$$/ns/net)
+for round in 1 2 3 4 5; do
+  for process in /proc/[0-9]*; do
+    if [ "${process#/proc/}" != $$ ] && [ "$(readlink "$process/ns/net" 2>/dev/null)" = "$here" ]; then
+      kill -9 "${process#/proc/}" 2>/dev/null
+    fi
+  done
+done"""
 LIMIT_S = 30.0
 
 
@@ -111,7 +121,7 @@ class Hosts:
                 return
 
     def _add(self, index: int, table: Path) -> subprocess.Popen[str]:
-        inside = f"hostname {self.names[index]} && mount --bind {table} /etc/hosts && {HOLD}"
+        inside = f"hostname {self.names[index]} && mount --bind {table} /etc/hosts || exit 1\n{HOLD}"
         namespaces = ["unshare", "--net", "--uts", "--mount"]
         holder = self._hold([*self._enter(self._switch), *namespaces], inside)
         port = f"port{index}"
@@ -132,6 +142,7 @@ class Hosts:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            start_new_session=True,  # Ctrl-C is this process's to handle, which needs the holders for it
         )
         self._open.callback(_end, holder)
         said, wrong = holder.stdout, holder.stderr

@@ -78,9 +78,12 @@ def recovers(work: Path, harm: str, hosts: int) -> dict[str, Any]:
         seconds = time.monotonic() - begin
         statuses = [agent.poll() for agent in run.agents]
         lines = [line for host in range(hosts) for line in run.errors(host)]
-    different = compare(folder, reference)
-    ok = not different and (harm == "killed agent" or not any(statuses))
-    outcome = "finished, equal in every bit" if ok else f"statuses {statuses}; {different}"
+    different, named = compare(folder, reference), _named(network, lines)
+    # A rank that outlives its agent fails nobody, so there is nothing to say.
+    right = named in (([], [network.names[-1]]) if harm == "killed agent" else ([network.names[-1]],))
+    ok = not different and right and (harm == "killed agent" or not any(statuses))
+    outcome = "finished, equal in every bit" if not different else f"statuses {statuses}; {different}"
+    outcome += f"; named: {', '.join(named)}" if named else ""
     return {"passed": ok, "outcome": outcome, "until_end_s": round(seconds, 1), "lines": lines}
 
 
@@ -103,8 +106,7 @@ def ends(
         seconds = time.monotonic() - begin
         lines = [line for other in others for line in run.errors(other)]
         cause = report(cause_of(read_failures(folder)))
-    # A line names the host by what it says of it: a rank that only says where it is itself names nobody.
-    named = [name for name in network.names if any(_blames(line, name) for line in [*lines, cause])]
+    named = _named(network, [*lines, cause])
     ok = named == [network.names[victim]]
     return {
         "passed": ok,
@@ -113,6 +115,11 @@ def ends(
         "lines": lines,
         "cause": cause,
     }
+
+
+def _named(network: Hosts, lines: Sequence[str]) -> list[str]:
+    """Hosts named by what a line says of them: a rank that only says where it is itself names nobody."""
+    return [name for name in network.names if any(_blames(line, name) for line in lines)]
 
 
 def _blames(line: str, name: str) -> bool:
@@ -194,7 +201,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=RESULT)
     given = parser.parse_args(arguments)
     given.work.mkdir(parents=True, exist_ok=True)
-    identity = {"machine": machine(), "versions": versions(), "step_timeout_s": TIMEOUT_S, "at_step": AT_STEP}
+    identity = {
+        "machine": machine(),
+        "versions": versions(),
+        "sources": sources(),
+        "step_timeout_s": TIMEOUT_S,
+        "at_step": AT_STEP,
+    }
     record = Record(given.output, identity)
     every = cases(given.work)
     chosen = [case for case in every if not given.only or any(word in case.name for word in given.only)]
