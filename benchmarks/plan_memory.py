@@ -1,9 +1,10 @@
 """What `trellis plan` says of memory against what ranks take: ``python -m benchmarks.plan_memory``.
 
 Measures, in a model of 53M parameters in fp32 on this machine's CPU, what each rank of each case of `CASES`
-takes in its second step, and writes benchmarks/results/plan_memory.json, one case after the other: a run that
-was killed goes on where it stopped. --only measures the cases that begin so, --again although they have a
-result. The estimates beside them are made from the recipe, here and again by tests/launch/test_memory.py.
+takes in its second step, and those of `KEPT` again as `trellis train` starts ranks, whose allocator
+keeps most of what is freed. Writes benchmarks/results/plan_memory.json, one case after the other: a
+run that was killed goes on where it stopped. --only measures the cases that begin so, --again although they
+have a result. The estimates beside them are made from the recipe, here and in tests/launch/test_memory.py.
 """
 
 from __future__ import annotations
@@ -18,11 +19,23 @@ from typing import Any
 
 from benchmarks.machine import machine, versions
 from launch.memory import estimate_memory
+from launch.ranks import MALLOC
 from launch.recipe import Recipe, load_recipe, resolve
 from trellis_dist.files import read_json, write_json
 from trellis_dist.models.counts import parameter_counts
 
-__all__ = ["CASES", "RESULT", "case_recipe", "estimated", "main", "measure_case", "table"]
+__all__ = [
+    "CASES",
+    "KEPT",
+    "RESULT",
+    "case_recipe",
+    "estimated",
+    "kept_table",
+    "launcher_malloc",
+    "main",
+    "measure_case",
+    "table",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "plan_memory.json"
@@ -65,13 +78,17 @@ CASES: dict[str, tuple[str, ...]] = {
 FIXED_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "131072", "MALLOC_TRIM_THRESHOLD_": "131072"}
 
 
+# The cases that the planner is held to, also with what the launcher's allocator keeps.
+KEPT = ("local", "ZeRO 1", "ZeRO 2", "ZeRO 3", "sp 2", "sp 2, ZeRO 1")
+
+
 def case_recipe(name: str) -> Recipe:
     """The recipe of a case."""
     return load_recipe("125m-c4", [*MODEL, *CASES[name]])
 
 
-def measure_case(recipe: Recipe, *, environment: dict[str, str] | None = None) -> dict[str, Any]:
-    """Of the rank that takes most, what `plan_memory_rank` measures.
+def measure_case(recipe: Recipe, *, kept: bool = False) -> dict[str, Any]:
+    """Of the rank that takes most, what `plan_memory_rank` measures; ``kept`` as `trellis train` starts it.
 
     Raises:
         RuntimeError: a rank failed; its last line.
@@ -80,11 +97,12 @@ def measure_case(recipe: Recipe, *, environment: dict[str, str] | None = None) -
 
     count = recipe.mesh.world_size() or 1
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    extra = FIXED_MALLOC if environment is None else environment
-    source = json.dumps(resolve(recipe))
+    extra = launcher_malloc() if kept else FIXED_MALLOC
+    source, mode = json.dumps(resolve(recipe)), ["kept"] if kept else []
+    command = [sys.executable, "-m", "benchmarks.plan_memory_rank", source]
     ranks = [
         subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.plan_memory_rank", source, *map(str, (i, count, store.port))],
+            [*command, *map(str, (i, count, store.port)), *mode],
             env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)} | extra,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -97,7 +115,12 @@ def measure_case(recipe: Recipe, *, environment: dict[str, str] | None = None) -
     finally:
         for rank in ranks:
             rank.kill()
-    return max(found, key=lambda one: one["live"])
+    return max(found, key=lambda one: one["kept" if kept else "live"])
+
+
+def launcher_malloc() -> dict[str, str]:
+    """What the launcher sets of glibc's allocator for its ranks."""
+    return {name: str(size) for name, size in MALLOC.items()}
 
 
 def _result(rank: subprocess.Popen[str]) -> dict[str, Any]:
@@ -109,11 +132,11 @@ def _result(rank: subprocess.Popen[str]) -> dict[str, Any]:
     return found
 
 
-def estimated(name: str) -> int:
-    """Bytes of live tensors that the planner says a rank of the case takes at the most."""
+def estimated(name: str, part: str = "total") -> int:
+    """Bytes that the planner says a rank of the case takes at the most: of live tensors, or "resident"."""
     recipe = case_recipe(name)
     counts = parameter_counts(recipe.model)
-    return estimate_memory(recipe, counts=counts, mesh=recipe.mesh, cuda=False)["total"]
+    return estimate_memory(recipe, counts=counts, mesh=recipe.mesh, cuda=False)[part]
 
 
 def table(record: dict[str, Any]) -> str:
@@ -130,6 +153,15 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def kept_table(record: dict[str, Any]) -> str:
+    """What ranks took with the launcher's allocator, as docs/planning.md has it."""
+    lines = ["| case | plan resident, MB | resident, MB | plan / measured |", "|---|---|---|---|"]
+    for name in (name for name in KEPT if name in record["kept"]):
+        plan, kept = estimated(name, "resident"), record["kept"][name]["kept"]
+        lines.append(f"| {name} | {plan / 1e6:,.0f} | {kept / 1e6:,.0f} | {plan / kept:.3f} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Measure what is left and write the record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -140,10 +172,17 @@ def main() -> int:
     options = parser.parse_args()
     path: Path = options.output
     if options.show:
-        print(table(read_json(path)))
+        print(table(read_json(path)), kept_table(read_json(path)), sep="\n\n")
         return 0
     record = read_json(path) if path.is_file() else {"cases": {}}
     record |= {"machine": machine(), "versions": versions(), "malloc": FIXED_MALLOC}
+    record["kept_malloc"] = launcher_malloc()
+    kept = record.setdefault("kept", {})
+    for name in KEPT:
+        if name.startswith(options.only) and (name not in kept or options.again):
+            kept[name] = measure_case(case_recipe(name), kept=True)
+            print(name, json.dumps(kept[name]), flush=True)
+            write_json(path, record)
     for name in CASES:
         if not name.startswith(options.only) or (name in record["cases"] and not options.again):
             continue

@@ -38,7 +38,7 @@ def main_job(recipe: Recipe, run_dir: Path, *, say: Say = print, max_restarts: i
     recipe = anchored(fit_to_machine(recipe, say=say))
     trained_on = _trained_on(run_dir, recipe.training.steps)
     if trained_on is None:
-        check_machine(recipe, run_dir)  # before minutes of preparation
+        check_machine(recipe, run_dir, say=say)  # before minutes of preparation
     claim_run(run_dir, recipe)
     seconds = StageSeconds(run_dir)
     fingerprint = _prepare(recipe, seconds, say)

@@ -7,8 +7,8 @@ A step has four phases, and each its fullest moment (docs/planning.md has the eq
     reduce     gradients and the buckets in which they travel
     update     gradients and the optimizer's temporaries
 
-The prediction is the fullest of them, in bytes of live tensors. What an allocator loses is not in it
-(launch.meshes.FRAGMENTATION), nor is the process itself: Python, libraries and CUDA's context.
+The prediction is the fullest of them, in bytes of live tensors. What an allocator loses is not in it (see
+"resident" and launch.meshes.FRAGMENTATION), nor the process: Python, libraries, CUDA's context.
 """
 
 from __future__ import annotations
@@ -21,10 +21,15 @@ from launch.recipe import Recipe
 from trellis_dist.models.counts import ParameterCounts
 from trellis_dist.parallel.config import MeshConfig
 
-__all__ = ["PHASES", "estimate_memory", "held_state", "phase_peaks"]
+__all__ = ["NO_PARTS", "PHASES", "estimate_memory", "held_state", "phase_peaks"]
 
 PHASES = ("forward", "backward", "reduce", "update")
+# Of an estimate, what is no part of its total.
+NO_PARTS = ("total", "resident", "host_state", "host_snapshot")
 
+# Resident bytes of a CPU rank for a live one: its allocator (launch.ranks.MALLOC) keeps what is freed, in
+# holes that later tensors do not all fill. Fitted to six cases, which are within a tenth (docs/planning.md).
+_HOLES = 1.17
 # Elements of the largest block of logits (models/loss.py), on a CPU and on a GPU.
 _LOGIT_BLOCK = {False: 1 << 21, True: 1 << 28}
 # Elements that one all-reduce of the local engine moves (parallel/gradients.py).
@@ -41,8 +46,10 @@ def estimate_memory(
 ) -> dict[str, int]:
     """Bytes on one rank by part at the fullest moment of a step, and their "total" on the device.
 
-    In host memory besides: what is offloaded ("host_state"), and on the rank that writes most the copies that
-    a checkpoint is written from while training goes on ("host_snapshot").
+    "resident" (0 on a GPU): what the process of a CPU rank that `trellis train` starts comes to have resident
+    above what it had after its imports, because its allocator keeps what is freed. In host memory besides:
+    what is offloaded ("host_state"), and on the rank that writes most the copies that a checkpoint is written
+    from while training goes on ("host_snapshot").
 
     Args:
         mesh: of the run, with ``dp`` filled in.
@@ -54,7 +61,11 @@ def estimate_memory(
     parts = {**step.state.resident(), **dict.fromkeys(_PASSING, 0), **peaks[phase]}
     host = step.state.host()
     snapshot = step.state.saved() if recipe.checkpoint.background else 0
-    return {**parts, "total": sum(parts.values()), "host_state": host, "host_snapshot": snapshot}
+    total = sum(parts.values())
+    # Copies of gradients are too large to be kept or to lie in what is: they come on top of it.
+    copies = max(peaks["reduce"]["temporaries"], peaks["update"]["temporaries"])
+    kept = 0 if step.state.cuda else int(total * _HOLES) + copies
+    return {**parts, "total": total, "resident": kept, "host_state": host, "host_snapshot": snapshot}
 
 
 # Parts that come and go within a step; the others are there all the time.

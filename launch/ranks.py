@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -39,6 +40,7 @@ __all__ = [
     "TerminatedError",
     "explain",
     "log_folder",
+    "memory_of_killed",
     "record_failure",
     "run_ranks",
     "share_machine",
@@ -173,11 +175,27 @@ def explain(error: Any, run_dir: Path, *, count: int) -> RankError:
     logs = log_folder(run_dir)
     _, doing = where(run_dir, rank, pid=first.pid)
     who, what = f"rank {rank} on {socket.gethostname()}", silent_end(first.exitcode)
+    memory = memory_of_killed(run_dir, first.exitcode, here=count)
     return RankError(
-        f"{who}: {what}{doing}; logs of the ranks are in {logs}",
+        f"{who}: {what}{doing}; logs of the ranks are in {logs}{memory}",
         f"no traceback was recorded in {logs}",
         restartable=first.exitcode != MISUSE,
     )
+
+
+def memory_of_killed(run_dir: Path, status: int, *, here: int) -> str:
+    """``; `` and what the planner says of the memory of one of ``here`` ranks on this machine, for SIGKILL.
+
+    Empty for another end, and where there is no recipe to plan.
+    """
+    if status != -signal.SIGKILL:
+        return ""
+    with contextlib.suppress(Exception):  # advice must not hide the error
+        from launch.memory_advice import killed_advice
+        from launch.run_folder import recipe_of_run
+
+        return f"; {killed_advice(recipe_of_run(run_dir), here=here)}"
+    return ""
 
 
 def _effect(status: int, *, silent: bool) -> int:

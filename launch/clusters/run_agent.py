@@ -21,7 +21,7 @@ from launch.ending import end_rank_at_once
 from launch.failures import silent_end
 from launch.messages import show_warnings_plainly
 from launch.nodes_errors import endpoint_of, refuse_taken_port
-from launch.ranks import AGENT, ASKED, PASSED_ON, share_machine, silence_the_agent
+from launch.ranks import AGENT, ASKED, PASSED_ON, memory_of_killed, share_machine, silence_the_agent
 from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
 
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             refuse_taken_port(*place)
         torchrun(given)
     except ChildFailedError as error:
-        return _say_and_judge(error.failures)
+        return _say_and_judge(error.failures, given)
     except SignalException as error:
         return EXIT_TERMINATED if error.sigval in SIGNALS else INTERRUPTED
     except Exception as error:
@@ -106,6 +106,17 @@ def _ranks(given: Sequence[str]) -> int:
     return next((int(item[len(prefix) :]) for item in given if item.startswith(prefix)), 1)
 
 
+def _run_folder(given: Sequence[str]) -> Path | None:
+    """What the ranks were told of their run folder, if anything."""
+    words = [*given, ""]
+    for place, word in enumerate(given):
+        if word == "--run-dir":
+            return Path(words[place + 1])
+        if word.startswith("--run-dir="):
+            return Path(word.partition("=")[2])
+    return None
+
+
 def follow(stream: Iterable[bytes]) -> None:
     """Raise in this process each signal that a line of ``stream`` names, and SIGTERM when the stream ends.
 
@@ -119,11 +130,13 @@ def follow(stream: Iterable[bytes]) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _say_and_judge(failures: Mapping[int, Any]) -> int:
+def _say_and_judge(failures: Mapping[int, Any], given: Sequence[str]) -> int:
     for rank, failure in sorted(failures.items()):
         # A rank that ends by itself has said why; a killed one could not, and SIGTERM came from the agent.
         if failure.exitcode < 0 and failure.exitcode not in ASKED:
-            _say(f"rank {rank} on {socket.gethostname()}: {silent_end(failure.exitcode)}")
+            folder = _run_folder(given)
+            memory = memory_of_killed(folder, failure.exitcode, here=_ranks(given)) if folder else ""
+            _say(f"rank {rank} on {socket.gethostname()}: {silent_end(failure.exitcode)}{memory}")
     return status_of([failure.exitcode for failure in failures.values()])
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import plan_memory
-from benchmarks.plan_memory import CASES, RESULT, case_recipe
+from benchmarks.plan_memory import CASES, KEPT, RESULT, case_recipe, launcher_malloc
 from benchmarks.plan_memory_rank import live_peaks, make_rows
 from launch import activations
-from launch.memory import PHASES, estimate_memory, phase_peaks
+from launch.memory import NO_PARTS, PHASES, estimate_memory, phase_peaks
 from launch.recipe import Recipe, load_recipe
 from trellis_dist.files import read_json
 from trellis_dist.models.counts import parameter_counts
@@ -52,11 +52,26 @@ def test_estimates_are_within_a_tenth_of_what_ranks_took(name: str) -> None:
     assert total == pytest.approx(measured["resident"], rel=WITHIN)
 
 
+@pytest.mark.parametrize("name", KEPT)
+def test_resident_estimates_are_within_a_tenth_of_what_the_launchers_ranks_took(name: str) -> None:
+    """With the allocator's settings of `trellis train`; a change of those asks for new measurements."""
+    assert RECORD["kept_malloc"] == launcher_malloc()
+    resident = estimate(case_recipe(name))["resident"]
+    assert resident == pytest.approx(RECORD["kept"][name]["kept"], rel=WITHIN)
+
+
+def test_a_gpu_has_no_resident_estimate() -> None:
+    recipe = case_recipe("local")
+    counts = parameter_counts(recipe.model)
+    assert estimate_memory(recipe, counts=counts, mesh=recipe.mesh, cuda=True)["resident"] == 0
+
+
 def test_the_page_has_the_record() -> None:
     from benchmarks import plan_time
 
     page = PAGE.read_text(encoding="utf-8")
     assert plan_memory.table(RECORD) in page
+    assert plan_memory.kept_table(RECORD) in page
     assert plan_time.table(read_json(plan_time.RESULT)) in page
 
 
@@ -75,9 +90,7 @@ def test_the_parts_sum_to_the_fullest_phase() -> None:
     for name in CASES:
         recipe = case_recipe(name)
         memory = estimate(recipe)
-        parts = [
-            size for part, size in memory.items() if part not in ("total", "host_state", "host_snapshot")
-        ]
+        parts = [size for part, size in memory.items() if part not in NO_PARTS]
         counts = parameter_counts(recipe.model)
         peaks = phase_peaks(recipe, counts=counts, mesh=recipe.mesh, cuda=False)
         assert memory["total"] == sum(parts) == max(peaks.values())

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
 import pytest
 import torch
 
-from launch import memory_advice, preflight, worker
+from launch import memory_advice, preflight, rank_memory, remedies, worker
 from launch.memory import estimate_memory
-from launch.memory_advice import check_memory, out_of_memory_advice
+from launch.memory_advice import check_memory, killed_advice, out_of_memory_advice
 from launch.meshes import FRAGMENTATION, RESERVED_BYTES
 from launch.recipe import Recipe, load_recipe
 from trellis_dist.models.counts import parameter_counts
@@ -54,13 +55,71 @@ def test_advice_never_hides_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_where_no_one_change_is_enough_more_devices_are_asked_for() -> None:
-    line = out_of_memory_advice(large("training.micro_batch=1"), memory=2 * 10**9)
+    line = out_of_memory_advice(large("training.micro_batch=1"), memory=10**9)
+    assert "nothing that this recipe can change is enough here (the least is " in line
     assert "more devices (trellis plan RECIPE --nodes N" in line
 
 
-def test_a_change_is_named_where_the_estimate_thought_it_would_fit() -> None:
+def test_where_the_estimate_thought_it_would_fit_what_saves_most_is_named_first() -> None:
     line = out_of_memory_advice(load_recipe(BASE), memory=100 * 10**9)
-    assert "what would fit: training.micro_batch=4" in line
+    assert "what would fit" not in line
+    sizes = [
+        float(size) for size in re.findall(r"\(([\d.]+) GB\)", line.partition("what would take less: ")[2])
+    ]
+    assert len(sizes) == 3
+    assert sizes == sorted(sizes)
+
+
+def test_what_a_dying_rank_holds_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With 0.3 GB left to two ranks and 20 GB held, what takes 15 fits."""
+    monkeypatch.setattr(rank_memory, "_available", lambda proc: 3 * 10**8)
+    monkeypatch.setattr(rank_memory, "left_in_groups", lambda **_: [])
+    sizes = rank_memory._sizes
+    monkeypatch.setattr(rank_memory, "_sizes", lambda path: sizes(path) | {"RssAnon": 20 * 10**9})
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    line = out_of_memory_advice(large())
+    assert "of 20.15; what would fit: training.micro_batch=" in line
+    monkeypatch.delenv("RANK")  # in a launcher it is not
+    assert "of 0.15; nothing that this recipe can change is enough here" in out_of_memory_advice(large())
+
+
+def test_levers_are_combined_where_one_is_not_enough_and_none_is_named_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(memory_advice, "_cuda", lambda: True)
+    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 64 * 10**9)
+    alone = load_recipe("1b-c4", ["mesh.dp=1"])
+    line = out_of_memory_advice(alone, memory=16 * 10**9)
+    assert re.search(r"what would fit: training\.[a-z_=]+ with training\.offload_optimizer=true", line)
+    assert "zero_stage=" not in line  # one rank has nobody to divide with
+    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 10**9)  # no room for what is offloaded
+    assert "offload_optimizer" not in out_of_memory_advice(alone, memory=16 * 10**9)
+    many = out_of_memory_advice(load_recipe("1b-c4", ["mesh.dp=8"]), memory=16 * 10**9)
+    assert "zero_stage=" in many
+    assert "mesh.tp=2 with mesh.dp=4" in many
+
+
+def test_shorter_rows_are_the_last_thing_to_change() -> None:
+    rows = ["data.sequence_length=8192", "training.micro_batch=1", "mesh.dp=1", "training.engine=local"]
+    recipe = load_recipe(BASE, [*rows, "training.activation_checkpointing=full"])
+    search = remedies.Search(recipe, counts=parameter_counts(recipe.model), cuda=False, host=0)
+    found, least = search.reach(0.9 * total(recipe))
+    assert [dict(remedy.settings) for remedy in found] == [{"data.sequence_length": 4096}]
+    assert search.reach(0) == ([], least)
+    found, _ = dataclasses.replace(search, recipe=load_recipe(BASE, rows)).reach(0.9 * total(recipe))
+    assert {key for remedy in found for key in remedy.settings} >= {"data.sequence_length"}
+    found, _ = dataclasses.replace(search, recipe=load_recipe(BASE, rows)).reach(1.01 * total(recipe))
+    assert [dict(remedy.settings) for remedy in found] == [{"training.activation_checkpointing": "full"}]
+
+
+def test_a_killed_rank_is_compared_with_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 24 * 10**9)
+    assert "of 24.00; what would fit: training.micro_batch=" in killed_advice(large(), here=2)
+    small = killed_advice(load_recipe(BASE), here=2)
+    assert re.fullmatch(r"the planner estimates 0\.\d+ GB a rank \(.*\) of 24\.00", small)
+    monkeypatch.setattr(memory_advice, "_cuda", lambda: True)
+    assert "in host memory the planner expects" in killed_advice(large(), here=2)
 
 
 def test_a_start_that_may_not_fit_is_told_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

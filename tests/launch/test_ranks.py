@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from launch import worker
+from launch import memory_advice, worker
+from launch.clusters import run_agent
 from launch.failures import (
     RankError,
     is_restartable,
@@ -185,6 +186,22 @@ def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> N
     record_failure(tmp_path, rank=1, message="the disk is full", detail="")
     line = f"rank 1 on {HOST}: the disk is full"
     assert str(explain(ended({0: (1, 10), 1: (1, 10)}), tmp_path, count=2)) == line
+
+
+def test_a_killed_rank_is_told_what_the_planner_thinks_of_its_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 10**9)
+    write_json(tmp_path / "recipe.json", resolve(load_recipe("350m-c4", ["mesh.dp=2"])))
+    line = str(explain(ended({0: (-9, 10)}), tmp_path, count=2))
+    assert f"logs of the ranks are in {log_folder(tmp_path)}; the planner estimates " in line
+    assert "planner" not in str(explain(ended({0: (-11, 10)}), tmp_path, count=2))
+    failure = SimpleNamespace(exitcode=-9)
+    said: list[str] = []
+    monkeypatch.setattr(run_agent, "_say", said.append)
+    for given in ([f"--run-dir={tmp_path}"], ["--run-dir", str(tmp_path)], []):
+        assert run_agent._say_and_judge({0: failure}, ["--nproc-per-node=2", *given]) == 1
+    assert ["the planner estimates" in line for line in said] == [True, True, False]
 
 
 def test_records_are_in_the_order_of_what_they_say(tmp_path: Path) -> None:

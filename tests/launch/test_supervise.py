@@ -321,7 +321,7 @@ def test_the_whole_job_hands_the_budget_to_both_halves(
 
     given: list[int] = []
     monkeypatch.setattr(main_job, "train", lambda *_, max_restarts, **__: given.append(max_restarts))
-    monkeypatch.setattr(main_job, "check_machine", lambda *_: 1)
+    monkeypatch.setattr(main_job, "check_machine", lambda *_, **__: 1)
     monkeypatch.setattr(main_job, "_prepare", lambda *_: "fingerprint")
     monkeypatch.setattr(main_job, "_evaluate", lambda *_: {})
     base = str(Path(__file__).with_name("base.toml"))
