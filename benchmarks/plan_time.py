@@ -2,12 +2,13 @@
 
 Trains the model of `benchmarks.plan_memory` on two ranks of this machine, one thread each, measures with both
 at once how fast their matrix products and their link are, has `trellis plan`'s model predict the step from
-these, and writes benchmarks/results/plan_time.json: seconds and tokens/s, predicted and measured, by case. A
-few minutes on two quiet cores.
+these, and writes benchmarks/results/plan_time.json: seconds and tokens/s, predicted and measured, by case;
+then its table into docs/planning.md. Under four minutes on two quiet cores; --show prints the record's table.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import functools
 import sys
@@ -23,12 +24,13 @@ from benchmarks.sequence_parallel.ranks import Ranks
 from launch.cluster_model import CPU_CORE, Cluster
 from launch.recipe import Recipe
 from launch.step_time import predict
-from trellis_dist.files import write_json
+from trellis_dist.files import read_json, write_json
 from trellis_dist.models.counts import parameter_counts
 
-__all__ = ["CASES", "RESULT", "main", "predicted", "table"]
+__all__ = ["CASES", "PAGE", "RESULT", "main", "predicted", "table"]
 
 RESULT = Path(__file__).resolve().parent / "results" / "plan_time.json"
+PAGE = RESULT.parents[2] / "docs" / "planning.md"
 CASES = ("ZeRO 1", "sp 2", "sp 2, ZeRO 1")
 REPETITIONS = 5
 
@@ -126,14 +128,30 @@ def table(record: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def write_page(record: dict[str, Any]) -> None:
+    """Put the table where docs/planning.md has it."""
+    before, rest = PAGE.read_text(encoding="utf-8").split("<!-- time -->", maxsplit=1)
+    _, after = rest.split("<!-- end -->", maxsplit=1)
+    text = f"{before}<!-- time -->\n\n{table(record)}\n\n<!-- end -->{after}"
+    PAGE.write_text(text, encoding="utf-8")
+
+
 def main() -> int:
-    """Measure all cases and write the record."""
+    """Measure all cases, write the record and its table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--show", action="store_true", help="print the table of the record; measure nothing")
+    if parser.parse_args().show:
+        print(table(read_json(RESULT)))
+        return 0
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "efficiency": CPU_CORE.efficiency}
     record["cases"] = {}
     for name in CASES:
         record["cases"][name] = measure(name)
         print(name, record["cases"][name], flush=True)
-        write_json(RESULT, record)
+    write_json(RESULT, record)
+    write_page(record)
     return 0
 
 

@@ -7,6 +7,7 @@ Peaks are those of data sheets (`DEVICES`, sources beside them). What a training
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import tomllib
 from dataclasses import dataclass
@@ -28,8 +29,12 @@ class Cluster:
         name: of the device, for people.
         nodes, devices_per_node: how many.
         memory_gb: of one device, in GB (1e9 bytes); 0: unknown, so that everything fits.
-        tflops: of one device, dense, in the precision that trains (bf16; fp32 on a CPU), in 1e12 a second.
+        tflops: of one device, dense, in bf16 (on a CPU in fp32), in 1e12 a second.
+        tflops_fp32: the same of a GPU in fp32, without TF32, which this project leaves off; 0: not known, so
+            that fp32 takes ``tflops``, and the plan says so.
         memory_gbps: bandwidth of its memory, GB/s.
+        host_gbps: of host memory and the way there, as much as one GPU has of it, GB/s: where an offloaded
+            optimizer is. Assumed.
         intra_gbps, inter_gbps: of one device to others of its node and to other nodes, GB/s, one way.
         intra_latency_us, inter_latency_us: of a message, in microseconds.
         efficiency: share of ``tflops`` that matrix products reach in a step.
@@ -41,7 +46,9 @@ class Cluster:
     devices_per_node: int = 1
     memory_gb: float = 0.0
     tflops: float
+    tflops_fp32: float = 0.0
     memory_gbps: float
+    host_gbps: float = 20.0
     intra_gbps: float
     inter_gbps: float
     intra_latency_us: float = 8.0
@@ -50,11 +57,17 @@ class Cluster:
     cuda: bool = True
 
     def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            _check_kind(item.name, getattr(self, item.name), kind=str(item.type))
         for key in ("nodes", "devices_per_node"):
             require(getattr(self, key) >= 1, f"a cluster with {key} = {getattr(self, key)}: use 1 or more")
-        for key in ("tflops", "memory_gbps", "intra_gbps", "inter_gbps"):
+        for key in ("tflops", "memory_gbps", "host_gbps", "intra_gbps", "inter_gbps"):
             require(getattr(self, key) > 0, f"a cluster with {key} = {getattr(self, key)}: must be positive")
-        require(self.memory_gb >= 0, f"a cluster with memory_gb = {self.memory_gb}: use 0 (unknown) or more")
+        for key in ("memory_gb", "tflops_fp32"):
+            value = getattr(self, key)
+            require(value >= 0, f"a cluster with {key} = {value}: use 0 (unknown) or more")
+        for key in ("intra_latency_us", "inter_latency_us"):
+            require(getattr(self, key) >= 0, f"a cluster with {key} = {getattr(self, key)}: use 0 or more")
         require(
             0 < self.efficiency <= 1,
             f"a cluster with efficiency = {self.efficiency}: use a share above 0 and up to 1",
@@ -70,34 +83,63 @@ class Cluster:
         """Of one device."""
         return int(self.memory_gb * GB)
 
-    @property
-    def flops_per_second(self) -> float:
-        """What matrix products of one device reach."""
-        return self.tflops * 1e12 * self.efficiency
+    def peak_tflops(self, precision: str) -> float:
+        """Of one device in "bf16" or "fp32"; a CPU computes in fp32 whatever is asked for."""
+        return self.tflops_fp32 if self.cuda and precision == "fp32" and self.tflops_fp32 else self.tflops
 
-    def link(self, ranks: int) -> tuple[float, float]:
-        """(seconds, bytes a second) of a message between ranks that lie within ``ranks`` consecutive ones."""
-        if ranks <= self.devices_per_node:
+    def flops_per_second(self, precision: str) -> float:
+        """What matrix products of one device reach."""
+        return self.peak_tflops(precision) * 1e12 * self.efficiency
+
+    def holds_groups(self, size: int, *, ranks: int) -> bool:
+        """Whether no group of ``size`` consecutive ones of ``ranks`` ranks lies on two nodes."""
+        return ranks <= self.devices_per_node or self.devices_per_node % size == 0
+
+    def link(self, size: int, *, ranks: int) -> tuple[float, float]:
+        """(seconds, bytes a second) of a message in the slowest group of ``size`` of ``ranks`` ranks."""
+        if self.holds_groups(size, ranks=ranks):
             return self.intra_latency_us * 1e-6, self.intra_gbps * GB
         return self.inter_latency_us * 1e-6, self.inter_gbps * GB
+
+
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "str": ((str,), "text"),
+    "bool": ((bool,), "true or false"),
+    "int": ((int,), "a whole number"),
+    "float": ((int, float), "a finite number"),
+}
+
+
+def _check_kind(key: str, value: Any, *, kind: str) -> None:
+    """Raise ``ValueError`` for a value of another type: a TOML file may hold anything."""
+    types, words = _KINDS[kind]
+    right = isinstance(value, types) and (kind == "bool" or not isinstance(value, bool))
+    finite = not isinstance(value, float) or math.isfinite(value)
+    require(right and finite, f"a cluster with {key} = {value!r}: use {words}")
 
 
 # Dense bf16 peaks, memory and NVLink (one way: half of what data sheets sum over both) from NVIDIA's data
 # sheets: H100 SXM5 (2023), H200 SXM (2024), B200 (DGX B200, 2024), A100 80GB SXM4 (2021), L40S (2023).
 # Between nodes: 400 Gb/s a device for H100, H200 and B200 (DGX SuperPOD reference), 200 Gb/s for A100,
 # 100 Gb/s for L40S, which talk to each other over PCIe 4.0.
-_GPUS = {  # name, memory GB, TFLOP/s, memory GB/s, GB/s inside a node, GB/s between nodes
-    "h100": ("H100 80GB", 80, 989, 3350, 450, 50),
-    "h200": ("H200 141GB", 141, 989, 4800, 450, 50),
-    "b200": ("B200 180GB", 180, 2250, 8000, 900, 50),
-    "a100": ("A100 80GB", 80, 312, 2039, 300, 25),
-    "l40s": ("L40S 48GB", 48, 362, 864, 32, 12.5),
+_GPUS = {  # name, memory GB, TFLOP/s in bf16 and fp32, memory GB/s, GB/s inside a node, GB/s between nodes
+    "h100": ("H100 80GB", 80, 989, 66.9, 3350, 450, 50),
+    "h200": ("H200 141GB", 141, 989, 66.9, 4800, 450, 50),
+    "b200": ("B200 180GB", 180, 2250, 75, 8000, 900, 50),
+    "a100": ("A100 80GB", 80, 312, 19.5, 2039, 300, 25),
+    "l40s": ("L40S 48GB", 48, 362, 91.6, 864, 32, 12.5),
 }
 DEVICES: dict[str, Cluster] = {
     key: Cluster(
-        name=name, memory_gb=memory, tflops=peak, memory_gbps=speed, intra_gbps=intra, inter_gbps=inter
+        name=name,
+        memory_gb=memory,
+        tflops=peak,
+        tflops_fp32=fp32,
+        memory_gbps=speed,
+        intra_gbps=intra,
+        inter_gbps=inter,
     )
-    for key, (name, memory, peak, speed, intra, inter) in _GPUS.items()
+    for key, (name, memory, peak, fp32, speed, intra, inter) in _GPUS.items()
 }
 # One core of an AMD EPYC: oneDNN's fp32 matrix products (models/linear.py), the share of them that a layer
 # reaches, and the link between two gloo ranks of one machine (benchmarks/results/sequence_parallel.json).
@@ -180,14 +222,12 @@ def read_cluster(path: Path) -> Cluster:
             f"--cluster {path}: unknown key {unknown[0]}; valid: device, {', '.join(sorted(keys))}"
         )
     device = table.pop("device", None)
-    if device is not None:
-        return dataclasses.replace(_known(str(device)), **table)
     missing = sorted({"name", "tflops", "memory_gbps", "intra_gbps", "inter_gbps"} - set(table))
-    if missing:
+    if device is None and missing:
         raise ValueError(
             f'--cluster {path}: {missing[0]} is missing: give it, or device = "h100" to begin with'
         )
     try:
-        return Cluster(**table)
-    except TypeError as error:
+        return Cluster(**table) if device is None else dataclasses.replace(_known(str(device)), **table)
+    except ValueError as error:
         raise ValueError(f"--cluster {path}: {error}") from error

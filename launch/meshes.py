@@ -15,7 +15,7 @@ from launch.cluster_model import Cluster
 from launch.fit import fit_mesh
 from launch.memory import estimate_memory
 from launch.recipe import Recipe
-from launch.step_time import StepTime, predict
+from launch.step_time import StepTime, predict, ties
 from trellis_dist.models.counts import ParameterCounts
 
 __all__ = ["FRAGMENTATION", "RESERVED_BYTES", "Candidate", "changed", "fits", "rank_meshes", "settings_of"]
@@ -39,7 +39,7 @@ _ENGINES: tuple[tuple[str, int], ...] = (
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to run the recipe on all devices of a cluster.
+    """A way to run the recipe on devices of a cluster.
 
     Attributes:
         recipe: with mesh, engine, recomputation and micro-batch set.
@@ -61,6 +61,8 @@ class Candidate:
         training, mesh = self.recipe.training, self.recipe.mesh
         return {
             "mesh": {"dp": mesh.dp, "sp": mesh.sp, "tp": mesh.tp},
+            "devices": mesh.world_size(),
+            "tied": bool(ties(self.recipe, mesh)),
             "engine": training.engine,
             "zero_stage": training.zero_stage if training.engine == "deepspeed" else None,
             "micro_batch": training.micro_batch,
@@ -77,14 +79,28 @@ class Candidate:
 def rank_meshes(
     recipe: Recipe, cluster: Cluster, *, counts: ParameterCounts
 ) -> tuple[list[Candidate], dict[str, int]]:
-    """Feasible ways on all devices of ``cluster``, fastest first, and how many others each reason refuses."""
+    """Feasible ways on all devices of ``cluster``, fastest first, and how many others each reason refuses.
+
+    Where there is none, those on as many devices as possible, more than half of all.
+    """
+    found, refused = _ranked(recipe, cluster, counts=counts, devices=cluster.devices)
+    for fewer in range(cluster.devices - 1, cluster.devices // 2, -1):
+        if found:
+            break
+        found, _ = _ranked(recipe, cluster, counts=counts, devices=fewer)
+    return found, refused
+
+
+def _ranked(
+    recipe: Recipe, cluster: Cluster, *, counts: ParameterCounts, devices: int
+) -> tuple[list[Candidate], dict[str, int]]:
     found: list[Candidate] = []
     reasons: Counter[str] = Counter()
-    for shape in _shapes(recipe, cluster):
+    for shape in _shapes(recipe, cluster, devices=devices):
         fitting = []
         for tried in shape:
             try:
-                fit_mesh(tried, world_size=cluster.devices)
+                fit_mesh(tried, world_size=devices)
             except ValueError as error:
                 reasons[str(error).splitlines()[0]] += 1
                 continue
@@ -95,9 +111,14 @@ def rank_meshes(
             time = predict(tried, cluster, counts=counts, mesh=tried.mesh)
             fitting.append(Candidate(tried, memory, time))
         if fitting:  # of the micro-batches that fit, the fastest
-            found.append(min(fitting, key=lambda one: (one.time.total, one.memory["total"])))
-    found.sort(key=lambda one: (round(one.time.total, 4), one.memory["total"]))
+            found.append(min(fitting, key=_rank))
+    found.sort(key=_rank)
     return found, dict(reasons.most_common())
+
+
+def _rank(one: Candidate) -> tuple[float, int]:
+    """The fastest first; of those as fast to four digits the one that takes least memory."""
+    return float(f"{one.time.total:.4g}"), one.memory["total"]
 
 
 def fits(total: int, cluster: Cluster) -> bool:
@@ -115,11 +136,11 @@ def _too_large(recipe: Recipe, total: int, cluster: Cluster) -> str:
     return f"more memory than the {cluster.memory_gb:.0f} GB of a device: {engine}, {again}"
 
 
-def _shapes(recipe: Recipe, cluster: Cluster) -> Iterator[list[Recipe]]:
-    """The recipe on every mesh of all devices, with every engine and recomputation; one list of micro-batches
+def _shapes(recipe: Recipe, cluster: Cluster, *, devices: int) -> Iterator[list[Recipe]]:
+    """The recipe on every mesh of ``devices``, with every engine and recomputation; one list of micro-batches
     each."""
-    for sp, tp in _splits(recipe, cluster):
-        dp = cluster.devices // (sp * tp)
+    for sp, tp in _splits(cluster, devices=devices):
+        dp = devices // (sp * tp)
         for engine, stage in _ENGINES:
             if (engine, stage) in (("deepspeed", 2), ("deepspeed", 3), ("fsdp2", 0)) and dp * sp == 1:
                 continue  # nothing to divide among
@@ -140,21 +161,21 @@ def _shapes(recipe: Recipe, cluster: Cluster) -> Iterator[list[Recipe]]:
                 ]
 
 
-def _splits(recipe: Recipe, cluster: Cluster) -> Iterator[tuple[int, int]]:
-    """(sp, tp): powers of two and the recipe's own; tp within a node."""
-    powers = {2**exponent for exponent in range(cluster.devices.bit_length())}
-    for tp in sorted({*powers, recipe.mesh.tp}):
-        for sp in sorted({*powers, recipe.mesh.sp}):
-            if tp <= cluster.devices_per_node and cluster.devices % (sp * tp) == 0:
-                yield sp, tp
+def _splits(cluster: Cluster, *, devices: int) -> Iterator[tuple[int, int]]:
+    """(sp, tp) that divide ``devices``; no group of tp ranks lies on two nodes."""
+    for tp in _divisors(devices, limit=cluster.devices_per_node):
+        if cluster.holds_groups(tp, ranks=devices):
+            yield from ((sp, tp) for sp in _divisors(devices // tp, limit=devices))
 
 
 def _micro_batches(global_rows: int, dp: int) -> list[int]:
-    """Divisors of a replica's rows: powers of two times what is left over; [1] where rows do not divide."""
+    """Divisors of a replica's rows, up to ``_MOST_ROWS``; [1] where rows do not divide."""
     share = global_rows // dp
-    if share < 1 or global_rows % dp:
-        return [1]
-    return [rows for rows in range(1, min(share, _MOST_ROWS) + 1) if share % rows == 0]
+    return [1] if share < 1 or global_rows % dp else _divisors(share, limit=_MOST_ROWS)
+
+
+def _divisors(number: int, *, limit: int) -> list[int]:
+    return [size for size in range(1, min(number, limit) + 1) if number % size == 0]
 
 
 def changed(
@@ -188,7 +209,7 @@ def changed(
 
 
 def settings_of(recipe: Recipe) -> list[str]:
-    """The ``--set`` arguments that make a recipe run this way."""
+    """The ``--set`` arguments that make a recipe run this way, whatever mesh it names itself."""
     training, mesh = recipe.training, recipe.mesh
     found = [
         f"mesh.dp={mesh.dp}",
@@ -200,8 +221,6 @@ def settings_of(recipe: Recipe) -> list[str]:
     ]
     if training.engine == "deepspeed":
         found.insert(4, f"training.zero_stage={training.zero_stage}")
-    if mesh.sp > 1:
+    if recipe.data.chunk_aligned:
         found.append("data.chunk_aligned=true")
-    if mesh.tp > 1:
-        found.append(f"tensor.sequence_parallel={str(recipe.tensor.sequence_parallel).lower()}")
-    return found
+    return [*found, f"tensor.sequence_parallel={str(recipe.tensor.sequence_parallel).lower()}"]

@@ -10,9 +10,11 @@ from launch.cluster_model import Cluster, this_machine
 from launch.defaults import defaults
 from launch.fit import fit_mesh, fit_to_devices
 from launch.memory import estimate_memory, phase_peaks
-from launch.plan_tables import candidate_lines, disk_lines, short, time_lines
+from launch.meshes import FRAGMENTATION, RESERVED_BYTES, fits, rank_meshes
+from launch.plan_tables import candidate_lines, disk_lines, short, time_lines, verdict_lines
 from launch.preflight import checkpoint_bytes, most_kept
 from launch.recipe import Recipe, dotted_items, resolve
+from launch.step_time import predict, ties
 
 __all__ = ["make_plan", "render_plan"]
 
@@ -20,8 +22,9 @@ __all__ = ["make_plan", "render_plan"]
 def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
     """Resolved recipe, counts, batch, memory, predicted time and disk, as JSON types (bytes, seconds).
 
-    Where ``mesh.dp`` is open, mesh, batch and memory are those of a start on this machine, or with
-    ``cluster`` on all of its devices; then the ways to run there are ranked too ("candidates").
+    All of it is that of a start on this machine, or with ``cluster`` on its devices, of which an open
+    ``mesh.dp`` takes all it can; then the ways to run there are ranked too ("candidates"). "own_mesh" says
+    whether the recipe as it is can run there; where it has too few devices, "prediction" is None.
     """
     import torch
 
@@ -33,7 +36,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
     dp = mesh.dp or 1
     counts = parameter_counts(recipe.model)
     where = cluster or this_machine(ranks=ranks)
-    cuda = cluster.cuda if cluster else None
+    memory = estimate_memory(fitted, counts=counts, mesh=mesh, cuda=where.cuda)
     return {
         "recipe": resolve(recipe),
         "parameters": {
@@ -44,24 +47,54 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
         "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
         "batch": _batch(fitted, dp=dp),
-        "memory_per_rank_bytes": estimate_memory(fitted, counts=counts, mesh=mesh, cuda=cuda),
-        "memory_peaks_bytes": phase_peaks(fitted, counts=counts, mesh=mesh, cuda=cuda),
-        "prediction": _prediction(fitted, where, counts=counts, mesh=mesh),
+        "own_mesh": _verdict(memory["total"], where, ranks=ranks),
+        "memory_per_rank_bytes": memory,
+        "memory_peaks_bytes": phase_peaks(fitted, counts=counts, mesh=mesh, cuda=where.cuda),
+        "prediction": _prediction(fitted, where, counts=counts, mesh=mesh)
+        if ranks <= where.devices
+        else None,
         "disk": _disk(recipe),
         **(_ways(fitted, cluster, counts) if cluster else {}),
     }
 
 
+def _verdict(total: int, cluster: Cluster, *, ranks: int) -> dict[str, Any]:
+    """Whether the recipe's own mesh runs: devices that it takes of those there are, and what is wrong.
+
+    "fits" is None where the devices' memory is not known.
+    """
+    problem, room = None, fits(total, cluster) if cluster.memory_bytes else None
+    if ranks > cluster.devices:
+        fewer = "lower mesh.dp, mesh.sp or mesh.tp"
+        problem = f"cannot run: the mesh needs {ranks} devices of {cluster.devices}: {fewer}"
+    elif room is False:
+        process = RESERVED_BYTES[cluster.cuda]
+        taken = (total * FRAGMENTATION + process) / 1e9
+        problem = (
+            f"does not fit, by this estimate: a rank takes {taken:.1f} GB of {cluster.memory_gb:.1f} "
+            f"(tensors, {FRAGMENTATION - 1:.0%} the allocator loses, {process / 1e9:g} GB a process): "
+            "lower training.micro_batch, recompute, or divide more"
+        )
+    return {
+        "cuda": cluster.cuda,
+        "devices": cluster.devices,
+        "devices_used": ranks,
+        "fits": room,
+        "problem": problem,
+    }
+
+
 def _prediction(recipe: Recipe, cluster: Cluster, *, counts: Any, mesh: Any) -> dict[str, Any]:
     """The step on the recipe's own mesh: a prediction, nothing was run."""
-    from launch.step_time import predict
-
     found = predict(recipe, cluster, counts=counts, mesh=mesh)
     speed = recipe.training.global_batch_tokens / found.total
     return {
         "device": cluster.name,
-        "tflops": cluster.tflops,
+        "tflops": cluster.peak_tflops(recipe.training.precision),
+        "precision": "fp32" if not cluster.cuda else recipe.training.precision,
+        "peak_known": recipe.training.precision == "bf16" or not cluster.cuda or cluster.tflops_fp32 > 0,
         "efficiency": cluster.efficiency,
+        "tied": bool(ties(recipe, mesh)),
         "step_seconds": found.total,
         "step_seconds_by_part": dataclasses.asdict(found),
         "tokens_per_second": speed,
@@ -89,8 +122,6 @@ def _disk(recipe: Recipe) -> dict[str, Any]:
 
 
 def _ways(recipe: Recipe, cluster: Cluster, counts: Any) -> dict[str, Any]:
-    from launch.meshes import rank_meshes
-
     found, refused = rank_meshes(recipe, cluster, counts=counts)
     return {
         "cluster": dataclasses.asdict(cluster) | {"total_devices": cluster.devices},
@@ -122,10 +153,8 @@ def render_plan(plan: dict[str, Any]) -> str:
             [f"{k}: {v}" for k, v in sorted(plan["recipe"]["choices"].items())],
         ),
         ("parameters", _parameter_lines(plan)),
-        (
-            "batch",
-            _batch_lines(plan["batch"], plan["mesh"], where="cluster" if "cluster" in plan else "machine"),
-        ),
+        ("batch", _batch_lines(plan)),
+        ("the recipe as it is, on these devices", verdict_lines(plan["own_mesh"])),
         ("memory per rank", _memory_lines(plan["memory_per_rank_bytes"], plan)),
         ("time (a prediction: nothing was run)", time_lines(plan)),
         ("disk", disk_lines(plan["disk"])),
@@ -153,8 +182,11 @@ def _parameter_lines(plan: dict[str, Any]) -> list[str]:
     return [*rows, f"training FLOPs {plan['flops_per_token']:.3g} per token, {total:.3g} in all"]
 
 
-def _batch_lines(batch: dict[str, int], mesh: dict[str, Any], *, where: str) -> list[str]:
-    open_dp = f"; mesh.dp is open: this is what the devices of this {where} give" if mesh["dp_open"] else ""
+def _batch_lines(plan: dict[str, Any]) -> list[str]:
+    batch, mesh, own = plan["batch"], plan["mesh"], plan["own_mesh"]
+    where = "cluster" if "cluster" in plan else "machine"
+    given = f"; mesh.dp is open: this is what the devices of this {where} give"
+    open_dp = given if mesh["dp_open"] and own["devices_used"] <= own["devices"] else ""
     return [
         f"mesh: dp {mesh['dp']} x sp {mesh['sp']} x tp {mesh['tp']} = {mesh['ranks']} rank(s){open_dp}",
         f"global rows {batch['global_rows']} = micro_batch {batch['micro_batch']} x accumulation "
@@ -170,12 +202,14 @@ def _memory_lines(memory: dict[str, int], plan: dict[str, Any]) -> list[str]:
     engine = training["engine"] + (
         f", ZeRO {training['zero_stage']}" if training["engine"] == "deepspeed" else ""
     )
+    wide = training["precision"] == "bf16" and not plan["own_mesh"]["cuda"]
+    precision = "fp32 (as a CPU computes, for bf16)" if wide else training["precision"]
     shown = {name: value for name, value in memory.items() if value}
     rows = [f"{name.replace('_', ' '):<22} {value / 2**20:>12,.1f} MiB" for name, value in shown.items()]
     peaks = plan["memory_peaks_bytes"]
     phases = ", ".join(f"{name} {value / 2**20:,.0f}" for name, value in peaks.items())
     return [
-        f"engine: {engine}, {training['precision']}; at the fullest moment of a step, of live tensors",
+        f"engine: {engine}, {precision}; at the fullest moment of a step, of live tensors",
         *rows,
         f"most in each phase (MiB): {phases}",
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["candidate_lines", "disk_lines", "short", "time_lines"]
+__all__ = ["candidate_lines", "disk_lines", "short", "time_lines", "verdict_lines"]
 
 SHOWN = 12  # ways to run; --json has all
 
@@ -18,16 +18,34 @@ def short(count: float) -> str:
     return f"{count:.3g}"
 
 
+TIED = "tied: exact, but collectives make segments wait inside a micro-batch (ZeRO 2 or 3, attention)"
+
+
+def verdict_lines(own: dict[str, Any]) -> list[str]:
+    """Whether it runs there."""
+    used = f"{own['devices_used']} of {own['devices']} device(s)"
+    if own["problem"]:
+        return [own["problem"]]
+    if own["fits"] is None:
+        return [f"{used}; whether it fits is not checked: their memory is not known (--memory-gb)"]
+    return [f"{used}; fits the memory of each"]
+
+
 def time_lines(plan: dict[str, Any]) -> list[str]:
     """The step on the recipe's own mesh."""
     found = plan["prediction"]
+    if found is None:
+        return []
     parts = {name: seconds for name, seconds in found["step_seconds_by_part"].items() if seconds}
     shares = ", ".join(f"{name} {seconds / found['step_seconds']:.1%}" for name, seconds in parts.items())
+    known = "" if found["peak_known"] else " (of bf16: tflops_fp32 is not given)"
     return [
-        f"{found['device']}: {found['tflops']:g} TFLOP/s a device, {found['efficiency']:.0%} of them assumed",
+        f"{found['device']}: {found['tflops']:g} TFLOP/s a device in {found['precision']}{known}; "
+        f"matrix products are taken to reach {found['efficiency']:.0%} of it",
         f"step {found['step_seconds']:.3g} s: {shares}",
         f"{found['tokens_per_second']:,.0f} tokens/s; all {short(plan['batch']['tokens'])} tokens in "
         f"{days(found['days'])}",
+        *([TIED] if found["tied"] else []),
     ]
 
 
@@ -56,16 +74,26 @@ def candidate_lines(plan: dict[str, Any]) -> list[str]:
     if "candidates" not in plan:
         return []
     found, cluster = plan["candidates"], plan["cluster"]
+    known = f"{cluster['memory_gb']:.0f} GB each" if cluster["memory_gb"] else "memory not known"
+    fit = "fit" if cluster["memory_gb"] else "work if they fit, which is not checked (--memory-gb)"
     lines = [
-        f"{cluster['nodes']} node(s) x {cluster['devices_per_node']} x {cluster['name']}, "
-        f"{cluster['memory_gb']:.0f} GB each: {len(found)} ways fit"
+        f"{cluster['nodes']} node(s) x {cluster['devices_per_node']} x {cluster['name']}, {known}: "
+        f"{len(found)} ways {fit}"
     ]
     if found:
-        lines += [_HEADER, *(_row(one) for one in found[:SHOWN]), "", *_best(found[0])]
+        lines += [*_fewer(found[0], cluster), _HEADER, *(_row(one) for one in found[:SHOWN])]
+        lines += [TIED] if any(one["tied"] for one in found[:SHOWN]) else []
+        lines += ["", *_best(found[0])]
     return [*lines, *_refused(plan["refused"])]
 
 
-_HEADER = "dp x sp x tp  engine     rows  again        memory      step    tokens/s  all"
+def _fewer(one: dict[str, Any], cluster: dict[str, Any]) -> Iterator[str]:
+    used, there = one["devices"], cluster["total_devices"]
+    if used < there:
+        yield f"no way uses all {there} devices: these use {used} of {there}, the most that any does"
+
+
+_HEADER = "dp x sp x tp  engine     rows  again        memory        step    tokens/s  all"
 
 
 def _row(one: dict[str, Any]) -> str:
@@ -74,7 +102,8 @@ def _row(one: dict[str, Any]) -> str:
     memory, step = one["memory_per_rank_bytes"]["total"] / 1e9, one["step_seconds"]
     return (
         f"{mesh:<14}{engine:<10}{one['micro_batch']:>5}  {one['activation_checkpointing']:<10}"
-        f"{memory:>6.1f} GB{step:>8.3f} s{one['tokens_per_second']:>12,.0f}  {days(one['days'])}"
+        f"{memory:>6.1f} GB{step:>10.3f} s{one['tokens_per_second']:>12,.0f}  {days(one['days'])}"
+        f"{'  tied' if one['tied'] else ''}"
     )
 
 

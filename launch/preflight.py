@@ -132,11 +132,12 @@ def check_disk(run_dir: Path, *, checkpoint_bytes: int, kept: int) -> None:
 
 
 def checkpoint_bytes(recipe: Recipe) -> int:
-    """Of one checkpoint: weights, master weights and two moments, all fp32."""
+    """Of one checkpoint: weights, fp32 masters where weights are bf16, and AdamW's two fp32 moments."""
     from trellis_dist.models.counts import parameter_counts
 
-    copies = 3 if recipe.training.precision == "fp32" else 4
-    return parameter_counts(recipe.model).total * 4 * copies
+    half = recipe.training.precision == "bf16" and recipe.training.engine != "fsdp2"
+    moments = 8 if recipe.optimizer.kind == "adamw" else 0
+    return parameter_counts(recipe.model).total * ((2 + 4 if half else 4) + moments)
 
 
 def check_dataset(recipe: Recipe) -> None:

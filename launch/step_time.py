@@ -1,12 +1,13 @@
 """How long an optimizer step takes, predicted: a roofline for layers, the wavefront for sp, rings for sums.
 
 Everything here is a prediction, and says so where it is printed. docs/planning.md has the equations and where
-each constant comes from; tests/launch/test_step_time.py holds them against runs of this project's records.
+each constant comes from; tests/launch/test_cluster_plan.py holds them against runs of this project's records.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 
 from launch.activations import block_of
 from launch.cluster_model import Cluster
@@ -14,7 +15,7 @@ from launch.recipe import Recipe
 from trellis_dist.models.counts import ParameterCounts, flops_per_token, scan_flops_per_token
 from trellis_dist.parallel.config import MeshConfig
 
-__all__ = ["StepTime", "predict", "wavefront_seconds"]
+__all__ = ["StepTime", "predict", "ties", "wavefront_seconds"]
 
 # A scan is a chain of small products, one chunk after the other: the share of the matrix products' speed that
 # it reaches. On a CPU core measured (benchmarks/results/sequence_parallel.json, "stages"); assumed on a GPU.
@@ -69,26 +70,53 @@ def predict(recipe: Recipe, cluster: Cluster, *, counts: ParameterCounts, mesh: 
         tensor=_tensor(recipe, cluster, mesh, pace),
         exchange=_exchange(recipe, cluster, mesh, pace),
         reduction=_reduction(recipe, cluster, mesh, pace, counts),
-        update=_update(recipe, cluster, mesh, counts),
+        update=_update(recipe, cluster, mesh, pace, counts),
     )
 
 
 def wavefront_seconds(
-    *, layers: int, layer: float, scans: float, sp: int, micro_batches: int, forwards_first: int, tied: bool
+    *,
+    layers: int,
+    layer: float,
+    scans: float,
+    sp: int,
+    micro_batches: int,
+    forwards_first: int,
+    ties: int = 0,
 ) -> float:
     """Seconds of a step's passes over ``sp`` segments (benchmarks/sequence_parallel/simulate.py runs it).
 
     Each rank runs one scan behind its left neighbour, and in the backward pass behind its right one; that
-    is waited for once in a forward and once in a backward pass of the micro-batches that run together.
+    is waited for once in a forward and once in a backward pass of the micro-batches that run together, or
+    again from every point on at which a collective makes the ranks wait for the last.
 
     Args:
         layer: seconds of one layer, forward and backward.
-        scans: of them, those of scan and reverse scan.
-        tied: a collective in every layer makes the ranks wait in every layer.
+        scans: of them, those of scan and reverse scan, and of handing the states on.
+        ties: points of a micro-batch after which the segments begin at the same time again.
     """
-    groups = -(-micro_batches // forwards_first)
-    waits = micro_batches * layers if tied else groups
+    waits = micro_batches * ties if ties else -(-micro_batches // forwards_first)
     return micro_batches * layers * layer + waits * (sp - 1) * scans
+
+
+def ties(recipe: Recipe, mesh: MeshConfig) -> int:
+    """How often in a micro-batch a collective makes segments that pass states wait for each other.
+
+    ZeRO 2 and 3 reduce or gather over dp x sp in every layer; the all-to-all of an attention layer makes
+    the ranks wait once for every run of Trellis layers between two of them. 0: nothing does.
+    """
+    if mesh.sp == 1 or recipe.sequence.mode != "state_passing":
+        return 0
+    kinds = _kinds(recipe)
+    if recipe.training.engine == "deepspeed" and recipe.training.zero_stage >= 2:
+        return kinds.count("trellis")
+    runs = [kind for kind, _ in groupby(kinds)]
+    return runs.count("trellis") if "attention" in runs else 0
+
+
+def _kinds(recipe: Recipe) -> list[str]:
+    model = recipe.model
+    return [model.layer_kind(layer) for layer in range(model.num_layers)]
 
 
 @dataclass(frozen=True)
@@ -100,6 +128,7 @@ class _Pace:
         tokens: of a micro-batch on a rank.
         micro_batch: seconds of its passes, without waits and exchanges.
         scans: seconds of scan and reverse scan of one layer in it.
+        handing: seconds that the layer's states and their gradients take to the neighbours.
         width: bytes of an activation.
     """
 
@@ -109,20 +138,22 @@ class _Pace:
     tokens: int
     micro_batch: float
     scans: float
+    handing: float
     width: int
 
     @classmethod
     def of(cls, recipe: Recipe, cluster: Cluster, mesh: MeshConfig) -> _Pace:
         model, training = recipe.model, recipe.training
         tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
-        speed, again = cluster.flops_per_second, _AGAIN[training.activation_checkpointing]
+        speed = cluster.flops_per_second(training.precision)
+        again = _AGAIN[training.activation_checkpointing]
         scan = tokens * scan_flops_per_token(model) / mesh.tp
         work = tokens * flops_per_token(model, sequence_length=recipe.data.sequence_length) / mesh.tp
-        layers = sum(model.layer_kind(layer) == "trellis" for layer in range(model.num_layers))
+        layers = _kinds(recipe).count("trellis")
         scans = scan * (1 + _REVERSE_SCAN) / (speed * _SCAN_SHARE[cluster.cuda])
         products = (work - 3 * layers * scan) * (1 + again / 3) / speed
-        block = block_of(recipe, mesh, layer=0, cuda=cluster.cuda)
-        traffic = model.num_layers * block.kept * (_PASSES + 2 * again) / (cluster.memory_gbps * 1e9)
+        kept = _kept(recipe, mesh, cuda=cluster.cuda)
+        traffic = kept * (_PASSES + 2 * again) / (cluster.memory_gbps * 1e9)
         # On a CPU what a product leaves is in the cache for what comes after it; the efficiency was measured
         # over whole layers.
         seconds = products + layers * scans + (traffic if cluster.cuda else 0.0)
@@ -130,30 +161,49 @@ class _Pace:
             seconds = max(seconds, model.num_layers * _LAUNCH_SECONDS * (1 + again / 3))
         count = recipe.global_rows // (training.micro_batch * (mesh.dp or 1))
         width = 2 if cluster.cuda and training.precision == "bf16" else 4
-        return cls(recipe, mesh, count, tokens, seconds, scans, width)
+        return cls(recipe, mesh, count, tokens, seconds, scans, _handing(recipe, cluster, mesh), width)
 
     def waiting(self) -> float:
         """For states; all-to-all sends none."""
         if self.mesh.sp == 1 or self.recipe.sequence.mode != "state_passing":
             return 0.0
         training = self.recipe.training
-        tied = training.engine == "deepspeed" and training.zero_stage >= 2
         return wavefront_seconds(
             layers=self.recipe.model.num_layers,
             layer=0.0,
-            scans=self.scans,
+            scans=self.scans + self.handing,
             sp=self.mesh.sp,
             micro_batches=self.micro_batches,
             forwards_first=min(training.forwards_first, self.micro_batches),
-            tied=tied,
+            ties=ties(self.recipe, self.mesh),
         )
 
 
-def _ring(cluster: Cluster, size: float, *, ranks: int, span: int, trips: int) -> float:
-    """A ring over ``ranks`` within ``span`` consecutive ones: one trip gathers or scatters, two reduce."""
+def _kept(recipe: Recipe, mesh: MeshConfig, *, cuda: bool) -> int:
+    """Bytes that all blocks keep."""
+    kinds = _kinds(recipe)
+    kept = {kind: block_of(recipe, mesh, layer=kinds.index(kind), cuda=cuda).kept for kind in set(kinds)}
+    return sum(kept[kind] for kind in kinds)
+
+
+def _handing(recipe: Recipe, cluster: Cluster, mesh: MeshConfig) -> float:
+    """Both memories of every row, fp32, to the right neighbour, and their gradients to the left one."""
+    model = recipe.model
+    size = recipe.training.micro_batch * 2 * model.trellis.slots * model.dim * 4 / mesh.tp
+    latency, bandwidth = _link(cluster, mesh, mesh.sp * mesh.tp)
+    return 2 * (latency + size / bandwidth)
+
+
+def _link(cluster: Cluster, mesh: MeshConfig, size: int) -> tuple[float, float]:
+    """Of groups of ``size`` consecutive ranks of the mesh."""
+    return cluster.link(size, ranks=mesh.world_size() or size)
+
+
+def _ring(link: tuple[float, float], size: float, *, ranks: int, trips: int) -> float:
+    """A ring over ``ranks``: one trip gathers or scatters, two reduce."""
     if ranks == 1:
         return 0.0
-    latency, bandwidth = cluster.link(span)
+    latency, bandwidth = link
     return trips * (ranks - 1) * (latency + size / ranks / bandwidth)
 
 
@@ -161,22 +211,23 @@ def _tensor(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace) -> 
     """Two sums of [N, F] forward and two backward in every layer; those of a recomputed pass run again."""
     size = pace.tokens * recipe.model.dim * pace.width
     sums = 4 + 2 * (recipe.training.activation_checkpointing != "none")
-    one = _ring(cluster, size, ranks=mesh.tp, span=mesh.tp, trips=2)
+    one = _ring(_link(cluster, mesh, mesh.tp), size, ranks=mesh.tp, trips=2)
     return pace.micro_batches * recipe.model.num_layers * sums * one
 
 
 def _exchange(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace) -> float:
-    """All-to-all: q, k, v, alpha there and y back, and as much of gradients."""
+    """All-to-all: q, k, v, of Trellis layers alpha, there and y back, and as much of gradients."""
     if mesh.sp == 1:
         return 0.0
     model = recipe.model
-    all_layers = recipe.sequence.mode == "all_to_all"
-    kinds = [model.layer_kind(layer) for layer in range(model.num_layers)]
-    layers = len(kinds) if all_layers else kinds.count("attention")
-    latency, bandwidth = cluster.link(mesh.sp * mesh.tp)
-    numbers = 4 * model.dim + model.num_heads * model.trellis.slots
-    size = pace.tokens * numbers // mesh.tp * pace.width
-    return pace.micro_batches * layers * 2 * (2 * latency + size * (mesh.sp - 1) / mesh.sp / bandwidth)
+    latency, bandwidth = _link(cluster, mesh, mesh.sp * mesh.tp)
+    alpha = {"trellis": model.num_heads * model.trellis.slots, "attention": 0}
+    seconds = 0.0
+    for kind in _kinds(recipe):
+        if kind == "attention" or recipe.sequence.mode == "all_to_all":
+            size = pace.tokens * (4 * model.dim + alpha[kind]) / mesh.tp * pace.width
+            seconds += 2 * (2 * latency + size * (mesh.sp - 1) / mesh.sp / bandwidth)
+    return pace.micro_batches * seconds
 
 
 def _reduction(
@@ -185,29 +236,40 @@ def _reduction(
     """As the engines do it: local and ZeRO 0 and 1 once a step, ZeRO 2 gradients after every micro-batch,
     ZeRO 3 and FSDP2 weights too; only FSDP2 on GPUs does so beside the passes."""
     training, dp = recipe.training, mesh.dp or 1
-    parameters, span = counts.total / mesh.tp, dp * mesh.sp * mesh.tp
-    gradients = 4.0 * parameters
+    parameters, whole = counts.total / mesh.tp, _link(cluster, mesh, mesh.world_size() or 1)
     if training.engine == "fsdp2":
-        weights = pace.width * parameters
-        trips = pace.micro_batches * (
-            2 * _ring(cluster, weights, ranks=dp, span=span, trips=1)
-            + _ring(cluster, gradients, ranks=dp, span=span, trips=1)
-        )
-        hidden = pace.micro_batches * pace.micro_batch if cluster.cuda else 0.0
-        shards = _ring(cluster, gradients / dp, ranks=mesh.sp, span=mesh.sp * mesh.tp, trips=2)
-        return max(0.0, trips - hidden) + shards
+        return _fsdp_reduction(cluster, mesh, pace, parameters)
     ranks = dp * mesh.sp
     if training.engine == "local" or training.zero_stage == 0:
-        return _ring(cluster, gradients, ranks=ranks, span=span, trips=2)
-    times = pace.micro_batches if training.zero_stage >= 2 else 1
-    summed = times * _ring(cluster, gradients, ranks=ranks, span=span, trips=2)
-    gathers = 1 if training.zero_stage < 3 else times
-    return summed + gathers * _ring(cluster, pace.width * parameters, ranks=ranks, span=span, trips=1)
+        return _ring(whole, 4 * parameters, ranks=ranks, trips=2)
+    # DeepSpeed sends gradients in the weights' precision. Stages 1 and 2 sum them on every rank; stage 3
+    # scatters sums, but not with sp (training/engines/deepspeed.py: it would divide by sp too).
+    stage = training.zero_stage
+    trips = 1 if stage == 3 and mesh.sp == 1 else 2
+    times = pace.micro_batches if stage >= 2 else 1
+    summed = times * _ring(whole, pace.width * parameters, ranks=ranks, trips=trips)
+    gathers = 1 if stage < 3 else times
+    return summed + gathers * _ring(whole, pace.width * parameters, ranks=ranks, trips=1)
 
 
-def _update(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, counts: ParameterCounts) -> float:
-    """Bound by memory."""
+def _fsdp_reduction(cluster: Cluster, mesh: MeshConfig, pace: _Pace, parameters: float) -> float:
+    """Over dp in every micro-batch weights twice and fp32 gradients once; once a step their sum over sp."""
+    dp, whole = mesh.dp or 1, _link(cluster, mesh, mesh.world_size() or 1)
+    weights = 2 * _ring(whole, pace.width * parameters, ranks=dp, trips=1)
+    scattered = pace.micro_batches * (weights + _ring(whole, 4 * parameters, ranks=dp, trips=1))
+    hidden = pace.micro_batches * pace.micro_batch if cluster.cuda else 0.0
+    inner = _link(cluster, mesh, mesh.sp * mesh.tp)
+    return max(0.0, scattered - hidden) + _ring(inner, 4 * parameters / dp, ranks=mesh.sp, trips=2)
+
+
+def _update(
+    recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace, counts: ParameterCounts
+) -> float:
+    """Bound by memory: the device's, or the host's, where gradients go and weights come from as well."""
     training, dp = recipe.training, mesh.dp or 1
     divided = training.engine == "fsdp2" or (training.engine == "deepspeed" and training.zero_stage > 0)
     ranks = (dp if training.engine == "fsdp2" else dp * mesh.sp) if divided else 1
-    return counts.total / mesh.tp / ranks * _UPDATE_BYTES / (cluster.memory_gbps * 1e9)
+    held = counts.total / mesh.tp / ranks
+    if training.offload_optimizer and cluster.cuda:
+        return held * (_UPDATE_BYTES + 4 + pace.width) / (cluster.host_gbps * 1e9)
+    return held * _UPDATE_BYTES / (cluster.memory_gbps * 1e9)

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.defaults import defaults
-from launch.memory import held_state
+from launch.memory import estimate_memory, held_state
 from launch.plan import make_plan
 from launch.recipe import load_recipe
 from tests.distributed import gloo_pool
@@ -66,6 +66,13 @@ def held(*overrides: str) -> tuple[dict[str, int], int]:
     return held_state(recipe, counts=counts, mesh=recipe.mesh), counts.total
 
 
+def estimate(*overrides: str) -> tuple[dict[str, int], int]:
+    """Of a rank on a GPU, and the number of parameters."""
+    recipe = load_recipe(BASE, overrides)
+    counts = parameter_counts(recipe.model)
+    return estimate_memory(recipe, counts=counts, mesh=recipe.mesh, cuda=True), counts.total
+
+
 @pytest.mark.parametrize("setting", STATE)
 def test_state_is_divided_as_the_engine_divides_it(setting: str) -> None:
     memory, parameters = held(*MESH, f"training.{setting}")
@@ -91,9 +98,8 @@ def test_carried_states_are_those_that_a_run_keeps(carry_rows: int) -> None:
 
 @pytest.mark.parametrize("setting, host", [("engine=local", 12), ("zero_stage=1", 3), ("engine=fsdp2", 8)])
 def test_offloaded_state_is_the_hosts(setting: str, host: float) -> None:
-    plan = make_plan(load_recipe(BASE, [*MESH, f"training.{setting}", "training.offload_optimizer=true"]))
-    memory = plan["memory_per_rank_bytes"]
-    assert memory["host_state"] == pytest.approx(host * plan["parameters"]["total"], abs=16)
+    memory, parameters = estimate(*MESH, f"training.{setting}", "training.offload_optimizer=true")
+    assert memory["host_state"] == pytest.approx(host * parameters, abs=16)
     assert memory["master_weights"] == memory["optimizer_moments"] == 0
     assert memory["total"] == sum(
         value for part, value in memory.items() if part not in ("total", "resident", "host_state", "host_snapshot")
@@ -105,12 +111,10 @@ def test_offloaded_state_is_the_hosts(setting: str, host: float) -> None:
 )
 def test_a_save_in_the_background_copies_what_rank_0_writes(setting: str, per: float) -> None:
     """bf16 weights, fp32 masters and two moments, on 2 x 2 ranks; FSDP2's weights are their own masters."""
-    recipe = [*MESH, f"training.{setting}"]
-    plan = make_plan(load_recipe(BASE, recipe))
-    copied = plan["memory_per_rank_bytes"]["host_snapshot"]
-    assert copied == pytest.approx(per * plan["parameters"]["total"], abs=16)
-    foreground = make_plan(load_recipe(BASE, [*recipe, "checkpoint.background=false"]))
-    assert foreground["memory_per_rank_bytes"]["host_snapshot"] == 0
+    memory, parameters = estimate(*MESH, f"training.{setting}")
+    assert memory["host_snapshot"] == pytest.approx(per * parameters, abs=16)
+    foreground, _ = estimate(*MESH, f"training.{setting}", "checkpoint.background=false")
+    assert foreground["host_snapshot"] == 0
 
 
 @pytest.mark.parametrize("setting", ["precision=fp32", "offload_optimizer=true"])
