@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import socket
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import pytest
 
 from launch import nodes_facts
+from launch.cli import main
 from launch.nodes_facts import device_problems, facts, source_digest
+from launch.nodes_meet import MeetingError
 from launch.nodes_verdict import slow_links
-from launch.recipe import load_recipe
+from launch.recipe import Recipe, load_recipe
 
 BASE = str(Path(__file__).with_name("base.toml"))
 GIB = 2**30
@@ -41,6 +44,47 @@ def test_a_name_that_leads_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -
         nodes_facts._check_name()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
     nodes_facts._check_name()
+
+
+def test_the_address_that_is_given_is_used_in_place_of_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.setenv(variable, "")  # so that it is put back
+        monkeypatch.delenv(variable)
+    with pytest.raises(ValueError, match=r"--local-addr 203\.0\.113\.7 is no address of "):
+        nodes_facts.use_local_address("203.0.113.7")
+    monkeypatch.setattr(nodes_facts, "interface_of", {"127.0.0.1": "eth7"}.get)
+    nodes_facts.use_local_address("127.0.0.1")
+    monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
+    nodes_facts._check_name()
+    assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth7", "eth7")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    nodes_facts.use_local_address("127.0.0.1")
+    assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0", "the user's choice stays"
+
+
+def test_the_command_compares_the_data_set_that_the_run_will_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[Recipe] = []
+
+    def check(recipe: Recipe, *_: Any, **__: Any) -> dict[str, Any]:
+        checked.append(recipe)
+        raise MeetingError("nobody came")
+
+    def end(status: int) -> None:
+        raise SystemExit(status)
+
+    monkeypatch.setattr("launch.nodes_check.preflight", check)
+    monkeypatch.setattr("launch.ending.end_process", end)
+    text = tmp_path / "text.txt"
+    text.write_text("words\n")
+    line = ["preflight", BASE, "--nodes=2", "--rdzv=127.0.0.1:1", "--ranks-per-node=1"]
+    for more in ([f"--corpus={text}"], [f"--dataset-dir={tmp_path / 'shards'}"]):
+        with pytest.raises(SystemExit, match="1"):  # without waiting for what may hang
+            main([*line, *more])
+    assert checked[0].data == load_recipe(BASE, corpus=str(text)).data
+    assert checked[0].data != load_recipe(BASE).data
+    assert checked[1].data.directory == str(tmp_path / "shards")
 
 
 @pytest.mark.parametrize(
