@@ -101,7 +101,7 @@ def left_in_groups(*, proc: Path = _PROC, groups: Path = _GROUPS) -> list[int]:
 
     A group is under the limits of those around it. Linux alone has them; elsewhere the list is empty.
     """
-    found = []
+    found: list[int] = []
     for folder, version in _memory_groups(proc, groups):
         # Left out where it is not to be seen: in a container the paths are often those of the host.
         with contextlib.suppress(OSError, ValueError, KeyError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import resource
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,5 +108,5 @@ def test_devices_are_asked_of_the_driver_and_not_through_torch(monkeypatch: pyte
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     for name in ("current_device", "get_device_properties", "init"):
         monkeypatch.setattr(torch.cuda, name, context)
-    monkeypatch.setattr(rank_memory.ctypes, "CDLL", lambda name: Driver())
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver())
     assert rank_memory.rank_memory(8) == 16 * 10**9
