@@ -199,7 +199,7 @@ def deepspeed(
     commands = by_hostfile.host_commands(agents, work, hosts, ssh_port=ssh_port)
     if dry_run:
         print(by_hostfile.dry_run(commands, hosts))
-    elif status := by_hostfile.run_hosts(commands, hosts):
+    elif status := by_hostfile.run_hosts(commands, hosts, grace_s=agents.grace_s):
         raise typer.Exit(status)
 
 

@@ -93,6 +93,7 @@ def agent_command(
     local_address: str | None = None,
     hosts_store: str | None = None,
     follow_stdin: bool = False,
+    preflight: Sequence[str] = (),
     python: str = sys.executable,
     module: str = "launch.cli",
 ) -> list[str]:
@@ -106,12 +107,14 @@ def agent_command(
             unless given.
         follow_stdin: take signals from lines on the standard input, and its end for SIGTERM: for a node whose
             launcher is elsewhere.
+        preflight: arguments of `trellis preflight`, which the agent runs first; empty for none.
         python: interpreter on the node.
 
     Raises:
         ValueError: "static" without a place.
     """
     line = [python, "-m", "launch.clusters.run_agent", *(["--follow-stdin"] if follow_stdin else [])]
+    line += ["preflight", *preflight, "--then"] if preflight else []
     line += [f"--nnodes={agents.nodes}", f"--nproc-per-node={agents.ranks_per_node}"]
     line.append(f"--max-restarts={agents.max_restarts}")
     line.append(f"--signals-to-handle={','.join(number.name for number in PASSED_ON)}")

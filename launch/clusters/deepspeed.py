@@ -18,6 +18,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch.clusters.agent import Agents, shell_words
+from launch.clusters.patience import Patience
 from launch.clusters.run_agent import status_of
 from launch.clusters.work import Work, node_line
 from launch.ranks import PASSED_ON
@@ -27,6 +28,8 @@ __all__ = ["Host", "dry_run", "host_commands", "read_hostfile", "run_hosts"]
 
 _LINE = re.compile(r"(?P<name>[^\s#@:]+)\s+slots=(?P<slots>[1-9][0-9]*)")
 _SSH_FAILED = 255  # of ssh itself
+# A host that does not answer is given up after half a minute, one that is lost on the way after a minute.
+_SSH_OPTIONS = ("BatchMode=yes", "ConnectTimeout=30", "ServerAliveInterval=15", "ServerAliveCountMax=4")
 # After one host has failed: for the others to lose its ranks, and to say so.
 _PATIENCE_S = 60.0
 _POLL_S = 0.1
@@ -72,23 +75,19 @@ def host_commands(
     agents: Agents, work: Work, hosts: Sequence[Host], *, ssh_port: int | None = None
 ) -> list[list[str]]:
     """The ssh command of each host, in the order of their places."""
-    ssh = ["ssh", "-o", "BatchMode=yes", *(["-p", str(ssh_port)] if ssh_port else [])]
+    ssh = [
+        "ssh",
+        *(word for option in _SSH_OPTIONS for word in ("-o", option)),
+        *(["-p", str(ssh_port)] if ssh_port else []),
+    ]
     lines = [_line(agents, work, place) for place in range(len(hosts))]
     # The login shell of a host may be any; what it is to run is one word of bash.
     return [[*ssh, host.name, shell_words(["bash", "-c", line])] for host, line in zip(hosts, lines)]
 
 
 def _line(agents: Agents, work: Work, place: int) -> str:
-    # The first host keeps the store where all meet, whatever it calls itself: others know it by this address.
-    first = place == 0
-    return node_line(
-        agents,
-        work,
-        place=place,
-        local_address=agents.master if first else None,
-        hosts_store=str(int(first)),
-        follow_stdin=True,
-    )
+    # The first host keeps the store where all meet, whatever it calls itself.
+    return node_line(agents, work, place=place, hosts_store=str(int(place == 0)), follow_stdin=True)
 
 
 def dry_run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> str:
@@ -99,11 +98,12 @@ def dry_run(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> str:
     return "\n".join(lines)
 
 
-def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
+def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host], *, grace_s: float) -> int:
     """Run the command of each host until all have ended, and return the status of the run.
 
     A signal goes to the agents of all hosts as a line on their standard input, which they follow. After the
-    first failure the other hosts have a minute to end by themselves; then they are asked to.
+    first failure the other hosts have a minute to end by themselves; then they are asked to. Hosts that were
+    asked to end have ``grace_s`` for their save before they are asked again.
 
     Raises:
         FileNotFoundError: there is no ssh here.
@@ -112,8 +112,9 @@ def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
     processes = [
         subprocess.Popen(list(command), stdin=subprocess.PIPE, start_new_session=True) for command in commands
     ]
-    with _signals_to(processes):
-        _wait(processes, hosts)
+    patience = Patience(settle_s=_PATIENCE_S, grace_s=grace_s)
+    with _signals_to(processes, patience):
+        _wait(processes, hosts, patience)
     for process in processes:
         if process.stdin:
             with contextlib.suppress(OSError):
@@ -123,8 +124,9 @@ def run_hosts(commands: Sequence[Sequence[str]], hosts: Sequence[Host]) -> int:
 
 
 @contextlib.contextmanager
-def _signals_to(processes: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
+def _signals_to(processes: Sequence[subprocess.Popen[bytes]], patience: Patience) -> Iterator[None]:
     def pass_on(number: int, _: FrameType | None) -> None:
+        patience.asked()
         # A terminal that is closed asks the run to end; ranks save for SIGTERM alone.
         _tell(processes, signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
 
@@ -144,9 +146,8 @@ def _tell(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) 
                 process.stdin.flush()
 
 
-def _wait(processes: Sequence[subprocess.Popen[bytes]], hosts: Sequence[Host]) -> None:
+def _wait(processes: Sequence[subprocess.Popen[bytes]], hosts: Sequence[Host], patience: Patience) -> None:
     said: set[str] = set()
-    deadline: float | None = None
     while True:
         ends = [process.poll() for process in processes]
         for host, end in zip(hosts, ends):
@@ -155,11 +156,8 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], hosts: Sequence[Host]) -
                 _say(host, end)
         if None not in ends:
             return
-        if said and deadline is None:
-            deadline = time.monotonic() + _PATIENCE_S
-        if deadline is not None and time.monotonic() > deadline:
+        if patience.is_over(ends):
             _tell(processes, signal.SIGTERM)
-            deadline = time.monotonic() + _PATIENCE_S
         time.sleep(_POLL_S)
 
 

@@ -24,7 +24,7 @@ __all__ = ["Pods", "apply", "job_set", "master_of", "name_of", "parse_label", "p
 WORKERS = "workers"
 # Beside the grace: the step in work, and the agent's own end.
 MARGIN_S = 30
-# The end of a shell by SIGTERM: the pod was asked to end before there were ranks, in the preflight.
+# The end by SIGTERM itself: the pod was asked to end before its agent could answer.
 _BEFORE_RANKS = 128 + signal.SIGTERM
 # Filled in by the pod's shell.
 _PLACE, _FIRST, _ADDRESS = "PLACE_OF_POD", "FIRST_OR_NOT", "ADDRESS_OF_POD"
@@ -170,8 +170,8 @@ def _pod(agents: Agents, work: Work, pods: Pods) -> dict[str, Any]:
     ]
     return {
         "restartPolicy": "Never",
-        # Process 1 of a container ignores a SIGTERM that it does not handle, and the shell of the preflight
-        # does not: with this a process of Kubernetes is number 1.
+        # Process 1 of a container ignores a SIGTERM that it does not handle, as the agent does not while it
+        # is loaded: with this a process of Kubernetes is number 1.
         "shareProcessNamespace": True,
         "terminationGracePeriodSeconds": math.ceil(agents.grace_s) + MARGIN_S,
         "containers": [_container(agents, work, pods)],

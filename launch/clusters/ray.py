@@ -45,7 +45,13 @@ def driver_command(agents: Agents, work: Work, workers: Workers) -> list[str]:
     """
     line = node_line(agents, work, local_address=ADDRESS, hosts_store=FIRST, follow_stdin=True)
     command = [work.python, "-m", "launch.clusters.ray_driver", f"--nodes={agents.nodes}"]
-    return [*command, f"--cpus={workers.cpus}", f"--gpus={workers.gpus}", f"--line={line}"]
+    return [
+        *command,
+        f"--cpus={workers.cpus}",
+        f"--gpus={workers.gpus}",
+        f"--grace={agents.grace_s:g}",
+        f"--line={line}",
+    ]
 
 
 def submit_command(

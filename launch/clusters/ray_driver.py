@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import signal
 import socket
 import subprocess
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+from launch.clusters.patience import Patience
 from launch.clusters.run_agent import status_of
 from trellis_dist.training.termination import SIGNALS
 
@@ -44,7 +46,12 @@ class Node:
     def start(self, line: str) -> None:
         """Start ``line`` with bash."""
         self._child = subprocess.Popen(
-            ["bash", "-c", line], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ["bash", "-c", line],
+            # Ray sets as many threads as the worker has CPUs, for each of the ranks that share them.
+            env={name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -89,6 +96,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         default=60.0,
         help="after a failure, seconds for the other nodes to say theirs",
     )
+    parser.add_argument("--grace", type=float, default=30.0, help="seconds that ranks have for a save")
     options = parser.parse_args(arguments)
     import ray
 
@@ -99,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             bundle = {"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})}
             workers = _place(options.nodes, bundle, seconds=options.patience)
             _start(workers, options.line)
-            return _follow(workers, asked, settle=options.settle)
+            return _follow(workers, asked, Patience(settle_s=options.settle, grace_s=options.grace))
         except ValueError as error:
             _say(str(error))
             return 1
@@ -162,23 +170,20 @@ def _start(workers: Sequence[_Worker], line: str) -> None:
         ray.get(worker.actor.start.remote(own))
 
 
-def _follow(workers: Sequence[_Worker], asked: list[str], *, settle: float) -> int:
+def _follow(workers: Sequence[_Worker], asked: list[str], patience: Patience) -> int:
     """Print what the workers print, hand signals on, until all have ended.
 
-    ``settle`` seconds after the first failure the others are asked to end.
+    Some time after the first failure the others are asked to end.
     """
-    deadline: float | None = None
     while running := [worker for worker in workers if worker.ended is None]:
         time.sleep(_POLL_S)
         while asked:
             _tell(running, asked.pop(0))
+            patience.asked()
         for worker in running:
             _poll(worker)
-        if deadline is None and any(worker.ended for worker in workers):
-            deadline = time.monotonic() + settle
-        if deadline is not None and time.monotonic() > deadline:
+        if patience.is_over([worker.ended for worker in workers]):
             _tell(running, "SIGTERM")
-            deadline = time.monotonic() + settle
     return status_of([worker.ended or 0 for worker in workers])
 
 

@@ -1,6 +1,7 @@
 """The agent of one node: torchrun's own, with exit statuses and last words that others can act on.
 
-``python -m launch.clusters.run_agent [--follow-stdin] OPTIONS OF TORCHRUN -m MODULE ARGUMENTS``
+``python -m launch.clusters.run_agent [--follow-stdin] [preflight ARGUMENTS --then] OPTIONS OF TORCHRUN
+-m MODULE ARGUMENTS``
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import io
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from launch.ending import end_rank_at_once
+from launch.ending import end_process, end_rank_at_once, on_termination
 from launch.failures import silent_end
 from launch.messages import show_warnings_plainly
 from launch.nodes_errors import endpoint_of, refuse_taken_port
@@ -25,9 +27,10 @@ from launch.ranks import AGENT, ASKED, PASSED_ON, memory_of_killed, share_machin
 from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
 
-__all__ = ["FOLLOW_STDIN", "follow", "main", "status_of"]
+__all__ = ["FOLLOW_STDIN", "PREFLIGHT", "THEN", "follow", "main", "status_of"]
 
 FOLLOW_STDIN = "--follow-stdin"
+PREFLIGHT, THEN = "preflight", "--then"
 INTERRUPTED = 130
 
 
@@ -46,16 +49,48 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Unbuffered: a buffer that a thread waits in cannot be let go at the end of the process.
         stream = io.FileIO(os.dup(sys.stdin.fileno()))
         threading.Thread(target=follow, args=(stream,), daemon=True).start()
-    from torch.distributed.elastic.multiprocessing import api
+    if given[:1] == [PREFLIGHT]:
+        end = given.index(THEN)
+        if status := _compare_nodes(given[1:end]):
+            return status
+        given = given[end + 1 :]
+    return _run_ranks(given)
+
+
+def _compare_nodes(arguments: Sequence[str]) -> int:
+    """Run `trellis preflight` with these arguments and return its status; a signal ends it too."""
+    command = [sys.executable, "-m", "launch.cli", "preflight", *arguments]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL) as child:
+
+        def end(*_: object) -> None:
+            child.kill()  # it holds the port where the nodes meet
+            end_process(EXIT_TERMINATED)
+
+        on_termination(end)
+        try:
+            status = child.wait()
+        except KeyboardInterrupt:
+            child.kill()
+            return INTERRUPTED
+    end_rank_at_once()
+    # A scheduler may have sent the signal to every process of the node.
+    return EXIT_TERMINATED if status in ASKED else status
+
+
+def _run_ranks(given: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from launch.nodes_facts import use_local_address
+
     silence_the_agent()
     share_machine(_ranks(given))
-    api._terminate_process_handler = _OnSignal()
+    _heed_requests()
     os.environ[AGENT] = str(os.getpid())
     try:
+        if address := _value(given, "--local-addr"):
+            use_local_address(address)
         if place := endpoint_of(given):
             refuse_taken_port(*place)
         torchrun(given)
@@ -69,6 +104,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _say(error_line(error))
         return 1
     return 0
+
+
+def _heed_requests() -> None:
+    """Have torch's agent take a request to end for what it is."""
+    from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
+    from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+    from torch.distributed.elastic.multiprocessing import api
+
+    api._terminate_process_handler = _OnSignal()
+    monitor = LocalElasticAgent._monitor_workers
+
+    def watch(self: LocalElasticAgent, group: WorkerGroup) -> RunResult:
+        result: RunResult = monitor(self, group)
+        # Ranks here agree to end with those of a node that got a signal. Torch, which calls that a failure,
+        # would start them again and wait for the node that has left.
+        if result.is_failed() and {failure.exitcode for failure in result.failures.values()} <= set(ASKED):
+            self._remaining_restarts = 0
+        return result
+
+    LocalElasticAgent._monitor_workers = watch  # type: ignore[method-assign]
 
 
 class _OnSignal:
@@ -102,8 +157,12 @@ def _children() -> list[int]:
 
 
 def _ranks(given: Sequence[str]) -> int:
-    prefix = "--nproc-per-node="
-    return next((int(item[len(prefix) :]) for item in given if item.startswith(prefix)), 1)
+    return int(_value(given, "--nproc-per-node") or 1)
+
+
+def _value(given: Sequence[str], option: str) -> str | None:
+    prefix = f"{option}="
+    return next((item[len(prefix) :] for item in given if item.startswith(prefix)), None)
 
 
 def _run_folder(given: Sequence[str]) -> Path | None:

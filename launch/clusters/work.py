@@ -74,6 +74,7 @@ def read_work(recipe: str, options: Sequence[str], *, preflight: bool = True) ->
         recipe_options=(
             *(f"--set={assignment}" for assignment in given["set_"] or ()),
             *([f"--dataset-dir={given['dataset_dir']}"] if given["dataset_dir"] else []),
+            *([f"--corpus={given['corpus']}"] if given["corpus"] else []),
         ),
         preflight=preflight,
     )
@@ -109,20 +110,16 @@ def node_line(
     hosts_store: str | None = None,
     follow_stdin: bool = False,
 ) -> str:
-    """What one node runs, for ``bash -c``: its preflight, then its agent in the same process.
+    """What one node runs, for ``bash -c``: its agent, which runs the node's preflight first.
 
     ``place`` is the node's, where it is known; the others as in `agent.agent_command`.
     """
     environment = agent_environment(agents, checkout=work.checkout)
     known = [] if place is None else [f"--node-rank={place}"]
-    steps = [f"cd {shlex.quote(str(work.folder))}"]
-    if work.preflight:
-        preflight = [work.python, "-m", "launch.cli", "preflight", work.recipe, *work.recipe_options]
-        preflight += [f"--run-dir={work.run_dir}"]
-        preflight += [f"--nodes={agents.nodes}", f"--rdzv={agents.endpoint}"]
-        preflight += [f"--ranks-per-node={agents.ranks_per_node}", *known]
-        python_path = {name: environment[name] for name in ("PYTHONSAFEPATH", "PYTHONPATH")}
-        steps.append(shell_words(preflight, python_path))
+    preflight = [work.recipe, *work.recipe_options, f"--run-dir={work.run_dir}"]
+    preflight += [f"--nodes={agents.nodes}", f"--rdzv={agents.endpoint}"]
+    preflight += [f"--ranks-per-node={agents.ranks_per_node}", *known]
+    preflight += [] if local_address is None else [f"--local-addr={local_address}"]
     command = agent_command(
         agents,
         ["train", work.recipe, *work.options],
@@ -130,9 +127,10 @@ def node_line(
         local_address=local_address,
         hosts_store=hosts_store,
         follow_stdin=follow_stdin,
+        preflight=preflight if work.preflight else (),
         python=work.python,
     )
-    return " && ".join([*steps, f"exec {shell_words(command, environment)}"])
+    return f"cd {shlex.quote(str(work.folder))} && exec {shell_words(command, environment)}"
 
 
 def sweep_tasks(work: Work, sweep: Sequence[str]) -> list[Work]:

@@ -6,6 +6,8 @@ import dataclasses
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -13,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from launch.clusters.agent import Agents
+from launch.clusters.agent import CHECKOUT, Agents
 from launch.clusters.deepspeed import Host, dry_run, host_commands, run_hosts
+from launch.clusters.patience import Patience
 from launch.clusters.work import Work, read_work
 from tests.launch.rank_stand_in import BASE, starts, write_script
 from tests.launch.stand_in_python import write_python
@@ -88,7 +91,7 @@ def test_ranks_are_started_again_on_all_hosts_and_a_signal_reaches_them_there(ss
     thread = threading.Thread(target=ask_twice)
     thread.start()
     try:
-        assert run_hosts(host_commands(agents_here(), work, HOSTS), HOSTS) == 75
+        assert run_hosts(host_commands(agents_here(), work, HOSTS), HOSTS, grace_s=500.0) == 75
     finally:
         done.set()
         thread.join()
@@ -97,10 +100,53 @@ def test_ranks_are_started_again_on_all_hosts_and_a_signal_reaches_them_there(ss
     assert sorted((ssh / "reached").read_text().split()) == ["worker-0", "worker-1"]
 
 
+def test_hosts_that_still_save_are_not_asked_again() -> None:
+    now = [0.0]
+    patience = Patience(settle_s=60, grace_s=500, clock=lambda: now[0])
+    patience.asked()
+    now[0] = 1000.0
+    assert not patience.is_over([75, None])  # the first has saved
+    assert not patience.is_over([75, 1, None])  # now one has failed
+    now[0] += 61
+    assert patience.is_over([75, 1, None])
+    now[0] += 500
+    assert not patience.is_over([75, 1, None])
+    now[0] += 6
+    assert patience.is_over([75, 1, None])
+
+
+def test_a_node_whose_ranks_agree_to_end_starts_them_no_more(ssh: Path) -> None:
+    """The signal went to another node's agent: here the rank ends with 75, and a restart is left."""
+    work = stand_in(ssh, ["asked"])
+    agents = dataclasses.replace(agents_here(), nodes=1)
+    (command,) = host_commands(agents, work, HOSTS[:1])
+    agent = subprocess.Popen(command, stdin=subprocess.PIPE)
+    listening = work.run_dir / "listening-0"
+    until(lambda: listening.exists() and bool(listening.read_text()))
+    os.kill(int(listening.read_text()), signal.SIGUSR1)
+    assert agent.wait(timeout=120) == 75
+    assert starts(work.run_dir) == 1
+
+
+def test_a_signal_ends_the_preflight_too(ssh: Path) -> None:
+    """One that waits for a node that does not come."""
+    port = agents_here().port
+    nodes = ["--nodes=2", f"--rdzv=127.0.0.1:{port}", "--ranks-per-node=1", f"--run-dir={ssh / 'run'}"]
+    command = [sys.executable, "-m", "launch.clusters.run_agent", "preflight", BASE, *nodes, "--then"]
+    agent = subprocess.Popen(command, cwd=CHECKOUT)
+    children = Path(f"/proc/{agent.pid}/task/{agent.pid}/children")
+    until(lambda: bool(children.read_text().split()))
+    (child,) = map(int, children.read_text().split())
+    agent.send_signal(signal.SIGTERM)
+    assert agent.wait(timeout=60) == 75
+    until(lambda: not alive(child))
+    assert not alive(child)
+
+
 def test_a_host_that_ssh_does_not_reach_is_named(ssh: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (ssh / "bin" / "ssh").write_text('#!/bin/sh\ncase "$*" in *worker-1*) exit 255;; esac\n')
     commands = host_commands(agents_here(), stand_in(ssh, ["ok"], ["ok"]), HOSTS, ssh_port=2222)
-    assert all(command[:5] == ["ssh", "-o", "BatchMode=yes", "-p", "2222"] for command in commands)
+    assert all({"BatchMode=yes", "ConnectTimeout=30", "2222"} <= set(command) for command in commands)
     assert dry_run(commands, HOSTS).splitlines()[::2] == ["# node 0: worker-0", "# node 1: worker-1"]
-    assert run_hosts(commands, HOSTS) == 1
+    assert run_hosts(commands, HOSTS, grace_s=0.0) == 1
     assert "trellis: error: worker-1: ssh cannot reach it, or lost it" in capfd.readouterr().err

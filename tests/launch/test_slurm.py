@@ -18,7 +18,8 @@ BASE = str(Path(__file__).with_name("base.toml"))
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = ROOT / "launch" / "slurm" / "train.sbatch"
 
-# One process per task, as srun starts them: SIGUSR1 goes on to all, SIGTERM kills them, the highest status counts.
+# One process per task, as srun starts them: SIGUSR1 goes on to all, SIGTERM kills them, the highest status
+# counts.
 SRUN = """#!/usr/bin/env bash
 printf '%s\\n' "$@" >"$FAKES/srun-arguments"
 while [[ $1 == --* ]]; do
