@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from launch.defaults import defaults
-from launch.memory import estimate_memory, held_state
+from launch.memory import NO_PARTS, estimate_memory, held_state
 from launch.plan import make_plan
 from launch.recipe import load_recipe
 from tests.distributed import gloo_pool
