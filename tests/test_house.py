@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -75,7 +76,8 @@ def test_constraints_pin_every_direct_dependency() -> None:
         *project["dependencies"],
         *(line for extra in project["optional-dependencies"].values() for line in extra),
     ]
-    names = {line.split(";")[0].split("=")[0].split(">")[0].split("<")[0].strip() for line in wanted}
+    # The name ends where a version, a marker or extras (`ray[default]`) begin.
+    names = {re.split(r"[\[;=<>]", line)[0].strip() for line in wanted}
     pins = (ROOT / "constraints.txt").read_text().lower().replace("_", "-")
     missing = {name for name in names if f"\n{name.lower().replace('_', '-')}==" not in pins}
     assert not missing
