@@ -93,13 +93,13 @@ def test_jobs_end_with_the_status_of_their_nodes_and_a_stopped_one_lets_its_rank
 
     # Rank 0 takes longer to save than Ray, unless told, lets a job stop.
     work, driver = stand_in(tmp_path, ["asked,sleep 6"], ["asked"])
-    plain = [*driver[:-2], f"--line=echo node, first: {FIRST}"]
+    plain = [*driver[:-2], f"--line=echo node, first: {FIRST}, threads: ${{OMP_NUM_THREADS-shared}}"]
     stopped, done = (tmp_path / "stopped", tmp_path / "done")
     training, saying = start(submission(cluster, driver), stopped), start(submission(cluster, plain), done)
     assert saying.wait(timeout=240) == 0, done.read_text()
-    assert sorted(re.findall(r"node, first: \d", done.read_text())) == [
-        "node, first: 0",
-        "node, first: 1",
+    assert sorted(re.findall(r"node, first: \d, .*", done.read_text())) == [
+        "node, first: 0, threads: shared",
+        "node, first: 1, threads: shared",
     ]
     until(lambda: listen(work.run_dir))
     client = JobSubmissionClient(f"http://{cluster.webui_url}")
