@@ -26,6 +26,7 @@ from benchmarks.machine import machine, versions
 from benchmarks.namespaces import Hosts
 from benchmarks.node_runs import TIMEOUT_S, NodeRun, environment, preflight_command
 from launch.failures import cause_of, read_failures, report
+from trellis_dist.training.job import EXIT_TERMINATED
 
 __all__ = ["RESULT", "cases", "main", "render"]
 
@@ -40,7 +41,6 @@ SLOW_MEGABITS = 40
 Harm = Callable[[NodeRun, int], None]
 HARMS: dict[str, Harm] = {
     "killed rank": lambda run, host: run.kill_ranks(host),
-    "killed agent": lambda run, host: run.kill_agent(host),
     "killed host": lambda run, host: run.hosts.kill(host),
     "cut link": lambda run, host: run.hosts.cut(host),
 }
@@ -70,20 +70,35 @@ def recovers(work: Path, harm: str, hosts: int) -> dict[str, Any]:
         run.wait_for_step(AT_STEP)
         HARMS[harm](run, hosts - 1)
         begin = time.monotonic()
-        if harm == "killed agent":  # its rank goes on without it; the other agents wait for it at the end
-            last = folder / "checkpoints" / f"step-{STEPS:08d}"
-            run.wait(lambda: last.is_dir() and "run folder: " in run.said(0))
-        else:
-            run.end()
+        statuses = run.end()
         seconds = time.monotonic() - begin
-        statuses = [agent.poll() for agent in run.agents]
         lines = [line for host in range(hosts) for line in run.errors(host)]
     different, named = compare(folder, reference), _named(network, lines)
-    # A rank that outlives its agent fails nobody, so there is nothing to say.
-    right = named in (([], [network.names[-1]]) if harm == "killed agent" else ([network.names[-1]],))
-    ok = not different and right and (harm == "killed agent" or not any(statuses))
+    ok = not different and not any(statuses) and named == [network.names[-1]]
     outcome = "finished, equal in every bit" if not different else f"statuses {statuses}; {different}"
-    outcome += f"; named: {', '.join(named)}" if named else ""
+    outcome += f"; named: {', '.join(named) or 'nobody'}"
+    return {"passed": ok, "outcome": outcome, "until_end_s": round(seconds, 1), "lines": lines}
+
+
+def saves(work: Path, hosts: int) -> dict[str, Any]:
+    """Kill the last host's agent: its ranks end with it, all save and end, and the same command goes on."""
+    folder, reference = _folder(work), whole(work, hosts)
+    settings, options = {"training.steps": STEPS}, ("--no-preflight", "--max-restarts", "2")
+    with Hosts(hosts, work) as network:
+        with NodeRun(network, folder, work, settings, *options) as run:
+            run.wait_for_step(AT_STEP)
+            run.kill_agent(hosts - 1)
+            begin = time.monotonic()
+            statuses = run.end(limit_s=PATIENCE_S)[:-1]
+            seconds = time.monotonic() - begin
+            lines = [line for host in range(hosts) for line in run.errors(host)]
+        with NodeRun(network, folder, work, settings, *options) as again:
+            later = again.end()
+    different, named = compare(folder, reference), _named(network, lines)
+    asked = all(status == EXIT_TERMINATED for status in statuses)
+    ok = asked and not any(later) and not different and named in ([], [network.names[-1]])
+    outcome = f"ended with status {' '.join(map(str, sorted(set(statuses))))}; started again: "
+    outcome += different or "finished, equal in every bit"
     return {"passed": ok, "outcome": outcome, "until_end_s": round(seconds, 1), "lines": lines}
 
 
@@ -173,9 +188,10 @@ def cases(work: Path) -> list[Case]:
     }
     for hosts in (2, 4):
         for harm in HARMS:
-            again = harm in ("killed rank", "killed agent")
+            again = harm == "killed rank"
             name = f"{hosts} hosts: {harm}, c10d, {'restarts' if again else 'no restarts'}"
             found[name] = functools.partial(recovers if again else ends, work, harm, hosts)
+        found[f"{hosts} hosts: killed agent, c10d, restarts"] = functools.partial(saves, work, hosts)
     found["4 hosts: cut link of the first host, c10d, no restarts"] = lambda: ends(
         work, "cut link", 4, host=0
     )

@@ -340,7 +340,8 @@ def test_an_ipv6_address_has_brackets() -> None:
     ],
 )
 def test_numbers_that_cannot_be_are_refused(changes: dict[str, Any], words: str, tmp_path: Path) -> None:
-    call = Call(**({"nodes": 2, "ranks": 1, "place": 0, "host": "host0"} | changes))
+    given: dict[str, Any] = {"nodes": 2, "ranks": 1, "place": 0, "host": "host0"}
+    call = Call(**(given | changes))
     with pytest.raises(ValueError, match=words):
         meet(local(tmp_path), call=call, rendezvous="127.0.0.1:1", seconds=1.0)
 
