@@ -43,6 +43,7 @@ def test_the_table_of_the_page_is_that_of_the_record(tmp_path: Path) -> None:
     record = read_json(RESULT)
     text = PAGE.read_text(encoding="utf-8")
     assert text.split("<!-- nodes table -->\n")[1].split("\n<!-- end -->")[0] == render(record)
-    assert set(record["cases"]) <= {case.name for case in cases(tmp_path)}
+    every = {case.name for case in cases(tmp_path)}
+    assert set(record["cases"]) == every if record["complete"] else set(record["cases"]) < every
     assert len(record["cases"]) >= 8
     assert all(row["passed"] for row in record["cases"].values())
