@@ -19,7 +19,7 @@ from torch import Tensor
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.tape import Tape
 
-__all__ = ["Arrival", "Transfers"]
+__all__ = ["Arrival", "Transfers", "settle_sends"]
 
 # Sends that may be under way before the oldest is waited for. A send completes when the neighbour, about one
 # scan behind, posts its receive; a few layers of slack keep that from ever being a wait.
@@ -28,6 +28,17 @@ _MAX_PENDING = 8
 # Sends under way, by communicator: a message must outlive also the Transfers that sent it, whose model may be
 # dropped right after a step that the neighbour has not finished.
 _pending: WeakKeyDictionary[dist.ProcessGroup, deque[tuple[dist.Work, Tensor]]] = WeakKeyDictionary()
+
+
+def settle_sends() -> None:
+    """Wait until every message of this rank has arrived; at the end of a step the neighbours take them all.
+
+    For who watches collectives, and ends: torch's profiler is told of a send's end when somebody waits for
+    it, and after the profiler has stopped that damages the heap (torch 2.13).
+    """
+    for pending in _pending.values():
+        while pending:
+            pending.popleft()[0].wait()
 
 
 class Arrival:

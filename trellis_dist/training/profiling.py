@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from trellis_dist.files import write_json
+from trellis_dist.parallel.transfers import settle_sends
 from trellis_dist.training.config import ProfileConfig
 
 __all__ = ["Profiler", "profile_folder"]
@@ -107,6 +108,7 @@ class Profiler:
 
     def _finish(self, profile: Any, first: int) -> None:
         with self._tolerated("be written"):
+            settle_sends()
             profile.stop()
             self._profile, self._first = None, 0
             folder = profile_folder(self._run_dir, first)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import sys
 import time
@@ -306,14 +305,7 @@ def _profiler(job: Job, run_dir: Path, progress: Progress, metrics: MetricsWrite
         else:
             print(text, file=sys.stderr, flush=True)  # of this rank's log
 
-    config = job.logging.profile
-    if config.enabled and job.training.engine == "fsdp2":
-        # Seen on two ranks with torch 2.13: garbage that was collected at the end of a profile crashed.
-        config = dataclasses.replace(config, enabled=False)
-        metrics.say(
-            "alert: not profiled: torch ended ranks of training.engine = fsdp2 at the end of a profile"
-        )
-    return Profiler(config, run_dir, rank=env.rank(), resumed_step=progress.step, say=say)
+    return Profiler(job.logging.profile, run_dir, rank=env.rank(), resumed_step=progress.step, say=say)
 
 
 def _metrics(job: Job, run_dir: Path, progress: Progress) -> MetricsWriter:
