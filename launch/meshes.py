@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,10 +18,19 @@ from launch.recipe import Recipe
 from launch.step_time import StepTime, predict, ties
 from trellis_dist.models.counts import ParameterCounts
 
-__all__ = ["FRAGMENTATION", "RESERVED_BYTES", "Candidate", "changed", "fits", "rank_meshes", "settings_of"]
+__all__ = [
+    "FRAGMENTATION",
+    "RESERVED_BYTES",
+    "Candidate",
+    "changed",
+    "fits",
+    "rank_meshes",
+    "settings_of",
+    "taken",
+]
 
-# What the allocator and the libraries take beside live tensors: a share of them (measured on a CPU,
-# docs/planning.md; on a GPU an assumption, as are 2 GB for CUDA's context, NCCL and cuBLAS).
+# What the allocator and the libraries take beside live tensors on a GPU: a share of them, and CUDA's context,
+# NCCL and cuBLAS (assumptions). On a CPU the process beside what launch.memory counts as resident.
 FRAGMENTATION = 1.06
 RESERVED_BYTES = {False: 400 * 10**6, True: 2 * 10**9}
 
@@ -105,8 +114,8 @@ def _ranked(
                 reasons[str(error).splitlines()[0]] += 1
                 continue
             memory = estimate_memory(tried, counts=counts, mesh=tried.mesh, cuda=cluster.cuda)
-            if not fits(memory["total"], cluster):
-                reasons[_too_large(tried, memory["total"], cluster)] += 1
+            if not fits(memory, cluster):
+                reasons[_too_large(tried, cluster)] += 1
                 continue
             time = predict(tried, cluster, counts=counts, mesh=tried.mesh)
             fitting.append(Candidate(tried, memory, time))
@@ -121,14 +130,18 @@ def _rank(one: Candidate) -> tuple[float, int]:
     return float(f"{one.time.total:.4g}"), one.memory["total"]
 
 
-def fits(total: int, cluster: Cluster) -> bool:
-    """Whether a rank of ``total`` live bytes has room on its device; always where its memory is not known."""
-    if not cluster.memory_bytes:
-        return True
-    return total * FRAGMENTATION + RESERVED_BYTES[cluster.cuda] <= cluster.memory_bytes
+def taken(memory: Mapping[str, int], *, cuda: bool) -> float:
+    """Bytes of a device that a rank takes, of ``estimate_memory``: live tensors, allocator and process."""
+    held = memory["total"] * FRAGMENTATION if cuda else memory["resident"]
+    return held + RESERVED_BYTES[cuda]
 
 
-def _too_large(recipe: Recipe, total: int, cluster: Cluster) -> str:
+def fits(memory: Mapping[str, int], cluster: Cluster) -> bool:
+    """Whether a rank of ``memory`` has room on its device; always where the device's is not known."""
+    return not cluster.memory_bytes or taken(memory, cuda=cluster.cuda) <= cluster.memory_bytes
+
+
+def _too_large(recipe: Recipe, cluster: Cluster) -> str:
     training = recipe.training
     engine = f"ZeRO {training.zero_stage}" if training.engine == "deepspeed" else training.engine
     checkpointing = training.activation_checkpointing

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from launch.cluster_model import Cluster, this_machine
 from launch.defaults import defaults
 from launch.fit import fit_mesh, fit_to_devices
 from launch.memory import estimate_memory, phase_peaks
-from launch.meshes import FRAGMENTATION, RESERVED_BYTES, fits, rank_meshes
+from launch.meshes import RESERVED_BYTES, fits, rank_meshes, taken
 from launch.plan_tables import candidate_lines, disk_lines, short, time_lines, verdict_lines
 from launch.preflight import checkpoint_bytes, most_kept
 from launch.recipe import Recipe, dotted_items, resolve
@@ -47,7 +48,7 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
         "flops_per_token": flops_per_token(recipe.model, sequence_length=recipe.data.sequence_length),
         "mesh": {"dp": dp, "sp": mesh.sp, "tp": mesh.tp, "ranks": ranks, "dp_open": recipe.mesh.dp is None},
         "batch": _batch(fitted, dp=dp),
-        "own_mesh": _verdict(memory["total"], where, ranks=ranks),
+        "own_mesh": _verdict(memory, where, ranks=ranks),
         "memory_per_rank_bytes": memory,
         "memory_peaks_bytes": phase_peaks(fitted, counts=counts, mesh=mesh, cuda=where.cuda),
         "prediction": _prediction(fitted, where, counts=counts, mesh=mesh)
@@ -58,21 +59,20 @@ def make_plan(recipe: Recipe, cluster: Cluster | None = None) -> dict[str, Any]:
     }
 
 
-def _verdict(total: int, cluster: Cluster, *, ranks: int) -> dict[str, Any]:
+def _verdict(memory: Mapping[str, int], cluster: Cluster, *, ranks: int) -> dict[str, Any]:
     """Whether the recipe's own mesh runs: devices that it takes of those there are, and what is wrong.
 
     "fits" is None where the devices' memory is not known.
     """
-    problem, room = None, fits(total, cluster) if cluster.memory_bytes else None
+    problem, room = None, fits(memory, cluster) if cluster.memory_bytes else None
     if ranks > cluster.devices:
         fewer = "lower mesh.dp, mesh.sp or mesh.tp"
         problem = f"cannot run: the mesh needs {ranks} devices of {cluster.devices}: {fewer}"
     elif room is False:
-        process = RESERVED_BYTES[cluster.cuda]
-        taken = (total * FRAGMENTATION + process) / 1e9
+        needed, process = taken(memory, cuda=cluster.cuda) / 1e9, RESERVED_BYTES[cluster.cuda] / 1e9
         problem = (
-            f"does not fit, by this estimate: a rank takes {taken:.1f} GB of {cluster.memory_gb:.1f} "
-            f"(tensors, {FRAGMENTATION - 1:.0%} the allocator loses, {process / 1e9:g} GB a process): "
+            f"does not fit, by this estimate: a rank takes {needed:.1f} GB of {cluster.memory_gb:.1f} "
+            f"(tensors, what the allocator loses, {process:g} GB a process): "
             "lower training.micro_batch, recompute, or divide more"
         )
     return {
