@@ -35,7 +35,7 @@ from benchmarks.machine import machine, versions
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
 from data_pipeline.loader import Batch
-from trellis_dist.files import write_json
+from trellis_dist.files import read_json, write_json
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.parallel.config import MeshConfig
@@ -80,7 +80,7 @@ def main() -> None:
     write_json(chosen.output, record)
     if chosen.output == RESULT:
         page = PAGE.read_text(encoding="utf-8")
-        PAGE.write_text(page[: page.index(HEADING)] + section(record), encoding="utf-8")
+        PAGE.write_text(page[: page.index(HEADING)] + section(read_json(RESULT)), encoding="utf-8")
 
 
 def section(record: dict[str, Any]) -> str:
