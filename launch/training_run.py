@@ -98,6 +98,8 @@ def _train_as_rank(recipe: Recipe, run_dir: Path, *, resume: Resume, stop_at_ste
         _tell_once(leave_failure(error, run_dir=run_dir, rank=rank, recipe=recipe), run_dir, recipe)
         end_process(1)
     if rank == 0:
+        # The other ranks end now, for which torchrun may end this one too: it has the run's page to write.
+        on_termination(lambda *_: None)
         write_page(run_dir)
     if result.exit_status == EXIT_TERMINATED:
         if rank > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,15 @@ def test_the_recipe_is_whole_and_what_differs_is_marked() -> None:
         "  data        mixture={}, sequence_length=16",
     ]
     assert all(len(line) <= 60 for line in lines[1:])
+
+
+def test_a_terminal_without_rich_gets_plain_lines(
+    terminal: Terminal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == "rich"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "rich", None)  # as where it is not installed
+    console = Console(steps=10, first=0, progress=True, stream=terminal)
+    console.say("hello")
+    console.close()
+    assert terminal.getvalue() == "hello\n"

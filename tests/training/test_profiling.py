@@ -147,6 +147,32 @@ def test_a_profile_that_cannot_go_on_is_stopped(tmp_path: Path, monkeypatch: pyt
     assert recording.stopped == 1
 
 
+def test_a_rollback_inside_the_profiled_steps_ends_the_profile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+    profiler, recording = begun(tmp_path, monkeypatch, said)
+    monkeypatch.setattr(recording, "step", lambda: None)
+    profiler.after_step(2)
+    profiler.after_step(3)
+    profiler.before_step(2)
+    profiler.after_step(2)
+    assert said == ["alert: the profile of rank 0 could not go on: step 3 was rolled back"]
+    assert recording.stopped == 1
+    profiler.before_step(3)
+    assert profiler.writes_after(5)  # as on the other ranks
+    profiler.after_step(5)
+
+
+def test_a_run_that_fails_with_sends_under_way_does_not_stop_the_profiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    profiler, recording = begun(tmp_path, monkeypatch, [])
+    monkeypatch.setattr(profiling, "sends_under_way", lambda: True)
+    profiler.close(failed=True)
+    assert recording.stopped == 0
+
+
 def test_a_device_that_does_not_end_its_work_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -71,6 +71,40 @@ def test_a_rollback_takes_its_steps_out_also_those_of_a_start_before(tmp_path: P
     assert useful_seconds(read_starts(tmp_path)) == 16.0
 
 
+def test_starts_without_a_step_are_kept_out_of_the_way(tmp_path: Path) -> None:
+    """They died at the step they began with; the next begins lower, or goes back below it."""
+    clock = Clock()
+    steps(begin(tmp_path, clock), clock, *range(1, 26))
+    begin(tmp_path, clock, resumed=20)
+    steps(begin(tmp_path, clock, resumed=20), clock, 21, 22)
+    fourth = begin(tmp_path, clock, resumed=20)
+    steps(fourth, clock, 11)  # rolled back to step 10
+    assert (fourth.seconds, fourth.record.from_step) == (10 * 2 + 2, 10)
+    fifth = begin(tmp_path, clock, resumed=5)
+    assert fifth.row()["perf/goodput"] == fifth.seconds / fifth.wall_seconds()
+    assert useful_seconds(read_starts(tmp_path)) == 5 * 2
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_the_lines_before_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    steps(begin(tmp_path, clock), clock, 1, 2)
+    path = tmp_path / "starts.jsonl"
+    torn = path.read_bytes() + b'{"start": 2, "ti'
+    path.write_bytes(torn)
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        second = begin(tmp_path, clock, resumed=2)
+    steps(second, clock, 3)
+    assert path.read_bytes() == torn
+    assert second.row()["health/restarts"] == 1
+
+
 def test_a_line_cut_short_hides_no_other_start(tmp_path: Path) -> None:
     clock = Clock()
     steps(begin(tmp_path, clock), clock, 1, 2)

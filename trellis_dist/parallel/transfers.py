@@ -19,7 +19,7 @@ from torch import Tensor
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.tape import Tape
 
-__all__ = ["Arrival", "Transfers", "settle_sends"]
+__all__ = ["Arrival", "Transfers", "sends_under_way", "settle_sends"]
 
 # Sends that may be under way before the oldest is waited for. A send completes when the neighbour, about one
 # scan behind, posts its receive; a few layers of slack keep that from ever being a wait.
@@ -39,6 +39,11 @@ def settle_sends() -> None:
     for pending in _pending.values():
         while pending:
             pending.popleft()[0].wait()
+
+
+def sends_under_way() -> bool:
+    """Whether this rank has sent what nobody has waited for, arrived or not."""
+    return any(_pending.values())
 
 
 class Arrival:

@@ -171,7 +171,10 @@ class _Bar:
         """Draw the bar; False where the stream is no terminal, or one that cannot move its cursor."""
         if not self._stream.isatty():
             return False
-        self._console = _terminal(self._stream)
+        try:
+            self._console = _terminal(self._stream)
+        except ImportError:  # rich comes with the command; a loop of one's own does without
+            return False
         if not self._console.is_terminal or self._console.is_dumb_terminal:
             return False
         self._progress = _columns(self._console)

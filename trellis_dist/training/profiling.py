@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from trellis_dist.files import write_json
-from trellis_dist.parallel.transfers import settle_sends
+from trellis_dist.parallel.transfers import sends_under_way, settle_sends
 from trellis_dist.training.config import ProfileConfig
 
 __all__ = ["Profiler", "profile_folder"]
@@ -57,6 +57,7 @@ class Profiler:
         self._first = first if wanted else 0
         self._last = first + config.steps - 1 if config.enabled else 0
         self._profile: Any = None
+        self._at = 0  # the last step that was profiled
 
     def writes_after(self, step: int) -> bool:
         """Whether ranks write their profiles after ``step``; the same answer on all ranks."""
@@ -68,18 +69,21 @@ class Profiler:
             return
         if self._profile is None:
             with self._tolerated("begin"):
-                self._profile = self._made()
+                self._profile, self._at = self._made(), step - 1
                 self._profile.start()
 
     def after_step(self, step: int) -> None:
         """``step`` is done; after the last one that is profiled the files are written."""
         if self._profile is None:
             return
+        with self._tolerated("go on"):
+            if step != self._at + 1:
+                raise ValueError(f"step {self._at} was rolled back")
+            self._at = step
+            if step < self._last:
+                self._profile.step()
         if step >= self._last:
             self.close()
-        else:
-            with self._tolerated("go on"):
-                self._profile.step()
 
     def _made(self) -> Any:
         from torch.profiler import ProfilerActivity, profile, schedule
@@ -119,8 +123,9 @@ class Profiler:
         """End a profile without writing it; without this the process would go on recording."""
         profile, self._profile, self._first = self._profile, None, 0
         # It is stopped in the thread that started it, and waits for the device, where a collective may wait
-        # for a rank that is dead. Such a process is about to end, and may record until it does.
-        if profile is not None and _device_is_idle(STOP_S):
+        # for a rank that is dead; and sends must have been waited for, which that rank never takes. Such a
+        # process is about to end, and may record until it does.
+        if profile is not None and not sends_under_way() and _device_is_idle(STOP_S):
             with contextlib.suppress(Exception):
                 profile.stop()
 
@@ -158,6 +163,7 @@ class Profiler:
         try:
             yield
         except Exception as error:
+            settle_sends()
             self._drop()
             self._say(f"alert: the profile of rank {self._rank} could not {what}: {error}")
 

@@ -98,7 +98,8 @@ def _cut(part: tuple[int, int, float], end: int) -> tuple[int, int, float]:
     if last <= end:
         return part
     kept = max(0, end - first)
-    return first, first + kept, seconds * kept / (last - first)
+    share = kept / (last - first) if last > first else 0.0  # a start that did no step has nothing to keep
+    return first, first + kept, seconds * share
 
 
 class Starts:
@@ -135,8 +136,12 @@ class Starts:
             lost_steps=max(0, reached - resumed_step),
         )
         if main:
-            with contextlib.suppress(OSError):
+            try:
                 self._open()
+            except OSError:  # what is half there must not be gone on with
+                if self._file >= 0:
+                    os.close(self._file)
+                self._file = -1
 
     def _open(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
