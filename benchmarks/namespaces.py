@@ -38,6 +38,15 @@ for round in 1 2 3 4 5; do
   done
 done"""
 LIMIT_S = 30.0
+# What a process may have been told of its own machine's network and ranks, and a host must not inherit.
+_OF_A_MACHINE = (
+    "GLOO_SOCKET_IFNAME",
+    "NCCL_SOCKET_IFNAME",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "RANK",
+    "WORLD_SIZE",
+)
 
 
 class Hosts:
@@ -84,7 +93,8 @@ class Hosts:
     ) -> subprocess.Popen[Any]:
         """Start a process on ``host``, as the leader of a process group; ``options`` are subprocess's."""
         line = self.command(host, arguments)
-        return subprocess.Popen(line, env={**os.environ, **(env or {})}, start_new_session=True, **options)
+        own = {name: value for name, value in os.environ.items() if name not in _OF_A_MACHINE}
+        return subprocess.Popen(line, env={**own, **(env or {})}, start_new_session=True, **options)
 
     def cut(self, host: int) -> None:
         """Pull the cable of ``host``: what is sent to it or by it is lost, and nobody is told."""
