@@ -21,6 +21,7 @@ from launch.clusters.agent import Agents, shell_words
 from launch.clusters.patience import Patience
 from launch.clusters.run_agent import status_of
 from launch.clusters.work import Work, node_line
+from launch.ending import handlers_kept
 from launch.ranks import PASSED_ON
 from trellis_dist.training.job import EXIT_TERMINATED
 
@@ -130,12 +131,10 @@ def _signals_to(processes: Sequence[subprocess.Popen[bytes]], patience: Patience
         # A terminal that is closed asks the run to end; ranks save for SIGTERM alone.
         _tell(processes, signal.SIGTERM if number == signal.SIGHUP else signal.Signals(number))
 
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    try:
+    with handlers_kept(PASSED_ON):
+        for number in PASSED_ON:
+            signal.signal(number, pass_on)
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _tell(processes: Sequence[subprocess.Popen[bytes]], number: signal.Signals) -> None:
