@@ -6,6 +6,8 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
+from hypothesis.internal.conjecture import providers
+from hypothesis.internal.constants_ast import Constants
 from schemathesis import GenerationMode
 
 from evals.queue import Queue
@@ -41,6 +43,15 @@ def schema(dataset_dir, tmp_path_factory):
     store(queue)
     app = create_app(queue, Runs(folder / "runs"), token="t0k3n")
     return schemathesis.openapi.from_asgi("/openapi.json", app, headers=ALLOWED)
+
+
+@pytest.fixture(autouse=True)
+def the_same_requests(monkeypatch):
+    """The seed decides alone: hypothesis would also draw constants of whatever the process has imported."""
+    monkeypatch.setattr(providers, "_get_local_constants", Constants)
+    providers.CONSTANTS_CACHE.cache.clear()
+    yield
+    providers.CONSTANTS_CACHE.cache.clear()
 
 
 def operations(schema):
