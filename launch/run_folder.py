@@ -13,7 +13,7 @@ from launch.recipe import Recipe, differences, parse_recipe, resolve
 from trellis_dist.files import read_json, write_json
 from trellis_dist.training.run_lock import RunLock
 
-__all__ = ["StageSeconds", "anchored", "claim_run", "recipe_of_run"]
+__all__ = ["StageSeconds", "anchored", "claim_run", "free_to_change", "recipe_of_run"]
 
 # What may change between two starts of one run: nothing that decides which weights come out of good steps.
 _FREE = (
@@ -40,6 +40,11 @@ _FREE_TRAINING = (
     # A run that has a checkpoint resumes it; where its first weights came from is in there.
     "training.init_from",
 )
+
+
+def free_to_change(key: str) -> bool:
+    """Whether a dotted key may change between two starts of one run: it does not decide its weights."""
+    return key.startswith((*_FREE, *_FREE_TRAINING))
 
 
 def recipe_of_run(run_dir: Path) -> Recipe:
@@ -84,9 +89,7 @@ def _claim(run_dir: Path, recipe: Recipe) -> Path:
         # Parsed, so that a key which a later version added counts with its default.
         before = resolve(parse_recipe(read_json(path), source=str(path)))
         changed = {
-            key: values
-            for key, values in differences(before, resolved).items()
-            if not key.startswith((*_FREE, *_FREE_TRAINING))
+            key: values for key, values in differences(before, resolved).items() if not free_to_change(key)
         }
         if changed:
             listed = ", ".join(

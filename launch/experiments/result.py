@@ -1,0 +1,146 @@
+"""The one JSON of a finished run: what was trained, what it cost, what it scored, and where."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.experiments.spec import RunSpec, changes
+from launch.recipe import Recipe, resolve
+from trellis_dist.files import read_json
+
+__all__ = ["FORMAT", "collect", "known_result", "refuse_another"]
+
+# Raise it when a key changes its meaning.
+FORMAT = 1
+# Records hold their prompts one by one too; the run's own folder keeps those.
+_LEFT_OUT = ("samples",)
+# Where texts lie: a checkout elsewhere has them elsewhere.
+_PATHS = ("perplexity_text", "ruler_essay", "suites_folder", "harness_folder")
+
+
+def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
+    """The result of a trained and scored run, read from its folder (nats, bytes, seconds, FLOPs).
+
+    Keys: "name", "about", "digest", "recipe" (resolved), "data" (fingerprint), "commit", "machine",
+    "versions"; "training" (`_training`), "model" (`_model`); "validation" (loss, bits per byte, the bigram's,
+    losses by position) where perplexity was scored; "scores": per task settings, seconds and result.
+    """
+    from launch.machine import commit, machine, versions
+
+    recipe = spec.resolved
+    records = _records(run_dir, recipe)
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "name": spec.name,
+        "about": dict(spec.about),
+        "digest": spec.digest,
+        "recipe": resolve(recipe),
+        "commit": commit(),
+        "machine": machine(),
+        "versions": versions(),
+        "training": _training(run_dir, recipe),
+        "model": _model(recipe),
+        "scores": {task: _short(record) for task, record in records.items()},
+        "scalars": {key: value for record in records.values() for key, value in record["scalars"].items()},
+    }
+    if records:
+        found["data"] = next(iter(records.values()))["data"]
+    if "perplexity" in records:
+        found["validation"] = _validation(records["perplexity"]["result"])
+    return found
+
+
+def known_result(path: Path, spec: RunSpec) -> dict[str, Any] | None:
+    """The result in ``path`` if it is that of ``spec``; None without one, or where it scored other things.
+
+    Raises:
+        ValueError: the file holds the result of another run; one line says which keys differ.
+    """
+    if not path.is_file():
+        return None
+    stored: dict[str, Any] = read_json(path)
+    refuse_another(stored["recipe"], spec, holder=path)
+    same = all(
+        _same(key, stored["recipe"]["evals"].get(key, value), value) for key, value in spec.scoring.items()
+    )
+    return {**stored, "about": dict(spec.about)} if same else None
+
+
+def _same(key: str, before: Any, now: Any) -> bool:
+    return (before is None) == (now is None) if key in _PATHS else bool(before == now)
+
+
+def refuse_another(recipe: Mapping[str, Any], spec: RunSpec, *, holder: Path) -> None:
+    """Raise ValueError unless the resolved ``recipe`` stored in ``holder`` fixes what ``spec`` does."""
+    changed = changes(recipe, spec.resolved, source=str(holder))
+    if changed:
+        listed = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in sorted(changed.items())[:4])
+        more = f" and {len(changed) - 4} more" if len(changed) > 4 else ""
+        raise ValueError(
+            f"{holder} is of another run named {spec.name} ({listed}{more}): use another --root, or remove it"
+        )
+
+
+def _records(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """Per task of the recipe the record of its last step."""
+    step = recipe.training.steps
+    paths = {task: run_dir / "evals" / f"{task}-step-{step}.json" for task in recipe.evals.tasks}
+    return {task: read_json(path) for task, path in paths.items()}
+
+
+def _short(record: Mapping[str, Any]) -> dict[str, Any]:
+    result = {key: value for key, value in record["result"].items() if key not in _LEFT_OUT}
+    return {"settings": record["settings"], "seconds": record["seconds"], "result": result}
+
+
+def _training(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """Steps, tokens and seconds; the losses while it trained, [step, nats], validation's and a few others."""
+    from evals.summary import read_metrics
+    from trellis_dist.training.starts import read_starts, useful_seconds
+
+    rows, starts = read_metrics(run_dir), read_starts(run_dir)
+    speeds = [row["perf/tokens_per_second"] for row in rows if row.get("perf/tokens_per_second")]
+    losses = [[row["step"], row["loss/train"]] for row in rows if "loss/train" in row]
+    return {
+        "steps": recipe.training.steps,
+        "tokens": recipe.tokens(),
+        "sequence_length": recipe.data.sequence_length,
+        "seed": recipe.training.seed,
+        "seconds": useful_seconds(starts),
+        "starts": len(starts),
+        "seconds_per_token": 1.0 / statistics.median(speeds) if speeds else None,
+        "train_losses": _thinned(losses),
+        "validation_losses": [
+            [row["step"], row["loss/validation"]] for row in rows if "loss/validation" in row
+        ],
+    }
+
+
+def _thinned(rows: Sequence[Any], most: int = 100) -> list[Any]:
+    """At most about ``most`` of them, the last among them."""
+    step = max(len(rows) // most, 1)
+    return list(rows[::-1][::step][::-1])
+
+
+def _model(recipe: Recipe) -> dict[str, Any]:
+    """Parameters, forward and backward FLOPs per trained token, bytes of decode state after a row."""
+    from trellis_dist.models.counts import flops_per_token, parameter_counts, state_bytes
+
+    counts, length = parameter_counts(recipe.model), recipe.data.sequence_length
+    return {
+        "parameters": counts.total,
+        "embedding_parameters": counts.embedding,
+        "non_embedding_parameters": counts.non_embedding,
+        "flops_per_token": flops_per_token(recipe.model, sequence_length=length),
+        "state_bytes": state_bytes(recipe.model, position=length),
+        "state_position": length,
+    }
+
+
+def _validation(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the held-out text: the model, the n-grams counted on the training text, losses by position."""
+    kept = ("unigram", "bigram", "by_position", "targets", "bytes")
+    return {**result["model"], **{key: result[key] for key in kept if key in result}}
