@@ -98,7 +98,7 @@ def prepare(
         workers=workers,
         ray_address=ray_address,
         progress=loaded.logging.progress,
-        chunk_size=loaded.model.trellis.chunk_size,
+        chunk_size=loaded.model.grain,
     )
     for split, info in manifest.splits.items():
         print(f"{split}: {info.documents:,} documents, {info.tokens:,} tokens, {info.bytes:,} bytes")

@@ -102,7 +102,7 @@ def _prepare(recipe: Recipe, seconds: StageSeconds, say: Say) -> str:
         manifest = prepare(
             recipe.data,
             progress=recipe.logging.progress,
-            chunk_size=recipe.model.trellis.chunk_size,
+            chunk_size=recipe.model.grain,
         )
         stage.reused = manifest.fingerprint == before
     if "prepare" not in seconds.all():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trellis_dist.models.config import AttentionConfig
 from trellis_dist.models.counts import state_bytes
 from trellis_dist.models.kv_cache import KVCache
 from trellis_dist.models.registry import MIXERS
@@ -31,6 +32,13 @@ MODELS = {
         "trellis": {"update": "corrected", "readout_affine": True, "value_gates": "own", "gates": ("off",)}
     },
     "one token per chunk": {"trellis": {"chunk_size": 1, "conv_kernel": 1}},
+    "sliding window": {
+        "pattern": ("trellis", "sliding_window"),
+        "attention": AttentionConfig(sliding_window=3),
+    },
+    "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
+    "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
+    "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
 }
 
 
@@ -41,8 +49,6 @@ def test_every_mixer_is_held_to_this():
 
 @pytest.fixture(params=MODELS.values(), ids=MODELS.keys())
 def model(request, tiny):
-    from trellis_dist.models.config import AttentionConfig
-
     options = dict(request.param)
     if "attention_window" in options:
         options["attention"] = AttentionConfig(window=options.pop("attention_window"))

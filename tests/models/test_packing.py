@@ -19,6 +19,13 @@ MODELS = {
     "attention": {"pattern": ("attention",), "attention": AttentionConfig(window=3)},
     "hybrid": {"pattern": ("trellis", "attention"), "trellis": {"learned_initial_memory": True}},
     "corrected": {"trellis": {"update": "corrected", "readout": "silu_rms", "value_gates": "own"}},
+    "sliding window": {
+        "pattern": ("trellis", "sliding_window"),
+        "attention": AttentionConfig(sliding_window=3),
+    },
+    "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
+    "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
+    "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
 }
 
 
@@ -82,7 +89,7 @@ def test_a_change_alters_nothing_before_it(model, tokens, position):
 
 
 def test_context_positions_and_edges():
-    context = packed_context(torch.tensor([0, 2, 6, 8]), rows=2, length=4, chunk_size=4, conv_kernel=4)
+    context = packed_context(torch.tensor([0, 2, 6, 8]), rows=2, length=4, chunk_sizes=[4], conv_kernel=4)
     assert context.lengths == (2, 2, 2, 2)
     assert context.positions.tolist() == [0, 1, 0, 1, 0, 1, 0, 1]
     assert [edge.tolist() for edge in context.edges] == [[2, 4, 6], [2, 3, 4, 5, 6, 7], [2, 3, 4, 5, 6, 7]]

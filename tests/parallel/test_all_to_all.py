@@ -256,7 +256,7 @@ def attended(
     rows, length = upstream.shape[:2]
     inputs, context = [leaf(x) for x in parts], SequenceContext()
     if bounds is not None:
-        context = packed_context(bounds, rows=rows, length=length, chunk_size=8, conv_kernel=0)
+        context = packed_context(bounds, rows=rows, length=length, chunk_sizes=[8], conv_kernel=0)
     shape = (1, rows * length) if context.packed else (rows, length)
     q, k, v = (x.view(*shape, *x.shape[2:]) for x in inputs)
     y = operation(q, k, v, theta=1e4, positions=context.positions, lengths=context.lengths, **options)

@@ -29,7 +29,7 @@ def parity(sp: int, kernel: int, starts: list[int] | None) -> dict[str, float]:
         if bounds is not None:
             rows, length = x.shape[:2]
             edges = packed_context(
-                bounds, rows=rows, length=length, chunk_size=CHUNK, conv_kernel=kernel
+                bounds, rows=rows, length=length, chunk_sizes=[CHUNK], conv_kernel=kernel
             ).edges
             flat = x.flatten(0, 1).unsqueeze(0)
         y = convolution(flat, w, edges=edges).view_as(up)

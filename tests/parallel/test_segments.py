@@ -100,7 +100,7 @@ def test_the_whole_rows_are_the_same_on_every_rank():
     tokens = batch(2, 32)
     # Ranks 1 and 2 of row 0 hold starts of their own, rank 3 none: its activations are not packed.
     bounds = torch.tensor([0, 12, 16, 20, 32, 64])
-    expected = packed_context(bounds, rows=2, length=32, chunk_size=CHUNK, conv_kernel=0)
+    expected = packed_context(bounds, rows=2, length=32, chunk_sizes=[CHUNK], conv_kernel=0)
     packed = []
     for rank in range(4):
         segments = segments_of(4, rank)
@@ -108,8 +108,8 @@ def test_the_whole_rows_are_the_same_on_every_rank():
         whole = segments.whole_rows(2, torch.device("cpu"))
         assert whole.lengths == expected.lengths == (12, 4, 4, 12, 32)
         assert torch.equal(whole.positions, expected.positions)
-        assert torch.equal(whole.layout.bounds, expected.layout.bounds)
-        assert whole.layout.chunk_size == CHUNK
+        assert torch.equal(whole.layout(CHUNK).bounds, expected.layout(CHUNK).bounds)
+        assert len(whole.layouts) == 1
         assert segments.whole_rows(2, torch.device("cpu")) is whole
     assert packed == [False, True, True, False]
 

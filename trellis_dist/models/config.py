@@ -6,18 +6,45 @@ paper (arXiv 2512.23852) leaves open is marked "our choice"; docs/math.md gives 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
+from trellis_dist.models.baseline_config import MINI_BATCH_KINDS, BaselineConfig
 from trellis_dist.validation import STRICT, require
 
 Phi = Literal["silu", "tanh", "identity", "ln_silu", "softmax"]
 Readout = Literal["ln_silu", "l2_silu", "softmax", "silu_rms"]
 Update = Literal["stale", "corrected"]
 Gate = Literal["learned", "fixed", "off"]
-LayerKind = Literal["trellis", "attention"]
+LayerKind = Literal[
+    "trellis",
+    "attention",
+    "sliding_window",
+    "linear_attention",
+    "abc",
+    "gsa",
+    "deltanet",
+    "gated_deltanet",
+    "mamba2",
+    "ttt_linear",
+    "rwkv7",
+    "titans",
+]
+# Layers whose state grows with the tokens, at most to their window.
+ATTENTION_KINDS = ("attention", "sliding_window")
 
-__all__ = ["AttentionConfig", "Gate", "LayerKind", "ModelConfig", "Phi", "Readout", "TrellisConfig", "Update"]
+__all__ = [
+    "ATTENTION_KINDS",
+    "AttentionConfig",
+    "Gate",
+    "LayerKind",
+    "ModelConfig",
+    "Phi",
+    "Readout",
+    "TrellisConfig",
+    "Update",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,17 +140,23 @@ class AttentionConfig:
 
     Attributes:
         rope_theta: base of the rotary frequencies.
-        window: attend to the last ``window`` tokens only; None attends to all.
+        window: layers of kind "attention" attend to the last ``window`` tokens only; None attends to all.
+        sliding_window: the window of layers of kind "sliding_window", which a pattern can mix with others.
     """
 
     __pydantic_config__ = STRICT
 
     rope_theta: float = 10_000.0
     window: int | None = None
+    sliding_window: int = 256
 
     def __post_init__(self) -> None:
         require(
             self.window is None or self.window >= 1, f"model.attention.window = {self.window}: use 1 or more"
+        )
+        require(
+            self.sliding_window >= 1,
+            f"model.attention.sliding_window = {self.sliding_window}: use 1 or more tokens",
         )
 
 
@@ -154,6 +187,7 @@ class ModelConfig:
     init_std: float = 0.02
     trellis: TrellisConfig = field(default_factory=TrellisConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
+    baselines: BaselineConfig = field(default_factory=BaselineConfig)
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "num_layers", "dim", "num_heads"):
@@ -165,11 +199,11 @@ class ModelConfig:
         for name in ("init_std", "norm_eps"):
             require(getattr(self, name) > 0, f"model.{name} = {getattr(self, name)}: must be positive")
         require(self.mlp_width >= 1, f"model.mlp_hidden = {self.mlp_hidden}: use 1 or more, or leave it out")
-        require(len(self.pattern) > 0, "model.pattern is empty: name at least one of trellis, attention")
         kinds = get_args(LayerKind)
+        require(len(self.pattern) > 0, f"model.pattern is empty: name at least one of {', '.join(kinds)}")
         for kind in self.pattern:
             require(kind in kinds, f"model.pattern names {kind!r}: use {', '.join(kinds)}")
-        if "attention" in self.pattern:
+        if set(self.pattern) & set(ATTENTION_KINDS):
             require(
                 self.head_dim % 2 == 0,
                 f"model.dim / model.num_heads = {self.head_dim}: rotary needs an even head",
@@ -188,6 +222,36 @@ class ModelConfig:
     def layer_kind(self, layer: int) -> LayerKind:
         """Mixer of layer ``layer`` (0-based)."""
         return self.pattern[layer % len(self.pattern)]
+
+    def chunk_size(self, kind: LayerKind) -> int:
+        """Tokens of a chunk of a layer of ``kind``: segments of a sequence are cut at multiples of it."""
+        if kind in ATTENTION_KINDS:
+            return 1
+        if kind == "trellis":
+            return self.trellis.chunk_size
+        return self.baselines.mini_batch if self.has_mini_batches(kind) else self.baselines.chunk_size
+
+    @staticmethod
+    def has_mini_batches(kind: LayerKind) -> bool:
+        """Whether a layer of ``kind`` is entered at an offset inside its chunks, where it was left."""
+        return kind in MINI_BATCH_KINDS
+
+    @property
+    def chunk_sizes(self) -> tuple[int, ...]:
+        """Those of all recurrent layers, ascending, each once."""
+        recurrent = set(self.pattern) - set(ATTENTION_KINDS)
+        return tuple(sorted({self.chunk_size(kind) for kind in recurrent}))
+
+    @property
+    def grain(self) -> int:
+        """Tokens that every layer's chunks divide: segments of a sequence are multiples of it."""
+        return math.lcm(*self.chunk_sizes)
+
+    @property
+    def conv_kernel(self) -> int:
+        """Taps of the longest short convolution of any layer; 0 without one."""
+        taps = {"trellis": self.trellis.conv_kernel, **dict.fromkeys(ATTENTION_KINDS, 0)}
+        return max(taps.get(kind, self.baselines.conv_kernel) for kind in self.pattern)
 
     def gate(self, layer: int) -> Gate:
         """Forget gate of layer ``layer`` (0-based)."""

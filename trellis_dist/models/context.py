@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ class SequenceContext:
     When packed, activations are flattened to one row [1, B*T, .] and the fields below are set.
 
     Attributes:
-        layout: chunk grid of the Trellis operation, one grid per document.
+        layouts: chunk grids of the recurrent layers, one for each chunk size; one grid per document.
         cu_seqlens: int64 [n+1], document boundaries in the flattened stream (row starts included).
         lengths: document lengths in tokens, on the host.
         positions: int64 [B*T], position of each token inside its document.
@@ -30,7 +31,7 @@ class SequenceContext:
         carried: which rows go on from the states of earlier rows; None: every row starts anew.
     """
 
-    layout: PackedLayout | None = None
+    layouts: tuple[PackedLayout, ...] = ()
     cu_seqlens: Tensor | None = None
     lengths: tuple[int, ...] | None = None
     positions: Tensor | None = None
@@ -42,13 +43,21 @@ class SequenceContext:
         """Whether activations are one flattened row of several documents."""
         return self.cu_seqlens is not None
 
+    def layout(self, chunk_size: int) -> PackedLayout | None:
+        """The grid of chunks of that size; None where every row is one document."""
+        if not self.packed:
+            return None
+        found = [layout for layout in self.layouts if layout.chunk_size == chunk_size]
+        assert found, f"the batch was prepared for chunks of {[x.chunk_size for x in self.layouts]} tokens"
+        return found[0]
+
 
 def packed_context(
     cu_seqlens: Tensor,
     *,
     rows: int,
     length: int,
-    chunk_size: int,
+    chunk_sizes: Sequence[int],
     conv_kernel: int,
     carry: Carry | None = None,
 ) -> SequenceContext:
@@ -56,7 +65,7 @@ def packed_context(
 
     Args:
         cu_seqlens: int32 or int64 [n+1], non-decreasing from 0 to rows * length over the flattened stream.
-        chunk_size: C; each document has its own chunk grid.
+        chunk_sizes: C of the layers; each document has its own chunk grids.
         conv_kernel: taps of the short convolution.
         carry: states that rows take over and leave.
 
@@ -69,15 +78,18 @@ def packed_context(
     lengths = boundaries.diff()
     positions = torch.arange(total) - starts.repeat_interleave(lengths)
     device = cu_seqlens.device
-    carried, offsets = None, [0] * len(starts)
+    carried = None
     if carry is None:
         edges = document_edges(starts, total=total, kernel=conv_kernel)
     else:
         carried = CarriedRows.of(carry, starts, length=length, conv_kernel=conv_kernel)
-        offsets = carried.offsets(len(starts), chunk_size)
         edges = edges_between_tails(starts, rows=rows, length=length, kernel=conv_kernel)
+    layouts = []
+    for size in chunk_sizes:
+        offsets = 0 if carried is None else carried.offsets(len(starts), size)
+        layouts.append(PackedLayout.from_cu_seqlens(boundaries, size, offsets=offsets).to(device))
     return SequenceContext(
-        layout=PackedLayout.from_cu_seqlens(boundaries, chunk_size, offsets=offsets).to(device),
+        layouts=tuple(layouts),
         cu_seqlens=boundaries.to(device),
         lengths=tuple(lengths.tolist()),
         positions=positions.to(device),

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["ConvFunction", "causal_conv", "document_edges", "edges_between_tails"]
+__all__ = ["ConvFunction", "causal_conv", "document_edges", "edges_between_tails", "last_inputs"]
 
 
 class ConvFunction(Protocol):
@@ -84,6 +84,13 @@ def edges_between_tails(starts: Tensor, *, rows: int, length: int, kernel: int) 
     return document_edges(
         torch.cat([inner.new_zeros(1), inner]), total=rows * (length + reach), kernel=kernel
     )
+
+
+def last_inputs(tail: Tensor, inputs: Tensor) -> Tensor:
+    """The last K-1 inputs of each row: of ``tail`` [R, K-1, F] and the rows after it, [R, T, F] or as one."""
+    rows, reach, width = tail.shape
+    joined = torch.cat([tail, inputs.reshape(rows, -1, width)], dim=1)
+    return joined[:, joined.shape[1] - reach :].clone()
 
 
 class _ShiftedSum(torch.autograd.Function):

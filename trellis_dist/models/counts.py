@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.config import ATTENTION_KINDS, LayerKind, ModelConfig
+
+if TYPE_CHECKING:
+    from trellis_dist.models.mixers.recurrent import RecurrentMixer
 
 __all__ = ["ParameterCounts", "flops_per_token", "parameter_counts", "scan_flops_per_token", "state_bytes"]
 
@@ -46,11 +50,28 @@ def flops_per_token(config: ModelConfig, *, sequence_length: int) -> float:
     forward = 2.0 * config.vocab_size * config.dim
     for layer in range(config.num_layers):
         forward += 2.0 * 3 * config.dim * config.mlp_width
-        if config.layer_kind(layer) == "trellis":
-            forward += _trellis_flops(config, layer)
-        else:
-            forward += _attention_flops(config, sequence_length)
+        forward += _mixer_flops(config, layer, sequence_length)
     return 3.0 * forward
+
+
+def _mixer_flops(config: ModelConfig, layer: int, sequence_length: int) -> float:
+    """Forward FLOPs per token of the mixer of layer ``layer``."""
+    kind = config.layer_kind(layer)
+    if kind == "trellis":
+        return _trellis_flops(config, layer)
+    if kind in ATTENTION_KINDS:
+        return _attention_flops(config, kind, sequence_length)
+    return _baseline(kind).flops_per_token(config)
+
+
+def _baseline(kind: LayerKind) -> type[RecurrentMixer]:
+    from trellis_dist.models.mixers.recurrent import RecurrentMixer
+    from trellis_dist.models.registry import MIXERS
+
+    mixer = MIXERS[kind]
+    assert isinstance(mixer, type), f"{kind} is no mixer class"
+    assert issubclass(mixer, RecurrentMixer), f"{kind} counts itself"
+    return mixer
 
 
 def _trellis_flops(config: ModelConfig, layer: int) -> float:
@@ -74,9 +95,13 @@ def scan_flops_per_token(config: ModelConfig) -> float:
     return 2.0 * config.num_heads * scan
 
 
-def _attention_flops(config: ModelConfig, sequence_length: int) -> float:
+def _window(config: ModelConfig, kind: LayerKind) -> int | None:
+    return config.attention.sliding_window if kind == "sliding_window" else config.attention.window
+
+
+def _attention_flops(config: ModelConfig, kind: LayerKind, sequence_length: int) -> float:
     """Forward FLOPs per token of one attention mixer."""
-    window = config.attention.window
+    window = _window(config, kind)
     context = (sequence_length + 1) / 2
     if window is not None and window < sequence_length:
         context = window - window * (window - 1) / (2 * sequence_length)
@@ -88,14 +113,21 @@ def state_bytes(config: ModelConfig, *, position: int, element_bytes: int = 4) -
 
     Trellis holds both memories and their copies from the chunk's start, in fp32 or wider, and the tail of the
     convolution: it does not grow. Attention holds keys and values of every token (or of the last ``window``).
+    The baselines hold what `mixers.recurrent` says.
 
     Args:
         element_bytes: of an activation (4 for fp32, 2 for bf16).
     """
-    options, window = config.trellis, config.attention.window
-    memories = 4 * max(4, element_bytes) * config.dim * options.slots
-    tail = max(options.conv_kernel - 1, 0) * 2 * config.dim * element_bytes
-    kept = position if window is None else min(position, window)
-    cache = 2 * kept * config.dim * element_bytes
     kinds = [config.layer_kind(layer) for layer in range(config.num_layers)]
-    return sum(memories + tail if kind == "trellis" else cache for kind in kinds)
+    return sum(_layer_bytes(config, kind, position, element_bytes) for kind in kinds)
+
+
+def _layer_bytes(config: ModelConfig, kind: LayerKind, position: int, element_bytes: int) -> int:
+    if kind == "trellis":
+        options = config.trellis
+        memories = 4 * max(4, element_bytes) * config.dim * options.slots
+        return memories + max(options.conv_kernel - 1, 0) * 2 * config.dim * element_bytes
+    if kind in ATTENTION_KINDS:
+        window = _window(config, kind)
+        return 2 * (position if window is None else min(position, window)) * config.dim * element_bytes
+    return _baseline(kind).state_bytes(config, element_bytes)

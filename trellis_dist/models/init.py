@@ -8,6 +8,7 @@ parameter's dtype and device.
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from trellis_dist.models.parallel_kind import ParallelKind, declare
 
-__all__ = ["Constant", "Initial", "Normal", "initialise", "new_parameter"]
+__all__ = ["Constant", "Initial", "InverseSoftplus", "LogUniform", "Normal", "initialise", "new_parameter"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,34 @@ class Constant:
         return torch.full(shape, self.value, dtype=torch.float32, device="cpu")
 
 
-Initial = Normal | Constant
+@dataclass(frozen=True)
+class LogUniform:
+    """log u with u uniform in [low, high]: a rate that is handed around as its logarithm."""
+
+    low: float
+    high: float
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """fp32 tensor of ``shape``."""
+        draws = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        return (self.low + (self.high - self.low) * draws).log_()
+
+
+@dataclass(frozen=True)
+class InverseSoftplus:
+    """b with softplus(b) = e^u, u uniform in [log low, log high]: a step size's bias, as in Mamba."""
+
+    low: float
+    high: float
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """fp32 tensor of ``shape``."""
+        draws = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
+        step = (math.log(self.low) + (math.log(self.high) - math.log(self.low)) * draws).exp_()
+        return step + torch.log(-torch.expm1(-step))
+
+
+Initial = Normal | Constant | LogUniform | InverseSoftplus
 
 
 def new_parameter(*shape: int, initial: Initial, kind: ParallelKind, dim: int | None = None) -> nn.Parameter:

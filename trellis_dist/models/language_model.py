@@ -159,13 +159,12 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: as ``forward``.
         """
-        options = self.config.trellis
         return packed_context(
             cu_seqlens,
             rows=rows,
             length=length,
-            chunk_size=options.chunk_size,
-            conv_kernel=options.conv_kernel,
+            chunk_sizes=self.config.chunk_sizes,
+            conv_kernel=self.config.conv_kernel,
             carry=carry,
         )
 

@@ -10,6 +10,9 @@ from torch import Tensor, nn
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.mixers.attention import AttentionMixer
+from trellis_dist.models.mixers.gated_deltanet import DeltaNetMixer, GatedDeltaNetMixer
+from trellis_dist.models.mixers.linear_attention import LinearAttentionMixer
+from trellis_dist.models.mixers.mamba2 import Mamba2Mixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 
 __all__ = ["MIXERS", "LayerState", "Mixer", "build_mixer"]
@@ -50,6 +53,11 @@ class Mixer(Protocol):
 MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "trellis": TrellisMixer,
     "attention": AttentionMixer,
+    "sliding_window": AttentionMixer,
+    "linear_attention": LinearAttentionMixer,
+    "deltanet": DeltaNetMixer,
+    "gated_deltanet": GatedDeltaNetMixer,
+    "mamba2": Mamba2Mixer,
 }
 
 

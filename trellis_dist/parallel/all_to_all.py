@@ -31,7 +31,7 @@ from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.tape import Tape
 
-__all__ = ["AllToAllAttention", "AllToAllCompress", "exchange"]
+__all__ = ["AllToAll", "AllToAllAttention", "AllToAllCompress", "exchange", "whole_memory"]
 
 # Every operand starts at a multiple of this many bytes in the buffer, so that a part of it can be read as any
 # dtype.
@@ -119,7 +119,7 @@ def _as(place: Tensor, part: Tensor) -> Tensor:
     return place[:, :size].view(part.dtype).view(part.shape)
 
 
-class _AllToAll:
+class AllToAll:
     """What both operations share: the mesh, the documents of the batch, and the exchange.
 
     Attributes:
@@ -158,7 +158,7 @@ class _AllToAll:
         return slice(self.mesh.sp_rank * share, (self.mesh.sp_rank + 1) * share)
 
 
-class AllToAllCompress(_AllToAll):
+class AllToAllCompress(AllToAll):
     """A mixer's operation, replaced: ``compress_kv`` of the whole rows for this rank's share of the heads.
 
     Args:
@@ -215,7 +215,7 @@ class AllToAllCompress(_AllToAll):
             check_state(initial_state, q, v, alpha, len(q) if layout is None else layout.num_documents)
         rows = self.segments.rows(len(q), packed=layout is not None)
         whole = self.segments.whole_rows(rows, q.device)
-        _check_call(whole.layout, chunk_size, output_final_state=output_final_state)
+        own = _whole_layout(whole, chunk_size, output_final_state=output_final_state)
         heads = self._heads(q.shape[2])
         if initial_state is not None:
             initial_state = _whole_state(initial_state, rows, whole, heads)
@@ -228,7 +228,7 @@ class AllToAllCompress(_AllToAll):
             readout_weight=None if readout_weight is None else readout_weight[heads],
             readout_bias=None if readout_bias is None else readout_bias[heads],
             initial_state=initial_state,
-            layout=whole.layout,
+            layout=own,
             check_values=False,
         )
         return self._segment(y, rows, like=v), None
@@ -240,7 +240,7 @@ class AllToAllCompress(_AllToAll):
         return dict(zip(present, self._whole(list(present.values()), rows, packed=packed), strict=True))
 
 
-class AllToAllAttention(_AllToAll):
+class AllToAllAttention(AllToAll):
     """An attention mixer's operation, replaced: ``causal_attention`` of whole rows for a share of the heads.
 
     Args:
@@ -276,16 +276,22 @@ class AllToAllAttention(_AllToAll):
         return self._segment(y, rows, like=v)
 
 
-def _check_call(layout: PackedLayout | None, chunk_size: int, *, output_final_state: bool) -> None:
-    if layout is not None and layout.chunk_size != chunk_size:
+def _whole_layout(
+    whole: SequenceContext, chunk_size: int, *, output_final_state: bool
+) -> PackedLayout | None:
+    """The grid of the call's chunk size, of the whole rows."""
+    sizes = [layout.chunk_size for layout in whole.layouts]
+    if whole.packed and chunk_size not in sizes:
         raise ValueError(
-            f"the batch was cut for chunk size {layout.chunk_size}, the call has {chunk_size}: use the same"
+            f"the batch was cut for chunk size {', '.join(map(str, sizes))}, the call has {chunk_size}: use "
+            "the same"
         )
     if output_final_state:
         raise ValueError(
             "output_final_state with all-to-all: a rank holds the state of its heads only; use "
             'sequence.mode = "state_passing" or mesh.sp = 1'
         )
+    return whole.layout(chunk_size)
 
 
 def _whole_state(state: CompressState, rows: int, whole: SequenceContext, heads: slice) -> CompressState:
@@ -295,15 +301,15 @@ def _whole_state(state: CompressState, rows: int, whole: SequenceContext, heads:
             f"initial_state has offset {state.offset}: with mesh.sp > 1 a state enters between chunks"
         )
     documents = rows if whole.lengths is None else len(whole.lengths)
-    key, value = (_whole_memory(x, rows, documents) for x in (state.key_memory, state.value_memory))
+    key, value = (whole_memory(x, rows, documents) for x in (state.key_memory, state.value_memory))
     return CompressState(key_memory=key[:, heads], value_memory=value[:, heads])
 
 
-def _whole_memory(memory: Tensor, rows: int, documents: int) -> Tensor:
+def whole_memory(memory: Tensor, rows: int, documents: int) -> Tensor:
     """Memories [., H, M, .] of this segment's documents -> [documents, H, M, .]."""
     # A stride of 0 says that all documents start from one memory; to compare values would wait for a GPU.
     if len(memory) == 1 or memory.stride(0) == 0:
-        return memory[:1].expand(documents, -1, -1, -1)
+        return memory[:1].expand(documents, *memory.shape[1:])
     if documents > rows:
         raise ValueError(
             f"initial_state holds {len(memory)} memories for the {documents} documents of {rows} whole rows: "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 from torch import nn
 
 from trellis_dist.models.language_model import LanguageModel
 from trellis_dist.models.mixers.attention import AttentionMixer
+from trellis_dist.models.mixers.recurrent import RecurrentMixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.models.parallel_kind import undeclared
 from trellis_dist.parallel.all_to_all import AllToAllAttention, AllToAllCompress
@@ -15,6 +17,7 @@ from trellis_dist.parallel.compile import apply_compile
 from trellis_dist.parallel.halo import HaloConvolution
 from trellis_dist.parallel.mesh import Mesh
 from trellis_dist.parallel.recompute import RecomputeMode, apply_recompute
+from trellis_dist.parallel.recurrent import AllToAllRecurrent, PassMemory
 from trellis_dist.parallel.segments import Segments
 from trellis_dist.parallel.sequence import StatePassing
 from trellis_dist.parallel.tensor import split_tensors
@@ -44,10 +47,8 @@ def apply_parallelism(
         ValueError: a parameter declares no parallel kind, or a layer cannot be split over the sequence.
     """
     _check_declared(model)
-    mixers = [module for module in model.modules() if isinstance(module, TrellisMixer)]
-    chunk_sizes = {mixer.options.chunk_size for mixer in mixers} or {1}
-    assert len(chunk_sizes) == 1, "all layers of a model share one chunk size"
-    segments = Segments(mesh, chunk_size=chunk_sizes.pop())
+    grids = _chunk_sizes(model)
+    segments = Segments(mesh, chunk_size=math.lcm(*grids), grids=grids)
     if mesh.tp > 1:
         split_tensors(model, mesh)
     transfers = _split_sequence(model, mesh, segments) if mesh.sp > 1 else None
@@ -66,6 +67,12 @@ def _check_declared(model: nn.Module) -> None:
         )
 
 
+def _chunk_sizes(model: nn.Module) -> tuple[int, ...]:
+    """Of all layers that have chunks, ascending."""
+    sizes = {m.options.chunk_size for m in model.modules() if isinstance(m, TrellisMixer)}
+    return tuple(sorted(sizes | {m.chunk_size for m in model.modules() if isinstance(m, RecurrentMixer)}))
+
+
 def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> Transfers:
     """One set of transfers for all layers: their order is the order in which the layers run."""
     transfers = Transfers(mesh)
@@ -75,6 +82,13 @@ def _split_sequence(model: nn.Module, mesh: Mesh, segments: Segments) -> Transfe
             passing = mesh.sequence_mode == "state_passing"
             module.operation = (
                 StatePassing(transfers, segments) if passing else AllToAllCompress(mesh, segments)
+            )
+        elif isinstance(module, RecurrentMixer):
+            module.convolution = HaloConvolution(module.convolution, transfers, segments)
+            module.operation = (
+                PassMemory(module.operation, transfers, segments)
+                if mesh.sequence_mode == "state_passing"
+                else AllToAllRecurrent(module.operation, mesh, segments)
             )
         elif isinstance(module, AttentionMixer):
             module.operation = AllToAllAttention(mesh, segments)

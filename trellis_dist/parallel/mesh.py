@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trellis_dist.models.config import ATTENTION_KINDS
 from trellis_dist.parallel import cuda_absent, env
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, SequenceMode, TensorConfig
 from trellis_dist.validation import require
@@ -141,14 +142,14 @@ def _check_all_to_all(
     mesh: MeshConfig, num_heads: int, pattern: Sequence[str], sequence: SequenceConfig
 ) -> None:
     """All-to-all trades segments for heads, so each rank of sp needs whole ones."""
-    needed = sequence.mode == "all_to_all" or "attention" in pattern
+    needed = sequence.mode == "all_to_all" or bool(set(pattern) & set(ATTENTION_KINDS))
     heads = num_heads // mesh.tp
     reason = 'sequence.mode = "all_to_all"' if sequence.mode == "all_to_all" else "softmax attention"
     require(
         mesh.sp == 1 or not needed or heads % mesh.sp == 0,
         f"{reason} with mesh.sp = {mesh.sp} shares out the {num_heads} / tp {mesh.tp} = {heads} heads of a "
         f"rank over sp: {heads} / {mesh.sp} = {heads / mesh.sp:g} is no whole number; use an sp that divides "
-        'it, or trellis layers with sequence.mode = "state_passing"',
+        'it, or recurrent layers with sequence.mode = "state_passing"',
     )
 
 

@@ -7,6 +7,7 @@ every row. A document that began in an earlier segment continues here; a row sta
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -49,9 +50,16 @@ class Segments:
     after one without ``cu_seqlens``, every row is one document that runs through all segments.
     """
 
-    def __init__(self, mesh: Mesh, *, chunk_size: int) -> None:
+    def __init__(self, mesh: Mesh, *, chunk_size: int, grids: Sequence[int] | None = None) -> None:
+        """Segments end with a chunk of every layer.
+
+        Args:
+            chunk_size: tokens that segments and documents are multiples of.
+            grids: chunk sizes of the layers, which divide it; None: it is the only one.
+        """
         self.mesh = mesh
         self._chunk_size = chunk_size
+        self._grids = (chunk_size,) if grids is None else tuple(grids)
         self._documents: _Documents | None = None
 
     def cut(
@@ -156,12 +164,12 @@ class Segments:
             torch.tensor(documents.bounds, device="cpu"),
             rows=len(documents.before),
             length=documents.length * self.mesh.sp,
-            chunk_size=self._chunk_size,
+            chunk_sizes=self._grids,
             conv_kernel=0,  # the convolution never sees the whole rows: it fetches its halo
         )
-        assert context.layout is not None, "a packed context has a layout"
         assert context.positions is not None, "a packed context has positions"
-        return replace(context, layout=context.layout.to(device), positions=context.positions.to(device))
+        layouts = tuple(layout.to(device) for layout in context.layouts)
+        return replace(context, layouts=layouts, positions=context.positions.to(device))
 
     def _segment_length(self, total: int) -> int:
         whole = self.mesh.sp * self._chunk_size

@@ -43,19 +43,19 @@ def check_combination(
         sequence=sequence,
         world_size=world_size,
         sequence_length=data.sequence_length,
-        chunk_size=model.trellis.chunk_size,
+        chunk_size=model.grain,
         num_heads=model.num_heads,
         vocab_size=model.vocab_size,
         mlp_hidden=model.mlp_width,
         global_rows=global_rows,
         micro_batch=training.micro_batch,
-        conv_kernel=model.trellis.conv_kernel,
+        conv_kernel=model.conv_kernel,
         pattern=model.pattern,
     )
     if data.carry_rows > 1:
         _check_carried(filled, model, data, training)
     if data.chunk_aligned:
-        check_alignment(data.sequence_length, model.trellis.chunk_size)
+        check_alignment(data.sequence_length, model.grain)
     check_engine(training)
     asked = features(
         mesh=filled,
@@ -81,8 +81,8 @@ def _check_carried(mesh: MeshConfig, model: ModelConfig, data: DataConfig, train
         )
     if set(model.pattern) != {"trellis"}:
         raise ValueError(
-            f"{asked} with model.pattern = {list(model.pattern)}: an attention layer's state grows with "
-            "every token; set data.carry_rows = 1, or use trellis layers alone"
+            f"{asked} with model.pattern = {list(model.pattern)}: only trellis layers hand a state of fixed "
+            "size from row to row; set data.carry_rows = 1, or use trellis layers alone"
         )
     if training.compile != "none":
         raise ValueError(

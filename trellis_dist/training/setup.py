@@ -244,7 +244,7 @@ def _open_splits(job: Job) -> tuple[TokenDataset, TokenDataset]:
         "sequence_length": job.data.sequence_length,
         "seed": job.data.seed,
         "packing": job.data.packing,
-        "align": job.model.trellis.chunk_size if job.data.chunk_aligned else 1,
+        "align": job.model.grain if job.data.chunk_aligned else 1,
         "verify": env.is_main(),
     }
     weights = {name: part.weight for name, part in job.data.mixture.items() if part.weight is not None}

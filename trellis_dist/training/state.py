@@ -17,7 +17,8 @@ from checkpoints.manifest import load_manifest
 from checkpoints.pins import pin, unpin
 from checkpoints.state import latest_verified, load_run_state, verify_checkpoint
 from trellis_dist.files import digest, read_json, write_json
-from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.config import ATTENTION_KINDS, ModelConfig
 from trellis_dist.training.job import Job, Resume
 
 __all__ = ["Progress", "Start", "check_same_run", "find_start", "let_go", "run_state"]
@@ -233,7 +234,18 @@ def _initialised(given: str, run_dir: Path, model: ModelConfig) -> Start:
 # show, what only draws first weights, and the chunk, which goes with the length of the context.
 _SIZES = ("vocab_size", "num_layers", "dim", "mlp_hidden", "tie_embeddings")
 # The chunk size and the base of rotary positions are what a longer context may change.
-_FREE = (*_SIZES, "init_std", "trellis.step_size_bias", "trellis.chunk_size", "attention.rope_theta")
+_FREE = (
+    *_SIZES,
+    "init_std",
+    "trellis.step_size_bias",
+    "trellis.chunk_size",
+    "attention.rope_theta",
+    "baselines.chunk_size",
+)
+
+
+# Inner tables of the model section, and the layer kinds that read them.
+_TABLES = {"trellis": ("trellis",), "attention": ATTENTION_KINDS, "baselines": BASELINES}
 
 
 def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
@@ -245,7 +257,7 @@ def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
     kinds = {*ours["pattern"], *theirs["pattern"]}
     for key, value in ours.items():
         table = key.partition(".")[0]
-        unused = table in ("trellis", "attention") and table not in kinds
+        unused = table in _TABLES and not kinds & set(_TABLES[table])
         learned = key == "trellis.gate_bias" and "fixed" not in ours["trellis.gates"]
         if key not in _FREE and not unused and not learned and theirs.get(key) != value:
             raise ValueError(

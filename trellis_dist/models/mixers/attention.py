@@ -36,7 +36,9 @@ class AttentionMixer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.config, self.window = config, config.attention.window
+        sliding = config.layer_kind(layer) == "sliding_window"
+        self.config = config
+        self.window = config.attention.sliding_window if sliding else config.attention.window
         self.operation: Callable[..., Tensor] = causal_attention
         self.column: ColumnFunction = linear_joined
         self.row: RowFunction = linear

@@ -29,7 +29,7 @@ from kernels import CompressState, compress_kv, decode_step, prefill
 from trellis_dist.models.carry import CarriedRows
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
-from trellis_dist.models.conv import ConvFunction, causal_conv
+from trellis_dist.models.conv import ConvFunction, causal_conv, last_inputs
 from trellis_dist.models.init import Constant, Normal, new_parameter
 from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
@@ -170,7 +170,7 @@ class TrellisMixer(nn.Module):
             **inputs,
             **self._settings(),
             initial_state=self._first_memory(documents) if learned else None,
-            layout=context.layout,
+            layout=context.layout(self.options.chunk_size),
         )
         return self.region(self._output, y, output_gate)  # type: ignore[no-any-return]
 
@@ -182,13 +182,14 @@ class TrellisMixer(nn.Module):
     def _continue(self, x: Tensor, context: SequenceContext, rows: CarriedRows) -> Tensor:
         """As ``forward``, where rows take over states from rows before them and leave their own."""
         inputs, output_gate, tail = self.region(self._before_carried, x, context)
-        assert context.layout is not None, "rows that carry states are packed"
-        offsets = context.layout.offsets
+        layout = context.layout(self.options.chunk_size)
+        assert layout is not None, "rows that carry states are packed"
+        offsets = layout.offsets
         y, final = self.operation(
             **inputs,
             **self._settings(),
             initial_state=rows.memory(self.layer, self._first_memory(len(offsets)), offsets),
-            layout=context.layout,
+            layout=layout,
             output_final_state=True,
         )
         assert final is not None, "the operation returned no state although one was asked for"
@@ -205,7 +206,7 @@ class TrellisMixer(nn.Module):
         assert context.carried is not None, "asked for where rows take over states"
         tail = context.carried.tail(self.layer, projected.query_key)
         inputs = self._inputs(projected, edges=context.edges, tail=tail)
-        return inputs, projected.output_gate, _last_inputs(tail, projected.query_key)
+        return inputs, projected.output_gate, last_inputs(tail, projected.query_key)
 
     @property
     def pads_within(self) -> int:
@@ -335,14 +336,7 @@ class TrellisMixer(nn.Module):
         """The state after the tokens whose projected inputs are ``query_key`` [B, T, 2F]."""
         if state.tail is None:
             return replace(state, memory=memory)
-        return TrellisState(memory=memory, tail=_last_inputs(state.tail, query_key))
-
-
-def _last_inputs(tail: Tensor, inputs: Tensor) -> Tensor:
-    """The last K-1 inputs of each row: of ``tail`` [R, K-1, F] and the rows after it, [R, T, F] or as one."""
-    rows, reach, width = tail.shape
-    joined = torch.cat([tail, inputs.view(rows, -1, width)], dim=1)
-    return joined[:, joined.shape[1] - reach :].clone()
+        return TrellisState(memory=memory, tail=last_inputs(state.tail, query_key))
 
 
 def _log_decay(logits: Tensor, bias: Tensor) -> Tensor:

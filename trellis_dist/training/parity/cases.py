@@ -143,7 +143,7 @@ class Case:
     @property
     def row_tokens(self) -> int:
         """T: every segment has a chunk at least."""
-        return max(ROW_TOKENS, self.sp * self.model_config.trellis.chunk_size)
+        return max(ROW_TOKENS, self.sp * self.model_config.grain)
 
     def needs(self, world_size: int) -> str | None:
         """Why ``world_size`` ranks cannot run it; None: they can."""

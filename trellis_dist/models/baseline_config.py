@@ -1,0 +1,61 @@
+"""The baselines' section of a model: what the recurrent layers that Trellis is measured against may choose.
+
+Standard library only, as ``config``. All of them stand in the block of the recurrent models of the paper
+(arXiv 2512.23852, figure 1): a short convolution before the recurrence, per-head norm and GELU gate after it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trellis_dist.validation import STRICT, require
+
+__all__ = ["BASELINES", "MINI_BATCH_KINDS", "BaselineConfig"]
+
+# Layer kinds that read this section.
+BASELINES = (
+    "linear_attention",
+    "abc",
+    "gsa",
+    "deltanet",
+    "gated_deltanet",
+    "mamba2",
+    "ttt_linear",
+    "rwkv7",
+    "titans",
+)
+
+# Those whose gradients are taken at the start of a mini-batch: its size is part of the function.
+MINI_BATCH_KINDS = ("ttt_linear", "titans")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaselineConfig:
+    """The recurrent baselines (docs/baselines.md).
+
+    Attributes:
+        conv_kernel: taps of the causal depthwise convolution, with a SiLU after it; 0 removes both.
+        conv_values: convolve the values too, as the DeltaNet family and Mamba2 do; else queries and keys.
+        chunk_size: tokens that are computed together. Another rounds differently and is no other function.
+        mini_batch: tokens of ttt_linear and titans that share a gradient; part of the function, like
+            ``trellis.chunk_size``.
+        slots: memory slots per head of abc and gsa.
+    """
+
+    __pydantic_config__ = STRICT
+
+    conv_kernel: int = 4
+    conv_values: bool = True
+    chunk_size: int = 64
+    mini_batch: int = 16
+    slots: int = 64
+
+    def __post_init__(self) -> None:
+        require(
+            self.conv_kernel >= 0,
+            f"model.baselines.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
+        )
+        for name in ("chunk_size", "mini_batch"):
+            value = getattr(self, name)
+            require(value >= 1, f"model.baselines.{name} = {value}: use 1 or more tokens")
+        require(1 <= self.slots <= 1024, f"model.baselines.slots = {self.slots}: use 1 to 1024 memory slots")
