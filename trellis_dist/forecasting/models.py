@@ -1,0 +1,140 @@
+"""Models by name, each with the settings it is trained with.
+
+A name is "dlinear", a layer kind of the registry ("trellis", "attention", ...), or "trellis-corrected".
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from trellis_dist.models.baseline_config import BASELINES, BaselineConfig
+from trellis_dist.models.config import LayerKind, ModelConfig, TrellisConfig
+from trellis_dist.models.dlinear import build_dlinear
+from trellis_dist.models.forecaster import build_forecaster
+from trellis_dist.models.forecaster_config import DLinearConfig, ForecasterConfig
+from trellis_dist.models.registry import MIXERS
+
+__all__ = ["ForecastTraining", "Shape", "build", "known_models", "settings_of", "training_of"]
+
+LAYERS, DIM, HEADS, MLP, SLOTS = 2, 64, 2, 128, 32
+# Of 22 patches: chunks of Trellis are part of the function, those of the baselines a matter of speed.
+CHUNK, BASELINE_CHUNK = 8, 32
+# math.md: the corrected update in its intended form.
+CORRECTED: dict[str, Any] = {
+    "update": "corrected",
+    "phi": "tanh",
+    "readout": "silu_rms",
+    "step_bound": "token",
+    "step_size_max": 1.0,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForecastTraining:
+    """Adam on the mean squared error, stopped when validation no longer improves.
+
+    Attributes:
+        batch_size: windows a step.
+        windows: drawn anew for each epoch from those of training, without repetition; None takes all.
+        validation_every: of the validation windows, one in this many is scored after each epoch.
+        learning_rate: of the first two epochs.
+        decay: what each later epoch multiplies the rate by.
+        epochs: at most.
+        patience: epochs without a better validation error before it ends.
+        clip_norm: largest norm of a gradient; None clips none.
+    """
+
+    batch_size: int = 32
+    windows: int | None = 2048
+    validation_every: int = 4
+    learning_rate: float = 1e-3
+    decay: float = 0.5
+    epochs: int = 6
+    patience: int = 3
+    clip_norm: float | None = 1.0
+
+
+# As its authors' script for ETTh1 trains it: small batches, a low rate halved each epoch, every window.
+DLINEAR = ForecastTraining(
+    batch_size=8, epochs=10, windows=None, validation_every=1, learning_rate=1e-4, clip_norm=None
+)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """Of one problem: steps read, steps forecast, channels."""
+
+    look_back: int
+    horizon: int
+    channels: int
+
+
+def known_models() -> tuple[str, ...]:
+    """Every name that ``build`` takes."""
+    return ("dlinear", "trellis", "trellis-corrected", *sorted(set(MIXERS) - {"trellis"}))
+
+
+def training_of(name: str) -> ForecastTraining:
+    """The settings a model of this name is trained with."""
+    return DLINEAR if name == "dlinear" else ForecastTraining()
+
+
+def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
+    """The configuration of a model of this name: 2 blocks of width 64 in all but DLinear.
+
+    Raises:
+        ValueError: no such name.
+    """
+    if name not in known_models():
+        raise ValueError(f"no forecaster is called {name!r}: use {', '.join(known_models())}")
+    if name == "dlinear":
+        return DLinearConfig(look_back=shape.look_back, horizon=shape.horizon)
+    corrected = CORRECTED if name == "trellis-corrected" else {}
+    kind = cast(LayerKind, name.removesuffix("-corrected"))
+    body = ModelConfig(
+        vocab_size=1,
+        num_layers=LAYERS,
+        dim=DIM,
+        num_heads=HEADS,
+        mlp_hidden=MLP,
+        pattern=(kind,),
+        trellis=TrellisConfig(slots=SLOTS, chunk_size=CHUNK, **corrected),
+        baselines=BaselineConfig(slots=SLOTS, chunk_size=BASELINE_CHUNK),
+    )
+    return ForecasterConfig(
+        look_back=shape.look_back, horizon=shape.horizon, channels=shape.channels, body=body
+    )
+
+
+def settings_of(name: str, shape: Shape) -> dict[str, Any]:
+    """All that decides a run of this name but its data and seed, as JSON takes it.
+
+    Sections that its layers do not read are left out: they may grow without making it another run.
+    """
+    model = asdict(config_of(name, shape))
+    if "body" in model:
+        for section in ("trellis", "attention", "baselines"):
+            if section not in _sections_read(name):
+                del model["body"][section]
+    return {"model": model, "training": asdict(training_of(name))}
+
+
+def _sections_read(name: str) -> tuple[str, ...]:
+    if name.startswith("trellis"):
+        return ("trellis",)
+    return ("baselines",) if name in BASELINES else ("attention",)
+
+
+def build(name: str, shape: Shape, *, seed: int) -> nn.Module:
+    """A model of this name with its initial weights.
+
+    Raises:
+        ValueError: no such name.
+    """
+    config = config_of(name, shape)
+    if isinstance(config, DLinearConfig):
+        return build_dlinear(config, seed=seed)
+    return build_forecaster(config, seed=seed)
