@@ -4,7 +4,7 @@ Shapes: B rows of L tokens (this segment), H heads, N documents of this segment,
 packed row, where B = 1, the rows it holds).
 
     state passing  memories from the left -> operation -> memories to the right; backward the opposite
-    all-to-all     segments of all heads -> whole rows of some heads -> operation -> back (parallel.all_to_all)
+    all-to-all     segments of all heads -> whole rows of some heads -> operation -> back (all_to_all.py)
 
 Both go around any `kernels.baselines.grid.Operation`. Unlike `parallel.sequence`, which hands the memories on
 before it reads them, a rank finishes the operation first: a neighbour waits for the whole of it.
@@ -56,14 +56,18 @@ class PassMemory:
             ValueError: a document of the segment is no multiple of the chunk size.
         """
         _check_chunks(layout)
-        name, first = next(iter(tokens.items()))
-        rows = self._segments.rows(len(first), packed=layout.num_documents != len(first))
+        batch = len(next(iter(tokens.values())))
+        rows = self._segments.rows(batch, packed=layout.num_documents != batch)
         call = _Call(
             self._transfers, *row_ends(layout.lengths, rows), continues=self._segments.continues(rows)
         )
-        # One token tensor goes through each node, so that every rank runs its transfer in the backward pass.
-        first, *entering = _Enter.apply(call, first, *memory)  # type: ignore[no-untyped-call]
-        y, final = self._inner({**tokens, name: first}, weights, tuple(entering), layout)
+        # All that may need a gradient goes through the node, so that every rank runs its transfer in the
+        # backward pass, whatever autograd leaves out of it.
+        through = _Enter.apply(call, len(memory), *memory, *tokens.values(), *weights.values())  # type: ignore[no-untyped-call]
+        entering, rest = through[: len(memory)], iter(through[len(memory) :])
+        tokens = dict(zip(tokens, rest))  # the weights follow
+        weights = dict(zip(weights, rest, strict=True))
+        y, final = self._inner(tokens, weights, entering, layout)
         return _Leave.apply(call, y, *final), final  # type: ignore[no-untyped-call]
 
 
@@ -87,33 +91,37 @@ def _check_chunks(layout: PackedLayout) -> None:
 
 
 class _Enter(torch.autograd.Function):
-    """(call, x, memories [N, ...]) -> (x, memories with those from the left where rows continue)."""
+    """(call, n, n memories [N, ...], others) -> memories, from the left where rows continue; the others."""
 
     @staticmethod
-    def forward(ctx: Any, call: _Call, x: Tensor, *memory: Tensor) -> tuple[Tensor, ...]:
-        ctx.call = call
+    def forward(ctx: Any, call: _Call, count: int, *inputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.call, ctx.count = call, count
+        memory, others = inputs[:count], [x.view_as(x) for x in inputs[count:]]
+        needed = ctx.needs_input_grad[2 + count :]
+        ctx.mark_non_differentiable(*(x for x, need in zip(others, needed, strict=True) if not need))
         own = [_pick(m, call.first) for m in memory]
         arrival = call.transfers.expect_left(*own)
         if arrival is None:
-            return x.view_as(x), *(m.view_as(m) for m in memory)
-        index = table(call.first, torch.int64, x.device)
+            return *(m.view_as(m) for m in memory), *others
+        index = table(call.first, torch.int64, memory[0].device)
         received = [
             torch.where(_mask(call, theirs), theirs, ours)
             for theirs, ours in zip(arrival.wait(), own, strict=True)
         ]
-        return x.view_as(x), *(m.index_copy(0, index, r) for m, r in zip(memory, received, strict=True))
+        return *(m.index_copy(0, index, r) for m, r in zip(memory, received, strict=True)), *others
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dx: Tensor, *dmemory: Tensor) -> tuple[Tensor | None, ...]:
-        call = ctx.call
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        call, dmemory, rest = ctx.call, grads[: ctx.count], grads[ctx.count :]
         if call.transfers.mesh.left is None:
-            return None, dx, *dmemory
+            return None, None, *dmemory, *rest
         outgoing = [_pick(d, call.first) for d in dmemory]
         call.transfers.send_left(*(d.masked_fill(~_mask(call, d), 0) for d in outgoing))
         received = tuple(row for row, continues in zip(call.first, call.continues, strict=True) if continues)
-        index = table(received, torch.int64, dx.device)
-        return None, dx, *(d.index_fill(0, index, 0) for d in dmemory)  # no inputs here, so no gradient
+        index = table(received, torch.int64, dmemory[0].device)
+        # No inputs here, so no gradient.
+        return None, None, *(d.index_fill(0, index, 0) for d in dmemory), *rest
 
 
 class _Leave(torch.autograd.Function):
