@@ -113,10 +113,28 @@ def _training(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
         "starts": len(starts),
         "seconds_per_token": 1.0 / statistics.median(speeds) if speeds else None,
         "train_losses": _thinned(losses),
+        "gradient_norm": _spread(
+            [row["optim/gradient_norm"] for row in rows if "optim/gradient_norm" in row]
+        ),
+        "probes": _last_probes(rows),
         "validation_losses": [
             [row["step"], row["loss/validation"]] for row in rows if "loss/validation" in row
         ],
     }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float] | None:
+    """Mean and variance over the second half; None of fewer than three values."""
+    half = values[len(values) // 2 :]
+    if len(half) < 2:
+        return None
+    return {"mean": statistics.fmean(half), "variance": statistics.variance(half)}
+
+
+def _last_probes(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last look into the memories of Trellis layers (docs/monitoring.md); empty of a model without."""
+    looks = [{k: v for k, v in row.items() if k.startswith("trellis/")} for row in rows]
+    return next((look for look in reversed(looks) if look), {})
 
 
 def _thinned(rows: Sequence[Any], most: int = 100) -> list[Any]:
