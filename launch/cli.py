@@ -17,6 +17,7 @@ from launch.launch_commands import launch
 from launch.messages import show_warnings_plainly
 from launch.nodes_command import preflight
 from launch.plan_command import plan
+from launch.reproduce_command import reproduce
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe
@@ -195,6 +196,7 @@ app.command()(export)
 app.command("import")(import_weights)
 app.command()(download)
 app.command()(preflight)
+app.command()(reproduce)
 app.add_typer(launch, name="launch")
 
 
