@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from trellis_dist.models.config import TrellisConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.language_model import build_language_model
 from trellis_dist.models.registry import build_mixer
@@ -275,7 +276,7 @@ def test_every_parameter_gets_a_gradient(tiny, tokens, options):
 
 
 def test_unknown_mixer_is_refused(config):
-    with pytest.raises(ValueError, match="known layer kinds are attention, trellis"):
+    with pytest.raises(ValueError, match="known layer kinds are .*attention.*trellis"):
         build_mixer("mamba", config(), 0)
 
 
@@ -289,3 +290,56 @@ def test_overfits_a_small_batch(config, tokens):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.05
+
+
+def test_a_gate_with_a_floor_never_falls_below_it(tiny):
+    """beta = floor + (1 - floor) sigmoid(z), also where sigmoid(z) is 0 in fp64."""
+    plain, floored = (tiny(trellis={"gate_floor": floor, "gate_bias": 0.0}) for floor in (0.0, 0.9))
+    plain_decay, decay = (handed(model).inputs["log_decay"] for model in (plain, floored))
+    torch.testing.assert_close(decay.exp(), 0.9 + 0.1 * plain_decay.exp(), atol=1e-12, rtol=0)
+    with torch.no_grad():
+        floored.blocks[0].mixer.decay_bias -= 2000
+    lowest = handed(floored).inputs["log_decay"]
+    torch.testing.assert_close(lowest.exp(), torch.full_like(lowest, 0.9), atol=1e-12, rtol=0)
+
+
+def test_gates_as_rates(tiny):
+    """log beta = -exp(A) softplus(z); heads begin with rates between those of .001 and 16 * .1 per token."""
+    model = tiny(trellis={"gate_form": "rate", "value_gates": "own"}, num_heads=8, init_std=1e-9)
+    mixer, inputs = model.blocks[0].mixer, handed(model).inputs
+    for prefix in ("", "value_"):
+        rate, bias = (getattr(mixer, f"{prefix}decay_{name}") for name in ("rate", "bias"))
+        expected = -rate.exp() * torch.log1p(bias.exp())
+        torch.testing.assert_close(inputs[f"{prefix}log_decay"][0, 0], expected, atol=1e-6, rtol=1e-6)
+        assert bool(((expected < -0.00099) & (expected > -1.61)).all())
+        assert len(expected.unique()) == 8, "every head draws its own"
+    assert not torch.equal(inputs["log_decay"], inputs["value_log_decay"])
+
+
+def test_values_are_convolved_when_asked(tiny):
+    """The last taps alone give the values that no convolution gives, up to the SiLU behind them."""
+    model = tiny(trellis={"conv_values": True, "conv_activation": "none", "value_norm": "none"})
+    mixer = model.blocks[0].mixer
+    with torch.no_grad():
+        mixer.v_conv_weight.zero_()[:, -1] = 1
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
+    expected = (x @ mixer.v_weight.T).unflatten(-1, (2, 8))
+    torch.testing.assert_close(handed(model).inputs["v"], expected, atol=1e-10, rtol=0)
+    with torch.no_grad():
+        mixer.v_conv_weight[:, -2] = 1
+    before = torch.nn.functional.pad(expected, (0, 0, 0, 0, 1, 0))[:, :-1]
+    torch.testing.assert_close(handed(model).inputs["v"], expected + before, atol=1e-10, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"conv_values": True, "conv_kernel": 0}, "conv_values"),
+        ({"gate_floor": 1.0}, "gate_floor"),
+        ({"gate_form": "rate", "gate_floor": 0.5}, "gate_form"),
+        ({"gate_form": "rate", "gates": ("fixed",)}, "gate_form"),
+    ],
+)
+def test_gates_and_convolutions_that_cannot_be_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrellisConfig(**options)

@@ -30,7 +30,7 @@ class CarriedState:
     Attributes:
         key_memory, value_memory: after the rows' last tokens, [B, H, M, D] and [B, H, M, V].
         key_chunk_start, value_chunk_start: before the chunk that those tokens are in, of the same shapes.
-        tail: [B, K-1, 2F], the last inputs of the convolution on q and k; None without convolution.
+        tail: [B, K-1, W], the last inputs of the convolution; None without convolution.
     """
 
     key_memory: Tensor

@@ -65,13 +65,19 @@ class TrellisConfig:
         step_size_max: gamma_max. The chunk's steps sum to at most this when ``step_bound`` is "chunk".
         step_size_bias: b of gamma = scale * sigmoid(w.x + b).
         step_bound: "chunk" divides gamma_max by C (our choice, stable at every C); "token" does not.
-        alpha_norm: "rms" normalises the latent target over the M slots (our choice); "none" leaves it raw.
+        alpha_norm: "rms" normalises the latent target over the M slots (our choice), "l2" to unit norm;
+            "none" leaves it raw.
         value_norm: "l2" gives v unit norm inside the memory update (our choice); "none" leaves it raw.
         gate_bias: b of beta = sigmoid(w.x + b); the paper biases the forget gate towards one.
+        gate_form: "sigmoid" makes beta = floor + (1 - floor) sigmoid(w.x + b); "rate" makes log beta =
+            -exp(A) softplus(w.x + b), A and b drawn per head as in Mamba2 and Gated DeltaNet, so that heads
+            begin with memories of one to 1,000 tokens (our option).
+        gate_floor: lower bound of a learned sigmoid gate (our option): no token can wipe the memory.
         gates: forget gate per layer, cycled: "learned", "fixed" (at sigmoid(gate_bias)) or "off".
         value_gates: "shared" gives the value pass the key pass's gates (the paper); "own" learns a step size
             of its own for it and, where ``gates`` is "learned", a forget gate (our option).
         conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
+        conv_values: convolve v as well (our option; the DeltaNet family does).
         conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
     """
@@ -87,12 +93,15 @@ class TrellisConfig:
     step_size_max: float = 2.0
     step_size_bias: float = 0.0
     step_bound: Literal["chunk", "token"] = "chunk"
-    alpha_norm: Literal["rms", "none"] = "rms"
+    alpha_norm: Literal["rms", "l2", "none"] = "rms"
     value_norm: Literal["l2", "none"] = "l2"
     gate_bias: float = 4.0
+    gate_form: Literal["sigmoid", "rate"] = "sigmoid"
+    gate_floor: float = 0.0
     gates: tuple[Gate, ...] = ("learned",)
     value_gates: Literal["shared", "own"] = "shared"
     conv_kernel: int = 4
+    conv_values: bool = False
     conv_activation: Literal["silu", "none"] = "silu"
     learned_initial_memory: bool = False
 
@@ -110,6 +119,16 @@ class TrellisConfig:
         require(
             self.conv_kernel >= 0,
             f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
+        )
+        require(
+            self.conv_kernel > 0 or not self.conv_values,
+            "model.trellis.conv_values = true with conv_kernel = 0, no convolution: use 1 or more taps",
+        )
+        require(0 <= self.gate_floor < 1, f"model.trellis.gate_floor = {self.gate_floor}: use [0, 1)")
+        require(
+            self.gate_form == "sigmoid" or (self.gate_floor == 0 and "fixed" not in self.gates),
+            'model.trellis.gate_form = "rate" has no floor and no fixed gate: set gate_floor = 0 and use '
+            "gates learned or off",
         )
         require(
             not (self.readout_affine and self.readout == "silu_rms"),

@@ -6,8 +6,9 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
     alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
     out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
 
-With ``value_gates`` "own" the value pass has a log_decay and a step of its own, made alike; with an affine
-readout compress_kv takes its weight and bias [H, M] too.
+With ``conv_values`` v is convolved as q and k are; with ``gate_form`` "rate" log_decay is -exp(A_b)
+softplus(w_b x + b_b). With ``value_gates`` "own" the value pass has a log_decay and a step of its own, made
+alike; with an affine readout compress_kv takes its weight and bias [H, M] too.
 
 The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
 has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
@@ -30,7 +31,7 @@ from trellis_dist.models.carry import CarriedRows
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv, last_inputs
-from trellis_dist.models.init import Constant, Normal, new_parameter
+from trellis_dist.models.init import Constant, Initial, InverseSoftplus, LogUniform, Normal, new_parameter
 from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.pads import FrontPads
@@ -46,7 +47,8 @@ class TrellisState:
 
     Attributes:
         memory: both memories, [B, H, M, D] and [B, H, M, V].
-        tail: [B, K-1, 2F], the last inputs of the convolution on q and k; None without convolution.
+        tail: [B, K-1, W], the last inputs of the convolution, W = 2F (3F with ``conv_values``); None without
+            one.
     """
 
     memory: CompressState
@@ -67,10 +69,14 @@ class TrellisState:
 
 
 class _Projected(NamedTuple):
-    """The fused input projection, cut up: widths 2F, F, F, H M, and H for each gate that is learned."""
+    """The fused input projection, cut up.
 
-    query_key: Tensor
-    value: Tensor
+    What the convolution reads comes first, W = 2F of q and k or with ``conv_values`` 3F, then v where it is
+    not among it [F], the output gate [F], alpha [H M], and [H] for each gate that is learned.
+    """
+
+    convolved: Tensor
+    value: Tensor | None
     output_gate: Tensor
     alpha: Tensor
     step: Tensor
@@ -127,15 +133,17 @@ class TrellisMixer(nn.Module):
 
     def _add_gates(self, prefix: str, sharded: dict[str, Any]) -> None:
         """Step size and, where it is learned, forget gate of one pass: a weight [H, dim] and a bias [H]."""
-        biases = {"step": self.options.step_size_bias}
+        heads, rate = self.config.num_heads, self.options.gate_form == "rate"
+        biases: dict[str, Initial] = {"step": Constant(self.options.step_size_bias)}
         if self.gate == "learned":
-            biases["decay"] = self.options.gate_bias
+            biases["decay"] = InverseSoftplus(0.001, 0.1) if rate else Constant(self.options.gate_bias)
+            if rate:
+                parameter = new_parameter(heads, initial=LogUniform(1.0, 16.0), **sharded)
+                self.register_parameter(f"{prefix}decay_rate", parameter)
         for name, bias in biases.items():
-            weight = new_parameter(
-                self.config.num_heads, self.config.dim, initial=Normal(self.config.init_std), **sharded
-            )
+            weight = new_parameter(heads, self.config.dim, initial=Normal(self.config.init_std), **sharded)
             self.register_parameter(f"{prefix}{name}_weight", weight)
-            constant = new_parameter(self.config.num_heads, initial=Constant(bias), **sharded)
+            constant = new_parameter(heads, initial=bias, **sharded)
             self.register_parameter(f"{prefix}{name}_bias", constant)
             self._learned_gates.append(prefix + name)
 
@@ -151,6 +159,8 @@ class TrellisMixer(nn.Module):
         if taps > 0:
             self.q_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
             self.k_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
+            if self.options.conv_values:
+                self.v_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
 
     def _add_initial_memory(self, sharded: dict[str, Any]) -> None:
         if self.options.learned_initial_memory:
@@ -199,14 +209,14 @@ class TrellisMixer(nn.Module):
     def _before_carried(
         self, x: Tensor, context: SequenceContext
     ) -> tuple[dict[str, Any], Tensor, Tensor | None]:
-        """As ``_before``, and the last inputs of the convolution [R, K-1, 2F] in each of the R rows."""
+        """As ``_before``, and the last inputs of the convolution [R, K-1, W] in each of the R rows."""
         projected = self._project(x)
         if self.options.conv_kernel == 0:
             return self._inputs(projected), projected.output_gate, None
         assert context.carried is not None, "asked for where rows take over states"
-        tail = context.carried.tail(self.layer, projected.query_key)
+        tail = context.carried.tail(self.layer, projected.convolved)
         inputs = self._inputs(projected, edges=context.edges, tail=tail)
-        return inputs, projected.output_gate, last_inputs(tail, projected.query_key)
+        return inputs, projected.output_gate, last_inputs(tail, projected.convolved)
 
     @property
     def pads_within(self) -> int:
@@ -215,8 +225,8 @@ class TrellisMixer(nn.Module):
 
     def init_state(self, batch: int) -> TrellisState:
         """The state before the first token of ``batch`` rows."""
-        taps, width = self.options.conv_kernel, len(self.q_weight)
-        tail = self.q_weight.new_zeros(batch, taps - 1, 2 * width) if taps > 0 else None
+        taps, width = self.options.conv_kernel, self._convolved_width
+        tail = self.q_weight.new_zeros(batch, taps - 1, width) if taps > 0 else None
         first = self._first_memory(batch)
         # Of its own: a learned memory would be a view of the parameter, which training goes on to change.
         key, value = first.key_memory.detach().clone(), first.value_memory.detach().clone()
@@ -228,12 +238,12 @@ class TrellisMixer(nn.Module):
         """Continue ``state`` over x [B, T, dim]; returns ([B, T, dim], the state after it)."""
         projected = self._project(x)
         if pads is not None and state.tail is not None:
-            tail, query_key = pads.close_up(state.tail, projected.query_key)
-            projected, state = projected._replace(query_key=query_key), replace(state, tail=tail)
+            tail, convolved = pads.close_up(state.tail, projected.convolved)
+            projected, state = projected._replace(convolved=convolved), replace(state, tail=tail)
         counts = None if pads is None else pads.counts
         out, memory = self._read(projected, state, pads=counts)
         assert memory is not None, "a prefill returns its state unless told not to"
-        return out, self._advance(state, memory, projected.query_key)
+        return out, self._advance(state, memory, projected.convolved)
 
     def after(self, x: Tensor, state: TrellisState) -> Tensor:
         """As ``prefill``, without the state after it."""
@@ -252,36 +262,50 @@ class TrellisMixer(nn.Module):
         token = {name: x.squeeze(1) for name, x in self._inputs(projected, tail=state.tail).items()}
         y, memory = decode_step(**token, state=state.memory, **self._settings())
         out = self._output(y.unsqueeze(1), projected.output_gate).squeeze(1)
-        return out, self._advance(state, memory, projected.query_key)
+        return out, self._advance(state, memory, projected.convolved)
 
     def _project(self, x: Tensor) -> _Projected:
         """Every input projection in one matmul; copying the weights together costs 1/T of it."""
         weights: list[Tensor] = [self.q_weight, self.k_weight, self.v_weight]
         weights += [self.output_gate_weight, self.alpha_weight]
-        sizes = [2 * len(self.q_weight), *(len(weight) for weight in weights[2:])]
         gates = [getattr(self, f"{name}_weight") for name in self._learned_gates]
-        parts = self.column(x, weights + gates).split(sizes + [len(gate) for gate in gates], dim=-1)
-        return _Projected(*parts[:4], **dict(zip(self._learned_gates, parts[4:], strict=True)))
+        first = 3 if self.options.conv_values else 2
+        sizes = [self._convolved_width, *(len(weight) for weight in weights[first:] + gates)]
+        convolved, *parts = self.column(x, weights + gates).split(sizes, dim=-1)
+        value = None if self.options.conv_values else parts.pop(0)
+        learned = dict(zip(self._learned_gates, parts[2:], strict=True))
+        return _Projected(convolved, value, *parts[:2], **learned)
+
+    @property
+    def _convolved_width(self) -> int:
+        """W, the features that the convolution reads."""
+        return (3 if self.options.conv_values else 2) * len(self.q_weight)
 
     def _inputs(
         self, projected: _Projected, *, edges: tuple[Tensor, ...] | None = None, tail: Tensor | None = None
     ) -> dict[str, Any]:
         """Tensors q, k, v, alpha and the gates as the operation takes them."""
         head_dim, slots = self.config.head_dim, self.options.slots
-        mixed = projected.query_key
+        mixed = projected.convolved
         if self.options.conv_kernel > 0:
-            weight = torch.cat([self.q_conv_weight, self.k_conv_weight])
+            weights: list[Tensor] = [self.q_conv_weight, self.k_conv_weight]
+            weight = torch.cat([*weights, self.v_conv_weight] if self.options.conv_values else weights)
             mixed = self.convolution(mixed, weight, edges=edges, tail=tail)
         if self.options.conv_activation == "silu":
             mixed = F.silu(mixed)
+        value = projected.value
+        if value is None:
+            mixed, value = mixed.split([2 * len(self.q_weight), len(self.v_weight)], dim=-1)
         query_key = l2_normalise(mixed.unflatten(-1, (-1, head_dim)))
         q, k = query_key.chunk(2, dim=-2)
-        v = projected.value.unflatten(-1, (-1, head_dim))
+        v = value.unflatten(-1, (-1, head_dim))
         if self.options.value_norm == "l2":
             v = l2_normalise(v)
         alpha = projected.alpha.unflatten(-1, (-1, slots))
         if self.options.alpha_norm == "rms":
             alpha = rms_normalise(alpha, eps=self.config.norm_eps)
+        elif self.options.alpha_norm == "l2":
+            alpha = l2_normalise(alpha)
         return {"q": q, "k": k, "v": v, "alpha": alpha, **self._gates(projected)}
 
     def _gates(self, projected: _Projected) -> dict[str, Tensor]:
@@ -290,13 +314,23 @@ class TrellisMixer(nn.Module):
         if projected.decay is None:
             decay = torch.full_like(step, self._fixed_log_decay())
         else:
-            decay = _log_decay(projected.decay, self.decay_bias)
+            decay = self._log_decay(projected.decay, "")
         gates = {"log_decay": decay, "step_size": step}
         if projected.value_step is not None:
             gates["value_step_size"] = self._step_size(projected.value_step, self.value_step_bias)
         if projected.value_decay is not None:
-            gates["value_log_decay"] = _log_decay(projected.value_decay, self.value_decay_bias)
+            gates["value_log_decay"] = self._log_decay(projected.value_decay, "value_")
         return gates
+
+    def _log_decay(self, logits: Tensor, prefix: str) -> Tensor:
+        """log beta [B, T, H] of a learned forget gate, in fp32 (fp64 for fp64 inputs)."""
+        logits = _wide(logits) + _wide(getattr(self, f"{prefix}decay_bias"))
+        if self.options.gate_form == "rate":
+            return -_wide(getattr(self, f"{prefix}decay_rate")).exp() * F.softplus(logits)
+        floor = self.options.gate_floor
+        if floor == 0:
+            return F.logsigmoid(logits)
+        return torch.logaddexp(F.logsigmoid(logits) + math.log1p(-floor), logits.new_tensor(math.log(floor)))
 
     def _fixed_log_decay(self) -> float:
         """log sigmoid(gate_bias), or 0 when the gate is off."""
@@ -332,16 +366,11 @@ class TrellisMixer(nn.Module):
         zeros = torch.zeros(shape, dtype=_wide_dtype(self.q_weight), device=self.q_weight.device)
         return CompressState(key_memory=zeros, value_memory=zeros)
 
-    def _advance(self, state: TrellisState, memory: CompressState, query_key: Tensor) -> TrellisState:
-        """The state after the tokens whose projected inputs are ``query_key`` [B, T, 2F]."""
+    def _advance(self, state: TrellisState, memory: CompressState, convolved: Tensor) -> TrellisState:
+        """The state after the tokens whose inputs of the convolution are ``convolved`` [B, T, W]."""
         if state.tail is None:
             return replace(state, memory=memory)
-        return TrellisState(memory=memory, tail=last_inputs(state.tail, query_key))
-
-
-def _log_decay(logits: Tensor, bias: Tensor) -> Tensor:
-    """log beta [B, T, H] of a learned forget gate, in fp32 (fp64 for fp64 inputs)."""
-    return F.logsigmoid(_wide(logits) + _wide(bias))
+        return TrellisState(memory=memory, tail=last_inputs(state.tail, convolved))
 
 
 def _wide_dtype(x: Tensor) -> torch.dtype:
