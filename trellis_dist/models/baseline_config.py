@@ -40,6 +40,7 @@ class BaselineConfig:
         mini_batch: tokens of ttt_linear and titans that share a gradient; part of the function, like
             ``trellis.chunk_size``.
         slots: memory slots per head of abc and gsa.
+        ttt_step: of ttt_linear; a token's step is below ttt_step / head width (its authors' base rate: 1).
     """
 
     __pydantic_config__ = STRICT
@@ -49,6 +50,7 @@ class BaselineConfig:
     chunk_size: int = 64
     mini_batch: int = 16
     slots: int = 64
+    ttt_step: float = 1.0
 
     def __post_init__(self) -> None:
         require(
@@ -59,3 +61,4 @@ class BaselineConfig:
             value = getattr(self, name)
             require(value >= 1, f"model.baselines.{name} = {value}: use 1 or more tokens")
         require(1 <= self.slots <= 1024, f"model.baselines.slots = {self.slots}: use 1 to 1024 memory slots")
+        require(self.ttt_step > 0, f"model.baselines.ttt_step = {self.ttt_step}: must be positive")

@@ -14,6 +14,7 @@ from trellis_dist.models.mixers.gated_deltanet import DeltaNetMixer, GatedDeltaN
 from trellis_dist.models.mixers.linear_attention import LinearAttentionMixer
 from trellis_dist.models.mixers.mamba2 import Mamba2Mixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
+from trellis_dist.models.mixers.ttt_linear import TTTLinearMixer
 
 __all__ = ["MIXERS", "LayerState", "Mixer", "build_mixer"]
 
@@ -58,6 +59,7 @@ MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "deltanet": DeltaNetMixer,
     "gated_deltanet": GatedDeltaNetMixer,
     "mamba2": Mamba2Mixer,
+    "ttt_linear": TTTLinearMixer,
 }
 
 
