@@ -20,7 +20,7 @@ class Options:
     """What the command line says of an experiment.
 
     Attributes:
-        only: rows (or models) to train and show; all unless given.
+        only: rows to train and show; all unless given.
         seeds: how many; data order and weights follow from ``training.seed``.
         overrides: ``--set``, last of all.
         corpus: another text, as ``--corpus``.
@@ -81,10 +81,9 @@ def expand(name: str, scale_name: str, options: Options) -> Expansion:
 
 
 def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
-    known = list(dict.fromkeys([row.name for row in rows] + [row.model for row in rows if row.model]))
     for wanted in only:
-        named(wanted, known, what="row of this table")
-    return [row for row in rows if not only or row.name in only or row.model in only]
+        named(wanted, [row.name for row in rows], what="row of this table")
+    return [row for row in rows if not only or row.name in only]
 
 
 def _registered(kind: str) -> bool:

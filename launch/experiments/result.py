@@ -57,16 +57,31 @@ def known_result(path: Path, spec: RunSpec) -> dict[str, Any] | None:
     """The result in ``path`` if it is that of ``spec``; None without one, or where it scored other things.
 
     Raises:
-        ValueError: the file holds the result of another run; one line says which keys differ.
+        ValueError: the file holds the result of another run, or of other text; one line says what differs.
     """
     if not path.is_file():
         return None
     stored: dict[str, Any] = read_json(path)
     refuse_another(stored["recipe"], spec, holder=path)
+    _refuse_other_text(stored, spec, holder=path)
     same = all(
         _same(key, stored["recipe"]["evals"].get(key, value), value) for key, value in spec.scoring.items()
     )
     return {**stored, "about": dict(spec.about)} if same else None
+
+
+def _refuse_other_text(stored: Mapping[str, Any], spec: RunSpec, *, holder: Path) -> None:
+    from data_pipeline.manifest import MANIFEST, load_manifest
+
+    folder = Path(spec.resolved.data.directory)
+    if "data" not in stored or not (folder / MANIFEST).is_file():
+        return
+    fingerprint = load_manifest(folder).fingerprint
+    if fingerprint != stored["data"]:
+        raise ValueError(
+            f"{holder} was trained on other text ({stored['data'][:12]}) than {folder} holds "
+            f"({fingerprint[:12]}): use another --root, or remove it"
+        )
 
 
 def _same(key: str, before: Any, now: Any) -> bool:
