@@ -5,8 +5,9 @@ Shapes: B rows, T tokens, H heads, N documents (B of them unless packed), P chun
     token order  [B, T, H, F]  --Grid.reads, Grid.writes-->  chunk order  [P, H, C, F]  --Grid.tokens-->  back
 
 Every document has its own chunks (kernels.layout). The slots of a chunk that hold no token lie behind those
-that do; they read a token of their own chunk, and are silenced where they would write: ``writes`` holds 0 on
-them and ``scalars`` what the caller names. So a document gives what it gives alone, whatever is beside it.
+that do; they read a token of their own chunk, and are silenced where they would write: ``writes`` and
+``scalars`` hold 0 on them, or what the caller names. So a document gives what it gives alone, whatever is
+beside it.
 """
 
 from __future__ import annotations
@@ -70,9 +71,9 @@ class Grid:
         """[B, T, H, F] -> [P, H, C, F]; a pad holds a token of its own chunk."""
         return self.layout.to_chunks(x.to(self.dtype))
 
-    def writes(self, x: Tensor) -> Tensor:
-        """[B, T, H, F] -> [P, H, C, F]; a pad holds 0."""
-        return self._filled(self.reads(x), 0.0)
+    def writes(self, x: Tensor, *, pads: float = 0.0) -> Tensor:
+        """[B, T, H, F] -> [P, H, C, F]; a pad holds ``pads``."""
+        return self._filled(self.reads(x), pads)
 
     def scalars(self, x: Tensor, *, pads: float = 0.0) -> Tensor:
         """[B, T, H] -> [P, H, C]; a pad holds ``pads``."""

@@ -26,6 +26,8 @@ MODELS = {
     "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
     "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
     "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
+    "abc": {"pattern": ("abc",)},
+    "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
     "ttt_linear": {"pattern": ("ttt_linear",)},
     "rates, convolved values": {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}

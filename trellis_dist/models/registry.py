@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
+from trellis_dist.models.mixers.abc import ABCMixer
 from trellis_dist.models.mixers.attention import AttentionMixer
 from trellis_dist.models.mixers.gated_deltanet import DeltaNetMixer, GatedDeltaNetMixer
+from trellis_dist.models.mixers.gsa import GSAMixer
 from trellis_dist.models.mixers.linear_attention import LinearAttentionMixer
 from trellis_dist.models.mixers.mamba2 import Mamba2Mixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
@@ -56,6 +58,8 @@ MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "attention": AttentionMixer,
     "sliding_window": AttentionMixer,
     "linear_attention": LinearAttentionMixer,
+    "abc": ABCMixer,
+    "gsa": GSAMixer,
     "deltanet": DeltaNetMixer,
     "gated_deltanet": GatedDeltaNetMixer,
     "mamba2": Mamba2Mixer,
