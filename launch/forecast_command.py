@@ -1,0 +1,111 @@
+"""`trellis forecast`: its options, and the table it prints."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["forecast"]
+
+
+class Dataset(StrEnum):
+    """How the rows of a file are split."""
+
+    ETTH1 = "etth1"
+    EXCHANGE = "exchange"
+    CSV = "csv"
+
+
+def forecast(
+    data: Annotated[
+        Path, typer.Option("--data", metavar="PATH", help="CSV, also .gz; a header and a date are fine")
+    ],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="for models and results")],
+    dataset: Annotated[
+        Dataset, typer.Option(help="etth1: 12/4/4 months of hours; exchange, csv: --fractions")
+    ] = Dataset.CSV,
+    horizons: Annotated[str, typer.Option(metavar="N,N", help="steps to forecast")] = "96,192,336,720",
+    models: Annotated[
+        str, typer.Option(metavar="A,B", help="dlinear, attention, trellis, trellis-corrected, ...")
+    ] = "dlinear,attention,trellis",
+    seeds: Annotated[str, typer.Option(metavar="N,N", help="of weights and order")] = "0",
+    look_back: Annotated[int, typer.Option(min=1, help="steps that are read")] = 336,
+    fractions: Annotated[
+        str, typer.Option(metavar="A,B,C", help="of training, validation and test; not of etth1")
+    ] = "0.7,0.1,0.2",
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="stop after an epoch by then; the same command goes on")
+    ] = None,
+) -> None:
+    """Train forecasters on a series and print their test errors; finished runs are read back.
+
+    Errors are on data standardised by the training rows. docs/forecasting.md says how it is split.
+    """
+    from trellis_dist.forecasting.runs import cases_of, open_data, run_cases
+
+    deadline = None if minutes is None else time.monotonic() + 60 * minutes
+    cases = cases_of(
+        models=_parts(models, "--models"),
+        horizons=_numbers(horizons, "--horizons"),
+        seeds=_numbers(seeds, "--seeds", least=0),
+    )
+    opened = open_data(data, dataset=dataset, look_back=look_back, fractions=_fractions(fractions))
+    results = []
+    for result in run_cases(cases, opened, out, deadline=deadline):
+        results.append(result)
+        print(_line(result), flush=True)
+    print(render(results))
+    if len(results) < len(cases):
+        print(f"stopped with {len(results)} of {len(cases)} runs finished; the same command goes on")
+
+
+def render(results: Sequence[dict[str, Any]]) -> str:
+    """MSE / MAE of every model and horizon, means over seeds, as a Markdown table."""
+    horizons = sorted({result["horizon"] for result in results})
+    lines = ["| model | " + " | ".join(map(str, horizons)) + " |", "|---|" + "--:|" * len(horizons)]
+    for model in dict.fromkeys(result["model"] for result in results):
+        of_model = [result for result in results if result["model"] == model]
+        cells = [_cell([r for r in of_model if r["horizon"] == horizon]) for horizon in horizons]
+        lines.append(f"| {model} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _cell(results: Sequence[dict[str, Any]]) -> str:
+    if not results:
+        return "-"
+    return " / ".join(f"{statistics.fmean(r[key] for r in results):.3f}" for key in ("mse", "mae"))
+
+
+def _line(result: dict[str, Any]) -> str:
+    return (
+        f"{result['model']}, horizon {result['horizon']}, seed {result['seed']}: "
+        f"MSE {result['mse']:.4f}, MAE {result['mae']:.4f} after {result['epochs']} epochs"
+    )
+
+
+def _parts(text: str, option: str) -> list[str]:
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    if not parts:
+        raise ValueError(f"{option} {text!r} names nothing: give names or numbers with commas between")
+    return parts
+
+
+def _numbers(text: str, option: str, *, least: int = 1) -> list[int]:
+    parts = _parts(text, option)
+    if not all(part.isdecimal() and int(part) >= least for part in parts):
+        raise ValueError(f"{option} {text!r}: give whole numbers from {least} on, with commas between")
+    return [int(part) for part in parts]
+
+
+def _fractions(text: str) -> tuple[float, float, float]:
+    try:
+        train, validation, test = (float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--fractions {text!r}: give three shares of 1, such as 0.7,0.1,0.2") from error
+    return train, validation, test

@@ -1,0 +1,79 @@
+"""`trellis forecast`: runs that are read back, a table, and refusals of one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from tests.forecasting.series_files import waves, write_csv
+from trellis_dist.files import read_json
+from trellis_dist.forecasting import runs
+from trellis_dist.forecasting.models import ForecastTraining
+
+
+@pytest.fixture
+def series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    settings = ForecastTraining(batch_size=16, windows=48, validation_every=4, epochs=2)
+    monkeypatch.setattr(runs, "training_of", lambda _: settings)
+    return write_csv(tmp_path / "waves.csv", waves(400, channels=2))
+
+
+def command(series: Path, out: Path, **options: str) -> list[str]:
+    given = {"horizons": "6,3", "models": "dlinear,attention", "look-back": "24", **options}
+    pairs = [item for name, value in given.items() for item in (f"--{name}", value)]
+    return ["forecast", "--data", str(series), "--out", str(out), *pairs]
+
+
+def test_it_trains_what_is_asked_and_prints_a_table(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(series, tmp_path / "out", seeds="0,1")) == 0
+    printed = capsys.readouterr().out
+    found = read_json(tmp_path / "out" / "results.json")["runs"]
+    assert len(found) == 8
+    mean = sum(run["mse"] for run in found if (run["model"], run["horizon"]) == ("attention", 3)) / 2
+    rows = [line for line in printed.splitlines() if line.startswith("|")]
+    assert rows[0] == "| model | 3 | 6 |"
+    assert [row.split(" | ")[0] for row in rows[2:]] == ["| dlinear", "| attention"]
+    assert rows[3].split(" | ")[1].startswith(f"{mean:.3f} / ")
+    assert main(command(series, tmp_path / "out", seeds="0,1")) == 0
+    assert capsys.readouterr().out == printed, "finished runs are read back"
+
+
+def test_time_that_is_up_says_how_to_go_on(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(command(series, tmp_path / "out", minutes="0")) == 0
+    assert capsys.readouterr().out.endswith("stopped with 0 of 4 runs finished; the same command goes on\n")
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"models": "dlinear,attentoin"}, "no forecaster is called 'attentoin': use dlinear"),
+        ({"models": ","}, "--models ',' names nothing"),
+        ({"horizons": "6,x"}, "--horizons '6,x': give whole numbers from 1 on"),
+        ({"horizons": "0"}, "--horizons '0': give whole numbers from 1 on"),
+        ({"horizons": "4000"}, "too few for one window"),
+        ({"fractions": "0.5,0.5"}, "--fractions '0.5,0.5': give three shares"),
+        ({"fractions": "0.5,0.2,0.2"}, "three positive shares that add up to 1"),
+        ({"dataset": "etth1"}, "400 rows are fewer than the 14400 of etth1"),
+        ({"look-back": "300"}, "280 training rows are fewer than look_back = 300"),
+        ({"look-back": "8"}, "patch_length = 16 is longer than look_back = 8"),
+        ({"data": "nowhere.csv"}, "nowhere.csv: no such file"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(
+    series: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: dict[str, str],
+    message: str,
+) -> None:
+    assert main(command(series, tmp_path / "out", **options)) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
