@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from data_pipeline.loader import Batch
+from trellis_dist.models.baseline_config import BaselineConfig
 from trellis_dist.models.config import ModelConfig, TrellisConfig
 from trellis_dist.parallel.config import SequenceMode
 from trellis_dist.training.config import OptimizerConfig, TrainingConfig
@@ -44,11 +45,14 @@ _TRELLIS = ModelConfig(
     num_heads=4,
     mlp_hidden=48,
     trellis=TrellisConfig(slots=8, chunk_size=8, learned_initial_memory=True),
+    baselines=BaselineConfig(chunk_size=8),
 )
-MODELS: dict[ModelName, ModelConfig] = {
-    "trellis": _TRELLIS,
-    "hybrid": dataclasses.replace(_TRELLIS, pattern=("trellis", "attention"), tie_embeddings=False),
-}
+# One recurrent baseline stands for all: what meshes and engines do with it is the same code for each, and
+# tests/parallel/test_recurrent.py has every kind.
+_HYBRID = dataclasses.replace(
+    _TRELLIS, num_layers=3, pattern=("trellis", "attention", "gated_deltanet"), tie_embeddings=False
+)
+MODELS: dict[ModelName, ModelConfig] = {"trellis": _TRELLIS, "hybrid": _HYBRID}
 
 # SGD without clipping shows an error in a gradient's scale, which Adam and clipping hide. At a rate of 0.5
 # one process departs from itself within 20 steps when it sums in another order.

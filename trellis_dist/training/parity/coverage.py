@@ -11,7 +11,8 @@ import functools
 import itertools
 from collections.abc import Iterable, Iterator
 
-from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.config import ATTENTION_KINDS, ModelConfig
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.config import TrainingConfig
 from trellis_dist.training.parity.cases import Case
@@ -44,13 +45,14 @@ def features(
 ) -> Features:
     """What a run asks for beside its engine, as a recipe says it; ``mesh.dp`` is filled in."""
     assert mesh.dp is not None, "features are those of a filled mesh"
-    checkpointing = training.activation_checkpointing
+    checkpointing, kinds = training.activation_checkpointing, set(model.pattern)
     asked = {
         "mesh.dp > 1": mesh.dp > 1,
         f'mesh.sp > 1 with sequence.mode = "{sequence.mode}"': mesh.sp > 1,
         "mesh.tp > 1": mesh.tp > 1 and not tensor.sequence_parallel,
         "mesh.tp > 1 with tensor.sequence_parallel = true": mesh.tp > 1 and tensor.sequence_parallel,
-        "attention layers": "attention" in model.pattern,
+        "attention layers": not kinds.isdisjoint(ATTENTION_KINDS),
+        "recurrent baseline layers": not kinds.isdisjoint(BASELINES),
         'training.precision = "bf16"': training.precision == "bf16",
         f'training.activation_checkpointing = "{checkpointing}"': checkpointing != "none",
         _COMPILE: training.compile != "none",
