@@ -6,10 +6,10 @@ C tokens are a mini-batch; i counts them in it, j <= i. Their gradients are take
     g_j = d/dz ||k_j + LN(z_j) - v_j||^2 / 2  at  z_j = W~_0^T k~_j
     A_i = A_{i-1} + e_i k~_i g_i^T,  A_{-1} = 0      W~_i = W~_0 - s_i A_i      y_i = q_i + LN(W~_i^T q~_i)
 
-and the next mini-batch starts at its last W~_i. The step of token j as token i sees it is the product s_i e_j:
-e_j is the learned step of the token that is written, s_i >= 0 the scale of the slot that reads (1 / (i + 1)
-and learned, so that W~_i follows the mean of the gradients so far). flash-linear-attention's ``fla.ops.ttt``
-has one step per token and takes that of the reading token; both agree where s and e are constants.
+and the next mini-batch starts at the last W~_i. The step of token j as token i sees it is s_i e_j: e_j is the
+learned step of the token that is written, s_i >= 0 the scale of the slot that reads (1 / (i + 1) and learned,
+so that W~_i follows the mean of the gradients so far). flash-linear-attention's ``fla.ops.ttt`` has one step
+per token and takes that of the reading token; both agree where s and e are constants.
 
 s_i = 0 would hide A_i, so inside a mini-batch a head keeps (W~_0, A_i) and not W~_i; A = 0 at its end.
 

@@ -42,6 +42,8 @@ MODELS = {
     "abc": {"pattern": ("abc",)},
     "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
     "ttt_linear": {"pattern": ("ttt_linear",)},
+    "titans": {"pattern": ("titans",)},
+    "titans, linear": {"pattern": ("titans",), "baselines": {"titans_depth": 1, "conv_kernel": 0}},
     "rates, convolved values": {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
     },

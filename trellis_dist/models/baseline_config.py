@@ -41,6 +41,11 @@ class BaselineConfig:
             ``trellis.chunk_size``.
         slots: memory slots per head of abc and gsa.
         ttt_step: of ttt_linear; a token's step is below ttt_step / head width (its authors' base rate: 1).
+        titans_depth: layers of the MLP that a titans head keeps; the paper has one or more.
+        titans_step: of titans; the steps of a mini-batch sum to at most this (our choice: the gradients of a
+            mini-batch are taken at one point, so that their sum is what has to be bounded).
+        titans_keep_bias, titans_momentum_bias: of titans; where the logits of its forget gate 1 - alpha and
+            of its momentum eta start.
     """
 
     __pydantic_config__ = STRICT
@@ -51,6 +56,10 @@ class BaselineConfig:
     mini_batch: int = 16
     slots: int = 64
     ttt_step: float = 1.0
+    titans_depth: int = 2
+    titans_step: float = 1.0
+    titans_keep_bias: float = 4.0
+    titans_momentum_bias: float = 0.0
 
     def __post_init__(self) -> None:
         require(
@@ -61,4 +70,11 @@ class BaselineConfig:
             value = getattr(self, name)
             require(value >= 1, f"model.baselines.{name} = {value}: use 1 or more tokens")
         require(1 <= self.slots <= 1024, f"model.baselines.slots = {self.slots}: use 1 to 1024 memory slots")
-        require(self.ttt_step > 0, f"model.baselines.ttt_step = {self.ttt_step}: must be positive")
+        for name in ("ttt_step", "titans_step"):
+            require(
+                getattr(self, name) > 0, f"model.baselines.{name} = {getattr(self, name)}: must be positive"
+            )
+        require(
+            1 <= self.titans_depth <= 4,
+            f"model.baselines.titans_depth = {self.titans_depth}: use 1 to 4 layers",
+        )

@@ -3,10 +3,11 @@
     q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x))
     e = ttt_step / D sigmoid(w_e x + b_e)        s_i = max(1 / (i + 1) + r_i, 0)
 
-The recurrence is kernels.baselines.ttt. The layer starts from a learned W ~ N(0, init_std), b = 0; b_e, r start at 0, the inner norm at one and zero.
-As in the original queries and keys have no unit norm, and every slot i of a mini-batch learns its scale; here
-each head has one of its own (there a layer's heads share them). Of the original's block its rotary
-positions inside a mini-batch and its norm across heads are left out: all baselines have one block.
+The recurrence is kernels.baselines.ttt. A head starts from a learned W ~ N(0, init_std), b = 0; b_e and r at
+0, the inner norm at one and zero. As in the original queries and keys have no unit norm, and every slot i
+of a mini-batch learns its scale; here each head has its own (there the heads of a layer share them). The
+rotary positions inside a mini-batch and the norm across heads of the original's block are left out: all
+baselines have one block.
 """
 
 from __future__ import annotations
