@@ -1,0 +1,162 @@
+"""The study as a command: python -m benchmarks.study prepare|run|score|speed|report.
+
+prepare --books DIR                strips the training books, makes tokenizer and shards
+run --books DIR --minutes 55       goes on with the plan; --dry-run only prints it
+score --books DIR [--test]         the n-grams on all books; with --test the test books, once
+speed                              seconds per token of all models in turns
+report                             benchmarks/results/study.json, the tables of docs/study.md, plots
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.study.books import prepare_books
+from benchmarks.study.one import do
+from benchmarks.study.plan import plan, tasks
+from benchmarks.study.pool import Pool, lines_of, pending, spent, unregistered
+from benchmarks.study.results import BUDGET, FOLDER, Store
+
+WORK = Path("runs/study")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one of the commands; the exit status."""
+    options = _parser().parse_args(arguments)
+    store, work = Store(options.results), options.work.resolve()
+    reads = options.command in ("prepare", "run", "score", "one") and not getattr(options, "dry_run", False)
+    if reads and options.books is None:
+        print("give --books FOLDER, with the ten novels", file=sys.stderr)
+        return 2
+    try:
+        return _COMMANDS[options.command](options, store, work)
+    except (ValueError, OSError) as error:
+        print(f"study: {error}", file=sys.stderr)
+        return 1
+
+
+def _prepare(options: argparse.Namespace, store: Store, work: Path) -> int:
+    manifest = prepare_books(options.books.resolve(), work)
+    counted = {name: split.tokens for name, split in manifest.splits.items()}
+    print(f"{work / 'data'}: {counted} tokens, fingerprint {manifest.fingerprint[:12]}")
+    return 0
+
+
+def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
+    for line in unregistered():
+        print(line)
+    results, budget = store.runs(), options.budget * 3600
+    left, used = pending(results, options.only), spent(store, work)
+    print("\n".join(lines_of(left, results)) if options.dry_run else f"{len(left)} runs can be named now")
+    print(f"{used:,.0f} of {budget:,.0f} core-seconds used")
+    if options.dry_run:
+        return 0
+    prepare_books(options.books.resolve(), work, progress=False)
+    with _alone(work):
+        failed = Pool(
+            books=options.books.resolve(),
+            work=work,
+            store=store,
+            jobs=options.jobs,
+            minutes=options.minutes,
+            budget=budget,
+            only=options.only,
+            say=_say,
+        ).run()
+    return 1 if failed else 0
+
+
+def _say(line: str) -> None:
+    print(line, flush=True)
+
+
+@contextmanager
+def _alone(work: Path) -> Iterator[None]:
+    """One slice at a time in a folder."""
+    with (work / ".study.lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"another run command works in {work}: wait for it") from None
+        yield
+
+
+def _one(options: argparse.Namespace, store: Store, work: Path) -> int:
+    found = {task.name: task for task in tasks(store.runs())}
+    if options.only not in found:
+        raise ValueError(f"--only {options.only}: no run of that name can be named now; see run --dry-run")
+    return do(
+        found[options.only], books=options.books.resolve(), work=work, store=store, minutes=options.minutes
+    )
+
+
+def _score(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.frozen import score_test
+    from benchmarks.study.score import bigram_nats
+
+    books = options.books.resolve()
+    if options.test:
+        score_test(store, books=books, work=work, say=_say)
+    splits = [("validation", plan()["sizes"]["tuning_characters"]), ("validation", None), ("test", None)]
+    print(store.write("once/ngrams", bigram_nats(work / "data", books, splits)))  # type: ignore[arg-type]
+    return 0
+
+
+def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.speed import measure
+
+    print(store.write("once/speed", measure()))
+    return 0
+
+
+def _report(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.report import write_report
+
+    for path in write_report(store):
+        print(path)
+    return 0
+
+
+_COMMANDS = {
+    "prepare": _prepare,
+    "run": _run,
+    "one": _one,
+    "score": _score,
+    "speed": _speed,
+    "report": _report,
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name in _COMMANDS:
+        command = commands.add_parser(name)
+        command.add_argument("--books", type=Path, help="folder of the ten novels")
+        command.add_argument("--work", type=Path, default=WORK, help="runs and shards")
+        command.add_argument("--results", type=Path, default=FOLDER, help="one JSON per finished run")
+        if name in ("run", "one"):
+            command.add_argument("--minutes", type=float, help="save and end after so many")
+            command.add_argument("--only", default="*", help="shell pattern of the names of runs")
+        if name == "run":
+            command.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
+            command.add_argument(
+                "--budget", type=float, default=BUDGET / 3600, help="core-hours of everything"
+            )
+            command.add_argument("--dry-run", action="store_true", help="print what is left, and end")
+        if name == "score":
+            command.add_argument("--test", action="store_true", help="score the test books, once")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

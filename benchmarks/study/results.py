@@ -1,0 +1,57 @@
+"""Result files of the study, one JSON per finished run, and the core-seconds that they add up to."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trellis_dist.files import atomic_write, read_json
+
+__all__ = ["BUDGET", "FOLDER", "Store", "compact"]
+
+FOLDER = Path(__file__).parents[1] / "results" / "study"
+# Core-seconds: 12 hours of two cores.
+BUDGET = 12.0 * 2 * 3600
+
+
+class Store:
+    """The folder of results.
+
+    Runs are FOLDER/NAME.json. FOLDER/once/ holds what is no run: the n-grams, the test split, the speeds.
+    """
+
+    def __init__(self, folder: Path = FOLDER) -> None:
+        self.folder = folder
+
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """Name -> result of every finished run."""
+        return {path.stem: read_json(path) for path in sorted(self.folder.glob("*.json"))}
+
+    def once(self, name: str) -> dict[str, Any] | None:
+        """What ``once/NAME.json`` holds; None without it."""
+        path = self.folder / "once" / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
+    def write(self, name: str, found: Mapping[str, Any]) -> Path:
+        """Write a run's result, or with "once/NAME" something else; its path."""
+        path = self.folder / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(path, compact(found) + "\n")
+        return path
+
+    def spent(self) -> float:
+        """Core-seconds of all results: trainings, and the scoring of the test split."""
+        scored = (self.once("test") or {}).get("runs", {})
+        trained = sum(float(found["core_seconds"]) for found in self.runs().values())
+        return trained + sum(float(found["core_seconds"]) for found in scored.values())
+
+
+def compact(value: Any, depth: int = 0) -> str:
+    """JSON whose two outer levels have a line per key, everything below one line."""
+    if isinstance(value, Mapping) and value and depth < 2:
+        pad = " " * (2 * depth + 2)
+        lines = (f"{pad}{json.dumps(key)}: {compact(item, depth + 1)}" for key, item in value.items())
+        return "{\n" + ",\n".join(lines) + f"\n{' ' * (2 * depth)}}}"
+    return json.dumps(value)

@@ -1,0 +1,71 @@
+"""Seconds per token of every model, in turns in one process: runs that share a machine cannot tell."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import machine, versions
+from benchmarks.study.plan import MICRO_TOKENS, Settings, Task, models, registered, table
+from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.counts import flops_per_token, parameter_counts, state_bytes
+from trellis_dist.models.language_model import build_language_model
+
+__all__ = ["measure", "step_of"]
+
+WARM = 2
+
+
+def step_of(config: ModelConfig, *, length: int) -> Callable[[], float]:
+    """A call makes one training step on 4,096 tokens and returns its CPU seconds."""
+    model = build_language_model(config, seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    generator = torch.Generator().manual_seed(0)
+    shape = (max(MICRO_TOKENS // length, 1), length)
+    tokens, labels = (torch.randint(config.vocab_size, shape, generator=generator) for _ in range(2))
+
+    def step() -> float:
+        start = time.process_time()
+        optimizer.zero_grad()
+        (model.loss_sum(tokens, labels) / labels.numel()).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        return time.process_time() - start
+
+    return step
+
+
+def measure(lengths: Sequence[int] = (1024, 4096), *, rounds: int = 12) -> dict[str, Any]:
+    """Median and spread (tenth to ninetieth percentile) of CPU seconds per token, by length and model."""
+    torch.set_num_threads(1)
+    found: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "lengths": {}}
+    names = [name for name in models() if registered(name)]
+    for length in lengths:
+        task = {
+            name: Task(name, "tune", Settings(name, 1e-3, table(name)), length=length, tokens=10**6)
+            for name in names
+        }
+        configs = {name: task[name].spec(Path("shards")).resolved.model for name in names}
+        steps = {name: step_of(config, length=length) for name, config in configs.items()}
+        times = [{name: step() for name, step in steps.items()} for _ in range(WARM + rounds)][WARM:]
+        tokens = max(MICRO_TOKENS // length, 1) * length
+        found["lengths"][str(length)] = {
+            name: _row(configs[name], [one[name] / tokens for one in times], length) for name in names
+        }
+    return found
+
+
+def _row(config: ModelConfig, seconds: Sequence[float], length: int) -> dict[str, float]:
+    deciles = statistics.quantiles(seconds, n=10)
+    return {
+        "seconds_per_token": statistics.median(seconds),
+        "low": deciles[0],
+        "high": deciles[-1],
+        "parameters": parameter_counts(config).total,
+        "flops_per_token": flops_per_token(config, sequence_length=length),
+        "state_bytes": state_bytes(config, position=length),
+    }
