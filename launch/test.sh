@@ -19,7 +19,6 @@ check() {
 PATH=$root/.venv/bin:$PATH
 check ruff check .
 check ruff format --check .
-check mypy
 check lint-imports
 if command -v shellcheck >/dev/null; then
     mapfile -t scripts < <(find launch .ci -name '*.sh' -o -name '*.sbatch' -o -path .ci/run)
@@ -27,5 +26,16 @@ if command -v shellcheck >/dev/null; then
 else
     printf '== shellcheck is not here: shell scripts were not checked\n' >&2
 fi
+
+# The types take a minute of one core, beside the tests, which wait often; what they say comes last.
+types=$(mktemp)
+mypy >"$types" 2>&1 &
+typing=$!
+trap 'kill "$typing" 2>/dev/null || true; rm -f "$types"' EXIT
+status=0
 # Rooms side by side (tests/conftest.py); `-n 0` among the arguments puts all tests into one process.
-check python -m pytest -n 2 --no-loadscope-reorder "$@"
+check python -m pytest -n 2 --no-loadscope-reorder "$@" || status=$?
+printf '== mypy\n' >&2
+wait "$typing" || status=1
+cat "$types"
+exit "$status"

@@ -1,8 +1,8 @@
 """What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to.
 
 Under `pytest -n 2` a room is one unit of work, so that its pools and sessions exist once.
-The two rooms of multi-rank tests share a unit and begin first, beside rooms that mostly wait or keep one
-core.
+The two rooms of multi-rank tests share a unit, and the longest units begin first, so that the workers end
+together.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ for _name, _value in _ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
 
 MANY_RANKS = ("parallel", "training")
+# By how long they take; the others after them.
+LONGEST_FIRST = ("ranks", "launch", "evals", "kernels", "benchmarks", "data_pipeline", "models")
 SKIPS_ALLOWED = Path(__file__).with_name("skips_allowed.txt")
 _skipped: dict[str, str] = {}
 
@@ -44,9 +46,13 @@ def rested_ranks() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest unit first; skip tests marked ``gpu`` where there is no CUDA device."""
-    items.sort(key=lambda item: unit_of(item.nodeid) != "ranks")
+    """The longest units first; skip tests marked ``gpu`` where there is no CUDA device."""
+    items.sort(key=lambda item: _place(unit_of(item.nodeid)))
     _skip_without_gpu(items)
+
+
+def _place(unit: str) -> int:
+    return LONGEST_FIRST.index(unit) if unit in LONGEST_FIRST else len(LONGEST_FIRST)
 
 
 @pytest.hookimpl(optionalhook=True)  # of pytest-xdist
