@@ -41,6 +41,7 @@ MODELS = {
     "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
     "abc": {"pattern": ("abc",)},
     "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
+    "rwkv7": {"pattern": ("rwkv7",)},
     "ttt_linear": {"pattern": ("ttt_linear",)},
     "titans": {"pattern": ("titans",)},
     "titans, linear": {"pattern": ("titans",), "baselines": {"titans_depth": 1, "conv_kernel": 0}},

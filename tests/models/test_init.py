@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trellis_dist.models.init import Constant, Normal, initialise, new_parameter
+from trellis_dist.models.init import Constant, Normal, Ramp, initialise, new_parameter
 from trellis_dist.models.parallel_kind import ParallelKind, kind_of, shard_dim, undeclared
 
 EVERYTHING = {"learned_initial_memory": True, "value_gates": "own", "readout_affine": True}
@@ -99,6 +99,19 @@ def test_tied_embeddings_share_storage(tiny):
     assert untied.output_weight is not untied.embedding_weight
     assert "head_weight" not in tied.state_dict()
     assert untied.state_dict()["head_weight"].shape == untied.embedding_weight.shape
+
+
+def test_the_biases_of_rwkv7_are_those_of_its_authors():
+    """Channel by channel, as BlinkDL/RWKV-LM writes w0 for layer 2 of 5, 3 heads of 4 channels."""
+    width, channels, ratio = 4, 12, 2 / 4
+    expected = []
+    for n in range(channels):
+        zigzag = ((n % width) - ((width - 1) / 2)) / ((width - 1) / 2)
+        start = -6 + 6 * (n / (channels - 1)) ** (1 + 1 * ratio**0.3)
+        expected.append(start + 0.5 + zigzag * abs(zigzag) * 2.5)
+    ramp = Ramp(-5.5, 0.5, width, power=1 + ratio**0.3, zigzag=2.5)
+    drawn = ramp.draw(torch.Size([channels]), torch.Generator())
+    torch.testing.assert_close(drawn, torch.tensor(expected), atol=1e-5, rtol=1e-5)
 
 
 def test_constants_are_exact(tiny):

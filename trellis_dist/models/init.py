@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from trellis_dist.models.parallel_kind import ParallelKind, declare
 
-__all__ = ["Constant", "Initial", "InverseSoftplus", "LogUniform", "Normal", "initialise", "new_parameter"]
+__all__ = [
+    "Constant",
+    "Initial",
+    "InverseSoftplus",
+    "LogUniform",
+    "Normal",
+    "Ramp",
+    "initialise",
+    "new_parameter",
+]
 
 
 @dataclass(frozen=True)
@@ -68,7 +77,33 @@ class InverseSoftplus:
         return step + torch.log(-torch.expm1(-step))
 
 
-Initial = Normal | Constant | LogUniform | InverseSoftplus
+@dataclass(frozen=True)
+class Ramp:
+    """RWKV-7's biases: from ``low`` to ``high`` over all channels, and up and down again within each head.
+
+    Channel n of N has low + (high - low) (n / (N - 1))^power + zigzag z |z|, z from -1 to 1 over its head.
+
+    Attributes:
+        low, high, power, zigzag: as above.
+        width: channels of a head.
+    """
+
+    low: float
+    high: float
+    width: int
+    power: float = 1.0
+    zigzag: float = 0.0
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """fp32 tensor of ``shape``; draws nothing."""
+        channels = shape.numel()
+        across = torch.linspace(0, 1, channels, dtype=torch.float32, device="cpu") ** self.power
+        within = torch.linspace(-1, 1, self.width, dtype=torch.float32, device="cpu")
+        ridge = self.zigzag * (within * within.abs()).repeat(channels // self.width)
+        return (self.low + (self.high - self.low) * across + ridge).view(shape)
+
+
+Initial = Normal | Constant | LogUniform | InverseSoftplus | Ramp
 
 
 def new_parameter(*shape: int, initial: Initial, kind: ParallelKind, dim: int | None = None) -> nn.Parameter:

@@ -15,6 +15,7 @@ from trellis_dist.models.mixers.gated_deltanet import DeltaNetMixer, GatedDeltaN
 from trellis_dist.models.mixers.gsa import GSAMixer
 from trellis_dist.models.mixers.linear_attention import LinearAttentionMixer
 from trellis_dist.models.mixers.mamba2 import Mamba2Mixer
+from trellis_dist.models.mixers.rwkv7 import RWKV7Mixer
 from trellis_dist.models.mixers.titans import TitansMixer
 from trellis_dist.models.mixers.trellis import TrellisMixer
 from trellis_dist.models.mixers.ttt_linear import TTTLinearMixer
@@ -64,6 +65,7 @@ MIXERS: dict[str, Callable[[ModelConfig, int], nn.Module]] = {
     "deltanet": DeltaNetMixer,
     "gated_deltanet": GatedDeltaNetMixer,
     "mamba2": Mamba2Mixer,
+    "rwkv7": RWKV7Mixer,
     "ttt_linear": TTTLinearMixer,
     "titans": TitansMixer,
 }
