@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from launch.mixer_bytes import mixer_bytes
 from launch.recipe import Recipe
-from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.config import LayerKind, ModelConfig
 from trellis_dist.parallel.config import MeshConfig
 
 __all__ = ["Block", "block_of"]
@@ -72,31 +74,71 @@ def block_of(recipe: Recipe, mesh: MeshConfig, *, layer: int, cuda: bool) -> Blo
     tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
     split = recipe.tensor.sequence_parallel
     sizes = _Sizes(model, tokens, tp=mesh.tp, sp=mesh.sp, cuda=cuda, stream_split=split)
-    trellis = model.layer_kind(layer) == "trellis"
-    own = _trellis(sizes, model, layer) if trellis else _attention(sizes)
-    operation = _Operation(recipe, mesh, sizes, cuda=cuda) if trellis else None
-    memories = operation.memories() if operation else 0
-    moved = operation.moved() if operation else 0
-    whole, per_token, joined = own["whole"], own["split"], own["joined"]
+    kind = model.layer_kind(layer)
+    if kind in BASELINES:
+        mixer = _baseline(recipe, mesh, sizes, kind, width)
+    else:
+        mixer = _counted(recipe, mesh, sizes, layer, width)
     mlp = sizes.tokens * width * (sizes.stream * (3 if cuda else 2) + 3 * sizes.hidden)
-    mlp_joined = 2 * sizes.hidden * model.dim * width
-    output = sizes.tokens * width * own["output"]
-    kept = tokens * (width * (whole + per_token) + _WIDE * own["gates"]) + output + joined * width + mlp
+    mlp += 2 * sizes.hidden * model.dim * width  # its joined weights
     gradients = 3 * sizes.hidden * model.dim * _WIDE
-    regions = tokens * (width * (2 * sizes.stream + own["region"]) + _WIDE * own["gates"])
     return Block(
-        kept=kept + mlp_joined + memories + moved,
-        mlp=mlp + mlp_joined,
-        output=output,
+        kept=mixer.kept + mlp,
+        mlp=mlp,
+        output=mixer.output,
         boundary=tokens * width * sizes.stream,
-        regions=regions + memories + moved + tokens * width * sizes.stream,
-        mlp_work=tokens * width * (4 * sizes.hidden + 2 * sizes.stream)
-        + 3 * sizes.hidden * model.dim * _WIDE,
-        operation_work=tokens * width * (sizes.stream + 2 * sizes.dim)
-        + (operation.backward() if operation else tokens * width * 6 * sizes.dim)
-        + sizes.dim * model.dim * _WIDE,
+        regions=tokens * width * 3 * sizes.stream + mixer.regions,
+        mlp_work=tokens * width * (4 * sizes.hidden + 2 * sizes.stream) + gradients,
+        operation_work=mixer.work,
         mlp_gradients=gradients,
     )
+
+
+@dataclass(frozen=True)
+class _Mixer:
+    """Bytes of a block's mixer half, its norm included; ``regions`` without rows of the residual stream."""
+
+    kept: int
+    output: int
+    regions: int
+    work: int
+
+
+def _counted(recipe: Recipe, mesh: MeshConfig, sizes: _Sizes, layer: int, width: int) -> _Mixer:
+    """A Trellis or attention mixer, by formula."""
+    model, tokens = recipe.model, sizes.tokens
+    trellis = model.layer_kind(layer) == "trellis"
+    own = _trellis(sizes, model, layer) if trellis else _attention(sizes)
+    operation = _Operation(recipe, mesh, sizes, cuda=sizes.cuda) if trellis else None
+    held = operation.memories() + operation.moved() if operation else 0
+    output = tokens * width * own["output"]
+    kept = tokens * (width * (own["whole"] + own["split"]) + _WIDE * own["gates"])
+    return _Mixer(
+        kept=kept + output + own["joined"] * width + held,
+        output=output,
+        regions=tokens * (width * own["region"] + _WIDE * own["gates"]) + held,
+        work=tokens * width * (sizes.stream + 2 * sizes.dim)
+        + (operation.backward() if operation else tokens * width * 6 * sizes.dim)
+        + sizes.dim * model.dim * _WIDE,
+    )
+
+
+def _baseline(recipe: Recipe, mesh: MeshConfig, sizes: _Sizes, kind: LayerKind, width: int) -> _Mixer:
+    """A recurrent baseline's, counted while it runs; on CUDA the norm keeps its input too."""
+    found = mixer_bytes(
+        recipe.model,
+        kind,
+        rows=recipe.training.micro_batch,
+        length=recipe.data.sequence_length // mesh.sp,
+        tp=mesh.tp,
+        half=width == 2,
+        halo=mesh.sp > 1,
+    )
+    moved = found.operands if mesh.sp > 1 and recipe.sequence.mode == "all_to_all" else 0
+    norm = sizes.tokens * width * sizes.stream * (2 if sizes.cuda else 1)
+    # The output stage's part is free by then, unless it was just computed again.
+    work = found.work + found.output
+    return _Mixer(norm + found.kept + moved, found.output, found.regions + moved, work)
 
 
 @dataclass(frozen=True)

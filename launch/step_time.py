@@ -12,7 +12,15 @@ from itertools import groupby
 from launch.activations import block_of
 from launch.cluster_model import Cluster
 from launch.recipe import Recipe
-from trellis_dist.models.counts import ParameterCounts, flops_per_token, scan_flops_per_token
+from trellis_dist.models.config import ATTENTION_KINDS, LayerKind, ModelConfig
+from trellis_dist.models.counts import (
+    ParameterCounts,
+    flops_per_token,
+    memory_elements,
+    operand_elements,
+    operation_flops_per_token,
+    scan_flops_per_token,
+)
 from trellis_dist.parallel.config import MeshConfig
 
 __all__ = ["StepTime", "predict", "ties", "wavefront_seconds"]
@@ -103,20 +111,30 @@ def ties(recipe: Recipe, mesh: MeshConfig) -> int:
     """How often in a micro-batch a collective makes segments that pass states wait for each other.
 
     ZeRO 2 and 3 reduce or gather over dp x sp in every layer; the all-to-all of an attention layer makes
-    the ranks wait once for every run of Trellis layers between two of them. 0: nothing does.
+    the ranks wait once for every run of recurrent layers between two of them. 0: nothing does.
     """
     if mesh.sp == 1 or recipe.sequence.mode != "state_passing":
         return 0
-    kinds = _kinds(recipe)
+    recurrent = [kind not in ATTENTION_KINDS for kind in _kinds(recipe)]
     if recipe.training.engine == "deepspeed" and recipe.training.zero_stage >= 2:
-        return kinds.count("trellis")
-    runs = [kind for kind, _ in groupby(kinds)]
-    return runs.count("trellis") if "attention" in runs else 0
+        return sum(recurrent)
+    return 0 if all(recurrent) else sum(passes for passes, _ in groupby(recurrent))
 
 
-def _kinds(recipe: Recipe) -> list[str]:
+def _kinds(recipe: Recipe) -> list[LayerKind]:
     model = recipe.model
     return [model.layer_kind(layer) for layer in range(model.num_layers)]
+
+
+def _scan(model: ModelConfig, kind: LayerKind) -> tuple[float, float]:
+    """Of one layer: forward FLOPs per token of what a neighbour waits for, and backward over forward of it.
+
+    Trellis hands its memories on after the scan; the baselines after their whole operation
+    (parallel/recurrent.py), whose gradient is twice the work.
+    """
+    if kind == "trellis":
+        return scan_flops_per_token(model), _REVERSE_SCAN
+    return (0.0, 0.0) if kind in ATTENTION_KINDS else (operation_flops_per_token(model, kind), 2.0)
 
 
 @dataclass(frozen=True)
@@ -127,7 +145,7 @@ class _Pace:
         micro_batches: of the step on a rank.
         tokens: of a micro-batch on a rank.
         micro_batch: seconds of its passes, without waits and exchanges.
-        scans: seconds of scan and reverse scan of one layer in it.
+        scans: seconds of scan and reverse scan in it, of the layer that takes longest: the wavefront's lag.
         handing: seconds that the layer's states and their gradients take to the neighbours.
         width: bytes of an activation.
     """
@@ -147,21 +165,23 @@ class _Pace:
         tokens = training.micro_batch * recipe.data.sequence_length // mesh.sp
         speed = cluster.flops_per_second(training.precision)
         again = _AGAIN[training.activation_checkpointing]
-        scan = tokens * scan_flops_per_token(model) / mesh.tp
         work = tokens * flops_per_token(model, sequence_length=recipe.data.sequence_length) / mesh.tp
-        layers = _kinds(recipe).count("trellis")
-        scans = scan * (1 + _REVERSE_SCAN) / (speed * _SCAN_SHARE[cluster.cuda])
-        products = (work - 3 * layers * scan) * (1 + again / 3) / speed
+        parts = [_scan(model, kind) for kind in _kinds(recipe)]
+        share = tokens / mesh.tp / (speed * _SCAN_SHARE[cluster.cuda])
+        each = [scan * (1 + reverse) * share for scan, reverse in parts]
+        inside = 3 * tokens / mesh.tp * sum(scan for scan, _ in parts)
+        products = (work - inside) * (1 + again / 3) / speed
         kept = _kept(recipe, mesh, cuda=cluster.cuda)
         traffic = kept * (_PASSES + 2 * again) / (cluster.memory_gbps * 1e9)
         # On a CPU what a product leaves is in the cache for what comes after it; the efficiency was measured
         # over whole layers.
-        seconds = products + layers * scans + (traffic if cluster.cuda else 0.0)
+        seconds = products + sum(each) + (traffic if cluster.cuda else 0.0)
         if cluster.cuda:
             seconds = max(seconds, model.num_layers * _LAUNCH_SECONDS * (1 + again / 3))
         count = recipe.global_rows // (training.micro_batch * (mesh.dp or 1))
         width = 2 if cluster.cuda and training.precision == "bf16" else 4
-        return cls(recipe, mesh, count, tokens, seconds, scans, _handing(recipe, cluster, mesh), width)
+        handing = _handing(recipe, cluster, mesh)
+        return cls(recipe, mesh, count, tokens, seconds, max(each), handing, width)
 
     def waiting(self) -> float:
         """For states; all-to-all sends none."""
@@ -187,9 +207,9 @@ def _kept(recipe: Recipe, mesh: MeshConfig, *, cuda: bool) -> int:
 
 
 def _handing(recipe: Recipe, cluster: Cluster, mesh: MeshConfig) -> float:
-    """Both memories of every row, fp32, to the right neighbour, and their gradients to the left one."""
-    model = recipe.model
-    size = recipe.training.micro_batch * 2 * model.trellis.slots * model.dim * 4 / mesh.tp
+    """Every row's memories, fp32, to the right neighbour, and their gradients to the left one."""
+    largest = max(memory_elements(recipe.model, kind) for kind in recipe.model.pattern)
+    size = recipe.training.micro_batch * largest * 4 / mesh.tp
     latency, bandwidth = _link(cluster, mesh, mesh.sp * mesh.tp)
     return 2 * (latency + size / bandwidth)
 
@@ -216,16 +236,15 @@ def _tensor(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace) -> 
 
 
 def _exchange(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace) -> float:
-    """All-to-all: q, k, v, of Trellis layers alpha, there and y back, and as much of gradients."""
+    """All-to-all: the operation's tokens (q, k, v and what a kind adds) there and y back, and gradients."""
     if mesh.sp == 1:
         return 0.0
     model = recipe.model
     latency, bandwidth = _link(cluster, mesh, mesh.sp * mesh.tp)
-    alpha = {"trellis": model.num_heads * model.trellis.slots, "attention": 0}
     seconds = 0.0
     for kind in _kinds(recipe):
-        if kind == "attention" or recipe.sequence.mode == "all_to_all":
-            size = pace.tokens * (4 * model.dim + alpha[kind]) / mesh.tp * pace.width
+        if kind in ATTENTION_KINDS or recipe.sequence.mode == "all_to_all":
+            size = pace.tokens * operand_elements(model, kind) / mesh.tp * pace.width
             seconds += 2 * (2 * latency + size * (mesh.sp - 1) / mesh.sp / bandwidth)
     return pace.micro_batches * seconds
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,19 @@ def test_a_small_step_takes_what_the_planner_says(checkpointing: str) -> None:
     assert max(planned.values()) == pytest.approx(max(measured[name] for name in PHASES), rel=0.05)
     for name in ("forward", "backward", "update"):
         assert planned[name] == pytest.approx(measured[name], rel=0.08), name
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
+@pytest.mark.parametrize("pattern", ["gated_deltanet", "gsa", "mamba2,sliding_window"])
+def test_a_step_with_baselines_takes_what_the_planner_says(pattern: str, checkpointing: str) -> None:
+    changes = [f"model.pattern={json.dumps(pattern.split(','))}", "model.attention.sliding_window=64"]
+    changes += ["data.sequence_length=640", "training.global_batch_tokens=640"]  # ten chunks: extrapolated
+    recipe = load_recipe("125m-c4", [*SMALL, *changes, f"training.activation_checkpointing={checkpointing}"])
+    counts = parameter_counts(recipe.model)
+    measured = live_peaks(recipe, make_rows(recipe, rank=0))
+    planned = phase_peaks(recipe, counts=counts, mesh=recipe.mesh, cuda=False)
+    for name in ("forward", "backward", "update"):
+        assert planned[name] == pytest.approx(measured[name], rel=WITHIN), name
 
 
 def test_the_parts_sum_to_the_fullest_phase() -> None:

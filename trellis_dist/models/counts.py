@@ -12,7 +12,16 @@ from trellis_dist.models.config import ATTENTION_KINDS, LayerKind, ModelConfig
 if TYPE_CHECKING:
     from trellis_dist.models.mixers.recurrent import RecurrentMixer
 
-__all__ = ["ParameterCounts", "flops_per_token", "parameter_counts", "scan_flops_per_token", "state_bytes"]
+__all__ = [
+    "ParameterCounts",
+    "flops_per_token",
+    "memory_elements",
+    "operand_elements",
+    "operation_flops_per_token",
+    "parameter_counts",
+    "scan_flops_per_token",
+    "state_bytes",
+]
 
 
 @dataclass(frozen=True)
@@ -93,6 +102,31 @@ def scan_flops_per_token(config: ModelConfig) -> float:
     if options.update == "corrected":  # K K', L^-1 B and L^-1 itself (C^3 / 6), and the same for the values
         scan += 2 * chunk * (head_dim + slots) + chunk**2 / 3
     return 2.0 * config.num_heads * scan
+
+
+def operation_flops_per_token(config: ModelConfig, kind: LayerKind) -> float:
+    """Forward FLOPs per token of the recurrence of one layer of a recurrent baseline."""
+    return config.num_heads * _baseline(kind).operation_flops(config)
+
+
+def memory_elements(config: ModelConfig, kind: LayerKind) -> int:
+    """Numbers that a recurrent layer of ``kind`` hands on at a segment's end, of one row; attention none."""
+    if kind in ATTENTION_KINDS:
+        return 0
+    if kind == "trellis":
+        return 2 * config.trellis.slots * config.dim
+    shapes = _baseline(kind).memory_shapes(config)
+    return config.num_heads * sum(torch.Size(shape).numel() for shape in shapes)
+
+
+def operand_elements(config: ModelConfig, kind: LayerKind) -> int:
+    """Numbers per token that go into the operation of a layer of ``kind``, and come out of it."""
+    if kind in ATTENTION_KINDS:
+        return 4 * config.dim
+    if kind == "trellis":
+        return 4 * config.dim + config.num_heads * config.trellis.slots
+    widths = sum(projection.width for projection in _baseline(kind).list_projections(config))
+    return config.dim + config.num_heads * widths
 
 
 def _window(config: ModelConfig, kind: LayerKind) -> int | None:
