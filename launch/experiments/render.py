@@ -293,14 +293,16 @@ def _pareto(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
 
 
 def _learning(ours: Ours) -> Block:
-    """Training losses over tokens, of the first seed."""
+    """Training losses over tokens, of the first seed on the first of the runs that are shown."""
+    experiment, scale = ours.expansion.experiment, ours.expansion.scale
+    shown = scale.settings[experiment.settings()[0]]
     series = {}
-    for (row, run, seed), spec in ours.expansion.specs.items():
-        result = ours.results.get(spec.name)
-        if result is not None and seed == 0:
+    for row in ours.expansion.rows:
+        for result in ours.of(row, shown)[:1]:
             per_step = result["training"]["tokens"] / result["training"]["steps"]
-            series[f"{row}, {run}"] = [(s * per_step, loss) for s, loss in result["training"]["train_losses"]]
-    return Lines("learning", "Training loss", series, "tokens", "nats per token", log_x=False)
+            series[row.title] = [(s * per_step, loss) for s, loss in result["training"]["train_losses"]]
+    title = f"Training loss, run {shown}"
+    return Lines("learning", title, series, "tokens", "nats per token", log_x=False)
 
 
 def _what_was_trained(ours: Ours) -> Iterator[Block]:
