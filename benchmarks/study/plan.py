@@ -24,14 +24,15 @@ from typing import Any, Literal
 from benchmarks.study.books import BASE
 from launch.experiments.runs import RunSpec, assignments
 
-__all__ = ["OURS", "Settings", "Task", "models", "plan", "registered", "table", "tasks"]
+__all__ = ["HALF", "OURS", "Settings", "Task", "models", "plan", "registered", "table", "tasks"]
 
 FOLDER = Path(__file__).parent
 TOKENS_PER_STEP = 8192
 # Tokens of a forward pass.
 MICRO_TOKENS = 4096
-# The name under which the best form of Trellis is trained in full.
-OURS = "trellis"
+# The name under which the best form of Trellis is trained in full, and with half the slots: then its memories
+# have the numbers of one matrix state of the same heads.
+OURS, HALF = "trellis", "trellis-half"
 
 Kind = Literal["tune", "vary", "search", "full", "long", "recall"]
 Results = Mapping[str, Mapping[str, Any]]
@@ -251,7 +252,7 @@ def _search(name: str, results: Results) -> list[Task]:
 
 
 def _full(names: list[str], results: Results) -> list[Task]:
-    """Seed by seed; Trellis's best form under its own name, and the paper's beside it with one seed."""
+    """Seed by seed; of Trellis the best form, and with one seed the paper's and half the slots."""
     chosen = {name: _chosen(name, results) for name in _finalists(names)}
     found = []
     for place in range(3):
@@ -265,12 +266,12 @@ def _full(names: list[str], results: Results) -> list[Task]:
 def _finalists(names: list[str]) -> list[str]:
     if not any(_role(name) == "main" for name in names):
         return names
-    return [OURS, *(name for name in names if _role(name) == "main"), "trellis-paper"]
+    return [OURS, *(name for name in names if _role(name) == "main"), "trellis-paper", HALF]
 
 
 def _role(name: str) -> str:
     """Seeds of the paper's form are those of the rest: it is there to be compared with the chosen one."""
-    return "rest" if name in models("ours") else str(models()[name]["role"])
+    return "rest" if name == HALF or name in models("ours") else str(models()[name]["role"])
 
 
 def _whole(name: str, settings: Settings, *, seed: int, length: int = 1024) -> Task:
@@ -286,6 +287,9 @@ def _chosen(name: str, results: Results) -> Settings | None:
             return Settings(**earlier["about"]["settings"])
     if name == OURS:
         return _best(_ours(results), results)
+    if name == HALF:
+        whole = _chosen(OURS, results)
+        return whole and Settings(whole.model, whole.rate, {**whole.set, "model.trellis.slots": 16})
     tuned = _tuning(name, results)
     strongest = _strongest(results)
     if _role(name) == "main" and (not strongest or not _ours(results)):
@@ -296,7 +300,8 @@ def _chosen(name: str, results: Results) -> Settings | None:
 def _long(names: list[str], results: Results) -> Iterator[Task]:
     """The best of the finished full runs of seed 0, each kind of model once."""
     options = plan()["long"]
-    full = {name: results.get(f"full-{name}-s0") for name in _finalists(names) if name != "trellis-paper"}
+    ranked = [name for name in _finalists(names) if name == OURS or _role(name) == "main"]
+    full = {name: results.get(f"full-{name}-s0") for name in ranked}
     losses = {name: loss_of(found) for name, found in full.items() if found is not None}
     if len(losses) < len(full):
         return

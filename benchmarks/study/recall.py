@@ -6,6 +6,7 @@ then their keys again among fillers, near ones the likelier. Chance is 1 / keys.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping
 from functools import cache
@@ -40,14 +41,13 @@ def model_config(settings: Settings) -> ModelConfig:
 
 def _config(own: Mapping[str, Any]) -> ModelConfig:
     options = plan()["recall"]
-    shape = {
-        "model.num_layers": options["layers"],
-        "model.dim": options["dim"],
-        "model.num_heads": options["heads"],
-        "model.vocab_size": 1 + 2 * options["keys"],
-        "data.tokenizer.vocab_size": 1 + 2 * options["keys"],
-    }
-    return load_recipe(str(BASE), assignments(shape | dict(own))).model
+    return dataclasses.replace(
+        load_recipe(str(BASE), assignments(own)).model,
+        num_layers=options["layers"],
+        dim=options["dim"],
+        num_heads=options["heads"],
+        vocab_size=1 + 2 * options["keys"],
+    )
 
 
 @cache

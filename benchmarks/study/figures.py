@@ -1,0 +1,64 @@
+"""The study's plots: loss by position, and what each change to Trellis does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["draw"]
+
+Row = Mapping[str, Any]
+WIDTH, DOTS = 7.0, 130
+
+
+def draw(rows: Sequence[Row], ablations: Sequence[Row], *, folder: Path, ours: str) -> list[Path]:
+    """PNG files of what there is, in ``folder``."""
+    drawn = []
+    if rows:
+        drawn.append(_positions(rows, folder / "study-positions.png", ours))
+    if ablations:
+        drawn.append(_ablations(ablations, folder / "study-ablations.png"))
+    return drawn
+
+
+def _positions(rows: Sequence[Row], path: Path, ours: str) -> Path:
+    """A line per model over the ranges of positions."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 4.2), dpi=DOTS, layout="constrained")
+    axes = figure.subplots()
+    for row in rows:
+        edges = [max(int(edge), 32) for edge in row["by_position"]]
+        width = 2.6 if row["group"] == ours else 1.2
+        title = row["title"].strip("*")
+        axes.plot(edges, list(row["by_position"].values()), marker="o", markersize=3, lw=width, label=title)
+    axes.set_xscale("log", base=2)
+    axes.set_xlabel("first position of the range (tokens of context before it)")
+    axes.set_ylabel("nats per token")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+    return path
+
+
+def _ablations(rows: Sequence[Row], path: Path) -> Path:
+    """A bar per change with its interval; to the left of 0 it helps."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(rows)), dpi=DOTS, layout="constrained")
+    axes = figure.subplots()
+    places = range(len(rows))[::-1]
+    values = [row["estimate"] for row in rows]
+    below = [row["estimate"] - row["low"] for row in rows]
+    above = [row["high"] - row["estimate"] for row in rows]
+    colours = ["#2a7" if row["high"] < 0 else "#c44" if row["low"] > 0 else "#999" for row in rows]
+    axes.barh(places, values, xerr=[below, above], color=colours, height=0.7, error_kw={"lw": 0.8})
+    axes.set_yticks(
+        places, [f"{row['of'].removeprefix('trellis-')}: {row['title']}" for row in rows], fontsize=7
+    )
+    axes.axvline(0, color="black", lw=0.8)
+    axes.set_xlabel("nats per token against the form that it changes (less is better)")
+    axes.grid(axis="x", alpha=0.3)
+    figure.savefig(path)
+    return path

@@ -1,0 +1,238 @@
+"""The study's report: benchmarks/results/study.json, the tables of docs/study.md and its plots."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study import figures
+from benchmarks.study.plan import HALF, OURS, plan
+from benchmarks.study.results import BUDGET, FOLDER, Store
+from benchmarks.study.tables import (
+    EMPTY,
+    Row,
+    ablations,
+    bigram_loss,
+    interval_text,
+    markdown,
+    ranking,
+    recalls,
+    tuned,
+)
+
+__all__ = ["fill", "gather", "sections", "write_report"]
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "study.md"
+OUTPUT = FOLDER.with_suffix(".json")
+
+
+def gather(store: Store) -> dict[str, Any]:
+    """Everything that the tables show, as JSON types."""
+    results, ngrams = store.runs(), store.once("ngrams")
+    test, speeds = store.once("test"), store.once("speed")
+    found: dict[str, Any] = {
+        "runs": len(results),
+        "core_seconds": round(store.spent(), 1),
+        "budget": BUDGET,
+        "tuning": tuned(results),
+        "ablations": ablations(results),
+        "recall": recalls(results),
+        "speed": speeds and speeds["lengths"],
+        "bigram": {},
+    }
+    for split, scores in (("validation", None), ("test", test["runs"] if test else {})):
+        if ngrams is not None:
+            found["bigram"][split] = bigram_loss(ngrams, split)
+            for kind in ("full", "long"):
+                rows = ranking(results, kind, ngrams, scores=scores, speeds=speeds)
+                found[f"{kind}-{split}"] = rows
+    return found
+
+
+def sections(found: Mapping[str, Any]) -> dict[str, str]:
+    """Name of a marker in docs/study.md -> what stands between its ends."""
+    made = {
+        name: _ranking(found.get(name, []), found["bigram"].get(name.partition("-")[2]))
+        for name in ("full-test", "full-validation", "long-test", "long-validation")
+    }
+    whole = found.get("full-test") or found.get("full-validation", [])
+    return made | {
+        "refused": _refused([*found.get("full-validation", []), *found.get("long-validation", [])]),
+        "positions": _positions(whole),
+        "cost": _cost(whole),
+        "equal-state": _equal_state(whole),
+        "tuning": _tuning(found["tuning"]),
+        "ablations": _ablations(found["ablations"]),
+        "recall": _recall(found["recall"]),
+        "speed": _speed(found["speed"]),
+        "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
+        f"{found['budget'] / 3600:.0f} core-hours.",
+    }
+
+
+def _ranking(rows: Sequence[Row], bigram: float | None) -> str:
+    heads = (
+        "model",
+        "seeds",
+        "perplexity",
+        "nats per token",
+        "bits per byte",
+        "less Trellis's, nats",
+        "ranks",
+    )
+    lines = [
+        (
+            row["title"],
+            str(row["seeds"]),
+            f"{row['perplexity']:.2f}",
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+            interval_text(row["difference"]),
+            "no" if row["refused"] else "yes",
+        )
+        for row in rows
+    ]
+    if not lines:
+        return EMPTY
+    return markdown(heads, lines) + f"\n\nThe interpolated bigram: {bigram:.4f} nats per token."
+
+
+def _refused(rows: Sequence[Row]) -> str:
+    lines = [f"- {row['title']}: {'; '.join(row['refused'])}" for row in rows if row["refused"]]
+    if not rows:
+        return EMPTY
+    return "\n".join(lines) or "Every finished full run passes both gates on the validation books."
+
+
+def _positions(rows: Sequence[Row]) -> str:
+    edges = list(rows[0]["by_position"]) if rows else []
+    lines = [
+        (
+            row["title"],
+            *(f"{loss:.3f}" for loss in row["by_position"].values()),
+            interval_text(row["fall"]),
+        )
+        for row in rows
+    ]
+    return markdown(("model", *(f"{edge}-" for edge in edges), "512- less 64-127"), lines)
+
+
+def _cost(rows: Sequence[Row]) -> str:
+    heads = ("model", "perplexity", "parameters", "state, kB", "MFLOPs per token", "us per token")
+    return markdown(heads, [(row["title"], f"{row['perplexity']:.2f}", *_costs(row)) for row in rows])
+
+
+def _costs(row: Row) -> tuple[str, ...]:
+    seconds = row["seconds_per_token"]
+    return (
+        f"{row['parameters']:,}",
+        f"{row['state_bytes'] / 1e3:.1f}",
+        f"{row['flops_per_token'] / 1e6:.2f}",
+        "-" if seconds is None else f"{1e6 * seconds:.0f}",
+    )
+
+
+def _equal_state(rows: Sequence[Row]) -> str:
+    """Models whose memories have about as many bytes as Gated DeltaNet's."""
+    known = {row["group"]: row for row in rows}
+    if "gated_deltanet" not in known or HALF not in known:
+        return EMPTY
+    wanted = known["gated_deltanet"]["memory_bytes"]
+    alike = [row for row in rows if abs(row["memory_bytes"] / wanted - 1) < 0.15]
+    heads = ("model", "memory, kB", "state, kB", "perplexity", "less Trellis's (all slots), nats")
+    lines = [
+        (
+            row["title"],
+            f"{row['memory_bytes'] / 1e3:.1f}",
+            f"{row['state_bytes'] / 1e3:.1f}",
+            f"{row['perplexity']:.2f}",
+            interval_text(row["difference"]),
+        )
+        for row in alike
+    ]
+    return markdown(heads, lines)
+
+
+def _tuning(rows: Sequence[Row]) -> str:
+    lines = [
+        (
+            row["title"],
+            f"`{row['run']}`",
+            f"{row['rate']:g}",
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+        for row in rows
+    ]
+    return markdown(("model", "run", "learning rate", "nats per token", "bits per byte"), lines)
+
+
+def _ablations(rows: Sequence[Row]) -> str:
+    lines = [(f"`{row['of']}`", row["title"], interval_text(row)) for row in rows]
+    return markdown(("of", "change", "nats per token more (+) or less (-)"), lines)
+
+
+def _recall(rows: Sequence[Row]) -> str:
+    pairs = [str(count) for count in plan()["recall"]["pairs"]]
+    lines = [
+        (
+            row["title"],
+            *(f"{row['accuracy'][count]:.2f}" for count in pairs),
+            f"{row['rate']:g}",
+            f"{row['state_bytes'] / 1e3:.1f}",
+        )
+        for row in rows
+    ]
+    return markdown(("model", *(f"{count} pairs" for count in pairs), "learning rate", "state, kB"), lines)
+
+
+def _speed(lengths: Mapping[str, Any] | None) -> str:
+    if lengths is None:
+        return "not measured yet"
+    from benchmarks.study.tables import title_of
+
+    heads = ("model", "T", "us per token, median", "10% to 90%", "MFLOPs per token", "state, kB")
+    lines = [
+        (
+            title_of(name),
+            length,
+            f"{1e6 * row['seconds_per_token']:.0f}",
+            f"{1e6 * row['low']:.0f} to {1e6 * row['high']:.0f}",
+            f"{row['flops_per_token'] / 1e6:.2f}",
+            f"{row['state_bytes'] / 1e3:.1f}",
+        )
+        for length, rows in lengths.items()
+        for name, row in rows.items()
+    ]
+    return markdown(heads, lines)
+
+
+def fill(page: str, made: Mapping[str, str]) -> str:
+    """``page`` with what stands between ``<!-- study:NAME -->`` and ``<!-- /study:NAME -->`` replaced.
+
+    Raises:
+        ValueError: a marker is missing.
+    """
+    for name, text in made.items():
+        begin, end = f"<!-- study:{name} -->", f"<!-- /study:{name} -->"
+        head, found, rest = page.partition(begin)
+        _, also, tail = rest.partition(end)
+        if not (found and also):
+            raise ValueError(
+                f"{PAGE.name} lacks {begin} ... {end}: put the two lines where the table belongs"
+            )
+        page = f"{head}{begin}\n{text}\n{end}{tail}"
+    return page
+
+
+def write_report(store: Store, *, page: Path = PAGE, output: Path = OUTPUT) -> list[Path]:
+    """Write the JSON, the page's tables and the plots that there is something for; their paths."""
+    found = gather(store)
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    page.write_text(fill(page.read_text(encoding="utf-8"), sections(found)), encoding="utf-8")
+    rows = found.get("full-test") or found.get("full-validation", [])
+    drawn = figures.draw(rows, found["ablations"], folder=page.parent, ours=OURS)
+    return [output, page, *drawn]
