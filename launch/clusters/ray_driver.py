@@ -11,13 +11,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
 from typing import Any
 
 from launch.clusters.patience import Patience
 from launch.clusters.run_agent import status_of
+from launch.ending import handlers_kept, on_termination
 from trellis_dist.training.termination import SIGNALS
 
 __all__ = ["ADDRESS", "FIRST", "MASTER", "Node", "main"]
@@ -102,7 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     asked: list[str] = []
     ray.init(log_to_driver=True)
-    with _remember_signals(asked):  # after Ray, which takes SIGTERM for a crash
+    with handlers_kept(SIGNALS):  # after Ray, which takes SIGTERM for a crash
+        on_termination(lambda number, _: asked.append(signal.Signals(number).name))
         try:
             bundle = {"CPU": options.cpus, **({"GPU": options.gpus} if options.gpus else {})}
             workers = _place(options.nodes, bundle, seconds=options.patience)
@@ -111,19 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         except ValueError as error:
             _say(str(error))
             return 1
-
-
-@contextlib.contextmanager
-def _remember_signals(asked: list[str]) -> Iterator[None]:
-    def note(number: int, _: FrameType | None) -> None:
-        asked.append(signal.Signals(number).name)
-
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _place(nodes: int, bundle: Mapping[str, float], *, seconds: float) -> list[_Worker]:
