@@ -17,6 +17,8 @@ from benchmarks.faults import rank_job
 from benchmarks.namespaces import Hosts, refusal
 from benchmarks.node_runs import NodeRun, environment, preflight_command
 from launch.failures import cause_of, read_failures, report
+from tests.distributed import gloo_pool
+from trellis_dist.training.job import Job
 
 pytestmark = pytest.mark.skipif(bool(refusal()), reason=refusal() or "network namespaces do not work here")
 
@@ -132,18 +134,24 @@ def test_a_host_with_another_run_folder_is_named(four: Hosts, shared: Path, tmp_
         assert "on host1 is not the folder that rank 0 writes to" in error
 
 
+def train(job: Job, run_dir: Path) -> None:
+    from trellis_dist.training.loop import run
+
+    run(job, run_dir)
+
+
 def test_a_killed_rank_is_started_again_on_both_hosts_and_the_run_is_what_it_would_have_been(
     shared: Path, tmp_path: Path
 ) -> None:
-    with Hosts(2, tmp_path) as hosts:
-        with NodeRun(hosts, tmp_path / "whole", shared, STEPS, "--no-preflight") as whole:
-            assert whole.end() == [0, 0], whole.said(0)
-        with NodeRun(
-            hosts, tmp_path / "killed", shared, STEPS, "--no-preflight", "--max-restarts", "2"
-        ) as killed:
-            killed.wait_for_step(7)
-            killed.kill_ranks(1)
-            assert killed.end() == [0, 0], killed.said(0) + killed.said(1)
+    with (
+        Hosts(2, tmp_path) as hosts,
+        NodeRun(hosts, tmp_path / "killed", shared, STEPS, "--no-preflight", "--max-restarts", "2") as killed,
+    ):
+        killed.wait_for_step(7)
+        killed.kill_ranks(1)
+        assert killed.end() == [0, 0], killed.said(0) + killed.said(1)
+    # Undisturbed, on ranks that are there already, which saves a start.
+    gloo_pool(2).run(train, rank_job.job(shared, {**STEPS, "training.engine": "local"}), tmp_path / "whole")
     said = "\n".join(killed.errors(0) + killed.errors(1))
     assert "rank 1 on host1" in said
     assert rank_job.compare(tmp_path / "killed", tmp_path / "whole") == ""
