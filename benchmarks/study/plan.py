@@ -3,7 +3,7 @@
     tune-MODEL-lr4e-3     a learning rate, at 2M tokens; where the best is the last of the grid, the next too
     vary-VARIANT          one change to a form of Trellis, at 2M tokens
     search-MODEL-3        further settings of the two strongest baselines, as many as Trellis has had
-    full-MODEL-s0         10M tokens with the best settings found: seed by seed
+    full-MODEL-s0         9M tokens with the best settings found: seed by seed
     long-MODEL-s0         the same in rows of 4,096 tokens, of the best three
     recall-MODEL-lr3e-3   associative recall, in small models of their own
 

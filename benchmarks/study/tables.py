@@ -6,13 +6,16 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.study.books import BASE
 from benchmarks.study.intervals import Interval, Losses, counts, difference, falls
 from benchmarks.study.plan import HALF, OURS, models, plan
 from benchmarks.study.score import losses_of
+from launch.recipe import load_recipe
 
 __all__ = ["EMPTY", "ablations", "bigram_loss", "markdown", "ranking", "recalls", "title_of", "tuned"]
 
 EMPTY = "no run yet"
+FP32_BYTES = 4
 Results = Mapping[str, Mapping[str, Any]]
 Row = dict[str, Any]
 
@@ -92,7 +95,9 @@ def _memory(found: Mapping[str, Any]) -> int:
     total, changed = int(found["model"]["state_bytes"]), found["about"]["settings"]["set"]
     if changed.get("model.pattern", ["trellis"]) != ["trellis"]:
         return total
-    return total - 2 * 4 * 4 * 128 * int(changed.get("model.trellis.slots", 32))
+    model = load_recipe(str(BASE)).model
+    slots = int(changed.get("model.trellis.slots", model.trellis.slots))
+    return total - 2 * FP32_BYTES * model.num_layers * model.dim * slots
 
 
 def _seconds(group: str, found: Mapping[str, Any], speeds: Mapping[str, Any] | None) -> float | None:

@@ -114,6 +114,15 @@ def test_a_seed_fixes_the_rows_whatever_the_model_reads_them_with(small: Path) -
     assert not torch.equal(rows(1, 4), rows(2, 4))
 
 
+def test_models_of_a_seed_begin_with_equal_weights_where_they_have_equal_ones() -> None:
+    settings = [plan.Settings(name, 1e-3, plan.table(name)) for name in ("trellis-paper", "attention")]
+    configs = [plan.Task("x", "tune", s, tokens=10**6).spec(Path("w")).resolved.model for s in settings]
+    one, other = (build_language_model(config, seed=3).state_dict() for config in configs)
+    shared = [name for name in one if name in other and one[name].shape == other[name].shape]
+    assert "embedding_weight" in shared
+    assert all(torch.equal(one[name], other[name]) for name in shared)
+
+
 def test_every_model_of_a_seed_is_given_that_seeds_rows_and_initial_weights(tmp_path: Path) -> None:
     for name in ("trellis-corrected", "attention"):
         settings = plan.Settings(name, 1e-3, plan.table(name))
