@@ -122,3 +122,11 @@ def test_bars_are_as_long_as_their_values_and_none_leaves_the_page(lengths):
 
 def test_no_bars_are_no_error():
     assert bar_chart("t", []).count("<span") == 0
+
+
+def test_no_two_of_many_lines_look_alike():
+    series = {f"line {i}": [(1.0, float(i)), (2.0, float(i))] for i in range(24)}
+    page = line_chart("many", series, x_label="x", y_label="y")
+    looks = re.findall(r'<polyline [^>]*stroke="([^"]+)"[^>]*stroke-dasharray="([^"]*)"', page)
+    assert len(looks) == 24
+    assert len(set(looks)) == 24

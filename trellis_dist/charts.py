@@ -165,7 +165,8 @@ def _line(points: Sequence[Point], x: Axis, y: Axis, index: int) -> str:
 
 
 def _stroke(index: int) -> str:
-    colour, dash = COLOURS[index % len(COLOURS)], DASHES[index % len(DASHES)]
+    turn = index // len(COLOURS)  # the seventh series is no second first
+    colour, dash = COLOURS[index % len(COLOURS)], DASHES[(index + turn) % len(DASHES)]
     return f'stroke="{colour}" stroke-width="2" stroke-dasharray="{dash}"'
 
 

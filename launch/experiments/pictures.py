@@ -44,7 +44,8 @@ def _lines(axes: Any, chart: Lines) -> None:
     for index, (name, points) in enumerate(chart.series.items()):
         style = DASHES[index // len(COLOURS) % len(DASHES)]
         marker = "o" if len(points) <= 12 else None
-        axes.plot(*zip(*points), style, color=COLOURS[index % len(COLOURS)], marker=marker, label=name)
+        colour = COLOURS[index % len(COLOURS)]
+        axes.plot(*zip(*points), style, color=colour, marker=marker, markersize=4, label=name)
     if chart.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

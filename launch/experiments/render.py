@@ -187,7 +187,7 @@ def _cell(values: Sequence[float]) -> str:
 
 
 def _number(value: float) -> str:
-    if abs(value) >= 1000:
+    if abs(value) >= 1000 or (value >= 100 and value == round(value)):
         return f"{value:,.0f}"
     return f"{value:.2f}" if abs(value) >= 10 else f"{value:.3f}"
 

@@ -15,12 +15,22 @@ from launch.experiments.result import known_result
 from launch.experiments.spec import RunSpec, assignments, changes
 from launch.machine import commit
 from launch.recipe import load_recipe, resolve
-from tests.launch.experiment_text import tiny_spec, write_text
+from tests.evals.conftest import LENGTH, VOCAB, write_dataset
+from tests.launch.experiment_text import tiny_spec
 from trellis_dist.files import read_json, write_json
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.registry import MIXERS
 
+# The shards that tests of the evaluation have.
+ON_SHARDS = (
+    f"model.vocab_size={VOCAB}",
+    f"data.tokenizer.vocab_size={VOCAB}",
+    f"data.sequence_length={LENGTH}",
+    f"training.global_batch_tokens={4 * LENGTH}",
+    "training.steps=300",
+    "checkpoint.interval=30",
+)
 BIG = ModelConfig(vocab_size=2048, num_layers=2, dim=128, num_heads=2)
 
 
@@ -184,8 +194,8 @@ def _end_at_a_checkpoint(run_dir, slice_):
 
 
 def test_a_real_run_is_cut_goes_on_and_is_scored_once(tmp_path):
-    write_text(tmp_path / "text")
-    spec = tiny_spec(tmp_path, "tiny", "training.steps=400", "checkpoint.interval=40")
+    write_dataset(tmp_path / "shards")
+    spec = tiny_spec(tmp_path, "tiny", *ON_SHARDS)
     root = tmp_path / "root"
     shop = Workshop(root=root, slice_=Slice(), say=lambda line: None)
     watcher = threading.Thread(target=_end_at_a_checkpoint, args=(shop.run_dir(spec), shop.slice_))
@@ -198,8 +208,8 @@ def test_a_real_run_is_cut_goes_on_and_is_scored_once(tmp_path):
     found = perform(spec, root, say=lambda line: None)
     assert found["training"]["starts"] == 2
     assert found == read_json(root / "results" / "tiny.json")
-    assert found["training"]["tokens"] == 400 * 512
-    assert found["validation"]["loss"] < 0.8 * found["scores"]["perplexity"]["result"]["ln_vocab"]
+    assert found["training"]["tokens"] == 300 * 4 * LENGTH
+    assert found["validation"]["loss"] < 0.9 * found["scores"]["perplexity"]["result"]["ln_vocab"]
     assert found["validation"]["by_position"][0]["from"] == 0
     assert found["model"]["parameters"] == parameter_counts(spec.resolved.model).total
     assert found["training"]["seconds_per_token"] > 0
@@ -212,8 +222,8 @@ def test_a_real_run_is_cut_goes_on_and_is_scored_once(tmp_path):
     assert (root / "logs" / "tiny.log").read_bytes() == logged  # no command was started again
 
     (root / "results" / "tiny.json").unlink()
-    with pytest.raises(ValueError, match=r"another run named tiny \(training\.steps 400 -> 401\)"):
-        perform(tiny_spec(tmp_path, "tiny", "training.steps=401"), root)
+    with pytest.raises(ValueError, match=r"another run named tiny \(training\.steps 300 -> 301\)"):
+        perform(tiny_spec(tmp_path, "tiny", *ON_SHARDS, "training.steps=301"), root)
 
 
 def test_shards_are_made_once(tmp_path, monkeypatch):
