@@ -23,12 +23,12 @@ over t <= i: from sums of logarithms, nothing is divided.
     M+ = A_C M + f_C S - (diag(E_C) X)^T G                       S+ = H_C S - (diag(H_Cj e_j) X)^T G
 
 Shapes: q, k, v, y [B, T, H, D], D = V; step, log_keep, log_momentum [B, T, H]; norm_weight, norm_bias [H, V];
-memories W^1 .. W^L, S^1 .. S^L, then the start's W^1 .. W^L [N, H, D, D].
+memories M and S [N, H, L, 2, D, D], and M at the start of the mini-batch [N, H, L, D, D].
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -46,8 +46,8 @@ def titans(
 ) -> tuple[Tensor, Memory]:
     """The recurrence above; see `grid.Operation`. Chunks are the mini-batches.
 
-    Tokens q, k, v, step, log_keep, log_momentum; weights norm_weight, norm_bias; three memories for each
-    layer, of which the start's are read only where ``layout.offsets`` says that a mini-batch has begun.
+    Tokens q, k, v, step, log_keep, log_momentum; weights norm_weight, norm_bias; memory (M and S, M at the
+    mini-batch's start), the second read only where ``layout.offsets`` says that a mini-batch has begun.
     """
     grid, batches = Grid(layout, compute_dtype(*tokens.values())), MiniBatches.of(layout)
     weight, bias = (weights[name].to(grid.dtype).unsqueeze(-2) for name in ("norm_weight", "norm_bias"))
@@ -55,28 +55,21 @@ def titans(
     loss = ResidualLoss(k, grid.reads(tokens["v"]), weight, bias)
     scalars = (grid.scalars(tokens[name]) for name in ("step", "log_keep", "log_momentum"))
     gates = _Coefficients(*scalars, valid=layout.valid)
-    depth = len(memory) // 3
 
     def step(now: Memory, chunks: slice) -> tuple[Memory, Memory]:
-        layers, momenta, starts = now[:depth], now[depth : 2 * depth], now[2 * depth :]
-        xs, gs = _gradients(k[chunks], starts, loss, chunks)
-        moved = [
-            gates.advance(m, s, x, g, chunks) for m, s, x, g in zip(layers, momenta, xs, gs, strict=True)
-        ]
-        after = tuple(m for m, _ in moved)
-        ends = batches.ends(chunks)
+        state, start = now
+        x, g = _gradients(k[chunks], start, loss, chunks)
+        after = gates.advance(state, x, g, chunks)
+        ends, layers = batches.ends(chunks), after[:, :, :, 0]
         if ends is not None:
-            starts = tuple(torch.where(ends, m, old) for m, old in zip(after, starts, strict=True))
-        state = (*after, *(s for _, s in moved), *(after if ends is None else starts))
-        return state, (*layers, *momenta, *xs[1:], *gs)
+            layers = torch.where(ends.unsqueeze(-1), layers, start)
+        return (after, layers), (state, x, g)
 
-    fresh = zip(memory[2 * depth :], memory[:depth], strict=True)
-    entering = (*memory[: 2 * depth], *(batches.entering(start, fresh=m) for start, m in fresh))
-    kept, final = grid.scan(step, entering)
-    layers, momenta, inner, gs = _split(kept, depth, depth, depth - 1, depth)
+    state, start = memory
+    (before, x, g), final = grid.scan(step, (state, batches.entering(start, fresh=state[:, :, :, 0])))
     u = q
-    for i, (m, s, x, g) in enumerate(zip(layers, momenta, (k, *inner), gs, strict=True)):
-        u = gates.read(F.silu(u) if i else u, m, s, x, g)
+    for layer in range(g.shape[2]):
+        u = gates.read(F.silu(u) if layer else u, *(part[:, :, layer] for part in (before, x, g)))
     return grid.tokens(read_residual(q, u, weight, bias), tokens["v"]), final
 
 
@@ -92,29 +85,34 @@ class _Coefficients:
         if valid is not None:
             kept = kept * valid[:, None, None, :]
         self._written = (kept @ carried) * step[..., None, :]  # E
-        self._keep, self._momentum = keep.exp()[..., None], momentum.exp()[..., None]  # A_i and H_i
-        self._entered = kept @ self._momentum  # f
-        # Rows that make M+ and S+ of X and G: negative, since the gradient is descended.
-        last = torch.stack([self._written[..., -1, :], carried[..., -1, :] * step], dim=-2)
-        self._last = -last.unsqueeze(-1)  # [P, H, 2, C, 1]
+        # What a slot keeps of M and of S.
+        self._entered = torch.stack([keep.exp(), (kept @ momentum.exp()[..., None])[..., 0]], dim=-1)
+        # M+ and S+ of M and S, and of X and G: negative, since the gradient is descended.
+        end = F.pad(momentum[..., -1:].exp(), (1, 0))
+        self._moved = torch.stack([self._entered[..., -1, :], end], dim=-2)  # [P, H, 2, 2]
+        self._last = -torch.stack([self._written[..., -1, :], carried[..., -1, :] * step], dim=-1)
 
-    def advance(self, m: Tensor, s: Tensor, x: Tensor, g: Tensor, chunks: slice) -> tuple[Tensor, Tensor]:
-        """M+ and S+ [n, H, D, V] of x [n, H, C, D] and g [n, H, C, V] of ``chunks``."""
-        written = (self._last[chunks] * x.unsqueeze(2)).mT @ g.unsqueeze(2)
-        to_memory, to_momentum = written.unbind(2)
-        keep, entered, momentum = (c[chunks, :, -1:] for c in (self._keep, self._entered, self._momentum))
-        return to_memory + keep * m + entered * s, to_momentum + momentum * s
+    def advance(self, state: Tensor, x: Tensor, g: Tensor, chunks: slice) -> Tensor:
+        """M+ and S+ [n, H, L, 2, D, V] of ``chunks``; x [n, H, L, C, D], g [n, H, L, C, V]."""
+        written = _weighted(x, self._last[chunks].unsqueeze(2)).mT @ g  # [n, H, L, 2 D, V]
+        moved = self._moved[chunks].unsqueeze(2).expand(*state.shape[:3], 2, 2)
+        pairs = written.reshape(-1, 2, g.shape[-1] * x.shape[-1])
+        return torch.baddbmm(pairs, moved.reshape(-1, 2, 2), state.reshape(pairs.shape)).view_as(state)
 
-    def read(self, u: Tensor, m: Tensor, s: Tensor, x: Tensor, g: Tensor) -> Tensor:
-        """Z [P, H, C, V] of what queries have become, u [P, H, C, D]."""
-        now = (self._keep * u) @ m + (self._entered * u) @ s
+    def read(self, u: Tensor, state: Tensor, x: Tensor, g: Tensor) -> Tensor:
+        """Z [P, H, C, V] of what queries have become, u [P, H, C, D], in one layer."""
+        now = _weighted(u, self._entered) @ state.flatten(2, 3)
         return now - ((u @ x.mT) * self._written) @ g
 
 
-def _gradients(
-    k: Tensor, layers: Sequence[Tensor], loss: ResidualLoss, chunks: slice
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Each layer's inputs x and gradients g [n, H, C, .] at the keys k of ``chunks``."""
+def _weighted(x: Tensor, weights: Tensor) -> Tensor:
+    """x [..., C, D] times each of two weights [..., C, 2], side by side [..., C, 2 D]."""
+    return (x.unsqueeze(-2) * weights.unsqueeze(-1)).flatten(-2)
+
+
+def _gradients(k: Tensor, start: Tensor, loss: ResidualLoss, chunks: slice) -> tuple[Tensor, Tensor]:
+    """Inputs x and gradients g [n, H, L, C, .] of the layers ``start`` at the keys k of ``chunks``."""
+    layers = start.unbind(2)
     xs, zs = [k], [k @ layers[0]]
     for layer in layers[1:]:
         xs.append(F.silu(zs[-1]))
@@ -123,13 +121,4 @@ def _gradients(
     for layer, z in zip(layers[:0:-1], zs[-2::-1], strict=True):
         sigma = z.sigmoid()
         gs.append((gs[-1] @ layer.mT) * (sigma * (1 + z * (1 - sigma))))
-    return xs, gs[::-1]
-
-
-def _split(xs: Memory, *sizes: int) -> list[Memory]:
-    """``xs`` in runs of ``sizes``."""
-    parts, begin = [], 0
-    for size in sizes:
-        parts.append(xs[begin : begin + size])
-        begin += size
-    return parts
+    return torch.stack(xs, 2), torch.stack(gs[::-1], 2)

@@ -44,8 +44,8 @@ def loop(
     tokens: dict[str, Tensor], weights: dict[str, Tensor], memory: Memory, *, offset: int, chunk: int
 ) -> tuple[Tensor, Memory]:
     """Token by token, gradients by autograd of the inner loss at the mini-batch's start."""
-    depth, outputs = len(memory) // 3, []
-    layers, momenta, start = (memory[i * depth : (i + 1) * depth] for i in range(3))
+    state, start = memory
+    layers, momenta, start, outputs = (*(x.unbind(0) for x in (*state.unbind(1), start)), [])
     for t, slot in enumerate(range(offset, offset + len(tokens["q"]))):
         q, k, v, step, log_keep, log_momentum = (tokens[name][t] for name in TOKENS)
         if slot % chunk == 0:
@@ -60,7 +60,8 @@ def loop(
         outputs.append(q + norm(mlp(q, layers), weights))
         if slot % chunk == chunk - 1:
             start = layers
-    return torch.stack(outputs), (*layers, *momenta, *start)
+    state = torch.stack([torch.stack(layers), torch.stack(momenta)], dim=1)
+    return torch.stack(outputs), (state, torch.stack(start))
 
 
 TOKENS = ("q", "k", "v", "step", "log_keep", "log_momentum")
@@ -80,8 +81,9 @@ def draw(generator: torch.Generator, batch: int, length: int) -> tuple[dict[str,
 
 
 def memory(generator: torch.Generator, documents: int, *, depth: int) -> Memory:
-    """Every matrix another, so the starts that a begun mini-batch has are not its memory."""
-    return tuple(normal(generator, documents, HEADS, WIDTH, WIDTH) for _ in range(3 * depth))
+    """Every matrix another: a mini-batch that has begun has left its start."""
+    shape = (documents, HEADS, depth)
+    return normal(generator, *shape, 2, WIDTH, WIDTH), normal(generator, *shape, WIDTH, WIDTH)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -99,12 +101,11 @@ def test_a_sequence_cut_anywhere_goes_on_as_the_whole(cut, depth):
     """Outputs, the last memories and the gradients of what came before the cut; bitwise at mini-batches."""
     generator, length, chunk = torch.Generator().manual_seed(0), 11, 4
     tokens, weights = draw(generator, 2, length)
-    first = memory(generator, 2, depth=depth)[: 2 * depth]
+    first, start = memory(generator, 2, depth=depth)
     results = []
     for bounds in ((0, length), (0, cut, length)):
-        xs = leaves([*tokens.values(), *first])
-        moving = xs[len(tokens) :]
-        state, outputs = (*moving, *(torch.full_like(m, torch.nan) for m in moving[:depth])), []
+        xs = leaves([*tokens.values(), first])
+        state, outputs = (xs[-1], torch.full_like(start, torch.nan)), []
         for begin, end in itertools.pairwise(bounds):
             piece = {name: x[:, begin:end] for name, x in zip(tokens, xs, strict=False)}
             layout = PackedLayout.uniform(2, end - begin, chunk, offset=begin % chunk)
@@ -147,9 +148,10 @@ def test_the_naive_form_of_flash_linear_attention_agrees():
     """Corrected, with half our step: theirs descends the loss without its 1/2."""
     chunk, length = 4, 11
     tokens, weights = draw(torch.Generator().manual_seed(3), 2, length)
-    m, s, start = memory(torch.Generator().manual_seed(4), 2, depth=1)
-    state = (m, torch.zeros_like(s), start)
-    y, (final, _, _) = titans(tokens, weights, state, PackedLayout.uniform(2, length, chunk))
+    first, start = memory(torch.Generator().manual_seed(4), 2, depth=1)
+    m = first[:, :, 0, 0]
+    state = (torch.stack([m, torch.zeros_like(m)], dim=2).unsqueeze(2), start)
+    y, (final, _) = titans(tokens, weights, state, PackedLayout.uniform(2, length, chunk))
     q, k, v, step, log_keep, log_momentum = (tokens[name].transpose(1, 2) for name in TOKENS)
     gates = (x[..., None] for x in (step / 2, 1 - log_keep.exp(), log_momentum.exp()))
     norms = (x.float() for x in weights.values())
@@ -162,4 +164,4 @@ def test_the_naive_form_of_flash_linear_attention_agrees():
     weight, bias = (x[:, None] for x in weights.values())
     again = torch.nn.functional.layer_norm(read, [WIDTH], eps=1e-6) * weight + bias
     torch.testing.assert_close(again, normed, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(last.double(), final, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(last.double(), final[:, :, 0, 0], atol=1e-4, rtol=1e-4)

@@ -62,8 +62,9 @@ class TitansMixer(RecurrentMixer):
 
     @classmethod
     def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """Layers, momenta and the layers at the mini-batch's start, [D, D] each."""
-        return ((config.head_dim, config.head_dim),) * (3 * config.baselines.titans_depth)
+        """Layers and their momenta [L, 2, D, D], and the layers at the mini-batch's start [L, D, D]."""
+        depth, width = config.baselines.titans_depth, config.head_dim
+        return (depth, 2, width, width), (depth, width, width)
 
     @classmethod
     def operation_flops(cls, config: ModelConfig) -> float:
@@ -95,6 +96,7 @@ class TitansMixer(RecurrentMixer):
         return {"norm_weight": wide(self.inner_norm_weight), "norm_bias": wide(self.inner_norm_bias)}
 
     def first_memory(self, documents: int) -> tuple[Tensor, ...]:
-        """The learned layers, no momentum, and the learned layers again."""
-        layers = [x.expand(documents, *x.shape) for x in wide(self.initial_layers).unbind(1)]
-        return (*layers, *(torch.zeros_like(x[:1]).expand_as(x) for x in layers), *layers)
+        """The learned layers without momentum, and the learned layers."""
+        layers = wide(self.initial_layers)
+        state = torch.stack([layers, torch.zeros_like(layers)], dim=2)
+        return state.expand(documents, *state.shape), layers.expand(documents, *layers.shape)
