@@ -24,7 +24,7 @@ from torch import Tensor
 
 from checkpoints.import_model import Imported, check_shape, parameter_shapes
 from checkpoints.source_folder import SourceFolder, checked_section
-from trellis_dist.models.config import ModelConfig
+from trellis_dist.models.config import ATTENTION_KINDS, ModelConfig
 from trellis_dist.models.language_model import build_language_model
 
 __all__ = ["convert_llama", "llama_section"]
@@ -49,7 +49,7 @@ INNER = {
 # What the Llama's weights fix: with other heads, say, the same numbers would mean something else.
 FIXED = ("vocab_size", "num_layers", "dim", "num_heads", "mlp_hidden")
 GROUPED = ("mixer.k_weight", "mixer.v_weight")
-CONVOLUTIONS = ("mixer.q_conv_weight", "mixer.k_conv_weight")
+CONVOLUTIONS = ("mixer.q_conv_weight", "mixer.k_conv_weight", "mixer.v_conv_weight")
 
 
 def llama_section(directory: Path) -> dict[str, Any]:
@@ -208,13 +208,14 @@ def _unmapped(source: SourceFolder, used: set[str], config: ModelConfig) -> dict
     for name in sorted(set(source.files) - used):
         tied = name == OUTER["head_weight"] and config.tie_embeddings
         found[name] = "the embedding takes its place (tied)" if tied else "a Trellis has no such parameter"
-    if "trellis" in config.pattern:
-        found["rotary positions"] = "a Trellis layer has none: its state knows the order of tokens"
+    attention = not set(config.pattern).isdisjoint(ATTENTION_KINDS)
+    if not set(config.pattern) <= set(ATTENTION_KINDS):
+        found["rotary positions"] = "a recurrent layer has none: its state knows the order of tokens"
     scaling = source.config.get("rope_scaling") or source.config.get("rope_parameters")
     kind = (
         scaling.get("rope_type", scaling.get("type", "default")) if isinstance(scaling, dict) else "default"
     )
-    if "attention" in config.pattern and kind != "default":
+    if attention and kind != "default":
         found["rope_scaling"] = f"attention layers have plain rotary positions, not {kind!r}"
     return found
 
@@ -225,6 +226,10 @@ def _notes(config: ModelConfig, groups: int) -> tuple[str, ...]:
         notes.append(
             f"keys and values of {groups} heads each were shared (grouped queries): repeated per head"
         )
-    if "trellis" in config.pattern:
-        notes.append("a Trellis layer is no attention: expect a high loss until it is trained on")
+    for kind in dict.fromkeys(config.pattern):
+        if kind not in ATTENTION_KINDS:
+            name = "Trellis" if kind == "trellis" else kind
+            notes.append(f"a {name} layer is no attention: expect a high loss until it is trained on")
+        elif kind == "sliding_window":
+            notes.append(f"a sliding_window layer sees {config.attention.sliding_window} tokens only")
     return tuple(notes)

@@ -79,6 +79,23 @@ def test_trellis_layers_take_over_what_both_have(tmp_path: Path) -> None:
     assert any("grouped queries" in note for note in imported.notes)
 
 
+def test_a_baseline_takes_over_queries_keys_values_behind_taps_that_change_nothing(
+    tmp_path: Path,
+) -> None:
+    llama(tmp_path)
+    ours, imported = converted(tmp_path, pattern=["gated_deltanet", "sliding_window"])
+    named = ours.state_dict()
+    inner = {name.removeprefix("blocks.0.mixer.") for name in imported.mapped if "blocks.0.mixer." in name}
+    assert inner == {"q_weight", "k_weight", "v_weight", "out_weight"}
+    for part in "qkv":
+        taps = named[f"blocks.0.mixer.{part}_conv_weight"]
+        assert torch.equal(taps, torch.tensor([0.0, 0.0, 0.0, 1.0]).expand(16, 4)), part
+    assert not [name for name in imported.fresh if name.startswith("blocks.1.")]
+    assert "a recurrent layer has none" in imported.unmapped["rotary positions"]
+    assert [note for note in imported.notes if "gated_deltanet layer is no attention" in note]
+    assert [note for note in imported.notes if "sliding_window layer sees 256 tokens only" in note]
+
+
 def test_what_nothing_is_made_of_is_listed(tmp_path: Path) -> None:
     llama(tmp_path, attention_bias=True, tie_word_embeddings=True)
     tensors = load_file(tmp_path / "model.safetensors")

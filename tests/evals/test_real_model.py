@@ -12,7 +12,8 @@ from evals.sampling import Sampling, draw, stream_names
 from evals.scorer import Scorer
 from evals.tasks import decode
 from tests.evals.fakes import ByteTokenizer
-from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.baseline_config import BaselineConfig
+from trellis_dist.models.config import AttentionConfig, ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
 
 TOKENIZER = ByteTokenizer()
@@ -22,8 +23,15 @@ CONFIG = ModelConfig(
     dim=16,
     num_heads=2,
     trellis=TrellisConfig(slots=8, chunk_size=8),
+    attention=AttentionConfig(sliding_window=6),
+    baselines=BaselineConfig(slots=8, chunk_size=8, mini_batch=4),
 )
-PATTERNS = [("trellis",), ("trellis", "attention")]
+PATTERNS = [
+    ("trellis",),
+    ("trellis", "attention"),
+    ("gated_deltanet", "sliding_window"),
+    ("gsa", "ttt_linear"),  # mini-batches, entered inside one
+]
 CONTEXTS = ["The grass is green and", "The sky", "a context longer than several chunks of the model"]
 REQUESTS = [(context, choice) for context in CONTEXTS for choice in (" blue", " far away", " x")]
 
@@ -89,9 +97,11 @@ def test_a_memorised_sequence_has_the_higher_likelihood():
 POSITIONS = (64, 128, 1024)
 
 
-def test_decode_state_is_flat_for_trellis_and_grows_for_attention():
-    flat = decode.measure(_model(dtype=torch.float32), POSITIONS)
-    assert len({row["state_bytes"] for row in flat}) == 1
+def test_decode_state_is_flat_for_recurrent_layers_and_grows_for_attention():
+    flat = []
+    for pattern in (("trellis",), ("gated_deltanet", "ttt_linear"), ("mamba2", "sliding_window")):
+        flat += (rows := decode.measure(_model(pattern, dtype=torch.float32), POSITIONS))
+        assert len({row["state_bytes"] for row in rows}) == 1, pattern
     attention = decode.measure(_model(("attention",), dtype=torch.float32), POSITIONS)
     steps = decode.WARMUP_STEPS + decode.TIMED_STEPS
     per_token = 2 * CONFIG.num_layers * CONFIG.dim * 4

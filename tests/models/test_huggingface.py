@@ -14,7 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.models.test_decode import MODELS
-from trellis_dist.models.config import AttentionConfig, ModelConfig
+from trellis_dist.models.baseline_config import BASELINES, MINI_BATCH_KINDS
+from trellis_dist.models.config import ATTENTION_KINDS, AttentionConfig, ModelConfig
 from trellis_dist.models.huggingface.config import TrellisLMConfig
 from trellis_dist.models.huggingface.folder import PREFIX
 from trellis_dist.models.huggingface.modeling import TrellisForCausalLM
@@ -201,10 +202,25 @@ def test_embedding_modules_are_refused_with_what_there_is_instead(outer) -> None
         assert getattr(outer.model, name).shape == (outer.config.vocab_size, outer.config.hidden_size)
 
 
-def test_rows_of_different_lengths_need_trellis_layers_only(tiny, tokens) -> None:
-    hybrid = wrapped(tiny(pattern=("trellis", "attention")))
-    with pytest.raises(ValueError, match="rows of one length only"):
+@pytest.mark.parametrize("kind", [*ATTENTION_KINDS, *MINI_BATCH_KINDS])
+def test_rows_of_different_lengths_need_layers_that_can_stand_apart(tiny, tokens, kind: str) -> None:
+    """Keys of one position, gradients of one mini-batch: rows of a batch share them."""
+    hybrid = wrapped(tiny(pattern=("trellis", kind)))
+    with pytest.raises(ValueError, match=f"{kind} layers keep rows of one length only"):
         continued(hybrid, *padded([tokens(3), tokens(4)]))
+
+
+@pytest.mark.parametrize("kind", sorted(set(BASELINES) - set(MINI_BATCH_KINDS)))
+def test_baselines_continue_padded_prompts_as_alone_and_their_states_do_not_grow(tiny, tokens, kind) -> None:
+    outer, rows = wrapped(tiny(pattern=("trellis", kind))), [tokens(n, seed=n) for n in (3, 8, 5)]
+    for options in ({}, {"num_beams": 3}):
+        together = continued(outer, *padded(rows), **options)
+        for number, row in enumerate(rows):
+            alone = continued(outer, row[None], **options)[0, len(row) :]
+            assert torch.equal(together[number, 8:], alone)
+    answer = {"return_dict_in_generate": True}
+    sizes = [continued(outer, tokens(2, 5), max_new_tokens=n, **answer) for n in (2, 40)]
+    assert len({size.past_key_values.bytes() for size in sizes}) == 1
 
 
 @pytest.mark.parametrize(

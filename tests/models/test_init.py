@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
 
-from trellis_dist.models.init import Constant, Normal, Ramp, initialise, new_parameter
-from trellis_dist.models.parallel_kind import ParallelKind, kind_of, shard_dim, undeclared
+from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.init import (
+    Constant,
+    InverseSoftplus,
+    LogUniform,
+    Normal,
+    Ramp,
+    initialise,
+    new_parameter,
+)
+from trellis_dist.models.parallel_kind import ParallelKind, keep_shard, kind_of, shard_dim, undeclared
 
 EVERYTHING = {"learned_initial_memory": True, "value_gates": "own", "readout_affine": True}
 
@@ -112,6 +123,33 @@ def test_the_biases_of_rwkv7_are_those_of_its_authors():
     ramp = Ramp(-5.5, 0.5, width, power=1 + ratio**0.3, zigzag=2.5)
     drawn = ramp.draw(torch.Size([channels]), torch.Generator())
     torch.testing.assert_close(drawn, torch.tensor(expected), atol=1e-5, rtol=1e-5)
+
+
+def test_rates_and_steps_begin_where_mamba2_has_them():
+    generator = torch.Generator().manual_seed(0)
+    rates = LogUniform(1.0, 16.0).draw(torch.Size([20_000]), generator).exp()
+    assert 1 <= rates.min() < 1.01
+    assert 15.98 < rates.max() <= 16
+    assert rates.mean().item() == pytest.approx(8.5, rel=0.02)  # uniform, not uniform in its logarithm
+    steps = torch.nn.functional.softplus(InverseSoftplus(0.001, 0.1).draw(torch.Size([20_000]), generator))
+    assert steps.min().item() == pytest.approx(0.001, rel=0.01)
+    assert steps.max().item() == pytest.approx(0.1, rel=0.01)
+    assert steps.log().mean().item() == pytest.approx(math.log(0.01), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", BASELINES)
+def test_a_baselines_parameters_split_by_heads_and_a_slice_is_the_whole_ones(tiny, kind):
+    whole, split = (tiny(pattern=(kind,), num_heads=4, seed=2) for _ in range(2))
+    assert undeclared(whole) == []
+    for name, parameter in values(whole).items():
+        if kind_of(parameter) is not ParallelKind.SHARDED:
+            assert "norm" in name, name
+            continue
+        piece, size = values(split)[name], parameter.shape[shard_dim(parameter)]
+        assert size % 4 == 0 or "mixer" not in name, name
+        if "mixer" in name:
+            keep_shard(piece, index=1, count=4)
+            assert torch.equal(piece, parameter.chunk(4, dim=shard_dim(parameter))[1]), name
 
 
 def test_constants_are_exact(tiny):

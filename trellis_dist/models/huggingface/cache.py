@@ -12,8 +12,11 @@ import torch
 from torch import Tensor
 
 from kernels import CompressState
+from trellis_dist.models.baseline_config import MINI_BATCH_KINDS
+from trellis_dist.models.config import ATTENTION_KINDS
 from trellis_dist.models.kv_cache import KVCache
 from trellis_dist.models.language_model import LanguageModel, LMState
+from trellis_dist.models.mixers.recurrent import RecurrentState
 from trellis_dist.models.mixers.trellis import TrellisState
 from trellis_dist.models.registry import LayerState
 
@@ -21,7 +24,7 @@ __all__ = ["TrellisCache", "padding"]
 
 
 class TrellisCache:
-    """The states after the tokens seen so far; of Trellis layers their bytes do not grow with the tokens.
+    """The states after the tokens seen so far; of recurrent layers their bytes do not grow with the tokens.
 
     Attention layers of a hybrid keep keys and values, all or those of their window.
     """
@@ -50,7 +53,7 @@ class TrellisCache:
 
         Raises:
             ValueError: padding that is not on the left of the prompt, or rows of different lengths for a
-                model with attention layers.
+                model with attention layers, or with layers of mini-batches.
         """
         starts = _new_padding(mask, tokens, seen=self.get_seq_length())
         if self.state is None and any(starts):
@@ -72,9 +75,10 @@ class TrellisCache:
         self, model: LanguageModel, tokens: Tensor, starts: Sequence[int], *, last_only: bool
     ) -> Tensor:
         """Read each row alone from its start on, and put the states together."""
-        if set(model.config.pattern) != {"trellis"}:
+        tied = [kind for kind in model.config.pattern if kind in (*ATTENTION_KINDS, *MINI_BATCH_KINDS)]
+        if tied:
             raise ValueError(
-                f"rows of different lengths with model.pattern = {list(model.config.pattern)}: attention "
+                f"rows of different lengths with model.pattern = {list(model.config.pattern)}: {tied[0]} "
                 "layers keep rows of one length only; generate from one prompt at a time"
             )
         states, rows = [], []
@@ -124,8 +128,10 @@ def _padded(logits: Tensor, start: int) -> Tensor:
     return torch.cat([logits.new_zeros(start, logits.shape[1]), logits])
 
 
-def _joined(states: Sequence[LayerState]) -> TrellisState:
+def _joined(states: Sequence[LayerState]) -> LayerState:
     """The states of single rows as one; each keeps its place in its chunk."""
+    if isinstance(states[0], RecurrentState):
+        return RecurrentState.joined([state for state in states if isinstance(state, RecurrentState)])
     memories, tails, offsets = [], [], []
     for state in states:
         assert isinstance(state, TrellisState), "other layers were refused before"
@@ -146,6 +152,8 @@ def _rows(state: LayerState, index: Tensor) -> LayerState:
         keys, values = (part[index] for part in state.keys_values())
         moved = KVCache.empty(keys[:, :, :0], window=state.window).append(keys, values)
         return replace(moved, position=state.position)
+    if isinstance(state, RecurrentState):
+        return state.select_rows(index.tolist())
     assert isinstance(state, TrellisState), f"unknown layer state {type(state).__name__}"
     memory = state.memory
     offset = memory.offset

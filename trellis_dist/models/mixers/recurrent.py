@@ -53,6 +53,15 @@ class RecurrentState:
         tail = None if self.tail is None else self.tail.index_select(0, index)
         return RecurrentState(tuple(x.index_select(0, index) for x in self.memory), tail, self.offset)
 
+    @staticmethod
+    def joined(states: Sequence[RecurrentState]) -> RecurrentState:
+        """The rows of ``states`` one below the other; all must be as far into their mini-batch."""
+        offsets = {state.offset for state in states}
+        assert len(offsets) == 1, f"one state has one offset, these have {sorted(offsets)}"
+        memory = tuple(torch.cat(parts) for parts in zip(*(state.memory for state in states), strict=True))
+        tails = [state.tail for state in states if state.tail is not None]
+        return RecurrentState(memory, torch.cat(tails) if tails else None, states[0].offset)
+
     def bytes(self) -> int:
         """Bytes of the state."""
         tensors = [*self.memory, *([] if self.tail is None else [self.tail])]
