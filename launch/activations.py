@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.mixer_bytes import mixer_bytes
+from launch.mixer_bytes import mixer_bytes_of
 from launch.recipe import Recipe
 from trellis_dist.models.baseline_config import BASELINES
 from trellis_dist.models.config import LayerKind, ModelConfig
@@ -125,15 +125,7 @@ def _counted(recipe: Recipe, mesh: MeshConfig, sizes: _Sizes, layer: int, width:
 
 def _baseline(recipe: Recipe, mesh: MeshConfig, sizes: _Sizes, kind: LayerKind, width: int) -> _Mixer:
     """A recurrent baseline's, counted while it runs; on CUDA the norm keeps its input too."""
-    found = mixer_bytes(
-        recipe.model,
-        kind,
-        rows=recipe.training.micro_batch,
-        length=recipe.data.sequence_length // mesh.sp,
-        tp=mesh.tp,
-        half=width == 2,
-        halo=mesh.sp > 1,
-    )
+    found = mixer_bytes_of(recipe, mesh, kind, half=width == 2)
     moved = found.operands if mesh.sp > 1 and recipe.sequence.mode == "all_to_all" else 0
     norm = sizes.tokens * width * sizes.stream * (2 if sizes.cuda else 1)
     # The output stage's part is free by then, unless it was just computed again.

@@ -14,12 +14,14 @@ from contextlib import contextmanager
 from dataclasses import astuple, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from launch.recipe import Recipe
 from trellis_dist.models.config import LayerKind, ModelConfig
+from trellis_dist.parallel.config import MeshConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-__all__ = ["MixerBytes", "mixer_bytes"]
+__all__ = ["MixerBytes", "mixer_bytes", "mixer_bytes_of"]
 
 # Chunks of the two rows that are run where the real one is longer.
 _SHORT, _LONG = 4, 8
@@ -42,6 +44,19 @@ class MixerBytes:
     regions: int
     operands: int
     work: int
+
+
+def mixer_bytes_of(recipe: Recipe, mesh: MeshConfig, kind: LayerKind, *, half: bool) -> MixerBytes:
+    """A mixer of ``kind`` in a micro-batch of ``recipe`` on one rank of ``mesh``."""
+    return mixer_bytes(
+        recipe.model,
+        kind,
+        rows=recipe.training.micro_batch,
+        length=recipe.data.sequence_length // mesh.sp,
+        tp=mesh.tp,
+        half=half,
+        halo=mesh.sp > 1,
+    )
 
 
 def mixer_bytes(

@@ -11,13 +11,14 @@ from itertools import groupby
 
 from launch.activations import block_of
 from launch.cluster_model import Cluster
+from launch.mixer_bytes import mixer_bytes_of
 from launch.recipe import Recipe
+from trellis_dist.models.baseline_config import BASELINES
 from trellis_dist.models.config import ATTENTION_KINDS, LayerKind, ModelConfig
 from trellis_dist.models.counts import (
     ParameterCounts,
     flops_per_token,
     memory_elements,
-    operand_elements,
     operation_flops_per_token,
     scan_flops_per_token,
 )
@@ -239,14 +240,22 @@ def _exchange(recipe: Recipe, cluster: Cluster, mesh: MeshConfig, pace: _Pace) -
     """All-to-all: the operation's tokens (q, k, v and what a kind adds) there and y back, and gradients."""
     if mesh.sp == 1:
         return 0.0
-    model = recipe.model
     latency, bandwidth = _link(cluster, mesh, mesh.sp * mesh.tp)
     seconds = 0.0
     for kind in _kinds(recipe):
         if kind in ATTENTION_KINDS or recipe.sequence.mode == "all_to_all":
-            size = pace.tokens * operand_elements(model, kind) / mesh.tp * pace.width
+            size = _operands(recipe, mesh, pace, kind)
             seconds += 2 * (2 * latency + size * (mesh.sp - 1) / mesh.sp / bandwidth)
     return pace.micro_batches * seconds
+
+
+def _operands(recipe: Recipe, mesh: MeshConfig, pace: _Pace, kind: LayerKind) -> float:
+    """Bytes of a micro-batch that go into the operation of a layer of ``kind``, and come out of it."""
+    model = recipe.model
+    if kind in BASELINES:
+        return mixer_bytes_of(recipe, mesh, kind, half=pace.width == 2).operands
+    alpha = model.num_heads * model.trellis.slots if kind == "trellis" else 0
+    return pace.tokens * (4 * model.dim + alpha) / mesh.tp * pace.width
 
 
 def _reduction(

@@ -27,6 +27,7 @@ from tests.parallel.test_recompute import (
     same,
     watched,
 )
+from trellis_dist.models.baseline_config import BaselineConfig
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.conv import causal_conv
 from trellis_dist.parallel.compile import apply_compile
@@ -34,6 +35,11 @@ from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfi
 from trellis_dist.parallel.mesh import Mesh, build_mesh
 from trellis_dist.parallel.transfers import Transfers
 
+BASELINES = replace(
+    TINY,
+    pattern=("gated_deltanet", "mamba2"),
+    baselines=BaselineConfig(chunk_size=8),
+)
 EVERY_MODE = ("none", "selective", "full")
 # Before a case counts as hanging: compiling takes its time on a busy machine.
 COMPILING_S = 120.0
@@ -84,8 +90,10 @@ def again(model: Any, segments: Any, micro: list[Any]) -> list[Tensor]:
         (TINY, "selective", {"recomputation is eager"}),
         (TINY, "full", set()),
         (HYBRID, "none", {"goes document by document"}),
+        (BASELINES, "none", {"goes chunk by chunk"}),
+        (BASELINES, "full", {"goes chunk by chunk"}),
     ],
-    ids=["none", "selective", "full", "hybrid"],
+    ids=["none", "selective", "full", "hybrid", "baselines", "baselines-full"],
 )
 def test_one_process_computes_the_same_bits(config: ModelConfig, mode: str, reasons: set[str]):
     """Two steps of two micro-batches each; the packings of the second step are new."""
@@ -103,7 +111,12 @@ def test_one_process_computes_the_same_bits(config: ModelConfig, mode: str, reas
 
 def breaks() -> set[str]:
     """Why graphs ended: the reasons that ``compile`` gives, or all of what dynamo says."""
-    reasons = ("recomputation is eager", "communicates", "goes document by document")
+    reasons = (
+        "recomputation is eager",
+        "communicates",
+        "goes document by document",
+        "goes chunk by chunk",
+    )
     keys = counters["graph_break"]
     said = {key: [reason for reason in reasons if f"reason: {reason}" in key] for key in keys}
     return {found[0] if found else key for key, found in said.items()}

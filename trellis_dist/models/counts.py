@@ -16,7 +16,6 @@ __all__ = [
     "ParameterCounts",
     "flops_per_token",
     "memory_elements",
-    "operand_elements",
     "operation_flops_per_token",
     "parameter_counts",
     "scan_flops_per_token",
@@ -117,16 +116,6 @@ def memory_elements(config: ModelConfig, kind: LayerKind) -> int:
         return 2 * config.trellis.slots * config.dim
     shapes = _baseline(kind).memory_shapes(config)
     return config.num_heads * sum(torch.Size(shape).numel() for shape in shapes)
-
-
-def operand_elements(config: ModelConfig, kind: LayerKind) -> int:
-    """Numbers per token that go into the operation of a layer of ``kind``, and come out of it."""
-    if kind in ATTENTION_KINDS:
-        return 4 * config.dim
-    if kind == "trellis":
-        return 4 * config.dim + config.num_heads * config.trellis.slots
-    widths = sum(projection.width for projection in _baseline(kind).list_projections(config))
-    return config.dim + config.num_heads * widths
 
 
 def _window(config: ModelConfig, kind: LayerKind) -> int | None:

@@ -2,7 +2,8 @@
 
 Blocks of one kind share their graphs, so compilation time does not grow with the number of layers.
 
-    sp = tp = 1                     one graph for a block (softmax attention: before and after the operation)
+    sp = tp = 1                     one graph for a block (softmax attention and the recurrent baselines:
+                                    before and after the operation)
     sp > 1 or tp > 1                graphs between the calls that communicate
     selective recomputation         graphs of the parts that are recomputed, and of what lies between
 
@@ -94,8 +95,16 @@ def _take_out(module: nn.Module) -> None:
     for name in _REPLACEABLE:
         function = getattr(module, name, None)
         if function is not None and function not in _INSIDE:
-            reason = "goes document by document" if function is causal_attention else "communicates"
-            setattr(module, name, torch.compiler.disable(function, reason=reason))
+            setattr(module, name, torch.compiler.disable(function, reason=_reason(function)))
+
+
+def _reason(function: object) -> str:
+    """Why no graph holds ``function``."""
+    if function is causal_attention:
+        return "goes document by document"
+    if getattr(function, "__module__", "").startswith("kernels.baselines"):
+        return "goes chunk by chunk"  # in Python: each number of chunks would be another graph
+    return "communicates"
 
 
 class _CompiledRegion:
