@@ -29,6 +29,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -242,11 +243,33 @@ def _serve(pipe: multiprocessing.connection.Connection, log: str, variables: dic
 
 def _join() -> None:
     import torch
+    from torch.distributed import distributed_c10d
 
     from trellis_dist.parallel import env
 
     torch.set_num_threads(1)
+    one: Any = _OneDevice(distributed_c10d.ProcessGroupGloo)
+    distributed_c10d.ProcessGroupGloo = one
     env.init_distributed("cpu", timeout_s=30.0)
+
+
+class _OneDevice:
+    """Stands where torch makes its gloo groups, and has all of a process send through one device.
+
+    By default each group has its own, with a thread that looks around a hundred times a second: hundreds of
+    groups, which the cases of a pool leave behind, kept a core busy.
+    """
+
+    def __init__(self, gloo: Any) -> None:
+        self._gloo, self._device = gloo, gloo.create_default_device()
+
+    def __call__(self, store: Any, rank: int, size: int, timeout: timedelta) -> Any:
+        options = self._gloo._Options()
+        options._devices, options._threads, options._timeout = [self._device], 2, timeout
+        return self._gloo(store, rank, size, options)
+
+    def __instancecheck__(self, group: object) -> bool:
+        return isinstance(group, self._gloo)
 
 
 def _lookup(module: str, name: str, args: tuple[Any, ...]) -> Any:
