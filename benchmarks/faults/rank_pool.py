@@ -8,7 +8,7 @@ from pathlib import Path
 
 from benchmarks.sequence_parallel.ranks import Ranks
 
-__all__ = ["pool", "said", "to_log"]
+__all__ = ["close_pools", "pool", "said", "to_log"]
 
 _pools: dict[int, Pool] = {}
 TIMEOUT_S = 300.0
@@ -32,6 +32,12 @@ def pool(count: int) -> Pool:
     if count not in _pools:
         _pools[count] = Pool(count)
     return _pools[count]
+
+
+def close_pools() -> None:
+    """End all ranks: idle ones still cost, since each gloo group of theirs has a thread that looks around."""
+    while _pools:
+        _pools.popitem()[1].__exit__(None, None, None)
 
 
 def to_log(folder: Path) -> None:

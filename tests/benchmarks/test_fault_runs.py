@@ -8,23 +8,36 @@ tests/launch/test_supervise.py.
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from benchmarks.faults import rank_guards, rank_kills, rank_meshes
+from benchmarks.faults import rank_guards, rank_kills, rank_meshes, rank_pool
 from benchmarks.faults.rank_hangs import skip_collective
-from benchmarks.faults.rank_job import INTERVAL, STEPS, compare, unharmed
+from benchmarks.faults.rank_job import ENGINES, INTERVAL, STEPS, compare, job, sources, unharmed
 from benchmarks.faults.rank_kills import kill_all_ranks, kill_in_flight
 from benchmarks.faults.rank_meshes import CHAINS
 from benchmarks.faults.row import Outcome, Trial
 from benchmarks.faults.runs import ROWS
+from trellis_dist.training.job import Job
 
 
 @pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the trials of a row share."""
-    return tmp_path_factory.mktemp("faults")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """What the trials of a row share; the ranks that stay for them end with this module."""
+    folder = tmp_path_factory.mktemp("faults")
+    # What `unharmed` would start the command for, on ranks that are there already.
+    whole = folder / f"unharmed-local-{sources()}"
+    rank_pool.pool(2).run(train, job(folder, ENGINES["local"]), whole)
+    yield folder
+    rank_pool.close_pools()
+
+
+def train(job: Job, run_dir: Path) -> None:
+    from trellis_dist.training.loop import run
+
+    run(job, run_dir)
 
 
 def folder(shared: Path, name: str) -> Path:
