@@ -7,8 +7,8 @@
         assert gloo_pool(2).run(case, 3) == [0, 3]
 
 Starting ranks costs a second, and their first collectives more, so a test module keeps its cases in the pool
-and compares what comes back. Between cases the ranks are stopped (SIGSTOP): each gloo group has a thread that
-looks around a hundred times a second, and the groups of idle pools took half of the machine.
+and compares what comes back. Between cases the ranks are stopped (SIGSTOP): gloo has threads that look around
+a hundred times a second, and those of idle pools took half of the machine.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ START_TIMEOUT_S = 120.0
 # After one rank failed the others are probably waiting for it: they get this long, not the whole timeout.
 GRACE_S = 3.0
 PR_SET_PDEATHSIG = 1
-MANY_THREADS = 500  # a mesh takes about 55
+MANY_THREADS = 500  # a mesh takes some dozens
 ROOT = Path(__file__).resolve().parents[1]
 # What takes a process seconds to import, and starts no thread.
 PRELOADED = [
