@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import fcntl
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from benchmarks.study.books import prepare_books
 from benchmarks.study.one import do
@@ -56,7 +57,8 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
     print(f"{used:,.0f} of {budget:,.0f} core-seconds used")
     if options.dry_run:
         return 0
-    prepare_books(options.books.resolve(), work, progress=False)
+    made = prepare_books(options.books.resolve(), work, progress=False)
+    check_data(made.fingerprint, results)
     with _alone(work):
         failed = Pool(
             books=options.books.resolve(),
@@ -69,6 +71,16 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
             say=_say,
         ).run()
     return 1 if failed else 0
+
+
+def check_data(fingerprint: str, results: Mapping[str, Mapping[str, Any]]) -> None:
+    """Raise ValueError where a finished run was trained on another data set than the one prepared here."""
+    for name, found in results.items():
+        if found.get("data", fingerprint) != fingerprint:
+            raise ValueError(
+                f"{name} was trained on the data set {found['data'][:12]} and the one prepared here is "
+                f"{fingerprint[:12]}: its runs could not be compared; use the package versions of its result"
+            )
 
 
 def _say(line: str) -> None:
