@@ -22,7 +22,7 @@ CASE = Case("trellis", 6, 0)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = ForecastTraining(batch_size=16, windows=48, validation_every=4, epochs=3)
-    monkeypatch.setattr(runs, "training_of", lambda _: settings)
+    monkeypatch.setattr(runs, "training_of", lambda *_, **__: settings)
 
 
 class Clock:
@@ -98,7 +98,7 @@ def test_a_folder_of_other_data_or_settings_is_refused(
     for name in ("done", "part"):
         with pytest.raises(ValueError, match="run of other data or settings: give another --out"):
             run_case(CASE, other, tmp_path / name)
-    monkeypatch.setattr(runs, "settings_of", lambda *_: {"another": "model"})
+    monkeypatch.setattr(runs, "settings_of", lambda *_, **__: {"another": "model"})
     with pytest.raises(ValueError, match="run of other data or settings"):
         run_case(CASE, data, tmp_path / "done")
 

@@ -16,7 +16,7 @@ from trellis_dist.forecasting.models import ForecastTraining
 @pytest.fixture
 def series(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = ForecastTraining(batch_size=16, windows=48, validation_every=4, epochs=2)
-    monkeypatch.setattr(runs, "training_of", lambda _: settings)
+    monkeypatch.setattr(runs, "training_of", lambda *_, **__: settings)
     return write_csv(tmp_path / "waves.csv", waves(400, channels=2))
 
 

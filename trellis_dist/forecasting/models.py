@@ -5,7 +5,7 @@ A name is "dlinear", a layer kind of the registry ("trellis", "attention", ...),
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from torch import nn
@@ -57,10 +57,14 @@ class ForecastTraining:
     clip_norm: float | None = 1.0
 
 
-# As its authors' script for ETTh1 trains it: small batches, a low rate halved each epoch, every window.
+# As the scripts of its authors have it (cure-lab/LTSF-Linear): ETTh1, and Exchange by horizon.
 DLINEAR = ForecastTraining(
-    batch_size=8, epochs=10, windows=None, validation_every=1, learning_rate=1e-4, clip_norm=None
+    batch_size=8, windows=None, validation_every=1, learning_rate=1e-4, epochs=10, clip_norm=None
 )
+DLINEAR_EXCHANGE = {
+    336: replace(DLINEAR, batch_size=32, learning_rate=5e-4),
+    720: replace(DLINEAR, batch_size=32, learning_rate=5e-3),
+}
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,13 @@ def known_models() -> tuple[str, ...]:
     return ("dlinear", "trellis", "trellis-corrected", *sorted(set(MIXERS) - {"trellis"}))
 
 
-def training_of(name: str) -> ForecastTraining:
-    """The settings a model of this name is trained with."""
-    return DLINEAR if name == "dlinear" else ForecastTraining()
+def training_of(name: str, *, dataset: str, horizon: int) -> ForecastTraining:
+    """The settings a model of this name is trained with; those of DLinear differ by problem."""
+    if name != "dlinear":
+        return ForecastTraining()
+    if dataset == "exchange":
+        return DLINEAR_EXCHANGE.get(horizon, replace(DLINEAR, learning_rate=5e-4))
+    return DLINEAR
 
 
 def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
@@ -109,7 +117,7 @@ def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
     )
 
 
-def settings_of(name: str, shape: Shape) -> dict[str, Any]:
+def settings_of(name: str, shape: Shape, *, dataset: str) -> dict[str, Any]:
     """All that decides a run of this name but its data and seed, as JSON takes it.
 
     Sections that its layers do not read are left out: they may grow without making it another run.
@@ -119,7 +127,8 @@ def settings_of(name: str, shape: Shape) -> dict[str, Any]:
         for section in ("trellis", "attention", "baselines"):
             if section not in _sections_read(name):
                 del model["body"][section]
-    return {"model": model, "training": asdict(training_of(name))}
+    training = training_of(name, dataset=dataset, horizon=shape.horizon)
+    return {"model": model, "training": asdict(training)}
 
 
 def _sections_read(name: str) -> tuple[str, ...]:

@@ -106,7 +106,7 @@ def cases_of(*, models: Sequence[str], horizons: Sequence[int], seeds: Sequence[
 
 def identity_of(case: Case, data: Data) -> str:
     """A digest of all that decides the result of a run."""
-    settings = settings_of(case.model, data.shape(case.horizon))
+    settings = settings_of(case.model, data.shape(case.horizon), dataset=data.dataset)
     return digest({"settings": settings, "seed": case.seed, "data": data.record()})
 
 
@@ -127,7 +127,7 @@ def run_cases(
     """
     for case in cases:  # refused before anything is trained
         data.splits(case.horizon)
-        settings_of(case.model, data.shape(case.horizon))
+        settings_of(case.model, data.shape(case.horizon), dataset=data.dataset)
     results: list[dict[str, Any]] = []
     for case in cases:
         result = run_case(case, data, out, deadline=deadline, clock=clock)
@@ -159,7 +159,8 @@ def run_case(
     make_directories(folder)
     splits = data.splits(case.horizon)
     model = build(case.model, data.shape(case.horizon), seed=case.seed)
-    training = Training(model, splits, training_of(case.model), case.seed)
+    settings = training_of(case.model, dataset=data.dataset, horizon=case.horizon)
+    training = Training(model, splits, settings, case.seed)
     if (folder / TRAINING).is_file():
         tensors, record = _load(folder / TRAINING)
         _check_identity(folder, record["identity"], identity)
