@@ -98,7 +98,7 @@ class Forecaster(nn.Module):
         rows = normal.transpose(1, 2).flatten(0, 1)
         patches = patches_of(rows, length=self.config.patch_length, stride=self.config.stride)
         steps = self._head(self._body(patches)).view(len(x), self.config.channels, -1)
-        return self.normalisation.restore(steps.transpose(1, 2), level)  # type: ignore[no-any-return]
+        return self.normalisation.restore(steps.transpose(1, 2), level)
 
     def _body(self, patches: Tensor) -> Tensor:
         """[R, N, P] -> [R, N, dim]."""
