@@ -45,6 +45,7 @@ class Expansion:
         experiment, scale: what they mean.
         rows: those that are trained and shown.
         absent: rows that this version cannot train: row -> the layer kind that is missing.
+        overrides: what the command line changed.
         specs: (row, run of the scale, seed) -> its run.
     """
 
@@ -54,6 +55,7 @@ class Expansion:
     scale: Scale
     rows: tuple[Row, ...]
     absent: Mapping[str, str]
+    overrides: tuple[str, ...] = ()
     specs: Mapping[tuple[str, str, int], RunSpec] = field(default_factory=dict)
 
     @cached_property
@@ -77,7 +79,7 @@ def expand(name: str, scale_name: str, options: Options) -> Expansion:
         raise ValueError(f"{name}: {listed}, which this version does not have: leave it out of --only")
     rows = tuple(row for row in chosen if row.name not in absent)
     specs = dict(_specs(experiment, scale, rows, options))
-    return Expansion(name, scale_name, experiment, scale, rows, absent, specs)
+    return Expansion(name, scale_name, experiment, scale, rows, absent, tuple(options.overrides), specs)
 
 
 def _chosen(rows: Sequence[Row], only: Sequence[str]) -> list[Row]:
@@ -138,7 +140,7 @@ def _scoring(experiment: Experiment, scale: Scale, options: Options) -> dict[str
     """The evals section's part that the experiment says."""
     found: dict[str, Any] = {"evals.tasks": list(experiment.tasks)}
     if experiment.lengths:
-        found["evals.ruler_lengths"] = [scale.lengths[length] for length in experiment.lengths]
+        found["evals.ruler_lengths"] = [scale.prompt(length) for length in experiment.lengths]
     if essay_needed(experiment) and options.essay is not None:
         found["evals.ruler_essay"] = str(options.essay)
     if options.suites is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from trellis_dist.charts import Point
 from trellis_dist.report import Report
@@ -74,11 +73,10 @@ class Page:
             _add(report, block)
         return report.render()
 
-    def markdown(self, pictures: Sequence[Path] = ()) -> str:
-        """The same without its charts; ``pictures`` are shown at the end, each beside the file."""
+    def markdown(self, pictures: Mapping[str, str] | None = None) -> str:
+        """The same; of the charts those that have a file in ``pictures`` (name -> path beside the page)."""
         parts = [f"# {self.title}", self.subtitle]
-        parts += [text for block in self.blocks if (text := _markdown(block))]
-        parts += [f"![{path.stem}]({path.name})" for path in pictures]
+        parts += [text for block in self.blocks if (text := _markdown(block, pictures or {}))]
         return "\n\n".join(parts) + "\n"
 
     @property
@@ -105,7 +103,7 @@ def _add(report: Report, block: Block) -> None:
         report.bar_chart(block.title, [(name, value, f"{value:.4g}") for name, value in block.bars.items()])
 
 
-def _markdown(block: Block) -> str:
+def _markdown(block: Block, pictures: Mapping[str, str]) -> str:
     if isinstance(block, Section):
         return f"## {block.title}"
     if isinstance(block, Text):
@@ -114,7 +112,7 @@ def _markdown(block: Block) -> str:
         head = [f"**{block.title}**\n"] if block.title else []
         rule = "|" + "|".join(["---"] + ["---:"] * (len(block.header) - 1)) + "|"
         return "\n".join([*head, _row(block.header), rule, *map(_row, block.rows)])
-    return ""
+    return f"![{block.title}]({pictures[block.name]})" if block.name in pictures else ""
 
 
 def _row(cells: Sequence[str]) -> str:

@@ -18,6 +18,8 @@ __all__ = ["NOT_COMPARABLE", "make_page", "write_page"]
 NOT_COMPARABLE = "other corpus and tokenizer, not comparable"
 # More columns than this and the paper's stand in a table of their own.
 SIDE_BY_SIDE = 3
+# Nats below the bigram from which on models are ranked.
+MARGIN = 0.2
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -58,7 +60,9 @@ def make_page(expansion: Expansion, results: Results) -> Page:
     blocks: list[Block] = [
         Text(experiment.setting),
         Text(_here(expansion)),
+        *_changed(expansion),
         *([Text(f"Not there yet: {', '.join(missing)}.")] if missing else []),
+        *_near_the_bigram(results),
         *_absent(expansion),
         *_groups(ours),
         *_bits_per_byte(ours),
@@ -76,11 +80,11 @@ def write_page(page: Page, folder: Path, name: str) -> list[Path]:
     from trellis_dist.files import atomic_write, make_directories
 
     make_directories(folder)
-    pictures = [path for chart in page.charts for path in draw(chart, folder / f"{name}-{chart.name}")]
+    drawn = {chart.name: draw(chart, folder / f"{name}-{chart.name}") for chart in page.charts}
     html, markdown = folder / f"{name}.html", folder / f"{name}.md"
     atomic_write(html, page.html())
-    atomic_write(markdown, page.markdown([path for path in pictures if path.suffix == ".png"]))
-    return [html, markdown, *pictures]
+    atomic_write(markdown, page.markdown({chart: files[0].name for chart, files in drawn.items() if files}))
+    return [html, markdown, *(path for files in drawn.values() for path in files)]
 
 
 def _here(expansion: Expansion) -> str:
@@ -90,6 +94,31 @@ def _here(expansion: Expansion) -> str:
         "the parameters of Trellis (within 2%, by the width of the MLP), the same tokens in the same order "
         "and the same recipe; none was tuned for this table."
     )
+
+
+def _changed(expansion: Expansion) -> list[Text]:
+    """What the command line changed of that."""
+    if not expansion.overrides:
+        return []
+    return [Text(f"Changed by --set: {', '.join(expansion.overrides)}.")]
+
+
+def _near_the_bigram(results: Results) -> list[Text]:
+    """Runs among which a ranking says how fast n-grams are learned, and no more."""
+    both = {
+        name: (found["validation"]["loss"], found["validation"]["bigram"]["loss"])
+        for name, found in results.items()
+        if "bigram" in found.get("validation", {})
+    }
+    near = [name for name, (model, bigram) in both.items() if model > bigram - MARGIN]
+    if not near:
+        return []
+    return [
+        Text(
+            f"No ranking: {len(near)} of {len(both)} runs are not {MARGIN} nats per token below an "
+            f"interpolated bigram counted on the same text ({', '.join(near)}); train for longer."
+        )
+    ]
 
 
 def _absent(expansion: Expansion) -> list[Text]:
@@ -136,7 +165,7 @@ def _own(ours: Ours, column: Column) -> str:
     if "(" in column.value and len(named) > 1:
         return ""
     if named:
-        return f" (here {scale.lengths[named[0]]:,})"
+        return f" (here {scale.prompt(named[0]):,})"
     length = column.setting.rpartition("-")[2]
     context = scale.lengths.get(length)
     same_label = length.upper() in column.label.upper()
@@ -248,15 +277,20 @@ def _at(ours: Ours, row: Row, point: Point) -> float | None:
 
 
 def _by_length(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
-    lengths = ours.expansion.scale.lengths
     return {
         row.title: [
-            (float(lengths[point.x]), value)
+            (float(_tokens(ours, point)), value)
             for point in chart.points
             if (value := _at(ours, row, point)) is not None
         ]
         for row in ours.expansion.rows
     }
+
+
+def _tokens(ours: Ours, point: Point) -> int:
+    """Of a prompt where the value names its length, else of the context that was trained on."""
+    scale = ours.expansion.scale
+    return scale.prompt(point.x) if f"{{{point.x}}}" in point.value else scale.lengths[point.x]
 
 
 def _papers(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
@@ -343,5 +377,11 @@ def _facts(result: Mapping[str, Any]) -> list[str]:
         "" if seconds is None else f"{seconds * 1e6:,.1f}",
         f"{training['seconds'] / 3600:,.2f}",
         ", ".join(result["recipe"]["model"]["pattern"]),
-        (result["commit"] or "")[:12],
+        _commit(result["commit"]),
     ]
+
+
+def _commit(commit: str | None) -> str:
+    """Short, with the mark of uncommitted changes."""
+    head, mark, _ = (commit or "").partition("+")
+    return head[:12] + mark

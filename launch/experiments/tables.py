@@ -68,6 +68,7 @@ class Scale:
         runs: by name.
         settings: what the paper trained on -> the run that stands for it.
         lengths: a length of the paper, such as "2k" -> tokens here.
+        prompts: the same for prompts, where theirs are others: a needle's question needs room.
         set: keys for every run.
     """
 
@@ -78,12 +79,17 @@ class Scale:
     runs: Mapping[str, RunEntry]
     settings: Mapping[str, str]
     lengths: Mapping[str, int]
+    prompts: Mapping[str, int] = field(default_factory=dict)
     set: Mapping[str, Any] = field(default_factory=dict)
 
+    def prompt(self, length: str) -> int:
+        """Tokens of a prompt of that length here."""
+        return self.prompts.get(length, self.lengths[length])
+
     def expand(self, value: str) -> str:
-        """A value's name with ``{2k}`` replaced by the tokens of that length here."""
-        for length, tokens in self.lengths.items():
-            value = value.replace(f"{{{length}}}", str(tokens))
+        """A value's name with ``{2k}`` replaced by the tokens of a prompt of that length here."""
+        for length in self.lengths:
+            value = value.replace(f"{{{length}}}", str(self.prompt(length)))
         return value
 
 

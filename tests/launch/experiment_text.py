@@ -12,7 +12,7 @@ TINY = assignments(
         "model.trellis": {"slots": 8, "chunk_size": 16},
         "data": {"sequence_length": 128, "validation_fraction": 0.2, "tokenizer": {"vocab_size": 300}},
         "mesh": {"dp": 1},
-        "training": {"engine": "local", "steps": 12, "global_batch_tokens": 512, "validation_interval": 0},
+        "training": {"engine": "local", "steps": 12, "global_batch_tokens": 512, "micro_batch": 4},
         "checkpoint": {"interval": 2, "keep": 1},
         "schedule": {"warmup_steps": 2},
         "evals": {"tasks": ["perplexity"]},

@@ -7,6 +7,8 @@ from statistics import fmean
 
 import pytest
 
+from evals.ruler.catalogue import RULER
+from evals.suites.catalogue import SUITES
 from launch.cli import main
 from launch.experiments.expand import Options, expand, write_essay
 from launch.experiments.pictures import can_draw
@@ -64,6 +66,29 @@ def test_a_table_is_consistent_at_every_scale(name):
         assert len(chart.points) == {"bars": 1, "pareto": 2}.get(chart.kind, len(chart.points))
 
 
+def _scalars_of(tasks, lengths, mqar):
+    """Names of what the tasks give, as the evaluation writes them."""
+    found = {f"{name}/{metric}" for name, suite in SUITES.items() for metric in suite.metrics}
+    found |= {"lambada/perplexity"} | {f"mqar/{pairs}/{length}" for pairs, length in mqar}
+    found |= {f"{task}/{way}/{n}" for task in RULER for way in ("generation", "choice") for n in lengths}
+    return {name for name in found if name.partition("/")[0] in tasks}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_number_that_is_shown_is_one_that_its_tasks_give(name):
+    found = tiny(name)
+    evals = next(iter(found.specs.values())).resolved.evals
+    mqar = [(pairs, length) for pairs in evals.mqar_pairs for length in evals.mqar_length]
+    given = _scalars_of(evals.tasks, evals.ruler_lengths, mqar)
+    shown = [c.value for g in found.experiment.groups for c in g.columns]
+    shown += [p.value for chart in found.experiment.charts for p in chart.points]
+    for value in map(found.scale.expand, shown):
+        parts = value.removeprefix("mean(").removesuffix(")").split(",") if "," in value else [value]
+        strangers = [part for part in parts if "/" in part and part not in given]
+        assert not strangers, value
+        assert all("/" in part or value_of(RESULT, part) is not None for part in parts), value
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_an_expansion_holds_a_run_for_every_number_it_shows(name):
     found = tiny(name)
@@ -106,7 +131,7 @@ def test_equal_names_are_equal_runs_in_all_experiments():
 
 def test_needles_are_asked_at_the_scales_lengths(tmp_path):
     (spec,) = expand("table3", "tiny", Options(only=("trellis",), essay=tmp_path / "e.txt")).specs.values()
-    assert spec.resolved.evals.ruler_lengths == (256, 512, 1024, 2048)
+    assert spec.resolved.evals.ruler_lengths == (320, 512, 1024, 2048)
     assert spec.resolved.evals.ruler_essay == str(tmp_path / "e.txt")
 
 
@@ -145,10 +170,14 @@ RESULT = {
         "steps": 10,
         "train_losses": [[5, 3.0], [10, 2.0]],
         "gradient_norm": {"mean": 0.5, "variance": 0.25},
-        "probes": {"trellis/layer_00/stale_error_key": 0.1, "trellis/layer_01/stale_error_key": 0.3},
+        "probes": {
+            "trellis/layer_00/stale_error_key": 0.1,
+            "trellis/layer_01/stale_error_key": 0.3,
+            "trellis/layer_00/stale_error_value": 0.2,
+        },
     },
     "model": {"parameters": 100, "state_bytes": 640, "flops_per_token": 6e5},
-    "validation": {"loss": 2.0, "bits_per_byte": 1.5, "bigram": {"bits_per_byte": 1.7}},
+    "validation": {"loss": 2.0, "bits_per_byte": 1.5, "bigram": {"bits_per_byte": 1.7, "loss": 3.0}},
     "scalars": {"mqar/4/512": 25.0, "niah_single_1/choice/1024": 10.0},
     "machine": {"processor": "a machine"},
     "commit": "0123456789abcdef",
@@ -273,6 +302,19 @@ def test_seeds_are_shown_as_mean_and_deviation():
     assert cell.startswith(f"{mean:.3f} +- 0.08")
 
 
+def test_what_the_command_line_changed_and_runs_near_the_bigram_are_named():
+    changed = Options(only=("deltanet", "trellis"), overrides=("training.steps=60",))
+    expansion = expand("table2", "tiny", changed)
+    results = _results(expansion)
+    page = make_page(expansion, results).markdown()
+    assert "Changed by --set: training.steps=60." in page
+    assert "No ranking" not in page
+    results["512-trellis"]["validation"]["loss"] = 2.81  # the bigram's is 3
+    page = make_page(expansion, results).markdown()
+    assert "No ranking: 1 of 2 runs are not 0.2 nats per token below" in page
+    assert "(512-trellis)" in page
+
+
 def test_points_of_a_row_chart_and_of_a_pareto_plot():
     slots = make_page(found := tiny("slots"), _results(found))
     chart = next(chart for chart in slots.charts if chart.title == "Bits per byte by slots")
@@ -290,7 +332,7 @@ def test_the_files_of_a_page(tmp_path):
         pictures = {path.name: path for path in files[2:]}
         assert pictures["table4-chart-1.png"].read_bytes().startswith(b"\x89PNG")
         assert "<svg" in pictures["table4-learning.svg"].read_text()
-        assert "![table4-chart-1](table4-chart-1.png)" in files[1].read_text()
+        assert "![Bits per byte by context, books](table4-chart-1.png)" in files[1].read_text()
 
 
 def test_the_essay_is_prose_that_python_brings_along(tmp_path):
