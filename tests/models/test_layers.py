@@ -124,3 +124,21 @@ def test_attention_equals_an_explicit_softmax(tiny, window):
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     expected = torch.einsum("bhts,bshd->bthd", weights, project[2]).flatten(-2) @ mixer.out_weight.t()
     torch.testing.assert_close(mixer(x, SequenceContext()), expected, atol=1e-10, rtol=1e-10)
+
+
+def test_autocast_leaves_the_memories_of_baselines_alone(tiny, tokens):
+    """Products of the recurrence stay fp32 where those of the projections become bf16."""
+    mixer = tiny(pattern=("gated_deltanet",), dtype=torch.float32).blocks[0].mixer
+    inner, seen = mixer.operation, []
+
+    def operation(tokens, weights, memory, layout):
+        y, memory = inner(tokens, weights, memory, layout)
+        seen.append((torch.is_autocast_enabled("cpu"), memory[0].dtype))
+        return y, memory
+
+    mixer.operation = operation
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixer(x, SequenceContext())
+        mixer.prefill(x, mixer.init_state(2))
+    assert seen == [(False, torch.float32)] * 2

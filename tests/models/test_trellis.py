@@ -276,7 +276,7 @@ def test_every_parameter_gets_a_gradient(tiny, tokens, options):
 
 
 def test_unknown_mixer_is_refused(config):
-    with pytest.raises(ValueError, match="known layer kinds are .*attention.*trellis"):
+    with pytest.raises(ValueError, match=r"known layer kinds are .*attention.*trellis"):
         build_mixer("mamba", config(), 0)
 
 

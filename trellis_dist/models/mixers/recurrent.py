@@ -20,7 +20,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import PackedLayout
+from kernels.baselines.fla import on_gpu
 from kernels.baselines.grid import Operation
+from kernels.operator import full_precision
 from trellis_dist.models.config import LayerKind, ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv, last_inputs
@@ -108,7 +110,7 @@ class RecurrentMixer(nn.Module):
     def __init__(self, config: ModelConfig, layer: int, operation: Operation) -> None:
         super().__init__()
         self.config, self.options, self.layer = config, config.baselines, layer
-        self.operation = operation
+        self.operation = on_gpu(operation) if self.options.backend == "fla" else operation
         self.convolution: ConvFunction = causal_conv
         self.column: ColumnFunction = linear_joined
         self.row: RowFunction = linear
@@ -190,7 +192,7 @@ class RecurrentMixer(nn.Module):
             batch, length = gate.shape[:2]
             layout = PackedLayout.uniform(batch, length, self.chunk_size).to(gate.device)
         memory = self.first_memory(layout.num_documents)
-        y, _ = self.operation(tokens, self.head_weights(), memory, layout)
+        y, _ = self._recur(tokens, memory, layout)
         return self.region(self._output, y, beside, gate)  # type: ignore[no-any-return]
 
     def init_state(self, batch: int) -> RecurrentState:
@@ -210,7 +212,7 @@ class RecurrentMixer(nn.Module):
         if not mini_batches:  # any chunk gives the same function, and slots without tokens cost time
             chunk = min(chunk, length)
         layout = PackedLayout.uniform(batch, length, chunk, offset=state.offset).to(x.device)
-        y, memory = self.operation(tokens, self.head_weights(), state.memory, layout)
+        y, memory = self._recur(tokens, state.memory, layout)
         tail = None if state.tail is None else last_inputs(state.tail, self._convolved(projected))
         offset = layout.end_offsets[0] if mini_batches else 0
         return self._output(y, beside, gate), RecurrentState(memory, tail, offset)
@@ -219,6 +221,12 @@ class RecurrentMixer(nn.Module):
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
         out, state = self.prefill(x.unsqueeze(1), state)
         return out.squeeze(1), state
+
+    def _recur(
+        self, tokens: dict[str, Tensor], memory: tuple[Tensor, ...], layout: PackedLayout
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        with full_precision(self.out_weight):
+            return self.operation(tokens, self.head_weights(), memory, layout)
 
     def _before(self, x: Tensor, context: SequenceContext) -> _Before:
         return self._split(self._project(x), edges=context.edges)
