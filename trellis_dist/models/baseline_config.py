@@ -7,6 +7,7 @@ Standard library only, as ``config``. All of them stand in the block of the recu
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from trellis_dist.validation import STRICT, require
 
@@ -44,6 +45,9 @@ class BaselineConfig:
         titans_depth: layers of the MLP that a titans head keeps; the paper has one or more.
         titans_step: of titans; the steps of a mini-batch sum to at most this (our choice: the gradients of a
             mini-batch are taken at one point, so that their sum is what has to be bounded).
+        backend: "fla" runs the recurrences of linear_attention, deltanet, gated_deltanet, mamba2, gsa, rwkv7
+            by flash-linear-attention's Triton kernels where tensors are on a GPU (not tried on one yet);
+            "torch" and everything else run in plain PyTorch.
         titans_keep_bias, titans_momentum_bias: of titans; where the logits of its forget gate 1 - alpha and
             of its momentum eta start.
     """
@@ -60,6 +64,7 @@ class BaselineConfig:
     titans_step: float = 1.0
     titans_keep_bias: float = 4.0
     titans_momentum_bias: float = 0.0
+    backend: Literal["torch", "fla"] = "torch"
 
     def __post_init__(self) -> None:
         require(

@@ -241,6 +241,7 @@ _FREE = (
     "trellis.chunk_size",
     "attention.rope_theta",
     "baselines.chunk_size",
+    "baselines.backend",
 )
 
 
