@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import parameter_counts
@@ -47,5 +48,6 @@ def of_equal_size(config: ModelConfig, other: ModelConfig, *, tolerance: float =
     return replace(config, mlp_hidden=equal_width(config, parameters=parameters, tolerance=tolerance))
 
 
+@cache
 def _total(config: ModelConfig, width: int) -> int:
     return parameter_counts(replace(config, mlp_hidden=width)).total

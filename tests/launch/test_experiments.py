@@ -1,5 +1,7 @@
 import dataclasses
 import json
+import os
+import signal
 import threading
 import time
 
@@ -167,6 +169,21 @@ def test_runs_that_the_slice_has_no_time_for_are_left(tmp_path, monkeypatch):
     _stand_in(monkeypatch, one)
     outcome = perform_all([tiny_spec(tmp_path, name) for name in "abc"], tmp_path, jobs=1, say=print)
     assert (sorted(outcome.results), outcome.left, outcome.asked) == (["a"], ["b", "c"], True)
+
+
+def test_a_signal_ends_the_slice_and_the_old_handler_is_back(tmp_path, monkeypatch):
+    def one(shop, spec):
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while not shop.slice_.over and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise CutError("ended")
+
+    _stand_in(monkeypatch, one)
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = perform_all([tiny_spec(tmp_path, name) for name in "ab"], tmp_path, jobs=1, say=print)
+    assert (outcome.asked, outcome.left, outcome.failed) == (True, ["a", "b"], {})
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_results_that_are_there_are_not_performed_again(tmp_path, monkeypatch):

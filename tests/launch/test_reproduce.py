@@ -121,6 +121,17 @@ def test_figure_2_trains_one_model_for_each_context():
     assert (gates["trellis"], gates["trellis-no-gate"]) == (("learned",), ("off",))
 
 
+def test_table_2_is_the_papers_form_whatever_the_defaults_are():
+    models_of = {row: spec.resolved.model.trellis for (row, _, _), spec in tiny("table2").specs.items()}
+    for row, trellis in models_of.items():
+        if row.startswith("trellis"):
+            assert (trellis.update, trellis.step_bound) == ("stale", "chunk"), row
+    assert models_of["trellis-paper"].readout == "ln_silu"
+    assert models_of["trellis-paper-phi-linear"].readout == "ln_silu"
+    assert models_of["trellis-paper-phi-linear-f-softmax"].phi == "identity"
+    assert models_of["trellis-paper-no-gate"].gates == ("off",)
+
+
 def test_equal_names_are_equal_runs_in_all_experiments():
     digests: dict[str, set[str]] = {}
     for name in NAMES:
@@ -144,9 +155,9 @@ def test_overrides_come_last_and_seeds_are_runs_of_their_own():
 
 
 def test_only_names_rows():
-    rows = expand("table2", "tiny", Options(only=("trellis-m32", "trellis"))).rows
-    assert [row.name for row in rows] == ["trellis", "trellis-m32"]
-    with pytest.raises(ValueError, match=r"no row of this table is called 'tretis': use trellis"):
+    rows = expand("table2", "tiny", Options(only=("trellis-paper-m32", "trellis-paper"))).rows
+    assert [row.name for row in rows] == ["trellis-paper", "trellis-paper-m32"]
+    with pytest.raises(ValueError, match=r"no row of this table is called 'tretis': use trellis-paper"):
         expand("table2", "tiny", Options(only=("tretis",)))
     with pytest.raises(ValueError, match="no experiment is called 'table9'"):
         expand("table9", "tiny", Options())
@@ -158,7 +169,7 @@ def test_a_layer_kind_that_is_missing_is_said_before_anything_starts(monkeypatch
     assert found.absent["deltanet"] == "deltanet"
     assert "deltanet" not in {row.name for row in found.rows}
     with pytest.raises(ValueError, match="deltanet needs the layer kind 'deltanet'") as refused:
-        expand("table2", "tiny", Options(only=("trellis", "deltanet")))
+        expand("table2", "tiny", Options(only=("trellis-paper", "deltanet")))
     assert "\n" not in str(refused.value)
 
 
@@ -244,7 +255,7 @@ class _Page(HTMLParser):
 
 def test_ours_stands_beside_the_papers(tmp_path):
     expansion = tiny("table2")
-    results = _results(expansion, leave_out=("512-trellis-c1",))
+    results = _results(expansion, leave_out=("512-trellis-paper-c1",))
     page = make_page(expansion, results)
     parsed = _Page(page.html())
     header, *rows = parsed.tables[0]
@@ -253,10 +264,10 @@ def test_ours_stands_beside_the_papers(tmp_path):
     shown = {row[0]: row[1:] for row in rows}
     losses = {spec.about["row"]: results[spec.name]["validation"]["loss"] for spec in expansion.specs.values()
               if spec.name in results}  # fmt: skip
-    assert shown["Trellis"] == [f"{math.exp(losses['trellis']):.3f}", "10.87"]
-    assert shown["Trellis, M = 32"] == [f"{math.exp(losses['trellis-m32']):.3f}", "11.14"]
+    assert shown["Trellis"] == [f"{math.exp(losses['trellis-paper']):.3f}", "10.87"]
+    assert shown["Trellis, M = 32"] == [f"{math.exp(losses['trellis-paper-m32']):.3f}", "11.14"]
     assert shown["Trellis, C = 1"] == ["", "10.75"]
-    assert "Not there yet: 512-trellis-c1." in page.html()
+    assert "Not there yet: 512-trellis-paper-c1." in page.html()
     bits = parsed.tables[1]
     assert bits[-1] == ["interpolated bigram", "1.700"]
     assert parsed.sources == []  # nothing from a network
@@ -303,16 +314,16 @@ def test_seeds_are_shown_as_mean_and_deviation():
 
 
 def test_what_the_command_line_changed_and_runs_near_the_bigram_are_named():
-    changed = Options(only=("deltanet", "trellis"), overrides=("training.steps=60",))
+    changed = Options(only=("deltanet", "trellis-paper"), overrides=("training.steps=60",))
     expansion = expand("table2", "tiny", changed)
     results = _results(expansion)
     page = make_page(expansion, results).markdown()
     assert "Changed by --set: training.steps=60." in page
     assert "No ranking" not in page
-    results["512-trellis"]["validation"]["loss"] = 2.81  # the bigram's is 3
+    results["512-trellis-paper"]["validation"]["loss"] = 2.81  # the bigram's is 3
     page = make_page(expansion, results).markdown()
     assert "No ranking: 1 of 2 runs are not 0.2 nats per token below" in page
-    assert "(512-trellis)" in page
+    assert "(512-trellis-paper)" in page
 
 
 def test_points_of_a_row_chart_and_of_a_pareto_plot():
@@ -356,13 +367,13 @@ def test_the_command_from_text_to_page(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     corpus, root = write_text(tmp_path / "text"), tmp_path / "root"
     changes = [f"--set={change}" for change in TINY if "evals.tasks" not in change]
-    command = ["reproduce", "table2", "--only", "trellis-no-gate,deltanet", "--root", str(root)]
+    command = ["reproduce", "table2", "--only", "trellis-paper-no-gate,deltanet", "--root", str(root)]
     command += ["--corpus", str(corpus), "--jobs", "2", *changes]
     assert main([*command, "--minutes", "0"]) == 75
     assert "2 runs are left" in capsys.readouterr().out
     assert main(command) == 0, capsys.readouterr()
     results = [json.loads(path.read_text()) for path in (root / "results" / "table2").glob("*.json")]
-    assert {result["name"] for result in results} == {"512-trellis-no-gate", "512-deltanet"}
+    assert {result["name"] for result in results} == {"512-trellis-paper-no-gate", "512-deltanet"}
     shown = {row[0]: row[1] for row in _Page((root / "table2.html").read_text()).tables[0][1:]}
     for result in results:
         label = "DeltaNet" if "deltanet" in result["name"] else "Trellis, no forget gate"
