@@ -1,4 +1,8 @@
-"""The test books are scored once: with settings that are frozen from then on."""
+"""The test books are scored once: with settings that are frozen from then on.
+
+A run's checkpoint may be gone by then, so the run itself scores the test books when it ends, and seals what
+it found in a file of its own: no table and no choice reads it before ``score --test`` freezes the settings.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +42,11 @@ def task_of(name: str, found: Mapping[str, Any]) -> Task:
 
 
 def score_test(store: Store, *, books: Path, work: Path, say: Callable[[str], None] = print) -> None:
-    """Score every finished full run on the test books, those that are not yet.
+    """Take every finished full run's score on the test books: its sealed one, or a new one of its checkpoint.
 
     Raises:
-        ValueError: there is no full run, a run's checkpoint is gone, or test books were scored before with
-            other settings.
+        ValueError: there is no full run, a run has neither, or test books were scored before with other
+            settings.
     """
     results = {
         name: found for name, found in store.runs().items() if found["about"]["kind"] in ("full", "long")
@@ -61,9 +65,11 @@ def score_test(store: Store, *, books: Path, work: Path, say: Callable[[str], No
     for name, result in results.items():
         if name in found["runs"]:
             continue
-        if not (work / "runs" / name).is_dir():
+        sealed = store.sealed(name)
+        if sealed is None and not (work / "runs" / name).is_dir():
             raise ValueError(f"{work / 'runs' / name} is gone: train {name} again, or remove its result")
-        found["runs"][name] = test_scores(task_of(name, result), books=books, work=work)
+        scored = sealed or test_scores(task_of(name, result), books=books, work=work)
+        found["runs"][name] = scored
         store.write("once/test", found)
         say(f"{name}: {found['runs'][name]['loss']:.4f} nats per token on the test books")
 

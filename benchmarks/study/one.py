@@ -20,6 +20,8 @@ __all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores"]
 # Status of a process whose time was over: what it did is saved, and it goes on when it is started again.
 EXIT_CUT = 75
 LOSSES = 25
+# Kinds of runs whose test scores are made while the checkpoint is there, and read by `score --test` alone.
+SEALED = ("full", "long")
 
 
 def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | None) -> int:
@@ -37,6 +39,8 @@ def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | No
     except (CutError, KeyboardInterrupt):
         return EXIT_CUT
     about = {"name": task.name, "about": task.about(), "core_seconds": round(meter["seconds"], 1)}
+    if task.kind in SEALED:
+        store.write(f"sealed/{task.name}", test_scores(task, books=books, work=work))
     path = store.write(task.name, about | found | {"machine": machine(), "versions": versions()})
     print(f"{task.name}: {_headline(found)}, {meter['seconds']:.0f} core-seconds; {path}", flush=True)
     return 0

@@ -19,7 +19,8 @@ BUDGET = 12.0 * 2 * 3600
 class Store:
     """The folder of results.
 
-    Runs are FOLDER/NAME.json. FOLDER/once/ holds what is no run: the n-grams, the test split, the speeds.
+    Runs are FOLDER/NAME.json. FOLDER/once/ holds what is no run: the n-grams, the test split, the speeds;
+    FOLDER/sealed/ the runs' scores on the test books (benchmarks/study/frozen.py).
     """
 
     def __init__(self, folder: Path = FOLDER) -> None:
@@ -34,6 +35,11 @@ class Store:
         path = self.folder / "once" / f"{name}.json"
         return read_json(path) if path.is_file() else None
 
+    def sealed(self, name: str) -> dict[str, Any] | None:
+        """The sealed test scores of a run; None where it has none."""
+        path = self.folder / "sealed" / f"{name}.json"
+        return read_json(path) if path.is_file() else None
+
     def write(self, name: str, found: Mapping[str, Any]) -> Path:
         """Write a run's result, or with "once/NAME" something else; its path."""
         path = self.folder / f"{name}.json"
@@ -43,9 +49,11 @@ class Store:
 
     def spent(self) -> float:
         """Core-seconds of all results: trainings, and the scoring of the test split."""
-        scored = (self.once("test") or {}).get("runs", {})
-        trained = sum(float(found["core_seconds"]) for found in self.runs().values())
-        return trained + sum(float(found["core_seconds"]) for found in scored.values())
+        runs = self.runs()
+        scored = {name: found for name in runs if (found := self.sealed(name)) is not None}
+        scored |= (self.once("test") or {}).get("runs", {})
+        both = [*runs.values(), *scored.values()]
+        return sum(float(found["core_seconds"]) for found in both)
 
 
 def compact(value: Any, depth: int = 0) -> str:

@@ -247,6 +247,35 @@ def test_test_books_are_scored_once_with_what_is_frozen(
         frozen.score_test(store, books=tmp_path, work=tmp_path)
 
 
+def test_a_sealed_score_stands_in_for_a_checkpoint_that_is_gone(
+    tmp_path: Path, finished: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = results.Store(tmp_path / "results")
+    store.write("full-gsa-s0", finished["full-gsa-s0"])
+    with pytest.raises(ValueError, match="is gone"):
+        frozen.score_test(store, books=tmp_path, work=tmp_path)
+    store.write("sealed/full-gsa-s0", {"loss": 3.5, "core_seconds": 10.0, "books": {}})
+    monkeypatch.setattr(frozen, "test_scores", None)  # nothing is scored again
+    assert store.spent() == 110.0
+    assert list(store.runs()) == ["full-gsa-s0"]
+    frozen.score_test(store, books=tmp_path, work=tmp_path, say=lambda line: None)
+    assert store.once("test")["runs"]["full-gsa-s0"]["loss"] == 3.5
+    assert store.spent() == 110.0, "a score counts once, sealed or told"
+
+
+def test_a_full_run_seals_its_test_scores_and_a_tuning_run_has_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(one, "_train", lambda task, *_: {"validation": {"loss": 4.0}})
+    monkeypatch.setattr(one, "test_scores", lambda task, **_: {"loss": 3.5, "core_seconds": 1.0})
+    store = results.Store(tmp_path / "results")
+    for kind in ("tune", "full"):
+        task = plan.Task(f"{kind}-x", kind, plan.Settings(model="gsa", rate=1e-3), seed=0, length=1024)
+        assert one.do(task, books=tmp_path, work=tmp_path, store=store, minutes=None) == 0
+    assert store.sealed("full-x") == {"loss": 3.5, "core_seconds": 1.0}
+    assert store.sealed("tune-x") is None
+
+
 # The page
 
 
