@@ -113,7 +113,7 @@ def _spec(
         {**scale.set, **entry.set, **experiment.set, **_scoring(experiment, scale, options)}
         | {"training.seed": seed}
     )
-    own = assignments({"model.pattern": [trained.kind], **trained.set} | row.set)
+    own = assignments({"model.pattern": [trained.kind], **trained.set, **row.set})
 
     def spec(*changes: str) -> RunSpec:
         return RunSpec(
