@@ -51,12 +51,13 @@ def states_at(model: LanguageModel, positions: Sequence[int]) -> Iterator[LMStat
 
 
 def has_cache(model: LanguageModel) -> bool:
-    """Whether a layer keeps keys and values, so that the state grows."""
+    """Whether a layer keeps keys and values, so that the state grows, at most to the layer's window."""
     return any(isinstance(layer, KVCache) for layer in model.init_state(1).layers)
 
 
 def filled_state(model: LanguageModel, position: int, *, batch: int = 1, room: int) -> LMState:
-    """The first state of ``batch`` rows, with ``position`` random keys and values in every cache.
+    """The first state of ``batch`` rows, with ``position`` random keys and values in every cache, or as many
+    as its window holds.
 
     ``room`` is kept free for that many tokens.
     """
@@ -65,9 +66,11 @@ def filled_state(model: LanguageModel, position: int, *, batch: int = 1, room: i
     for layer in state.layers:
         if isinstance(layer, KVCache):
             keys = layer.keys_values()[0]
-            shape = (keys.shape[0], keys.shape[1], position, keys.shape[3])
-            layer = layer.reserve(position + room)
+            count = position if layer.window is None else min(position, layer.window)
+            shape = (keys.shape[0], keys.shape[1], count, keys.shape[3])
+            layer = layer.reserve(count + room)
             layer = layer.append(keys.new_empty(shape).normal_(), keys.new_empty(shape).normal_())
+            layer = replace(layer, position=position)
         layers.append(layer)
     return replace(state, layers=tuple(layers), position=position)
 
