@@ -2,7 +2,7 @@
 
 The recurrent baselines are plain PyTorch, so what autograd keeps follows from every line of theirs. Instead
 of a formula for each, the mixer itself runs forward and backward on torch's fake tensors, and every storage
-is counted while it lives. Two lengths are run: bytes are linear in the chunks of a row from there on.
+is counted while it lives. Two short rows are run: bytes are linear in the chunks, whatever row they are of.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MixerBytes", "mixer_bytes", "mixer_bytes_of"]
 
-# Chunks of the two rows that are run where the real one is longer.
-_SHORT, _LONG = 4, 8
+# Chunks of the two rows that are run.
+_SHORT, _LONG = 2, 4
 
 
 @dataclass(frozen=True)
@@ -70,21 +70,18 @@ def mixer_bytes(
         halo: whether the convolution takes inputs of a segment before.
     """
     chunk = config.chunk_size(kind)
-
-    def run(tokens: int) -> MixerBytes:
-        return _run(config, kind, rows=rows, length=tokens, tp=tp, half=half, halo=halo)
-
-    if length <= _LONG * chunk:
-        return run(length)
-    short, long = astuple(run(_SHORT * chunk)), astuple(run(_LONG * chunk))
-    more = (length - _LONG * chunk) / ((_LONG - _SHORT) * chunk)
+    chunks = rows * -(-length // chunk)
+    short, long = (
+        astuple(_run(config, kind, length=count * chunk, tp=tp, half=half, halo=halo))
+        for count in (_SHORT, _LONG)
+    )
+    more = (chunks - _LONG) / (_LONG - _SHORT)
     return MixerBytes(*(int(b + (b - a) * more) for a, b in zip(short, long, strict=True)))
 
 
 @functools.lru_cache(maxsize=256)
-def _run(
-    config: ModelConfig, kind: LayerKind, *, rows: int, length: int, tp: int, half: bool, halo: bool
-) -> MixerBytes:
+def _run(config: ModelConfig, kind: LayerKind, *, length: int, tp: int, half: bool, halo: bool) -> MixerBytes:
+    """The same of one row."""
     import torch
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -94,12 +91,12 @@ def _run(
     dtype = torch.bfloat16 if half else torch.float32
     with torch.device("meta"):
         mixer = _shard(config, kind, tp)
-    PackedLayout.uniform(rows, length, config.chunk_size(kind))  # kept for the mixer: it needs true tables
+    PackedLayout.uniform(1, length, config.chunk_size(kind))  # kept for the mixer: it needs true tables
     live = _Live()
     with FakeTensorMode(allow_non_fake_inputs=True), live.watching():
         shapes = {name: p.shape for name, p in mixer.named_parameters()}
         owned = {n: torch.empty(shape, dtype=dtype, requires_grad=True) for n, shape in shapes.items()}
-        x = torch.empty(rows, length, config.dim, dtype=dtype, requires_grad=True)
+        x = torch.empty(1, length, config.dim, dtype=dtype, requires_grad=True)
         stages = _Stages(mixer, owned.values(), halo=halo)
         with stages.counting():
             y = torch.func.functional_call(mixer, owned, (x, SequenceContext()))
