@@ -211,6 +211,16 @@ def test_a_run_that_is_looked_at_trains_to_the_same_bits(changes: dict[str, Any]
     assert rows[3]["optim/update_to_weight"] == pytest.approx(update_ratio(tmp_path / "with", 4), rel=1e-6)
 
 
+def test_a_look_at_a_model_without_trellis_layers_has_the_update_ratio_alone(tmp_path: Path):
+    data = write_dataset(tmp_path / "set")
+    sections = {"model": {"pattern": ("gated_deltanet", "sliding_window"), "num_layers": 2}}
+    training = {"steps": 2, "validation_interval": 0}
+    run(make_job(data, training=training, logging={"probe_interval": 2}, **sections), tmp_path / "run")
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert rows[1]["optim/update_to_weight"] > 0
+    assert not [key for row in rows for key in row if key.startswith("trellis/")]
+
+
 def update_ratio(run_dir: Path, step: int) -> float:
     """From the checkpoints before and after the step, in fp64."""
     before, after = (
