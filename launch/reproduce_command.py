@@ -33,7 +33,7 @@ def reproduce(
     ],
     scale: Annotated[
         ScaleName,
-        typer.Option(help="the paper's sizes, one GPU for about an hour, two CPU cores for a night"),
+        typer.Option(help="the paper's sizes, one GPU (not measured), two CPU cores for a night"),
     ] = ScaleName.TINY,
     only: Annotated[
         list[str] | None, typer.Option(metavar="ROW", help="rows to train and show, a,b or repeated")
@@ -77,6 +77,7 @@ def reproduce(
     from launch.experiments.expand import Options, essay_needed, expand, write_essay
     from launch.experiments.tables import read_experiment
 
+    _check_files(essay, suites)
     folder = root if root is not None else default_root(scale.value, corpus)
     prose = essay if essay is not None else folder / "essay.txt"
     options = Options(
@@ -97,6 +98,13 @@ def reproduce(
     _write(expansion, folder, outcome.results if outcome is not None else _known(expansion, folder))
     if outcome is not None:
         _end(outcome)
+
+
+def _check_files(essay: Path | None, suites: Path | None) -> None:
+    if essay is not None and not essay.is_file():
+        raise ValueError(f"--essay {essay}: no such file; name a text file of prose")
+    if suites is not None and not suites.is_dir():
+        raise ValueError(f"--suites {suites}: no such folder; name one with the suites' rows")
 
 
 def default_root(scale: str, corpus: str | None) -> Path:

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 
 from launch.ending import newest_step
 from launch.experiments.perform import Workshop
+from launch.experiments.pool import default_jobs
 from launch.experiments.result import known_result
 from launch.experiments.spec import RunSpec
 from launch.recipe import Recipe
 
 __all__ = ["Cost", "cost_lines", "costs"]
+
+# Chunks of fewer tokens are a loop over nearly every token: docs/reproduce.md has a measured case.
+FEW = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,7 @@ class Cost:
         parameters: of its model.
         hours: that its training takes on this machine, by the planner's prediction (docs/planning.md); None
             where its mesh does not fit this machine. What is left: ``hours * (1 - steps_done / steps)``.
+        at_least: chunks of so few tokens that it waits more than it computes: FLOPs predict too little.
     """
 
     name: str
@@ -35,6 +40,7 @@ class Cost:
     tokens: int
     parameters: int
     hours: float | None
+    at_least: bool = False
 
     @property
     def left(self) -> float:
@@ -61,6 +67,7 @@ def _cost(shop: Workshop, spec: RunSpec) -> Cost:
         tokens=recipe.tokens(),
         parameters=parameter_counts(recipe.model).total,
         hours=_hours(recipe),
+        at_least="trellis" in recipe.model.pattern and recipe.model.trellis.chunk_size < FEW,
     )
 
 
@@ -84,12 +91,17 @@ def _hours(recipe: Recipe) -> float | None:
 
 
 def cost_lines(found: Sequence[Cost], *, jobs: int) -> list[str]:
-    """A line per run, and what is left of all of them."""
+    """A line per run, and what is left of all of them.
+
+    Runs beyond one per core, or beyond one on a machine with a GPU, share what there is: they end no sooner.
+    """
     lines = [f"{'run':<40} {'parameters':>11} {'tokens':>15} {'hours':>8}  state"]
     lines += [_line(cost) for cost in found]
     tokens = sum(cost.tokens * cost.left for cost in found)
     known = [cost.hours * cost.left for cost in found if cost.hours is not None]
-    hours = f"{sum(known) / jobs:,.1f} hours on this machine, {jobs} at a time" if known else "hours unknown"
+    least = "at least " if any(cost.at_least and cost.left for cost in found) else ""
+    total = sum(known) / min(jobs, default_jobs())
+    hours = f"{least}{total:,.1f} hours on this machine, {jobs} at a time" if known else "hours unknown"
     missing = sum(not cost.done for cost in found)
     return [
         *lines,
@@ -100,5 +112,5 @@ def cost_lines(found: Sequence[Cost], *, jobs: int) -> list[str]:
 
 def _line(cost: Cost) -> str:
     state = "done" if cost.done else f"step {cost.steps_done:,} of {cost.steps:,}" if cost.steps_done else "-"
-    hours = "" if cost.hours is None else f"{cost.hours:,.2f}"
+    hours = "" if cost.hours is None else f"{'>' if cost.at_least else ''}{cost.hours:,.2f}"
     return f"{cost.name:<40} {cost.parameters:>11,} {cost.tokens:>15,} {hours:>8}  {state}"

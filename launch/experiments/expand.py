@@ -21,7 +21,7 @@ class Options:
 
     Attributes:
         only: rows to train and show; all unless given.
-        seeds: how many; data order and weights follow from ``training.seed``.
+        seeds: how many, each a ``training.seed`` (first weights) and a ``data.seed`` (order of the rows).
         overrides: ``--set``, last of all.
         corpus: another text, as ``--corpus``.
         essay: a text file of prose for needles.
@@ -111,7 +111,7 @@ def _spec(
     entry, trained = scale.runs[run], row.trained
     common = assignments(
         {**scale.set, **entry.set, **experiment.set, **_scoring(experiment, scale, options)}
-        | {"training.seed": seed}
+        | {"training.seed": seed, "data.seed": seed}
     )
     own = assignments({"model.pattern": [trained.kind], **trained.set, **row.set})
 

@@ -180,17 +180,14 @@ def _tables(ours: Ours, group: Group, columns: Sequence[tuple[Column, str]]) -> 
     if len(columns) > SIDE_BY_SIDE or len(columns) < len(group.columns):
         yield _table(ours, "Ours", columns)
         header = ["", *(column.label for column in group.columns)]
-        cells = [[row.title, *_paper(row, len(group.columns))] for row in rows]
+        cells = [[row.title, *_paper(ours, row, len(group.columns))] for row in rows]
         yield Table(f"The paper's: {NOT_COMPARABLE}", header, cells)
         return
     both = [name for _, label in columns for name in (f"{label}, ours", f"the paper's ({NOT_COMPARABLE})")]
-    mixed = [
-        [
-            row.title,
-            *(cell for pair in zip(_cells(ours, row, columns), _paper(row, len(columns))) for cell in pair),
-        ]
-        for row in rows
-    ]
+    mixed = []
+    for row in rows:
+        pairs = zip(_cells(ours, row, columns), _paper(ours, row, len(columns)))
+        mixed.append([row.title, *(cell for pair in pairs for cell in pair)])
     yield Table("", ["", *both], mixed)
 
 
@@ -203,8 +200,11 @@ def _cells(ours: Ours, row: Row, columns: Sequence[tuple[Column, str]]) -> list[
     return [_cell(ours.values(row, column.setting, column.value)) for column, _ in columns]
 
 
-def _paper(row: Row, count: int) -> list[str]:
-    return [*(f"{value:.2f}" for value in row.paper), *[""] * (count - len(row.paper))]
+def _paper(ours: Ours, row: Row, count: int) -> list[str]:
+    """With the decimals that the paper's table has."""
+    printed = (value for each in ours.expansion.experiment.rows for value in each.paper)
+    decimals = max(len(repr(value).partition(".")[2]) for value in printed)
+    return [*(f"{value:.{decimals}f}" for value in row.paper), *[""] * (count - len(row.paper))]
 
 
 def _cell(values: Sequence[float]) -> str:

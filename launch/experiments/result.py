@@ -5,11 +5,14 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from launch.experiments.spec import RunSpec, changes
 from launch.recipe import Recipe, resolve
 from trellis_dist.files import read_json
+
+if TYPE_CHECKING:
+    from evals.config import EvalConfig
 
 __all__ = ["FORMAT", "collect", "known_result", "refuse_another"]
 
@@ -19,6 +22,8 @@ FORMAT = 1
 _LEFT_OUT = ("samples",)
 # Where texts lie: a checkout elsewhere has them elsewhere.
 _PATHS = ("perplexity_text", "ruler_essay", "suites_folder", "harness_folder")
+# What of a task's settings says which text that was: digests, or a data set's commit.
+_CONTENT = ("essay", "data", "text")
 
 
 def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
@@ -67,7 +72,29 @@ def known_result(path: Path, spec: RunSpec) -> dict[str, Any] | None:
     same = all(
         _same(key, stored["recipe"]["evals"].get(key, value), value) for key, value in spec.scoring.items()
     )
-    return {**stored, "about": dict(spec.about)} if same else None
+    return {**stored, "about": dict(spec.about)} if same and _of_these_texts(stored, spec) else None
+
+
+def _of_these_texts(stored: Mapping[str, Any], spec: RunSpec) -> bool:
+    """Whether what was scored are the files that the evals section names now, by their content.
+
+    A file that is not there says nothing: scores are not lost with the text they are of.
+    """
+    scores = stored.get("scores", {}).items()
+    return all(_same_content(task, score["settings"], spec.resolved.evals) for task, score in scores)
+
+
+def _same_content(task: str, before: Mapping[str, Any], config: EvalConfig) -> bool:
+    from evals.tasks.registry import get_task
+
+    kept = {key: before[key] for key in _CONTENT if key in before}
+    if not kept:
+        return True
+    try:
+        now = get_task(task).settings(config)
+    except (OSError, ValueError):
+        return True
+    return all(now.get(key) == value for key, value in kept.items())
 
 
 def _refuse_other_text(stored: Mapping[str, Any], spec: RunSpec, *, holder: Path) -> None:

@@ -1,7 +1,7 @@
 """Runs of an experiment: say what they are (`RunSpec`), perform them, read one JSON per run.
 
-    specs = [RunSpec(name=f"trellis-s{seed}", recipe="quickstart", overrides=(f"training.seed={seed}",))
-             for seed in (0, 1, 2)]
+    specs = [RunSpec(name=f"trellis-s{seed}", recipe="quickstart",
+                     overrides=(f"training.seed={seed}", f"data.seed={seed}")) for seed in (0, 1, 2)]
     outcome = perform_all(specs, Path("study"), jobs=2, minutes=50)   # again until outcome.left is empty
     outcome.results["trellis-s0"]["validation"]["loss"]
 

@@ -7,6 +7,7 @@ import time
 
 import pytest
 
+from evals.tasks.registry import get_task
 from launch.experiments import perform as perform_module
 from launch.experiments import pool
 from launch.experiments.children import CutError, FailedError, Slice, run_command
@@ -107,6 +108,26 @@ def test_a_result_counts_only_for_what_it_scored(tmp_path):
     assert known_result(path, tiny_spec(tmp_path)) is None
     more = tiny_spec(tmp_path, "tiny", "evals.perplexity_text=/x", "evals.mqar_samples=7")
     assert known_result(path, more) is None
+
+
+def test_scores_of_another_essay_or_other_suites_are_not_these(tmp_path):
+    essay, suites = tmp_path / "essay.txt", tmp_path / "suites"
+    suites.mkdir()
+    essay.write_text("Prose of one kind. " * 9)
+    (suites / "piqa.jsonl").write_text("{}\n")
+    tasks = 'evals.tasks=["niah_single_2", "piqa"]'
+    spec = tiny_spec(tmp_path, "t", tasks, f"evals.ruler_essay={essay}", f"evals.suites_folder={suites}")
+    settings = {task: get_task(task).settings(spec.resolved.evals) for task in ("niah_single_2", "piqa")}
+    scores = {task: {"settings": dict(found)} for task, found in settings.items()}
+    path = tmp_path / "t.json"
+    write_json(path, {"recipe": resolve(spec.resolved), "scores": scores})
+    assert known_result(path, spec) is not None
+    essay.write_text("Prose of another kind. " * 9)
+    assert known_result(path, spec) is None
+    essay.unlink()
+    assert known_result(path, spec) is not None, "scores outlive their text"
+    (suites / "piqa.jsonl").write_text("{ }\n")
+    assert known_result(path, spec) is None
 
 
 @pytest.mark.parametrize("kind", sorted(MIXERS))

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import json
 import math
@@ -10,8 +11,10 @@ import pytest
 from evals.ruler.catalogue import RULER
 from evals.suites.catalogue import SUITES
 from launch.cli import main
+from launch.experiments.costs import Cost, cost_lines
 from launch.experiments.expand import Options, expand, write_essay
 from launch.experiments.pictures import can_draw
+from launch.experiments.pool import default_jobs
 from launch.experiments.render import NOT_COMPARABLE, make_page, write_page
 from launch.experiments.tables import experiment_names, models, read_experiment, read_scale
 from launch.experiments.values import value_of
@@ -151,7 +154,8 @@ def test_overrides_come_last_and_seeds_are_runs_of_their_own():
     specs = expand("slots", "tiny", options).specs
     assert len(specs) == 4
     assert {spec.resolved.training.steps for spec in specs.values()} == {77}
-    assert {(seed, spec.resolved.training.seed) for (_, _, seed), spec in specs.items()} == {(0, 0), (1, 1)}
+    recipes = {seed: spec.resolved for (_, _, seed), spec in specs.items()}
+    assert {seed: (r.training.seed, r.data.seed) for seed, r in recipes.items()} == {0: (0, 0), 1: (1, 1)}
 
 
 def test_only_names_rows():
@@ -296,6 +300,39 @@ def test_columns_that_are_one_run_are_shown_once():
     assert papers[1] == [
         "Trellis", "10.87", "10.60", "19.09", "17.92", "17.19", "16.71", "16.56", "16.58", "17.18"
     ]  # fmt: skip
+
+
+def test_the_papers_numbers_have_the_decimals_of_its_table():
+    expansion = expand("table3", "tiny", Options(only=("trellis",), essay=Path("essay.txt")))
+    tables = _Page(make_page(expansion, {}).html()).tables
+    shown = [row for table in tables for row in table if row[0] == "Trellis"]
+    assert any({"99.2", "95.2", "97.8"} <= set(row) for row in shown)
+    assert not any("99.20" in row for row in shown)
+
+
+def test_the_longest_chunk_is_no_whole_row():
+    for scale in SCALES:
+        for spec in expand("chunks", scale, Options()).specs.values():
+            assert spec.resolved.data.sequence_length >= 4 * spec.resolved.model.trellis.chunk_size
+
+
+def test_hours_count_no_more_runs_at_once_than_there_is_to_run_on():
+    cost = Cost(name="a", done=False, steps_done=0, steps=1, tokens=1, parameters=1, hours=6.0)
+    runs = [cost] * (4 * default_jobs())
+    jobs = 64 * default_jobs()
+    assert f" 24.0 hours on this machine, {jobs} at a time" in cost_lines(runs, jobs=jobs)[-1]
+    slow = dataclasses.replace(cost, at_least=True)
+    lines = cost_lines([slow], jobs=1)
+    assert ">6.00" in lines[1]
+    assert "at least 6.0 hours" in lines[-1]
+
+
+def test_files_that_are_not_there_are_refused_before_anything_is_listed(tmp_path, capsys):
+    for option, what in (("--essay", "file"), ("--suites", "folder")):
+        assert main(["reproduce", "table3", "--dry-run", option, str(tmp_path / "none")]) == 1
+        shown = capsys.readouterr()
+        assert f"{option} {tmp_path / 'none'}: no such {what}" in shown.err
+        assert shown.out == ""
 
 
 def test_panels_that_are_one_experiment_here_are_one():
