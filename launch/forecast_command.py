@@ -45,7 +45,8 @@ def forecast(
 ) -> None:
     """Train forecasters on a series and print their test errors; finished runs are read back.
 
-    Errors are on data standardised by the training rows. docs/forecasting.md says how it is split.
+    Errors are on data standardised by the training rows. docs/forecasting.md says how it is split. Exit
+    status 75: --minutes were over, and the same command goes on.
     """
     from trellis_dist.forecasting.runs import cases_of, open_data, run_cases
 
@@ -60,9 +61,13 @@ def forecast(
     for result in run_cases(cases, opened, out, deadline=deadline):
         results.append(result)
         print(_line(result), flush=True)
-    print(render(results))
+    if results:
+        print(render(results))
     if len(results) < len(cases):
+        from trellis_dist.training.job import EXIT_TERMINATED
+
         print(f"stopped with {len(results)} of {len(cases)} runs finished; the same command goes on")
+        raise typer.Exit(EXIT_TERMINATED)
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:

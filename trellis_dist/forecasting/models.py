@@ -57,7 +57,7 @@ class ForecastTraining:
     clip_norm: float | None = 1.0
 
 
-# As the scripts of its authors have it (cure-lab/LTSF-Linear): ETTh1, and Exchange by horizon.
+# The older scripts of its authors (cure-lab/LTSF-Linear, DLinear not Linear): ETTh1, Exchange by horizon.
 DLINEAR = ForecastTraining(
     batch_size=8, windows=None, validation_every=1, learning_rate=1e-4, epochs=10, clip_norm=None
 )
