@@ -43,8 +43,8 @@ MODELS = {
     "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
     "rwkv7": {"pattern": ("rwkv7",)},
     "ttt_linear": {"pattern": ("ttt_linear",)},
-    "titans": {"pattern": ("titans",)},
-    "titans, linear": {"pattern": ("titans",), "baselines": {"titans_depth": 1, "conv_kernel": 0}},
+    "titans": {"pattern": ("titans",), "baselines": {"conv_kernel": 0}},
+    "titans, two layers": {"pattern": ("titans",), "baselines": {"titans_depth": 2}},
     "rates, convolved values": {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
     },

@@ -8,7 +8,7 @@ import torch
 from trellis_dist.models.baseline_config import BaselineConfig
 from trellis_dist.models.counts import state_bytes
 
-KINDS = {"ttt_linear": {}, "titans": {}, "titans, linear": {"titans_depth": 1}}
+KINDS = {"ttt_linear": {}, "titans": {}, "titans, two layers": {"titans_depth": 2}}
 
 
 @pytest.fixture(params=KINDS.values(), ids=KINDS.keys())

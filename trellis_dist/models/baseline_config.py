@@ -42,10 +42,10 @@ class BaselineConfig:
             ``trellis.chunk_size``.
         slots: memory slots per head of abc and gsa.
         ttt_step: of ttt_linear; a token's step is below ttt_step / head width (its authors' base rate: 1).
-        titans_depth: layers of the MLP that a titans head keeps; the paper has one or more.
+        titans_depth: layers of the MLP that a titans head keeps; the paper has one or more. From 2 on each
+            layer's gradients go through the others, and training gradients grow with the sequence's length.
         titans_step: of titans; the steps of a mini-batch sum to at most this (our choice: the gradients of a
-            mini-batch are taken at one point, so that their sum is what has to be bounded; behind the
-            layer norm a memory that has grown moves less, so it may be large).
+            mini-batch are taken at one point, so that their sum is what has to be bounded).
         backend: "fla" runs the recurrences of linear_attention, deltanet, gated_deltanet, mamba2, gsa, rwkv7
             by flash-linear-attention's Triton kernels where tensors are on a GPU (not tried on one yet);
             "torch" and everything else run in plain PyTorch.
@@ -61,8 +61,8 @@ class BaselineConfig:
     mini_batch: int = 16
     slots: int = 64
     ttt_step: float = 1.0
-    titans_depth: int = 2
-    titans_step: float = 8.0
+    titans_depth: int = 1
+    titans_step: float = 4.0
     titans_keep_bias: float = 4.0
     titans_momentum_bias: float = 0.0
     backend: Literal["torch", "fla"] = "torch"

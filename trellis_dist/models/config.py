@@ -189,7 +189,7 @@ class ModelConfig:
         mlp_hidden: SwiGLU width; None gives 8/3 dim rounded up to a multiple of 64.
         pattern: layer kinds, cycled over the layers.
         tie_embeddings: share the embedding with the output projection.
-        norm_eps: epsilon of every RMSNorm.
+        norm_eps: epsilon of every RMSNorm; the heads of deltanet and gated_deltanet have 1e-5 head width.
         init_std: standard deviation of the initial weights; output projections are divided by sqrt(2 layers).
     """
 

@@ -4,6 +4,7 @@
     b = sigmoid(w_b x)        log a = -exp(A) softplus(w_a x + d)       DeltaNet: a = 1
 
 A starts as log u, u uniform in [1, 16], and softplus(d) log-uniform in [.001, .1], as in the original.
+The norm per head adds 1e-5 D to the mean square: the original's adds 1e-5, of outputs D^{-1/2} as large.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ class DeltaNetMixer(RecurrentMixer):
         """K K^T, Q K^T and its product with E, the substitution of D + V columns; Q S, W S, K^T E."""
         width, chunk = config.head_dim, config.baselines.chunk_size
         return 2.0 * (3 * chunk * width + chunk * width + 3 * width**2)
+
+    @classmethod
+    def head_norm_eps(cls, config: ModelConfig) -> float:
+        """The original's, of outputs that are sqrt(D) times as large."""
+        return 1e-5 * config.head_dim
 
     def make_tokens(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """q, k of unit norm, v and beta in (0, 1)."""

@@ -1,16 +1,17 @@
 """Linear attention in the block of Trellis (arXiv 2006.16236).
 
-    q, k = p(silu(conv(W_q x))), p(silu(conv(W_k x)))         v = silu(conv(W_v x))        p(x) = elu(x) + 1
+    q, k, v = silu(conv(W_q x)), silu(conv(W_k x)), silu(conv(W_v x))
 
-The feature map is the original's. Its normaliser q^T sum k is left out: the norm over each head that follows
-divides by more than it (TransNormer, arXiv 2210.10340), and the sum is a state more.
+SiLU is the feature map. The original's, elu(x) + 1, is for raw projections: behind a SiLU it is at least .75,
+so all keys would point one way, and a head would read little but the mean of its values. The original's
+normaliser q^T sum k is left out: the norm over each head that follows divides by more than it (TransNormer,
+arXiv 2210.10340), and the sum is a state more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.baselines.linear_attention import decayed_linear_attention
@@ -50,5 +51,5 @@ class LinearAttentionMixer(RecurrentMixer):
         return 2.0 * (2 * chunk * width + 2 * width**2)
 
     def make_tokens(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Features of q and k, and v."""
-        return {"q": F.elu(parts["q"]) + 1, "k": F.elu(parts["k"]) + 1, "v": parts["v"]}
+        """q, k and v as they are."""
+        return dict(parts)

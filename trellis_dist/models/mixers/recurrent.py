@@ -147,6 +147,11 @@ class RecurrentMixer(nn.Module):
         """Forward FLOPs of the recurrence per token and head, in the chunkwise form (a multiply-add is 2)."""
         raise NotImplementedError
 
+    @classmethod
+    def head_norm_eps(cls, config: ModelConfig) -> float:
+        """What the norm per head adds to the mean square: ``model.norm_eps``, or as the original has it."""
+        return config.norm_eps
+
     def make_tokens(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the operation takes per token, of the projections ``parts`` [B, T, H, width]."""
         raise NotImplementedError
@@ -265,7 +270,7 @@ class RecurrentMixer(nn.Module):
     def _output(self, y: Tensor, beside: Mapping[str, Tensor], gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
         y = self.finish(y, beside)
-        normed = rms_normalise(y, eps=self.config.norm_eps, weight=self.norm_weight)
+        normed = rms_normalise(y, eps=self.head_norm_eps(self.config), weight=self.norm_weight)
         return self.row(normed.flatten(-2) * F.gelu(gate), self.out_weight)
 
     # For counts.py.
