@@ -13,7 +13,7 @@ from trellis_dist.models.language_model import build_language_model
 
 @pytest.mark.parametrize("kind", get_args(LayerKind))
 def test_long_rows_have_gradients_of_the_size_of_short_ones(kind):
-    """At the defaults of every option; of the mean over tokens, so that only the layers can make a difference."""
+    """At the defaults of every option, of the mean loss of a token."""
     config = ModelConfig(vocab_size=64, num_layers=4, dim=64, num_heads=2, pattern=(kind,))
     model = build_language_model(config, seed=0)
     stream = torch.randint(64, (1, 1025), generator=torch.Generator().manual_seed(0))
