@@ -27,7 +27,7 @@ from kernels.baselines.rwkv7 import generalised_delta_rule
 from kernels.baselines.slots import gated_slot_attention
 from kernels.layout import PackedLayout
 
-__all__ = ["FORMS", "Form", "on_gpu"]
+__all__ = ["FORMS", "Form", "choose", "on_gpu", "run"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,8 @@ class Form:
 
 
 def _decayed(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    named = {name: tokens[name] for name in ("q", "k", "v")}
+    """q and k in the type of v: under autocast a convolution's weights make them wider than raw values."""
+    named = {name: tokens[name].to(tokens["v"].dtype) for name in ("q", "k", "v")}
     return {**named, "g": tokens["log_decay"]} if "log_decay" in tokens else named
 
 
@@ -70,9 +71,11 @@ def _slots(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _generalised(tokens: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Its S_t = (diag(w) + b a^T) S_{t-1} + k v^T: a = -h, b = rate o h."""
-    q, k, v, key = (tokens[name] for name in ("q", "k", "v", "key"))
-    put = (tokens["rate"] * key).to(v.dtype)
-    return {"r": q, "w": tokens["log_decay"], "k": k, "v": v, "a": -key.to(v.dtype), "b": put}
+    dtype, key = tokens["v"].dtype, tokens["key"]
+    q, k, v, erased, put = (
+        x.to(dtype) for x in (tokens["q"], tokens["k"], tokens["v"], -key, tokens["rate"] * key)
+    )
+    return {"r": q, "w": tokens["log_decay"], "k": k, "v": v, "a": erased, "b": put}
 
 
 # By operation, and whether its tokens decay.
@@ -97,9 +100,19 @@ def on_gpu(operation: Operation) -> Operation:
         v = tokens["v"]
         if not v.is_cuda or v.dtype == torch.float64:
             return operation(tokens, weights, memory, layout)
-        return run(FORMS[operation, "log_decay" in tokens], tokens, memory, layout)
+        return run(*choose(operation, tokens), memory, layout)
 
     return call
+
+
+def choose(operation: Operation, tokens: Mapping[str, Tensor]) -> tuple[Form, Mapping[str, Tensor]]:
+    """The form of ``operation`` and what it is given: ``tokens``, with decays of 1 where there are none.
+
+    That only for the delta rule in fp32, which its function without decays refuses.
+    """
+    if operation is gated_delta_rule and tokens["v"].dtype == torch.float32 and "log_decay" not in tokens:
+        tokens = {**tokens, "log_decay": torch.zeros_like(tokens["beta"])}
+    return FORMS[operation, "log_decay" in tokens], tokens
 
 
 def run(

@@ -88,6 +88,36 @@ def test_the_installed_functions_take_what_they_are_given(
         assert given["cu_seqlens"].tolist() == [0, 5, 16]
 
 
+@pytest.mark.parametrize(("operation", "decays"), CASES, ids=name_of)
+@pytest.mark.parametrize("wide", ["nothing", "q and k", "everything"])
+def test_what_it_refuses_is_not_given(
+    operation: Operation, decays: bool, wide: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Types that differ, as autocast leaves them beside raw values, and the delta rule in fp32."""
+    given: dict[str, Any] = {}
+
+    def load(self: fla.Form) -> Any:
+        def function(**arguments: Any) -> Any:
+            given.update(arguments, function=self.function)
+            return arguments["v"], arguments["initial_state"]
+
+        return function
+
+    monkeypatch.setattr(fla.Form, "load", load)
+    tokens, memory = drawn(operation, decays, rows=2, length=16, documents=2, dtype=torch.bfloat16)
+    for name in {"nothing": (), "q and k": ("q", "k"), "everything": ("q", "k", "v")}[wide]:
+        tokens[name] = tokens[name].float()
+    y, _ = fla.run(*fla.choose(operation, tokens), memory, PackedLayout.uniform(2, 16, 8))
+    dtype = torch.float32 if wide == "everything" else torch.bfloat16
+    same = given.keys() & {"q", "r", "k", "v", "a", "b", "s", "beta"}
+    assert {given[name].dtype for name in same} == {dtype} == {y.dtype}
+    if operation is gated_delta_rule and not decays:
+        expected = "chunk_gated_delta_rule" if dtype == torch.float32 else "chunk_delta_rule"
+        assert given["function"] == expected
+        assert ("g" in given) == (dtype == torch.float32)
+        assert not given.get("g", torch.zeros(1)).any()
+
+
 def test_signs_and_orders_are_those_of_its_own_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the forms whose arguments are not ours by name: RWKV-7's a and b, against its loop over tokens."""
     from fla.ops.generalized_delta_rule.dplr.naive import dplr_recurrence
