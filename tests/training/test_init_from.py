@@ -14,6 +14,7 @@ from checkpoints.pins import pinned_steps
 from checkpoints.state import load_run_state
 from tests.distributed import gloo_pool
 from tests.training.small_run import exact_rows, make_job, state, write_dataset
+from trellis_dist.models.baseline_config import BASELINES, READERS, BaselineConfig
 from trellis_dist.models.config import AttentionConfig, ModelConfig
 from trellis_dist.training.job import Job, TrainResult
 from trellis_dist.training.loop import run
@@ -193,6 +194,39 @@ def test_a_window_that_a_recipe_sets_is_not_laid_over_weights_without_one(tmp_pa
         _check_same_function(saved, model(window=3), tmp_path)
     _check_same_function(saved, model(), tmp_path)
     _check_same_function(None, model(window=3), tmp_path)
+
+
+OTHERS: dict[str, tuple[str, dict[str, Any], bool]] = {
+    "slots it has": ("gsa", {"slots": 8}, True),
+    "slots it has not": ("gated_deltanet", {"slots": 8}, False),
+    "steps of another kind": ("titans", {"ttt_step": 2.0}, False),
+    "its steps": ("titans", {"titans_step": 2.0}, True),
+    "its mini-batch": ("ttt_linear", {"mini_batch": 8}, True),
+    "mini-batches it has not": ("rwkv7", {"mini_batch": 8, "titans_depth": 2, "titans_step": 2.0}, False),
+    "where its gates began": ("titans", {"titans_keep_bias": 1.0, "titans_momentum_bias": 1.0}, False),
+    "its convolution": ("mamba2", {"conv_values": False}, True),
+}
+
+
+@pytest.mark.parametrize("case", OTHERS)
+def test_of_the_baselines_options_those_count_that_a_layer_reads(tmp_path: Path, case: str):
+    kind, changed, refused = OTHERS[case]
+
+    def model(**options: Any) -> ModelConfig:
+        sizes = {"vocab_size": 8, "num_layers": 1, "dim": 4, "num_heads": 1}
+        return ModelConfig(**sizes, pattern=(kind,), baselines=BaselineConfig(**options))
+
+    saved = dataclasses.asdict(model())
+    if refused:
+        with pytest.raises(ValueError, match=rf"model\.baselines\.{next(iter(changed))} = "):
+            _check_same_function(saved, model(**changed), tmp_path)
+    else:
+        _check_same_function(saved, model(**changed), tmp_path)
+
+
+def test_every_reader_of_an_option_is_a_kind_and_every_option_is_one():
+    assert set(READERS) <= {field.name for field in dataclasses.fields(BaselineConfig)}
+    assert all(set(kinds) <= set(BASELINES) for kinds in READERS.values())
 
 
 def test_what_cannot_be_begun_with_is_refused_in_one_line(

@@ -11,7 +11,7 @@ from typing import Literal
 
 from trellis_dist.validation import STRICT, require
 
-__all__ = ["BASELINES", "MINI_BATCH_KINDS", "BaselineConfig"]
+__all__ = ["BASELINES", "MINI_BATCH_KINDS", "READERS", "BaselineConfig"]
 
 # Layer kinds that read this section.
 BASELINES = (
@@ -28,6 +28,17 @@ BASELINES = (
 
 # Those whose gradients are taken at the start of a mini-batch: its size is part of the function.
 MINI_BATCH_KINDS = ("ttt_linear", "titans")
+
+# Who reads the options that not all of them read.
+READERS = {
+    "mini_batch": MINI_BATCH_KINDS,
+    "slots": ("abc", "gsa"),
+    "ttt_step": ("ttt_linear",),
+    "titans_depth": ("titans",),
+    "titans_step": ("titans",),
+    "titans_keep_bias": ("titans",),
+    "titans_momentum_bias": ("titans",),
+}
 
 
 @dataclass(frozen=True, kw_only=True)

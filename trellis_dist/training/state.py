@@ -17,7 +17,7 @@ from checkpoints.manifest import load_manifest
 from checkpoints.pins import pin, unpin
 from checkpoints.state import latest_verified, load_run_state, verify_checkpoint
 from trellis_dist.files import digest, read_json, write_json
-from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.baseline_config import BASELINES, READERS
 from trellis_dist.models.config import ATTENTION_KINDS, ModelConfig
 from trellis_dist.training.job import Job, Resume
 
@@ -242,11 +242,20 @@ _FREE = (
     "attention.rope_theta",
     "baselines.chunk_size",
     "baselines.backend",
+    "baselines.titans_keep_bias",
+    "baselines.titans_momentum_bias",
 )
 
 
-# Inner tables of the model section, and the layer kinds that read them.
-_TABLES = {"trellis": ("trellis",), "attention": ATTENTION_KINDS, "baselines": BASELINES}
+# Inner tables of the model section and their keys, and the layer kinds that read them.
+_READERS = {
+    "trellis": ("trellis",),
+    "attention": ATTENTION_KINDS,
+    "attention.window": ("attention",),
+    "attention.sliding_window": ("sliding_window",),
+    "baselines": BASELINES,
+    **{f"baselines.{option}": kinds for option, kinds in READERS.items()},
+}
 
 
 def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
@@ -258,7 +267,8 @@ def _check_same_function(saved: Any, model: ModelConfig, weights: Path) -> None:
     kinds = {*ours["pattern"], *theirs["pattern"]}
     for key, value in ours.items():
         table = key.partition(".")[0]
-        unused = table in _TABLES and not kinds & set(_TABLES[table])
+        readers = _READERS.get(key, _READERS.get(table))
+        unused = readers is not None and kinds.isdisjoint(readers)
         learned = key == "trellis.gate_bias" and "fixed" not in ours["trellis.gates"]
         if key not in _FREE and not unused and not learned and theirs.get(key) != value:
             raise ValueError(
