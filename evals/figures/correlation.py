@@ -1,0 +1,52 @@
+"""Correlations over items, each with a bootstrap interval, and differences of means with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["LEAST", "correlation", "difference"]
+
+Array = NDArray[np.float64]
+# Of the bootstrap: resamples of the items with replacement; percentiles of a 95% interval.
+DRAWS, LOW, HIGH = 2000, 2.5, 97.5
+# Fewer items than this say nothing.
+LEAST = 3
+
+
+def correlation(x: Array, y: Array, *, seed: int = 0) -> dict[str, float] | None:
+    """Pearson's r of x and y [n], "low" and "high" of a 95% percentile bootstrap over the items, and "items".
+
+    Where y is 0 or 1 this is the point-biserial correlation. None where x or y does not vary, and of fewer
+    than three items: there is nothing to correlate.
+    """
+    if len(x) < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
+        return None
+    found = _spread(lambda places: _pearson(x[places], y[places]), len(x), seed)
+    return {"r": _pearson(x, y), **found, "items": len(x)}
+
+
+def difference(x: Array, y: Array, *, seed: int = 0) -> dict[str, float] | None:
+    """Mean of x - y over paired items [n], "low" and "high" as in `correlation`; None of fewer than three."""
+    if len(x) < LEAST:
+        return None
+    apart = x - y
+    found = _spread(lambda places: float(apart[places].mean()), len(x), seed)
+    return {"difference": float(apart.mean()), **found, "items": len(x)}
+
+
+def _spread(statistic: Callable[[NDArray[Any]], float], count: int, seed: int) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(DRAWS)])
+    low, high = np.nanpercentile(drawn, [LOW, HIGH])
+    return {"low": float(low), "high": float(high)}
+
+
+def _pearson(x: Array, y: Array) -> float:
+    """NaN where one of them does not vary, as in a resample of equal items."""
+    dx, dy = x - x.mean(), y - y.mean()
+    length = float(np.sqrt((dx * dx).sum() * (dy * dy).sum()))
+    return float((dx * dy).sum()) / length if length > 0 else float("nan")
