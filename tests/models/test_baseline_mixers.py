@@ -24,7 +24,7 @@ from tests.kernels.baselines.test_rwkv7 import loop as rwkv7_loop
 from tests.kernels.baselines.test_slots import loop as slots_loop
 from tests.kernels.baselines.test_titans import loop as titans_loop
 from tests.kernels.baselines.test_ttt import loop as ttt_loop
-from trellis_dist.models.baseline_config import BASELINES
+from trellis_dist.models.baseline_config import BASELINES, READERS
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.init import Constant, InverseSoftplus, LogUniform, Normal, Ramp
 
@@ -216,6 +216,27 @@ def test_a_mixer_computes_the_formulas_of_its_file(tiny, kind, form):
 
 def test_every_baseline_is_here():
     assert set(KINDS) == set(BASELINES) == set(STARTS)
+
+
+CHANGED = {
+    "mini_batch": 3,
+    "slots": 7,
+    "ttt_step": 0.5,
+    "titans_depth": 2,
+    "titans_step": 1.0,
+    "titans_keep_bias": 0.0,
+    "titans_momentum_bias": 2.0,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_option_changes_the_layers_that_read_it_and_no_others(tiny, kind):
+    assert set(CHANGED) == set(READERS)
+    x = torch.randn(1, LENGTH, HEADS * WIDTH, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    before = mixer_of(tiny, kind)(x, SequenceContext())
+    for option, value in CHANGED.items():
+        after = mixer_of(tiny, kind, **{option: value})(x, SequenceContext())
+        assert torch.equal(before, after) == (kind not in READERS[option]), option
 
 
 # As the originals have them, and the docstrings.
