@@ -13,6 +13,7 @@ import typer
 
 from launch.eval_commands import eval_service, evaluate, generate
 from launch.export_commands import download, export, import_weights
+from launch.figures_command import figures
 from launch.forecast_command import forecast
 from launch.launch_commands import launch
 from launch.messages import show_warnings_plainly
@@ -199,6 +200,7 @@ app.command()(download)
 app.command()(preflight)
 app.command()(reproduce)
 app.command()(forecast)
+app.command()(figures)
 app.add_typer(launch, name="launch")
 
 

@@ -86,7 +86,7 @@ def _numbers(run: LoadedRun, texts: Sequence[Ids], piece: int) -> tuple[tuple[in
     layers: tuple[int, ...] = ()
     for ids in texts:
         seen = trace(run.model, torch.tensor([ids], device=run.device), piece=piece)
-        parts = (seen.gate[0].mean(-1), seen.key_norm[0, ..., -1], seen.value_norm[0, ..., -1])
+        parts = (seen.gate[0].double().mean(-1), seen.key_norm[0, ..., -1], seen.value_norm[0, ..., -1])
         rows.append(np.stack([part.double().mean(-1).numpy() for part in parts]))
         layers = seen.layers
     return layers, np.stack(rows)

@@ -12,7 +12,7 @@ from launch.experiments.equal import equal_width
 from launch.experiments.spec import RunSpec, assignments
 from launch.experiments.tables import Experiment, Row, Scale, named, read_experiment, read_scale
 
-__all__ = ["Expansion", "Options", "essay_needed", "expand", "write_essay"]
+__all__ = ["Expansion", "Options", "essay", "essay_needed", "expand", "write_essay"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,12 +155,17 @@ def essay_needed(experiment: Experiment) -> bool:
     return any(task in ESSAY_TASKS for task in experiment.tasks)
 
 
-def write_essay(path: Path) -> None:
+def essay() -> str:
     """Prose that every Python brings along: the language reference of ``help()``, 450 kB of English."""
     from pydoc_data.topics import topics
 
+    return "\n\n".join(topics[name] for name in sorted(topics))
+
+
+def write_essay(path: Path) -> None:
+    """Write `essay` where there is no file yet."""
     from trellis_dist.files import atomic_write, make_directories
 
     if not path.is_file():
         make_directories(path.parent)
-        atomic_write(path, "\n\n".join(topics[name] for name in sorted(topics)))
+        atomic_write(path, essay())

@@ -1,0 +1,209 @@
+"""Everything that `trellis figures` shows of a run, as one mapping of plain numbers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from evals.config import EvalConfig
+    from evals.runs import LoadedRun
+    from evals.scorer import Ids
+
+__all__ = ["Extent", "measure"]
+
+FORMAT = 1
+# Positions are shown in so many equal parts of the text, which is as often as norms are taken.
+PARTS = 64
+FIRST_LENGTH, LAST_LENGTH = 512, 16384
+# What a run's metrics say of its layers through training (docs/monitoring.md).
+PROBES = ("forget_gate", "norm_key", "norm_value")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extent:
+    """How much is read.
+
+    Attributes:
+        tokens: of the long text, and of a row of its loss.
+        items: needles of each length, rows of multi-query recall of each number of pairs, questions of each
+            suite.
+        suites: folder of the suites' rows; None leaves reasoning items out.
+    """
+
+    tokens: int
+    items: int
+    suites: Path | None = None
+
+
+def measure(
+    run: LoadedRun, text: str, extent: Extent, *, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """All sections, by name; those on gates are left out of a model without Trellis layers.
+
+    Raises:
+        ValueError: a text of fewer than PARTS tokens, or one too short for the items.
+    """
+    from evals.figures.speed import prefill_speeds
+    from evals.figures.trace import trellis_mixers
+    from launch.machine import commit, machine
+
+    ids = run.tokenizer.encode(text[: 16 * extent.tokens])[: extent.tokens]
+    if len(ids) < PARTS:
+        raise ValueError(f"the text has {len(ids)} tokens: give one of {PARTS} or more, best of thousands")
+    found: dict[str, Any] = {
+        "format": FORMAT,
+        "run": run.name,
+        "step": run.step,
+        "digest": run.digest,
+        "tokens": len(ids),
+        "commit": commit(),
+        "machine": machine(),
+        "layers": sorted(trellis_mixers(run.model)),
+    }
+    say("loss by position")
+    found["losses"] = _losses(run, text[: 64 * extent.tokens], len(ids))
+    found |= _of_gates(run, ids, extent, say=say) if found["layers"] else _recall_alone(run, extent, say=say)
+    found["training"] = _through_training(run.run_dir)
+    say("throughput")
+    lengths = [FIRST_LENGTH]
+    while 2 * lengths[-1] <= min(LAST_LENGTH, extent.tokens):
+        lengths.append(2 * lengths[-1])
+    found["speeds"] = prefill_speeds(run, lengths)
+    return found
+
+
+def _losses(run: LoadedRun, text: str, length: int) -> dict[str, Any]:
+    from evals.scorer import Scorer
+    from evals.text_losses import score_text
+
+    result = score_text(Scorer(run.model, run.tokenizer), [text], length=length)
+    return {key: result[key] for key in ("model", "by_position", "targets", "bytes", "length")}
+
+
+def _of_gates(
+    run: LoadedRun, ids: Ids, extent: Extent, *, say: Callable[[str], None]
+) -> dict[str, dict[str, Any]]:
+    from evals.figures.ablation import losses_held_open
+    from evals.figures.reasoning import against_prose, item_texts
+    from evals.states import context_start
+
+    say("gates and memories on the text")
+    row = [*context_start(run.tokenizer, ids), *ids][: len(ids)]
+    found: dict[str, Any] = {"text": _on_text(run, row)}
+    say("losses with gates held open")
+    found["held_open"] = losses_held_open(run, row)
+    if extent.suites is not None:
+        found["reasoning"] = {}
+        for name, items in item_texts(extent.suites, limit=extent.items).items():
+            say(f"gates on {name}")
+            rows = against_prose(run, items, ids, piece=_piece(len(ids)))
+            found["reasoning"][name] = {"items": len(items), "layers": rows}
+    say("gates and recall")
+    found["recall"] = _recall(run, extent)
+    return found
+
+
+def _piece(tokens: int) -> int:
+    return -(-tokens // PARTS)
+
+
+def _on_text(run: LoadedRun, row: Ids) -> dict[str, Any]:
+    """Per layer and head, by position: gates (means of parts), norms (at their ends)."""
+    import torch
+
+    from evals.figures.trace import trace
+
+    piece = _piece(len(row))
+    seen = trace(run.model, torch.tensor([row], device=run.device), piece=piece)
+    value = {} if seen.value_gate is None else {"value_gate": _parts(seen.value_gate[0], piece)}
+    return {
+        "ends": list(seen.ends),
+        "gate": _parts(seen.gate[0], piece),
+        **value,
+        "step": _parts(seen.step[0], piece),
+        "key_norm": seen.key_norm[0].tolist(),
+        "value_norm": seen.value_norm[0].tolist(),
+    }
+
+
+def _parts(values: Tensor, piece: int) -> list[list[list[float]]]:
+    """Means [L, H, P] of ``values`` [L, H, T] over parts of ``piece`` tokens, the last one shorter."""
+    import torch
+
+    return torch.stack([part.mean(-1) for part in values.split(piece, dim=-1)], -1).tolist()  # type: ignore[no-any-return]
+
+
+def _recall(run: LoadedRun, extent: Extent) -> dict[str, Any]:
+    """Needles and multi-query recall: accuracy by group, and the correlation of each layer's gate with it."""
+    from evals.figures.retrieval import correlations, mqar_items, needle_items
+
+    config = _config(run)
+    lengths = _needle_lengths(config, extent)
+    piece = _piece(extent.tokens)
+    found = {}
+    needles, shares = needle_items(run, lengths=lengths, count=extent.items, piece=max(piece, max(lengths)))
+    found["needle"] = {"accuracy": shares, "chance": 10.0, "layers": correlations(needles)}
+    rows, shares = mqar_items(run, config, count=extent.items, piece=max(piece, min(config.mqar_length)))
+    found["mqar"] = {"accuracy": shares, "chance": 0.0, "layers": correlations(rows)}
+    return found
+
+
+def _needle_lengths(config: EvalConfig, extent: Extent) -> list[int]:
+    lengths = sorted(set(config.ruler_lengths))
+    return [n for n in lengths if n <= extent.tokens] or lengths[:1]
+
+
+def _recall_alone(run: LoadedRun, extent: Extent, *, say: Callable[[str], None]) -> dict[str, Any]:
+    """Of a model without Trellis layers: accuracies, as the evaluation has them."""
+    import dataclasses
+
+    from evals.tasks.registry import get_task
+
+    say("recall")
+    config, found = _config(run), {}
+    config = dataclasses.replace(
+        config,
+        ruler_lengths=tuple(_needle_lengths(config, extent)),
+        ruler_samples=extent.items,
+        mqar_samples=extent.items,
+        mqar_length=(min(config.mqar_length),),
+    )
+    for name, task in (("needle", "niah_single_1"), ("mqar", "mqar")):
+        result = get_task(task).run(run, config, False)
+        rows = result["rows"] if name == "needle" else []
+        groups = {str(row["length"]): row["choice"] for row in rows} or result["groups"]
+        shares = [{"group": g, "items": extent.items, "percent": one["score"]} for g, one in groups.items()]
+        found[name] = {"accuracy": shares, "chance": 10.0 if name == "needle" else 0.0, "layers": []}
+    return {"recall": found}
+
+
+def _config(run: LoadedRun) -> EvalConfig:
+    """The recipe's evals section, without the tasks that need more than the run."""
+    from pydantic import TypeAdapter
+
+    from evals.config import EvalConfig
+
+    section: Mapping[str, Any] = {**run.recipe.get("evals", {}), "tasks": []}
+    return TypeAdapter(EvalConfig).validate_json(json.dumps(section))
+
+
+def _through_training(run_dir: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What the run's own looks saw: probe -> layer -> (step, mean over heads); empty without any."""
+    from evals.summary import read_metrics
+
+    if not (run_dir / "metrics.jsonl").is_file():
+        return {}
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in read_metrics(run_dir):
+        for key, value in row.items():
+            start, _, probe = key.rpartition("/")
+            if probe in PROBES and start.startswith("trellis/layer_"):
+                layer = str(int(start.removeprefix("trellis/layer_")))
+                found.setdefault(probe, {}).setdefault(layer, []).append((row["step"], value))
+    return found

@@ -1,0 +1,189 @@
+"""The page of `trellis figures`: what `launch.figures_measure.measure` found, as blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from launch.experiments.page import Bars, Block, Lines, Page, Section, Table, Text
+from trellis_dist.charts import Point
+
+__all__ = ["figures_page"]
+
+_WORDS = {
+    "gate": ("Forget gate of the key pass", "beta"),
+    "value_gate": ("Forget gate of the value pass", "beta"),
+    "step": ("Step size of the key pass", "gamma"),
+    "key_norm": ("Norm of the key memory", "|S|"),
+    "value_norm": ("Norm of the value memory", "|R|"),
+}
+_PROBES = {
+    "forget_gate": ("Forget gate through training", "beta"),
+    "norm_key": ("Norm of the key memory through training", "|S|"),
+    "norm_value": ("Norm of the value memory through training", "|R|"),
+}
+_RECALL = {
+    "needle": ("Single needles in noise, preferred to nine other numbers", "tokens"),
+    "mqar": ("Multi-query recall", "pairs/tokens"),
+}
+Numbers = Mapping[str, Any]
+
+
+def figures_page(found: Numbers, *, text: str) -> Page:
+    """All blocks; ``text`` says for people which text was read."""
+    machine = found["machine"]
+    subtitle = (
+        f"step {found['step']:,}; {found['tokens']:,} tokens of {text}; {machine['processor']}, "
+        f"{machine['cores']} cores, {machine['accelerator'] or 'no accelerator'}"
+    )
+    return Page(f"Figures of {found['run']}", subtitle, list(_blocks(found)))
+
+
+def _blocks(found: Numbers) -> Iterator[Block]:
+    if not found["layers"]:
+        yield Text("No layer of this model is a Trellis layer: it has no gates or memories to show.")
+    if "text" in found:
+        yield from _on_text(found)
+    if found["training"]:
+        yield from _through_training(found["training"])
+    if "reasoning" in found:
+        yield from _reasoning(found["reasoning"])
+    elif found["layers"]:
+        yield Text("Reasoning items are left out: name a folder of the suites' rows with --suites.")
+    yield from _recall(found["recall"])
+    if "held_open" in found:
+        yield from _held_open(found["held_open"])
+    yield from _losses(found["losses"])
+    yield from _speeds(found["speeds"])
+
+
+def _on_text(found: Numbers) -> Iterator[Block]:
+    """Means over heads by position, and each head's mean over the text."""
+    seen, layers = found["text"], found["layers"]
+    yield Section("Gates and memories on a long text, by layer and position")
+    for name in (name for name in _WORDS if name in seen):
+        title, label = _WORDS[name]
+        series = {
+            f"layer {layer}": _points(seen["ends"], [fmean(part) for part in zip(*heads)])
+            for layer, heads in zip(layers, seen[name])
+        }
+        yield Lines(
+            name, f"{title}, mean over heads", series, x_label="tokens read", y_label=label, log_x=False
+        )
+    heads = range(len(seen["gate"][0]))
+    rows = [
+        [f"layer {layer}", *(f"{fmean(head):.4f}" for head in of_layer)]
+        for layer, of_layer in zip(layers, seen["gate"])
+    ]
+    yield Table("beta by layer and head, mean over the text", ["", *(f"head {h}" for h in heads)], rows)
+
+
+def _points(x: Sequence[float], y: Sequence[float]) -> list[Point]:
+    return [(float(a), float(b)) for a, b in zip(x, y)]
+
+
+def _through_training(found: Numbers) -> Iterator[Block]:
+    yield Section("Through training")
+    for probe in (probe for probe in _PROBES if probe in found):
+        title, label = _PROBES[probe]
+        series = {f"layer {layer}": [tuple(p) for p in points] for layer, points in found[probe].items()}
+        yield Lines(
+            f"training-{probe}",
+            f"{title}, mean over heads",
+            series,
+            x_label="step",
+            y_label=label,
+            log_x=False,
+        )
+
+
+def _reasoning(found: Numbers) -> Iterator[Block]:
+    yield Section("Reasoning items against prose")
+    yield Text(
+        "Each item with its right answer beside as many tokens of the prose, both read from an empty memory; "
+        "item minus prose with a 95% bootstrap interval over the pairs. Norms are those at the end. What "
+        "differs may be the topic or the words as well as the reasoning."
+    )
+    header = [
+        "",
+        *(f"{label}: {part}" for label in ("beta", "|S|", "|R|") for part in ("items", "less prose")),
+    ]
+    for suite, of_suite in found.items():
+        rows = [[f"layer {row['layer']}", *_differences(row)] for row in of_suite["layers"]]
+        yield Table(f"{suite}, {of_suite['items']} items", header, rows)
+    series = {
+        suite: [(row["layer"], row["gate"]["items"] - row["gate"]["prose"]) for row in of_suite["layers"]]
+        for suite, of_suite in found.items()
+    }
+    yield Lines(
+        "reasoning", "Gate on items less gate on prose", series, x_label="layer", y_label="beta", log_x=False
+    )
+
+
+def _differences(row: Numbers) -> Iterator[str]:
+    for name in ("gate", "key_norm", "value_norm"):
+        yield f"{row[name]['items']:.4f}"
+        yield _interval(row[name]["difference"], "difference")
+
+
+def _interval(found: Numbers | None, key: str) -> str:
+    return "too few" if found is None else f"{found[key]:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
+
+
+def _recall(found: Numbers) -> Iterator[Block]:
+    yield Section("Recall, and the gates while it was kept")
+    for name, of_task in found.items():
+        title, groups = _RECALL[name]
+        rows = [[row["group"], str(row["items"]), f"{row['percent']:.1f}"] for row in of_task["accuracy"]]
+        yield Table(f"{title} (chance {of_task['chance']:g}%)", [groups, "items", "percent right"], rows)
+        if of_task["layers"]:
+            cells = [[f"layer {r['layer']}", _interval(r["correlation"], "r")] for r in of_task["layers"]]
+            yield Table("correlation of beta with being right (95% interval)", ["", "r"], cells)
+            known = {f"layer {r['layer']}": r["correlation"] for r in of_task["layers"] if r["correlation"]}
+            series = {
+                part: [(float(row.split()[1]), one[part]) for row, one in known.items()]
+                for part in ("r", "low", "high")
+            }
+            yield Lines(f"recall-{name}", f"{title}: gate against being right", series if known else {},
+                        x_label="layer", y_label="correlation", log_x=False)  # fmt: skip
+    if any(of_task["layers"] for of_task in found.values()):
+        yield Text(
+            "beta is the mean between what has to be kept and its question; where y is right or wrong, r is "
+            "point-biserial. Both are centred within each length. These are correlations over items of one "
+            "model: they do not say that a gate caused an answer."
+        )
+
+
+def _held_open(found: Mapping[str, float]) -> Iterator[Block]:
+    yield Section("What the gates are worth to this model")
+    bars = {("as trained" if name == "none" else f"{name} open"): loss for name, loss in found.items()}
+    yield Bars(
+        "held-open", "Loss on the text with beta = 1 in a layer (nats per token, shorter is better)", bars
+    )
+    yield Text(
+        "The model was not trained with its gates open: this says what it relies on, not what a model "
+        "without gates would reach (trellis reproduce table2 trains those)."
+    )
+
+
+def _losses(found: Numbers) -> Iterator[Block]:
+    yield Section("Loss by position")
+    points = [(max(row["from"], 1), row["loss"]) for row in found["by_position"]]
+    rows = [
+        [f"{row['from']:,} to {row['to'] - 1:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}"]
+        for row in found["by_position"]
+    ]
+    yield Lines("loss", f"Loss by tokens before the target, {found['targets']:,} targets", {"loss": points},
+                x_label="tokens of context", y_label="nats per token")  # fmt: skip
+    yield Table("", ["tokens of context", "targets", "nats per token"], rows)
+
+
+def _speeds(found: Sequence[Numbers]) -> Iterator[Block]:
+    yield Section("Throughput against length")
+    points = {
+        name: [(row["tokens"], row[key]) for row in found]
+        for name, key in (("median", "tokens_per_second"), ("slowest", "slowest"), ("fastest", "fastest"))
+    }
+    yield Lines("speed", "Reading one prompt, three times each; other work on the machine counts", points,
+                x_label="tokens of the prompt", y_label="tokens per second")  # fmt: skip

@@ -1,0 +1,92 @@
+"""`trellis figures` from a run to its page, and what it refuses."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from evals.figures.trace import trace
+from evals.runs import load_run
+from evals.states import context_start
+from launch.cli import main
+from launch.experiments.pictures import can_draw
+from launch.figures_measure import Extent, measure
+from launch.figures_page import figures_page
+from tests.launch.scored_run import write_scored_run
+from trellis_dist.models.language_model import build_language_model
+
+TEXT = "It was a bright cold day in April, and the clocks were striking thirteen. "
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory):
+    run = write_scored_run(tmp_path_factory.mktemp("run"))
+    recipe = json.loads((run / "recipe.json").read_text())
+    recipe["evals"] |= {"mqar_pairs": [2], "mqar_length": [32], "ruler_lengths": [512, 4096]}
+    (run / "recipe.json").write_text(json.dumps(recipe))
+    rows = [{"step": n, "trellis/layer_00/forget_gate": 1 - n / 16} for n in (2, 4)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return run
+
+
+def test_the_command_from_run_to_page(run_dir, tmp_path, capsys):
+    text, suites = tmp_path / "book.txt", tmp_path / "suites"
+    text.write_text(TEXT * 60)
+    suites.mkdir()
+    row = {"goal": "How to fold?", "sol1": "Fold.", "sol2": "Eat.", "label": 0}
+    (suites / "piqa.jsonl").write_text((json.dumps(row) + "\n") * 3)
+    command = ["figures", str(run_dir), "--tokens", "512", "--items", "3", "--text", str(text)]
+    assert main([*command, "--suites", str(suites), "--output", str(tmp_path / "out")]) == 0
+    found = json.loads((tmp_path / "out" / "figures.json").read_text())
+    run = load_run(run_dir, device="cpu")
+    ids = run.tokenizer.encode(TEXT * 60)
+    row = [*context_start(run.tokenizer, ids), *ids][:512]
+    seen = trace(run.model, torch.tensor([row]), piece=8)
+    assert found["text"]["ends"] == list(range(8, 513, 8))
+    wanted = seen.gate[0].unflatten(-1, (64, 8)).mean(-1)
+    torch.testing.assert_close(torch.tensor(found["text"]["gate"]), wanted)
+    torch.testing.assert_close(torch.tensor(found["text"]["value_norm"]), seen.value_norm[0])
+    assert found["training"] == {"forget_gate": {"0": [[2, 0.875], [4, 0.75]]}}
+    assert found["reasoning"]["piqa"]["items"] == 3
+    assert [one["group"] for one in found["recall"]["needle"]["accuracy"]] == ["512"]
+    assert [one["tokens"] for one in found["speeds"]] == [512]
+    assert found["losses"]["targets"] == len(ids)
+    page = (tmp_path / "out" / "figures.html").read_text()
+    for title in ("Forget gate of the key pass", "Through training", "piqa, 3 items", "Throughput"):
+        assert title in page
+    if can_draw():
+        assert (tmp_path / "out" / "figures-gate.png").read_bytes().startswith(b"\x89PNG")
+    assert "out/figures.html" in capsys.readouterr().out
+
+
+def test_a_model_without_trellis_layers_has_recall_and_losses(run_dir):
+    run = load_run(run_dir, device="cpu")
+    config = dataclasses.replace(run.model.config, pattern=("attention",))
+    recipe = {**run.recipe, "evals": {"mqar_pairs": [2], "mqar_length": [32], "ruler_lengths": [512]}}
+    other = dataclasses.replace(run, model=build_language_model(config, seed=0).eval(), recipe=recipe)
+    found = measure(other, "Words of a text. " * 400, Extent(tokens=512, items=3))
+    assert found["layers"] == []
+    assert not {"text", "held_open", "reasoning"} & set(found)
+    assert [share["group"] for share in found["recall"]["needle"]["accuracy"]] == ["512"]
+    page = figures_page(found, text="words").markdown()
+    assert "No layer of this model is a Trellis layer" in page
+    assert "Loss by position" in page
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (["--text", "NONE.txt"], "no such file; name a .txt or .jsonl file"),
+        (["--suites", "NONE"], "no such folder; name one with the suites' rows"),
+        (["--text", "SHORT"], "give one of 64 or more"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line(run_dir, tmp_path, capsys, options, message):
+    (tmp_path / "short.txt").write_text("Short.")
+    options = [one.replace("SHORT", str(tmp_path / "short.txt")) for one in options]
+    assert main(["figures", str(run_dir), *options, "--output", str(tmp_path / "out")]) == 1
+    error = capsys.readouterr().err.splitlines()
+    assert len(error) == 1
+    assert message in error[0]
+    assert not (tmp_path / "out").exists()
