@@ -18,8 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.books import prepare_books
+from benchmarks.study.expected import whole_plan
+from benchmarks.study.known import check_results
 from benchmarks.study.one import do
-from benchmarks.study.plan import plan, tasks
+from benchmarks.study.order import tasks
+from benchmarks.study.plan import plan
 from benchmarks.study.pool import Pool, lines_of, pending, spent, unregistered
 from benchmarks.study.results import BUDGET, FOLDER, Store
 
@@ -52,10 +55,12 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
     for line in unregistered():
         print(line)
     results, budget = store.runs(), options.budget * 3600
+    check_results(results)
     left, used = pending(results, options.only), spent(store, work)
     print("\n".join(lines_of(left, results)) if options.dry_run else f"{len(left)} runs can be named now")
     print(f"{used:,.0f} of {budget:,.0f} core-seconds used")
     if options.dry_run:
+        print("\n".join(whole_plan(results, used=used, budget=budget)))
         return 0
     made = prepare_books(options.books.resolve(), work, progress=False)
     check_data(made.fingerprint, results)
@@ -99,7 +104,9 @@ def _alone(work: Path) -> Iterator[None]:
 
 
 def _one(options: argparse.Namespace, store: Store, work: Path) -> int:
-    found = {task.name: task for task in tasks(store.runs())}
+    results = store.runs()
+    check_results(results)
+    found = {task.name: task for task in tasks(results)}
     if options.only not in found:
         raise ValueError(f"--only {options.only}: no run of that name can be named now; see run --dry-run")
     return do(
@@ -122,7 +129,7 @@ def _score(options: argparse.Namespace, store: Store, work: Path) -> int:
 def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.speed import measure
 
-    print(store.write("once/speed", measure()))
+    print(store.write("once/speed", measure(store.runs())))
     return 0
 
 

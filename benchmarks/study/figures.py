@@ -12,13 +12,15 @@ Row = Mapping[str, Any]
 WIDTH, DOTS = 7.0, 130
 
 
-def draw(rows: Sequence[Row], ablations: Sequence[Row], *, folder: Path, ours: str) -> list[Path]:
-    """PNG files of what there is, in ``folder``."""
+def draw(
+    rows: Sequence[Row], ablations: Sequence[Row], *, folder: Path, ours: str, noise: float | None
+) -> list[Path]:
+    """PNG files of what there is, in ``folder``; ``noise``: a change below it says nothing."""
     drawn = []
     if rows:
         drawn.append(_positions(rows, folder / "study-positions.png", ours))
     if ablations:
-        drawn.append(_ablations(ablations, folder / "study-ablations.png"))
+        drawn.append(_ablations(ablations, folder / "study-ablations.png", noise))
     return drawn
 
 
@@ -42,8 +44,11 @@ def _positions(rows: Sequence[Row], path: Path, ours: str) -> Path:
     return path
 
 
-def _ablations(rows: Sequence[Row], path: Path) -> Path:
-    """A bar per change with its interval; to the left of 0 it helps."""
+def _ablations(rows: Sequence[Row], path: Path, noise: float | None) -> Path:
+    """A grey bar per change, of one seed, with its interval over books; to the left of 0 it helps.
+
+    The band is what counts as noise.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(rows)), dpi=DOTS, layout="constrained")
@@ -52,13 +57,14 @@ def _ablations(rows: Sequence[Row], path: Path) -> Path:
     values = [row["estimate"] for row in rows]
     below = [row["estimate"] - row["low"] for row in rows]
     above = [row["high"] - row["estimate"] for row in rows]
-    colours = ["#2a7" if row["high"] < 0 else "#c44" if row["low"] > 0 else "#999" for row in rows]
-    axes.barh(places, values, xerr=[below, above], color=colours, height=0.7, error_kw={"lw": 0.8})
+    axes.barh(places, values, xerr=[below, above], color="#999", height=0.7, error_kw={"lw": 0.8})
+    if noise is not None:
+        axes.axvspan(-noise, noise, color="#36c", alpha=0.15, lw=0)
     axes.set_yticks(
         places, [f"{row['of'].removeprefix('trellis-')}: {row['title']}" for row in rows], fontsize=7
     )
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlabel("nats per token against the form that it changes (less is better)")
+    axes.set_xlabel("nats per token against the form that it changes (less is better), one seed, 2M tokens")
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path)
     return path

@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.study.one import test_scores
-from benchmarks.study.plan import Settings, Task, plan
+from benchmarks.study.one import test_scores, used
+from benchmarks.study.order import counted
+from benchmarks.study.plan import task_of
 from benchmarks.study.results import Store
-from trellis_dist.files import digest
 
-__all__ = ["choices", "score_test", "task_of"]
+__all__ = ["choices", "score_test"]
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -27,20 +27,6 @@ def choices(results: Results) -> dict[str, Any]:
     return {f"{about['kind']}-{about['group']}": about["settings"] for about in whole}
 
 
-def task_of(name: str, found: Mapping[str, Any]) -> Task:
-    """The task that a result belongs to."""
-    about = found["about"]
-    return Task(
-        name,
-        about["kind"],
-        Settings(**about["settings"]),
-        seed=about["seed"],
-        length=about["length"],
-        tokens=plan()["sizes"]["full_tokens"],
-        group=about["group"],
-    )
-
-
 def score_test(store: Store, *, books: Path, work: Path, say: Callable[[str], None] = print) -> None:
     """Take every finished full run's score on the test books: its sealed one, or a new one of its checkpoint.
 
@@ -48,32 +34,40 @@ def score_test(store: Store, *, books: Path, work: Path, say: Callable[[str], No
         ValueError: there is no full run, a run has neither, or test books were scored before with other
             settings.
     """
-    results = {
-        name: found for name, found in store.runs().items() if found["about"]["kind"] in ("full", "long")
-    }
+    runs = counted(store.runs())
+    results = {name: found for name, found in runs.items() if found["about"]["kind"] in ("full", "long")}
     if not results:
         raise ValueError("no full run is finished: there is nothing to score on the test books")
-    frozen, known = choices(results), store.once("test")
-    mark = digest(frozen)
-    if known is not None and known["digest"] != mark:
-        raise ValueError(
-            f"the test books were scored on {known['when']} with other settings (digest "
-            f"{known['digest'][:12]}, now {mark[:12]}): they are scored once, so this is a new study"
-        )
-    found = dict(known) if known is not None else _begin(frozen, mark)
-    found["runs"] = dict(found["runs"])
+    found = _frozen(store.once("test"), choices(results))
     for name, result in results.items():
-        if name in found["runs"]:
-            continue
-        sealed = store.sealed(name)
-        if sealed is None and not (work / "runs" / name).is_dir():
-            raise ValueError(f"{work / 'runs' / name} is gone: train {name} again, or remove its result")
-        scored = sealed or test_scores(task_of(name, result), books=books, work=work)
-        found["runs"][name] = scored
-        store.write("once/test", found)
-        say(f"{name}: {found['runs'][name]['loss']:.4f} nats per token on the test books")
+        if name not in found["runs"]:
+            found["runs"][name] = _score(result, store, books=books, work=work)
+            store.write("once/test", found)
+            say(f"{name}: {found['runs'][name]['loss']:.4f} nats per token on the test books")
 
 
-def _begin(frozen: Mapping[str, Any], mark: str) -> dict[str, Any]:
-    when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
-    return {"digest": mark, "when": when, "choices": dict(frozen), "runs": {}}
+def _frozen(known: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str, Any]:
+    """What is frozen, with the models that were finished since; those before must be as they were."""
+    if known is None:
+        when = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+        return {"when": when, "choices": dict(now), "runs": {}}
+    for name, settings in now.items():
+        if known["choices"].get(name, settings) != settings:
+            raise ValueError(
+                f"the test books were scored on {known['when']} with other settings of {name}: they are "
+                "scored once, so this is a new study"
+            )
+    return {**known, "choices": {**known["choices"], **now}, "runs": dict(known["runs"])}
+
+
+def _score(result: Mapping[str, Any], store: Store, *, books: Path, work: Path) -> dict[str, Any]:
+    """The sealed score, else a new one with its core-seconds."""
+    name = result["name"]  # the pilot's, where it is the full run of its settings
+    sealed = store.sealed(name)
+    if sealed is not None:
+        return sealed
+    if not (work / "runs" / name).is_dir():
+        raise ValueError(f"{work / 'runs' / name} is gone: train {name} again, or remove its result")
+    before = used()
+    scored = test_scores(task_of(name, result), books=books, work=work)
+    return scored | {"core_seconds": round(used() - before, 1)}

@@ -4,9 +4,11 @@ Losses are sums of nats by seed, book and part of a book. A resample draws seeds
 drawn its parts, each with replacement and all models alike: a model's seed s reads the training rows in the
 same order as every other's, and all are scored on the same targets, so differences are paired.
 
-With n books or seeds the variance of such a resample is (n - 1) / n of the variance it stands for; with two
-or three that matters, so deviations from the estimate are widened by sqrt(n / (n - 1)), n the smaller of the
-two. The tests measure what that covers.
+With n books or seeds the variance of such a resample is (n - 1) / n of the variance it stands for, and that
+of so few is itself uncertain, so deviations from the estimate are widened by sqrt(n / (n - 1)) and by
+Student's t with n - 1 degrees of freedom over the normal quantile, n the smaller of the two. Of n = 2 t is
+12.7, with which an interval says nothing: there it is left out, and the interval is too narrow. The tests
+measure both.
 
 Shapes: S seeds, B books, P parts of each, K ranges of positions, R resamples.
 """
@@ -30,6 +32,8 @@ BELOW_BIGRAM = 0.2
 # Positions [from, to) whose losses the other gate compares; LATE has no end.
 EARLY, LATE = (64, 128), 512
 RESAMPLES, SEED, LEVEL = 4000, 9, 0.95
+# 97.5% quantiles: of the normal distribution, and of Student's t by number of books or seeds.
+NORMAL, STUDENT = 1.960, {3: 4.303, 4: 3.182, 5: 2.776}
 
 
 @dataclass(frozen=True)
@@ -130,7 +134,7 @@ class Draws:
         tail = (1 - LEVEL) / 2
         low, high = np.quantile(resampled, [tail, 1 - tail])
         least = min(n for n in (seeds, books) if n > 1) if max(seeds, books) > 1 else 0
-        wider = math.sqrt(least / (least - 1)) if least else math.inf
+        wider = _wider(least) if least else math.inf
         return Interval(
             estimate=estimate,
             low=estimate - wider * (estimate - float(low)),
@@ -138,6 +142,12 @@ class Draws:
             seeds=seeds,
             books=books,
         )
+
+
+def _wider(n: int) -> float:
+    """The factor on deviations with n books or seeds (module docstring); with more than 5 that of 5."""
+    student = STUDENT[min(n, max(STUDENT))] / NORMAL if n > 2 else 1.0
+    return math.sqrt(n / (n - 1)) * student
 
 
 def _draws(losses: Losses) -> Draws:

@@ -15,13 +15,13 @@ from benchmarks.study.plan import Task
 from benchmarks.study.results import Store
 from trellis_dist.files import read_json, write_json
 
-__all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores"]
+__all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores", "used"]
 
 # Status of a process whose time was over: what it did is saved, and it goes on when it is started again.
 EXIT_CUT = 75
 LOSSES = 25
 # Kinds of runs whose test scores are made while the checkpoint is there, and read by `score --test` alone.
-SEALED = ("full", "long")
+SEALED = ("full", "long", "pilot")
 
 
 def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | None) -> int:
@@ -36,11 +36,12 @@ def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | No
     try:
         with measured(work / "core-seconds" / f"{task.name}.json") as meter:
             found = _recall(task) if task.kind == "recall" else _train(task, books, work, minutes)
+            if task.kind in SEALED:
+                # Counted with the run: what is sealed has no core-seconds of its own.
+                store.write(f"sealed/{task.name}", test_scores(task, books=books, work=work))
     except (CutError, KeyboardInterrupt):
         return EXIT_CUT
     about = {"name": task.name, "about": task.about(), "core_seconds": round(meter["seconds"], 1)}
-    if task.kind in SEALED:
-        store.write(f"sealed/{task.name}", test_scores(task, books=books, work=work))
     path = store.write(task.name, about | found | {"machine": machine(), "versions": versions()})
     print(f"{task.name}: {_headline(found)}, {meter['seconds']:.0f} core-seconds; {path}", flush=True)
     return 0
@@ -54,16 +55,16 @@ def _interrupt(*_: object) -> None:
 def measured(path: Path) -> Iterator[dict[str, float]]:
     """Core-seconds of this process and its children, on top of those that earlier starts left in ``path``."""
     meter = {"seconds": read_json(path)["seconds"] if path.is_file() else 0.0}
-    before = _used()
+    before = used()
     try:
         yield meter
     finally:
-        meter["seconds"] += _used() - before
+        meter["seconds"] += used() - before
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, meter)
 
 
-def _used() -> float:
+def used() -> float:
     """CPU seconds, user and system, of this process and of the children that have ended."""
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
@@ -106,14 +107,14 @@ def _scored(task: Task, work: Path, books: Path, split: Any, characters: int | N
 
 
 def test_scores(task: Task, *, books: Path, work: Path) -> dict[str, Any]:
-    """A finished run on the test books, with the core-seconds of that."""
-    before = _used()
-    found = _scored(task, work, books, "test", None)
-    return found | {"core_seconds": round(_used() - before, 1)}
+    """A finished run on the test books."""
+    return _scored(task, work, books, "test", None)
 
 
 def summary(found: Mapping[str, Any]) -> dict[str, Any]:
     """What the study keeps of a result of ``launch.experiments``."""
+    from launch.experiments.spec import what_fixes
+
     training, losses = dict(found["training"]), found["training"]["train_losses"]
     kept = losses[:: -max(len(losses) // LOSSES, 1)][::-1]
     training["train_losses"] = [[step, round(loss, 4)] for step, loss in kept]
@@ -122,6 +123,7 @@ def summary(found: Mapping[str, Any]) -> dict[str, Any]:
         "digest": found["digest"],
         "commit": found["commit"],
         "data": found["data"],
+        "recipe": what_fixes(found["recipe"]),
         "model": found["model"],
         "training": training,
         "held_out": {key: found["validation"][key] for key in ("loss", "bits_per_byte", "bigram")},

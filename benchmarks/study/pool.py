@@ -15,16 +15,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.one import EXIT_CUT
-from benchmarks.study.plan import Task, models, registered, tasks
+from benchmarks.study.order import counted, tasks
+from benchmarks.study.plan import Task, models, plan, registered
 from benchmarks.study.results import Store
 from trellis_dist.files import read_json
 
-__all__ = ["Pool", "estimate", "pending", "spent", "unregistered"]
+__all__ = ["Pool", "estimate", "lines_of", "pending", "spent", "unregistered"]
 
 POLL_S = 1.0
 # Core-seconds per token where nothing like it has run yet.
 DEFAULT_COST = {"recall": 6e-5}
-USUAL_COST = 2.5e-4
+USUAL_COST = 2.2e-4
+# Core-seconds to score a token, likewise: a forward pass.
+USUAL_SCORING = 7e-5
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -36,18 +39,28 @@ def unregistered() -> list[str]:
 
 def pending(results: Results, only: str = "*") -> list[Task]:
     """What is left to run, in order, of the names that match a shell pattern."""
-    return [
-        task for task in tasks(results) if task.name not in results and fnmatch.fnmatchcase(task.name, only)
-    ]
+    known = counted(results)
+    return [task for task in tasks(known) if task.name not in known and fnmatch.fnmatchcase(task.name, only)]
 
 
 def estimate(task: Task, results: Results) -> float:
-    """Core-seconds of a run: as its model's runs of that kind took per token, else as all of them did."""
-    recall = task.kind == "recall"
-    alike = [found for found in results.values() if (found["about"]["kind"] == "recall") == recall]
+    """Core-seconds of a run: as its model's runs of that kind took per token, else as all of them did.
+
+    Short runs say what a token costs; a run that is scored on whole books costs that scoring besides.
+    """
+    short = [found for found in results.values() if found["about"]["kind"] not in ("full", "long", "pilot")]
+    alike = [found for found in short if (found["about"]["kind"] == "recall") == (task.kind == "recall")]
     same = [found for found in alike if found["about"]["settings"]["model"] == task.settings.model]
     costs = [found["core_seconds"] / found["about"]["tokens"] for found in same or alike]
-    return task.tokens * (statistics.median(costs) if costs else DEFAULT_COST.get(task.kind, USUAL_COST))
+    cost = task.tokens * (statistics.median(costs) if costs else DEFAULT_COST.get(task.kind, USUAL_COST))
+    whole = task.kind in ("full", "long", "pilot")
+    return cost + (plan()["sizes"]["scored_tokens"] * _scoring(same) if whole else 0.0)
+
+
+def _scoring(found: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds to score a token."""
+    scored = [one["validation"] for one in found if one.get("validation", {}).get("seconds")]
+    return statistics.median(one["seconds"] / one["targets"] for one in scored) if scored else USUAL_SCORING
 
 
 def spent(store: Store, work: Path) -> float:

@@ -20,12 +20,14 @@ from evals.mqar import Pieces, Rows, make_rows
 from launch.experiments.equal import equal_width
 from launch.experiments.runs import assignments
 from launch.recipe import load_recipe
+from trellis_dist.files import digest
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import parameter_counts, state_bytes
 from trellis_dist.models.language_model import LanguageModel, build_language_model
 
-__all__ = ["accuracy", "measure", "model_config", "rows_of", "train"]
+__all__ = ["accuracy", "mark", "measure", "model_config", "rows_of", "train"]
 
+# Rows 0 to 255 are the test; the next as many choose between learning rates.
 TEST_ROWS = 256
 # Rows of training are counted from here on: those of the test come first.
 FIRST_ROW = 1_000_000
@@ -48,6 +50,14 @@ def _config(own: Mapping[str, Any]) -> ModelConfig:
         num_heads=options["heads"],
         vocab_size=1 + 2 * options["keys"],
     )
+
+
+def mark(settings: Settings, *, seed: int) -> str:
+    """A digest of what fixes the result: the model, how it is trained, and what it is asked."""
+    config = dataclasses.asdict(model_config(settings))
+    options = {key: plan()["recall"][key] for key in ("pairs", "keys", "steps", "tokens_per_step")}
+    asked = {"test_rows": TEST_ROWS, "first_row": FIRST_ROW}
+    return digest({"model": config, "rate": settings.rate, "seed": seed, **options, **asked})
 
 
 @cache
@@ -82,23 +92,26 @@ def train(config: ModelConfig, *, rate: float, seed: int, steps: int, tokens: in
 
 
 @torch.no_grad()
-def accuracy(model: LanguageModel, pairs: int) -> float:
-    """Share of the repeated keys whose value is the most probable piece, on rows not trained on."""
+def accuracy(model: LanguageModel, pairs: int, *, begin: int = 0) -> float:
+    """Share of the repeated keys whose value is the most probable piece, on 256 rows not trained on."""
     found = 0
-    for first in range(0, TEST_ROWS, 32):
+    for first in range(begin, begin + TEST_ROWS, 32):
         rows = rows_of(pairs, first, 32)
         found += int((model(rows.tokens).argmax(-1).gather(1, rows.asked) == rows.answers).sum())
     return found / (TEST_ROWS * pairs)
 
 
 def measure(settings: Settings, *, seed: int) -> dict[str, Any]:
-    """Train and score: accuracy by number of pairs, parameters and state bytes."""
+    """Train and score: accuracy by number of pairs on test rows and on rows to choose by; size; digest."""
     options, config = plan()["recall"], model_config(settings)
     torch.set_num_threads(1)
     model = train(
         config, rate=settings.rate, seed=seed, steps=options["steps"], tokens=options["tokens_per_step"]
     )
+    choosing = [accuracy(model, pairs, begin=TEST_ROWS) for pairs in options["pairs"]]
     return {
+        "digest": mark(settings, seed=seed),
+        "choosing": round(sum(choosing) / len(choosing), 4),
         "parameters": parameter_counts(config).total,
         "state_bytes": state_bytes(config, position=4 * max(options["pairs"])),
         "accuracy": {str(pairs): round(accuracy(model, pairs), 4) for pairs in options["pairs"]},

@@ -8,6 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study import figures
+from benchmarks.study.expected import rehearsed
+from benchmarks.study.intervals import BELOW_BIGRAM
+from benchmarks.study.known import check_results
+from benchmarks.study.order import counted, noise_level
 from benchmarks.study.plan import HALF, OURS, plan
 from benchmarks.study.results import BUDGET, FOLDER, Store
 from benchmarks.study.tables import (
@@ -19,6 +23,8 @@ from benchmarks.study.tables import (
     markdown,
     ranking,
     recalls,
+    short_bigram,
+    title_of,
     tuned,
 )
 
@@ -31,10 +37,16 @@ OUTPUT = FOLDER.with_suffix(".json")
 
 def gather(store: Store) -> dict[str, Any]:
     """Everything that the tables show, as JSON types."""
-    results, ngrams = store.runs(), store.once("ngrams")
+    runs, ngrams = store.runs(), store.once("ngrams")
+    check_results(runs)
+    results, noise = counted(runs), noise_level(runs)
     test, speeds = store.once("test"), store.once("speed")
     found: dict[str, Any] = {
-        "runs": len(results),
+        "runs": len(runs),
+        "left": [task.name for task in rehearsed(runs)],
+        "pilot": _pilot(runs, ngrams),
+        "noise": noise,
+        "short_bigram": short_bigram(ngrams),
         "core_seconds": round(store.spent(), 1),
         "budget": BUDGET,
         "tuning": tuned(results),
@@ -64,8 +76,10 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "positions": _positions(whole),
         "cost": _cost(whole),
         "equal-state": _equal_state(whole),
-        "tuning": _tuning(found["tuning"]),
-        "ablations": _ablations(found["ablations"]),
+        "tuning": _tuning(found["tuning"], found["short_bigram"]),
+        "ablations": _ablations(found["ablations"], found["short_bigram"], found["noise"]),
+        "left": _left(found["left"]),
+        "pilot": _first(found["pilot"]),
         "recall": _recall(found["recall"]),
         "speed": _speed(found["speed"]),
         "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
@@ -131,7 +145,7 @@ def _costs(row: Row) -> tuple[str, ...]:
         f"{row['parameters']:,}",
         f"{row['state_bytes'] / 1e3:.1f}",
         f"{row['flops_per_token'] / 1e6:.2f}",
-        "-" if seconds is None else f"{1e6 * seconds:.0f}",
+        "-" if seconds is None else f"{1e6 * seconds:.0f}{'' if row['in_turns'] else ' ~'}",
     )
 
 
@@ -142,37 +156,88 @@ def _equal_state(rows: Sequence[Row]) -> str:
         return EMPTY
     wanted = known["gated_deltanet"]["memory_bytes"]
     alike = [row for row in rows if abs(row["memory_bytes"] / wanted - 1) < 0.15]
-    heads = ("model", "memory, kB", "state, kB", "perplexity", "less Trellis's (all slots), nats")
+    heads = ("model", "memory, kB", "state, kB", "perplexity", "less Trellis's with half the slots, nats")
     lines = [
         (
             row["title"],
             f"{row['memory_bytes'] / 1e3:.1f}",
             f"{row['state_bytes'] / 1e3:.1f}",
             f"{row['perplexity']:.2f}",
-            interval_text(row["difference"]),
+            interval_text(row["difference_half"]),
         )
         for row in alike
     ]
     return markdown(heads, lines)
 
 
-def _tuning(rows: Sequence[Row]) -> str:
+def _tuning(rows: Sequence[Row], bigram: float | None) -> str:
     lines = [
         (
             row["title"],
             f"`{row['run']}`",
             f"{row['rate']:g}",
-            f"{row['loss']:.4f}",
+            f"{row['loss']:.4f}{_above(row['loss'], bigram)}",
             f"{row['bits_per_byte']:.4f}",
         )
         for row in rows
     ]
-    return markdown(("model", "run", "learning rate", "nats per token", "bits per byte"), lines)
+    made = markdown(("model", "run", "learning rate", "nats per token", "bits per byte"), lines)
+    return made + (_of_bigram(bigram) if rows else "")
 
 
-def _ablations(rows: Sequence[Row]) -> str:
-    lines = [(f"`{row['of']}`", row["title"], interval_text(row)) for row in rows]
-    return markdown(("of", "change", "nats per token more (+) or less (-)"), lines)
+def _above(loss: float, bigram: float | None) -> str:
+    """The mark of a model that has not learned more than pairs of tokens."""
+    return " **^**" if bigram is not None and loss >= bigram else ""
+
+
+def _of_bigram(bigram: float | None) -> str:
+    if bigram is None:
+        return "\n\nThe interpolated bigram has not been scored on this text yet."
+    return f"\n\nThe interpolated bigram on the same text: {bigram:.4f} nats per token. **^**: not below it."
+
+
+def _ablations(rows: Sequence[Row], bigram: float | None, noise: float | None) -> str:
+    words = {None: "-", True: "within the noise", False: "outside it"}
+    lines = [
+        (
+            f"`{row['of']}`",
+            row["title"],
+            f"{row['loss']:.4f}{_above(row['loss'], bigram)}",
+            interval_text(row),
+            words[row["within"]],
+        )
+        for row in rows
+    ]
+    heads = ("of", "change", "nats per token", "more (+) or less (-)", "twice the noise")
+    if not rows:
+        return EMPTY
+    known = "not measured yet" if noise is None else f"{noise:.4f} nats per token"
+    return markdown(heads, lines) + f"\n\nNoise: {known}." + _of_bigram(bigram)
+
+
+def _pilot(runs: Mapping[str, Any], ngrams: Mapping[str, Any] | None) -> dict[str, float] | None:
+    """Its loss on the whole validation books and the bigram's."""
+    found = next((found for found in runs.values() if found["about"]["kind"] == "pilot"), None)
+    if found is None or ngrams is None:
+        return None
+    return {"loss": found["validation"]["loss"], "bigram": bigram_loss(ngrams, "validation")}
+
+
+def _first(pilot: Mapping[str, float] | None) -> str:
+    if pilot is None:
+        return EMPTY
+    below = pilot["bigram"] - pilot["loss"]
+    return (
+        f"The pilot: {pilot['loss']:.4f} nats per token on the validation books, {below:+.4f} below the "
+        f"bigram's {pilot['bigram']:.4f}; {BELOW_BIGRAM} are needed."
+    )
+
+
+def _left(names: Sequence[str]) -> str:
+    if not names:
+        return "Every run of the plan is done."
+    listed = ", ".join(f"`{name}`" for name in names)
+    return f"Not done, {len(names)} runs of the plan: {listed}."
 
 
 def _recall(rows: Sequence[Row]) -> str:
@@ -181,7 +246,7 @@ def _recall(rows: Sequence[Row]) -> str:
         (
             row["title"],
             *(f"{row['accuracy'][count]:.2f}" for count in pairs),
-            f"{row['rate']:g}",
+            f"{row['rate']:g}, of {row['rates']}",
             f"{row['state_bytes'] / 1e3:.1f}",
         )
         for row in rows
@@ -192,8 +257,6 @@ def _recall(rows: Sequence[Row]) -> str:
 def _speed(lengths: Mapping[str, Any] | None) -> str:
     if lengths is None:
         return "not measured yet"
-    from benchmarks.study.tables import title_of
-
     heads = ("model", "T", "us per token, median", "10% to 90%", "MFLOPs per token", "state, kB")
     lines = [
         (
@@ -234,5 +297,6 @@ def write_report(store: Store, *, page: Path = PAGE, output: Path = OUTPUT) -> l
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     page.write_text(fill(page.read_text(encoding="utf-8"), sections(found)), encoding="utf-8")
     rows = found.get("full-test") or found.get("full-validation", [])
-    drawn = figures.draw(rows, found["ablations"], folder=page.parent, ours=OURS)
+    noise = found["noise"] and plan()["noise"]["times"] * found["noise"]
+    drawn = figures.draw(rows, found["ablations"], folder=page.parent, ours=OURS, noise=noise)
     return [output, page, *drawn]

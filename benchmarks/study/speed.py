@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.machine import machine, versions
-from benchmarks.study.plan import MICRO_TOKENS, Settings, Task, models, registered, table
+from benchmarks.study.order import chosen
+from benchmarks.study.plan import MICRO_TOKENS, OURS, Settings, Task, model_keys, models, registered, table
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import flops_per_token, parameter_counts, state_bytes
 from trellis_dist.models.language_model import build_language_model
@@ -39,27 +40,33 @@ def step_of(config: ModelConfig, *, length: int) -> Callable[[], float]:
     return step
 
 
-def measure(lengths: Sequence[int] = (1024, 4096), *, rounds: int = 12) -> dict[str, Any]:
-    """Median and spread (tenth to ninetieth percentile) of CPU seconds per token, by length and model."""
+def measure(
+    results: Mapping[str, Mapping[str, Any]], lengths: Sequence[int] = (1024, 4096), *, rounds: int = 12
+) -> dict[str, Any]:
+    """Median and spread (tenth to ninetieth percentile) of CPU seconds per token, by length and model.
+
+    With the chosen form of Trellis, once ``results`` say which that is.
+    """
     torch.set_num_threads(1)
     found: dict[str, Any] = {"machine": machine(), "versions": versions(), "rounds": rounds, "lengths": {}}
-    names = [name for name in models() if registered(name)]
+    settings = {name: Settings(name, 1e-3, table(name)) for name in models() if registered(name)}
+    if (best := chosen(OURS, results)) is not None:
+        settings[OURS] = best
     for length in lengths:
-        task = {
-            name: Task(name, "tune", Settings(name, 1e-3, table(name)), length=length, tokens=10**6)
-            for name in names
-        }
-        configs = {name: task[name].spec(Path("shards")).resolved.model for name in names}
+        task = {name: Task(name, "tune", own, length=length, tokens=10**6) for name, own in settings.items()}
+        configs = {name: task[name].spec(Path("shards")).resolved.model for name in settings}
         steps = {name: step_of(config, length=length) for name, config in configs.items()}
         times = [{name: step() for name, step in steps.items()} for _ in range(WARM + rounds)][WARM:]
         tokens = max(MICRO_TOKENS // length, 1) * length
         found["lengths"][str(length)] = {
-            name: _row(configs[name], [one[name] / tokens for one in times], length) for name in names
+            name: _row(configs[name], [one[name] / tokens for one in times], length)
+            | {"set": list(model_keys(own.set))}
+            for name, own in settings.items()
         }
     return found
 
 
-def _row(config: ModelConfig, seconds: Sequence[float], length: int) -> dict[str, float]:
+def _row(config: ModelConfig, seconds: Sequence[float], length: int) -> dict[str, Any]:
     deciles = statistics.quantiles(seconds, n=10)
     return {
         "seconds_per_token": statistics.median(seconds),

@@ -8,11 +8,23 @@ from typing import Any
 
 from benchmarks.study.books import BASE
 from benchmarks.study.intervals import Interval, Losses, counts, difference, falls
-from benchmarks.study.plan import HALF, OURS, models, plan
+from benchmarks.study.order import noise_level
+from benchmarks.study.plan import HALF, IDENTITY, LESS, OURS, model_keys, models, plan
 from benchmarks.study.score import losses_of
 from launch.recipe import load_recipe
 
-__all__ = ["EMPTY", "ablations", "bigram_loss", "markdown", "ranking", "recalls", "title_of", "tuned"]
+__all__ = [
+    "EMPTY",
+    "ablations",
+    "bigram_loss",
+    "interval_text",
+    "markdown",
+    "ranking",
+    "recalls",
+    "short_bigram",
+    "title_of",
+    "tuned",
+]
 
 EMPTY = "no run yet"
 FP32_BYTES = 4
@@ -22,7 +34,12 @@ Row = dict[str, Any]
 
 def title_of(group: str) -> str:
     """The name of a model in tables."""
-    named = {OURS: "**Trellis**", HALF: "Trellis, half the slots"}
+    named = {
+        OURS: "**Trellis**",
+        HALF: "Trellis, half the slots",
+        IDENTITY: "Trellis, phi the identity",
+        LESS: "Trellis, without its largest change",
+    }
     return named.get(group) or str(models()[group]["title"])
 
 
@@ -63,7 +80,7 @@ def ranking(
         runs = {name: found for name, found in results.items() if _is(found, kind, group)}
         first = next(iter(runs.values()))
         sizes = sum(book["bytes"] for book in ngrams[split].values())
-        apart = difference(own, losses[OURS]) if OURS in losses and group != OURS else None
+        apart, half = (_apart(group, losses, name) for name in (OURS, HALF))
         rows.append(
             {
                 "group": group,
@@ -72,18 +89,26 @@ def ranking(
                 "loss": own.mean,
                 "perplexity": math.exp(own.mean),
                 "bits_per_byte": own.mean * own.tokens.sum() / (math.log(2) * sizes),
-                "difference": apart and apart.row(),
+                "difference": apart,
+                "difference_half": half,
                 "by_position": dict(zip(map(str, own.edges), own.by_position())),
                 "fall": falls(own).row(),
                 "parameters": first["model"]["parameters"],
                 "state_bytes": first["model"]["state_bytes"],
                 "memory_bytes": _memory(first),
                 "flops_per_token": first["model"]["flops_per_token"],
-                "seconds_per_token": _seconds(group, first, speeds),
+                **_seconds(first, speeds),
                 "refused": counts(own, bigram),
             }
         )
     return sorted(rows, key=lambda row: row["loss"])
+
+
+def _apart(group: str, losses: Mapping[str, Losses], other: str) -> Row | None:
+    """Nats per token of a model less those of another, over the seeds that both have."""
+    if group == other or other not in losses:
+        return None
+    return difference(losses[group], losses[other]).row()
 
 
 def _is(found: Mapping[str, Any], kind: str, group: str) -> bool:
@@ -100,42 +125,67 @@ def _memory(found: Mapping[str, Any]) -> int:
     return total - 2 * FP32_BYTES * model.num_layers * model.dim * slots
 
 
-def _seconds(group: str, found: Mapping[str, Any], speeds: Mapping[str, Any] | None) -> float | None:
-    """Measured in turns where it was, else in the run itself."""
-    name, length = found["about"]["settings"]["model"], str(found["about"]["length"])
-    if speeds is not None and group != HALF and name in speeds["lengths"].get(length, {}):
-        return float(speeds["lengths"][length][name]["seconds_per_token"])
-    own = found["training"]["seconds_per_token"]
-    return None if own is None else float(own)
+def _seconds(found: Mapping[str, Any], speeds: Mapping[str, Any] | None) -> Row:
+    """CPU seconds measured in turns where this very model was, else the run's own, by the clock."""
+    wanted = list(model_keys(found["about"]["settings"]["set"]))
+    measured = (speeds or {"lengths": {}})["lengths"].get(str(found["about"]["length"]), {})
+    for row in measured.values():
+        if row["set"] == wanted:
+            return {"seconds_per_token": float(row["seconds_per_token"]), "in_turns": True}
+    return {"seconds_per_token": found["training"]["seconds_per_token"], "in_turns": False}
+
+
+def short_bigram(ngrams: Mapping[str, Any] | None) -> float | None:
+    """The bigram's loss on what short runs are scored on."""
+    split = f"validation-{plan()['sizes']['tuning_characters']}"
+    return None if ngrams is None else bigram_loss(ngrams, split)
 
 
 def tuned(results: Results) -> list[Row]:
-    """Every short run of learning rates and searches: model, rate, loss."""
+    """Every short run that a choice is made from, and those of the noise: model, rate, loss."""
     rows = [
         {
             "run": name,
-            "title": title_of(found["about"]["group"]),
+            "title": title_of(found["about"]["settings"]["model"]),
             "rate": found["about"]["settings"]["rate"],
             "loss": found["validation"]["loss"],
             "bits_per_byte": found["validation"]["bits_per_byte"],
         }
         for name, found in results.items()
-        if found["about"]["kind"] in ("tune", "search")
+        if found["about"]["kind"] in ("tune", "noise", "vary", "search")
     ]
     return sorted(rows, key=lambda row: (row["title"], row["loss"]))
 
 
 def ablations(results: Results) -> list[Row]:
-    """Each variant against what it changes, at the same learning rate: the paired difference."""
-    rows = []
-    for name, entry in plan()["variants"].items():
-        found = results.get(f"vary-{name}")
-        base = found and _base(results, entry["of"], found["about"]["settings"]["rate"])
-        if found is None or base is None:
+    """Each change against what it changes, at the same learning rate: the paired difference, the noise."""
+    rows, noise = [], noise_level(results)
+    for name, found in results.items():
+        about = found["about"]
+        base = _base(results, about["settings"]["model"], about["settings"]["rate"])
+        if about["kind"] != "vary" or base is None:
             continue
-        apart = difference(_short(found), _short(base))
-        rows.append({"variant": name, "of": entry["of"], "title": entry["title"], **apart.row()})
+        apart = difference(_short(found), _short(base)).row()
+        row = {
+            "variant": name.removeprefix("vary-"),
+            "of": about["settings"]["model"],
+            "title": _change(found),
+        }
+        within = None if noise is None else abs(apart["estimate"]) <= plan()["noise"]["times"] * noise
+        rows.append({**row, **apart, "loss": found["validation"]["loss"], "noise": noise, "within": within})
     return sorted(rows, key=lambda row: (row["of"], row["estimate"]))
+
+
+def _change(found: Mapping[str, Any]) -> str:
+    """In words; of several changes together their keys and values."""
+    about = found["about"]
+    entry = plan()["variants"].get(about["group"])
+    if entry is not None:
+        return str(entry["title"])
+    base = dict(models()[about["settings"]["model"]].get("set", {}))
+    changed = {key: value for key, value in about["settings"]["set"].items() if base.get(key) != value}
+    listed = ", ".join(f"{key.rpartition('.')[2]} {value}" for key, value in changed.items())
+    return f"together: {listed}"
 
 
 def _base(results: Results, model: str, rate: float) -> Mapping[str, Any] | None:
@@ -152,21 +202,24 @@ def _short(found: Mapping[str, Any]) -> Losses:
 
 
 def recalls(results: Results) -> list[Row]:
-    """Per model the learning rate with the best mean accuracy."""
+    """Per model the learning rate with the best mean accuracy on the rows to choose by."""
     best: dict[str, Row] = {}
     for found in results.values():
         if found["about"]["kind"] != "recall":
             continue
-        group, mean = found["about"]["group"], sum(found["accuracy"].values()) / len(found["accuracy"])
+        group = found["about"]["group"]
         row = {
             "title": title_of(group),
             "accuracy": found["accuracy"],
-            "mean": mean,
+            "mean": sum(found["accuracy"].values()) / len(found["accuracy"]),
+            "choosing": found["choosing"],
             "rate": found["about"]["settings"]["rate"],
+            "rates": 1 + (best[group]["rates"] if group in best else 0),
             "state_bytes": found["state_bytes"],
         }
-        if group not in best or mean > best[group]["mean"]:
-            best[group] = row
+        if group in best and best[group]["choosing"] >= row["choosing"]:
+            row = {**best[group], "rates": row["rates"]}
+        best[group] = row
     return sorted(best.values(), key=lambda row: -row["mean"])
 
 

@@ -1,0 +1,64 @@
+"""What the whole plan will cost: also the runs that cannot be named before others have been finished."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks.study.order import counted, tasks
+from benchmarks.study.plan import Task, plan
+from benchmarks.study.pool import estimate
+
+__all__ = ["rehearsed", "whole_plan"]
+
+Results = Mapping[str, Mapping[str, Any]]
+
+
+def rehearsed(results: Results) -> list[Task]:
+    """Every run that is left if the middle learning rate and the pilot's form are best and changes help."""
+    found = dict(results)
+    while True:
+        known = counted(found)
+        left = [task for task in tasks(found) if task.name not in known]
+        if not left:
+            return [task for task in tasks(found) if task.name in known and _left(task, results, known)]
+        found |= {task.name: _stand_in(task) for task in left}
+
+
+def _left(task: Task, results: Results, known: Results) -> bool:
+    """Not of the pilot's result, and not finished."""
+    return task.name not in results and known[task.name].get("name", task.name) == task.name
+
+
+def _stand_in(task: Task) -> dict[str, Any]:
+    """A result with a loss that stands for nothing: it lets the plan go on."""
+    rate, middle = task.settings.rate, sorted(plan()["rates"]["grid"])[1]
+    loss = 5.0 + 0.1 * abs(math.log2(rate / middle)) + 0.001 * task.seed - 0.1 * (task.kind == "vary")
+    loss -= 0.01 * (task.settings.model == plan()["pilot"]["model"])
+    return {"name": task.name, "about": task.about(), "validation": {"loss": loss}}
+
+
+def whole_plan(results: Results, *, used: float, budget: float) -> list[str]:
+    """Lines: what the plan is expected to cost, by kind of run, and from where on the budget is over."""
+    left = rehearsed(results)
+    costs = {task.name: estimate(task, results) for task in left}
+    kinds = dict.fromkeys(task.kind for task in left)
+    lines = [_of_kind(kind, [task for task in left if task.kind == kind], costs) for kind in kinds]
+    total = used + sum(costs.values())
+    lines.append(
+        f"the whole plan: {len(left)} runs left, {total:,.0f} core-seconds with what is used, "
+        f"{total / 3600:.1f} core-hours of {budget / 3600:.1f}"
+    )
+    before = used
+    for place, task in enumerate(left):
+        before += costs[task.name]
+        if before > budget:
+            names = ", ".join(task.name for task in left[place:])
+            return [*lines, f"expected beyond the budget, {len(left) - place} runs: {names}"]
+    return lines
+
+
+def _of_kind(kind: str, found: list[Task], costs: Mapping[str, float]) -> str:
+    hours = sum(costs[task.name] for task in found) / 3600
+    return f"{kind}: {len(found)} runs, {hours:.1f} core-hours"

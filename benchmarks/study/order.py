@@ -1,0 +1,397 @@
+"""The runs of the study, in the order of their worth: ``plan.toml`` expanded by what earlier runs have shown.
+
+    pilot-MODEL           9M tokens before anything else
+    tune-MODEL-lr4e-3     a learning rate, at 2M tokens; where the best is the last of the grid, the next too
+    noise-MODEL-s1        the best of these with another seed
+    vary-VARIANT          one change to a form of Trellis; vary-combined-1, -2: the best changes together
+    search-MODEL-3        further settings of the two strongest baselines, as many as Trellis has had
+    full-MODEL-s0         9M tokens with the best settings found: seed by seed
+    recall-MODEL-lr3e-3   associative recall, in small models of their own
+    long-MODEL-s0         9M tokens in rows of 4,096
+
+A run that needs a choice appears once the runs that it is chosen from are finished. Settings that one
+finished full run of a model was trained with stay that model's.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import statistics
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.study.plan import (
+    HALF,
+    IDENTITY,
+    LESS,
+    OURS,
+    PAPER,
+    Settings,
+    Task,
+    models,
+    number,
+    plan,
+    registered,
+    table,
+)
+
+__all__ = ["chosen", "counted", "loss_of", "noise_level", "pilot", "tasks"]
+
+Results = Mapping[str, Mapping[str, Any]]
+SLOTS, PHI = "model.trellis.slots", "model.trellis.phi"
+
+
+def tasks(results: Results) -> list[Task]:
+    """All runs that can be named now, the most valuable first; ``results``: finished ones by name."""
+    return _tasks(counted(results))
+
+
+def counted(results: Results) -> dict[str, Mapping[str, Any]]:
+    """``results``, and the pilot's once more as the full run that it is, if its settings were chosen."""
+    found = dict(results)
+    first = results.get(pilot().name)
+    if first is not None:
+        for task in _tasks(results):
+            same = {**task.about(), "kind": "pilot", "group": first["about"]["group"]} == first["about"]
+            if task.kind == "full" and same and task.name not in found:
+                found[task.name] = {**first, "about": task.about()}
+    return found
+
+
+def _tasks(results: Results) -> list[Task]:
+    first = [name for name in models("ours", "main") if registered(name)]
+    rest = [name for name in models("rest") if registered(name)]
+    found = [pilot()]
+    found += [task for name in first for task in _tuning(name, results)]
+    found += [*_noise(results), *_variants(results), *_combined(results)]
+    found += [task for name in _strongest(results) for task in _search(name, results)]
+    found += _full(plan()["full"]["seeds"], results)
+    found += [task for name in [OURS, PAPER, *models("main"), *rest] for task in _recall(name, results)]
+    found += _long(results)
+    found += [task for name in rest for task in _tuning_of_rest(name, results)]
+    found += _full({name: [0] for name in rest}, results)
+    found += _full(plan()["full"]["late"], results)
+    return found
+
+
+def pilot() -> Task:
+    """The first run."""
+    name, rate = plan()["pilot"]["model"], plan()["pilot"]["rate"]
+    tokens = plan()["sizes"]["full_tokens"]
+    return Task(f"pilot-{name}", "pilot", Settings(name, rate, table(name)), tokens=tokens)
+
+
+def loss_of(result: Mapping[str, Any]) -> float:
+    """Nats per token on the validation books (of a short run: on their beginnings)."""
+    return float(result["validation"]["loss"])
+
+
+def _finished(found: list[Task], results: Results) -> bool:
+    return bool(found) and all(task.name in results for task in found)
+
+
+def _lowest(found: list[Task], results: Results) -> Task | None:
+    """The one with the lowest loss, once all are finished."""
+    if not _finished(found, results):
+        return None
+    return min(found, key=lambda task: loss_of(results[task.name]))
+
+
+def _short(name: str, kind: Any, settings: Settings, *, group: str = "", seed: int = 0) -> Task:
+    sizes = plan()["sizes"]
+    return Task(
+        name,
+        kind,
+        settings,
+        seed=seed,
+        tokens=sizes["tuning_tokens"],
+        characters=sizes["tuning_characters"],
+        group=group,
+    )
+
+
+# Learning rates
+
+
+def _tuning(name: str, results: Results) -> list[Task]:
+    """The grid, and beyond its end while the best of what is finished lies there."""
+    options, rates = plan()["rates"], list(plan()["rates"]["grid"])
+    while all(_tune(name, rate).name in results for rate in rates):
+        best = min(rates, key=lambda rate: loss_of(results[_tune(name, rate).name]))
+        low, high = min(rates), max(rates)
+        beyond = low / options["next"] if best == low else high * options["next"] if best == high else best
+        if beyond in rates or not options["least"] <= beyond <= options["most"]:
+            break
+        rates.append(beyond)
+    return [_tune(name, rate) for rate in rates]
+
+
+def _tune(name: str, rate: float) -> Task:
+    return _short(f"tune-{name}-lr{number(rate)}", "tune", Settings(name, rate, table(name)))
+
+
+def _tuning_of_rest(name: str, results: Results) -> list[Task]:
+    """Gated DeltaNet's best learning rate, and half or double of it: what was better for Gated DeltaNet."""
+    known = _tuning("gated_deltanet", results)
+    best = _lowest(known, results)
+    if best is None:
+        return []
+    rate, times = best.settings.rate, plan()["rates"]["next"]
+    near = [task for task in known if task.settings.rate in (rate / times, rate * times)]
+    second = _lowest(near, results)
+    assert second is not None, "every rate of the grid has a neighbour in it"
+    return [_tune(name, rate), _tune(name, second.settings.rate)]
+
+
+def _noise(results: Results) -> list[Task]:
+    name = plan()["noise"]["model"]
+    base = _lowest(_tuning(name, results), results)
+    seeds = plan()["noise"]["seeds"] if base is not None else []
+    return [_short(f"noise-{name}-s{seed}", "noise", base.settings, seed=seed) for seed in seeds]  # type: ignore[union-attr]
+
+
+def noise_level(results: Results) -> float | None:
+    """Standard deviation of the loss over seeds, of a short run of one form of Trellis."""
+    again = _noise(results)
+    base = _lowest(_tuning(plan()["noise"]["model"], results), results)
+    if base is None or not _finished(again, results):
+        return None
+    return statistics.stdev(loss_of(results[task.name]) for task in [base, *again])
+
+
+# Changes to Trellis
+
+
+def _variants(results: Results) -> list[Task]:
+    """At the learning rate of the form that they change, once that is known."""
+    found = []
+    for name, entry in plan()["variants"].items():
+        base = _lowest(_tuning(entry["of"], results), results)
+        if base is not None:
+            settings = Settings(entry["of"], base.settings.rate, table(name))
+            found.append(_short(f"vary-{name}", "vary", settings, group=name))
+    return found
+
+
+def _own(settings: Settings) -> dict[str, Any]:
+    """What it changes of its form."""
+    base = table(settings.model)
+    return {key: value for key, value in settings.set.items() if base.get(key) != value}
+
+
+def _combined(results: Results) -> list[Task]:
+    """The best changes of the better form together: added one by one, the most helpful first."""
+    variants = _variants(results)
+    if len(variants) < len(plan()["variants"]) or not _finished(variants, results):
+        return []
+    bases = [_lowest(_tuning(name, results), results) for name in models("ours")]
+    base = _lowest([task for task in bases if task is not None], results)
+    assert base is not None, "the variants are named once their forms are tuned"
+    helping = [
+        task
+        for task in variants
+        if task.settings.model == base.settings.model
+        and loss_of(results[task.name]) < loss_of(results[base.name])
+    ]
+    seen = [_own(task.settings) for task in variants]
+    return [
+        _short(
+            f"vary-combined-{place}",
+            "vary",
+            Settings(base.settings.model, base.settings.rate, base.settings.set | together),  # type: ignore[operator]
+            group=f"combined-{place}",
+        )
+        for place, together in enumerate(_added_up(helping, results, seen), 1)
+    ]
+
+
+def _added_up(helping: list[Task], results: Results, seen: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    together: dict[str, Any] = {}
+    found: list[dict[str, Any]] = []
+    for task in sorted(helping, key=lambda task: loss_of(results[task.name])):
+        own = _own(task.settings)
+        if all(together.get(key, value) == value for key, value in own.items()):
+            together = together | own
+            if together not in [*seen, *found]:
+                found.append(together)
+    return found[: plan()["combined"]["most"]]
+
+
+def _ours(results: Results) -> list[Task]:
+    """Every short run of Trellis that a choice is made from; empty until all of them can be named."""
+    variants = _variants(results)
+    if len(variants) < len(plan()["variants"]) or not _finished(variants, results):
+        return []
+    tuned = [task for name in models("ours") for task in _tuning(name, results)]
+    return [*tuned, *variants, *_combined(results)]
+
+
+def _best_of_ours(results: Results) -> Settings | None:
+    """The best of the tuned forms; a change of one only where it is better by more than the noise."""
+    ours, noise = _ours(results), noise_level(results)
+    if noise is None or not _finished(ours, results):
+        return None
+    base = _lowest([task for task in ours if task.kind == "tune"], results)
+    best = _lowest([task for task in ours if task.kind == "vary"], results)
+    assert base is not None, "a form is always tuned"
+    assert best is not None, "some changes are always planned"
+    least = loss_of(results[base.name]) - plan()["noise"]["times"] * noise
+    return (best if loss_of(results[best.name]) < least else base).settings
+
+
+# The strongest baselines
+
+
+def _strongest(results: Results) -> list[str]:
+    """The two baselines with the lowest loss, once every one of them is tuned."""
+    best: dict[str, float] = {}
+    for name in models("main"):
+        task = _lowest(_tuning(name, results), results)
+        if task is None:
+            return []
+        best[name] = loss_of(results[task.name])
+    return sorted(best, key=best.__getitem__)[:2]
+
+
+def _search(name: str, results: Results) -> list[Task]:
+    """As many more as bring a baseline's runs to Trellis's number: drawn from ``search``, always the same.
+
+    Settings that would be trained like others of this model are not counted: another is drawn.
+    """
+    tuned, ours = _tuning(name, results), _ours(results)
+    base = _lowest(tuned, results)
+    if base is None:
+        return []
+    options = dict(plan()["search"])
+    factors = options.pop("rate")
+    if name == "attention":  # no layer of it reads the baselines' section
+        options = {key: values for key, values in options.items() if "baselines" not in key}
+    draw, found = random.Random(name), []
+    known = {_digest(task) for task in tuned}
+    while len(tuned) + len(found) < len(ours):
+        drawn = {key: draw.choice(values) for key, values in options.items()}
+        rate = round(base.settings.rate * draw.choice(factors), 6)
+        task = _short(f"search-{name}-{len(found) + 1}", "search", Settings(name, rate, table(name) | drawn))
+        if _digest(task) not in known:
+            known.add(_digest(task))
+            found.append(task)
+    return found
+
+
+def _digest(task: Task) -> str:
+    return _digest_of(json.dumps(task.settings.table()), task.tokens)
+
+
+@cache
+def _digest_of(settings: str, tokens: int) -> str:
+    """Of the recipe; a JSON text can be cached."""
+    return Task("x", "search", Settings(**json.loads(settings)), tokens=tokens).spec(Path("x")).digest
+
+
+# Full runs
+
+
+def _full(seeds: Mapping[str, list[int]], results: Results) -> list[Task]:
+    """Seed by seed, in the order of the names."""
+    found = []
+    for place in range(max(map(len, seeds.values()), default=0)):
+        for name, own in seeds.items():
+            settings = chosen(name, results) if place < len(own) else None
+            if settings is not None:
+                found.append(_whole(name, settings, seed=own[place]))
+    return found
+
+
+def _whole(name: str, settings: Settings, *, seed: int, length: int = 1024) -> Task:
+    tokens = plan()["sizes"]["full_tokens"]
+    kind: Any = "full" if length == 1024 else "long"
+    return Task(f"{kind}-{name}-s{seed}", kind, settings, seed=seed, length=length, tokens=tokens, group=name)
+
+
+def chosen(name: str, results: Results) -> Settings | None:
+    """What a model is trained with in full: as before where it was, else the best of its short runs.
+
+    None where that is not known yet, or where it would be the chosen Trellis again.
+    """
+    for seed in range(3):
+        if (earlier := results.get(f"full-{name}-s{seed}")) is not None:
+            return Settings(**earlier["about"]["settings"])
+    if name == OURS:
+        return _best_of_ours(results)
+    if name in (HALF, IDENTITY, LESS, PAPER):
+        return _beside(name, results)
+    if name in models("rest"):
+        best = _lowest(_tuning_of_rest(name, results), results)
+        return best and best.settings
+    strongest, tuned = _strongest(results), _tuning(name, results)
+    if not registered(name) or not strongest or not _ours(results):
+        return None  # it may yet be one of the two that are searched further
+    best = _lowest(tuned + (_search(name, results) if name in strongest else []), results)
+    return best and best.settings
+
+
+def _beside(name: str, results: Results) -> Settings | None:
+    """The runs that say what makes the chosen Trellis what it is."""
+    whole = chosen(OURS, results)
+    if whole is None:
+        return None
+    if name == PAPER:
+        best = _lowest(_tuning(PAPER, results), results)
+        found = best and best.settings
+    elif name == LESS:
+        found = _less(whole, results)
+    else:
+        own = {SLOTS: 16} if name == HALF else {PHI: "identity"}
+        found = Settings(whole.model, whole.rate, {**whole.set, **own})
+    return found if found != whole else None
+
+
+def _less(whole: Settings, results: Results) -> Settings | None:
+    """Without the one of its changes that alone had the lowest loss; None of a form without changes."""
+    changed = _own(whole)
+    parts = [task for task in _variants(results) if task.settings.model == whole.model]
+    parts = [task for task in parts if _own(task.settings).items() <= changed.items()]
+    smaller = [task for task in parts if _own(task.settings) != changed]
+    largest = _lowest(smaller or parts, results)
+    if not changed or largest is None:
+        return None
+    own, base = _own(largest.settings), table(whole.model)
+    kept = {key: value for key, value in whole.set.items() if key not in own}
+    return Settings(whole.model, whole.rate, kept | {key: base[key] for key in own if key in base})
+
+
+def _long(results: Results) -> Iterator[Task]:
+    """Trellis, those named in the plan, and the best of the recurrent main models by seed 0."""
+    options = plan()["long"]
+    full = {name: results.get(f"full-{name}-s0") for name in models("main") if name not in options["also"]}
+    losses = {name: loss_of(found) for name, found in full.items() if found is not None}
+    if len(losses) < len(full):
+        return
+    for name in [OURS, *options["also"], min(losses, key=losses.__getitem__)]:
+        settings = chosen(name, results)
+        if settings is not None:
+            yield _whole(name, settings, seed=0, length=options["length"])
+
+
+def _recall(name: str, results: Results) -> list[Task]:
+    """Two learning rates of the chosen Trellis and the main models, one of the others."""
+    options = plan()["recall"]
+    own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
+    if own is None:
+        return []
+    rates = options["rates"] if name == OURS or name in models("main") else options["rates"][:1]
+    tokens = options["steps"] * options["tokens_per_step"]
+    changed = {key: value for key, value in own.set.items() if key.startswith("model.")} | options["set"]
+    return [
+        Task(
+            f"recall-{name}-lr{number(rate)}",
+            "recall",
+            Settings(own.model, rate, changed),
+            tokens=tokens,
+            group=name,
+        )
+        for rate in rates
+    ]
