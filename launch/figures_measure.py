@@ -21,8 +21,6 @@ FORMAT = 1
 # Positions are shown in so many equal parts of the text, which is as often as norms are taken.
 PARTS = 64
 FIRST_LENGTH, LAST_LENGTH = 512, 16384
-# What a run's metrics say of its layers through training (docs/monitoring.md).
-PROBES = ("forget_gate", "norm_key", "norm_value")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,6 +49,7 @@ def measure(
     """
     from evals.figures.speed import prefill_speeds
     from evals.figures.trace import trellis_mixers
+    from launch.figures_training import at_checkpoints, own_looks
     from launch.machine import commit, machine
 
     ids = run.tokenizer.encode(text[: 16 * extent.tokens])[: extent.tokens]
@@ -69,7 +68,9 @@ def measure(
     say("loss by position")
     found["losses"] = _losses(run, text[: 64 * extent.tokens], len(ids))
     found |= _of_gates(run, ids, extent, say=say) if found["layers"] else _recall_alone(run, extent, say=say)
-    found["training"] = _through_training(run.run_dir)
+    found["training"] = own_looks(run.run_dir)
+    if found["layers"]:
+        found["checkpoints"] = at_checkpoints(run, text, suites=extent.suites, say=say)
     say("throughput")
     lengths = [FIRST_LENGTH]
     while 2 * lengths[-1] <= min(LAST_LENGTH, extent.tokens):
@@ -191,19 +192,3 @@ def _config(run: LoadedRun) -> EvalConfig:
 
     section: Mapping[str, Any] = {**run.recipe.get("evals", {}), "tasks": []}
     return TypeAdapter(EvalConfig).validate_json(json.dumps(section))
-
-
-def _through_training(run_dir: Path) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """What the run's own looks saw: probe -> layer -> (step, mean over heads); empty without any."""
-    from evals.summary import read_metrics
-
-    if not (run_dir / "metrics.jsonl").is_file():
-        return {}
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in read_metrics(run_dir):
-        for key, value in row.items():
-            start, _, probe = key.rpartition("/")
-            if probe in PROBES and start.startswith("trellis/layer_"):
-                layer = str(int(start.removeprefix("trellis/layer_")))
-                found.setdefault(probe, {}).setdefault(layer, []).append((row["step"], value))
-    return found

@@ -22,7 +22,7 @@ from evals.states import context_ids, context_start
 from evals.suites.catalogue import SUITES
 from evals.suites.rows import find_file, read_questions
 
-__all__ = ["against_prose", "item_texts", "prose_stretches"]
+__all__ = ["NAMES", "against_prose", "item_texts", "layer_numbers", "prose_stretches"]
 
 Array = NDArray[np.float64]
 NAMES = ("gate", "key_norm", "value_norm")
@@ -68,8 +68,8 @@ def against_prose(run: LoadedRun, items: Sequence[str], prose: Ids, *, piece: in
     """
     read = [context_ids(run.tokenizer, item) for item in items]
     stretches = prose_stretches(run, prose, [len(ids) for ids in read])
-    layers, own = _numbers(run, read, piece)
-    _, other = _numbers(run, stretches, piece)
+    layers, own = layer_numbers(run, read, piece=piece)
+    _, other = layer_numbers(run, stretches, piece=piece)
     found = []
     for place, layer in enumerate(layers):
         row: dict[str, Any] = {"layer": layer}
@@ -80,8 +80,8 @@ def against_prose(run: LoadedRun, items: Sequence[str], prose: Ids, *, piece: in
     return found
 
 
-def _numbers(run: LoadedRun, texts: Sequence[Ids], piece: int) -> tuple[tuple[int, ...], Array]:
-    """The layers, and [N, 3, L] of NAMES."""
+def layer_numbers(run: LoadedRun, texts: Sequence[Ids], *, piece: int) -> tuple[tuple[int, ...], Array]:
+    """The layers, and [N, 3, L] of NAMES for N texts: means over heads, of the gate over tokens too."""
     rows: list[Array] = []
     layers: tuple[int, ...] = ()
     for ids in texts:

@@ -2,17 +2,20 @@
 
 import dataclasses
 import json
+import shutil
 
 import pytest
 import torch
 
 from evals.figures.trace import trace
 from evals.runs import load_run
-from evals.states import context_start
+from evals.states import context_ids, context_start
 from launch.cli import main
 from launch.experiments.pictures import can_draw
 from launch.figures_measure import Extent, measure
 from launch.figures_page import figures_page
+from launch.figures_training import _spread, at_checkpoints
+from tests.evals.conftest import write_checkpoint
 from tests.launch.scored_run import write_scored_run
 from trellis_dist.models.language_model import build_language_model
 
@@ -26,6 +29,7 @@ def run_dir(tmp_path_factory):
     recipe["evals"] |= {"mqar_pairs": [2], "mqar_length": [32], "ruler_lengths": [512, 4096]}
     (run / "recipe.json").write_text(json.dumps(recipe))
     rows = [{"step": n, "trellis/layer_00/forget_gate": 1 - n / 16} for n in (2, 4)]
+    write_checkpoint(run, step=3, seed=9)
     (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run
 
@@ -49,6 +53,8 @@ def test_the_command_from_run_to_page(run_dir, tmp_path, capsys):
     torch.testing.assert_close(torch.tensor(found["text"]["value_norm"]), seen.value_norm[0])
     assert found["training"] == {"forget_gate": {"0": [[2, 0.875], [4, 0.75]]}}
     assert found["reasoning"]["piqa"]["items"] == 3
+    assert [one["step"] for one in found["checkpoints"]] == [3, 7]
+    assert "Saved checkpoints on the same text" in (tmp_path / "out" / "figures.md").read_text()
     assert [one["group"] for one in found["recall"]["needle"]["accuracy"]] == ["512"]
     assert [one["tokens"] for one in found["speeds"]] == [512]
     assert found["losses"]["targets"] == len(ids)
@@ -72,6 +78,33 @@ def test_a_model_without_trellis_layers_has_recall_and_losses(run_dir):
     page = figures_page(found, text="words").markdown()
     assert "No layer of this model is a Trellis layer" in page
     assert "Loss by position" in page
+
+
+def test_saved_checkpoints_read_the_same_text(run_dir, tmp_path):
+    run = tmp_path / "tiny"
+    shutil.copytree(run_dir, run)
+    write_checkpoint(run, step=5, seed=3)
+    write_checkpoint(run, step=6, seed=4)
+    damaged = next((run / "checkpoints" / "step-00000006").glob("*.safetensors"))
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    said = []
+    loaded = load_run(run, device="cpu")
+    found = at_checkpoints(loaded, TEXT * 20, suites=None, say=said.append)
+    assert [row["step"] for row in found] == [3, 5, 7]
+    assert any("step-00000006 is damaged" in line for line in said)
+    ids = torch.tensor([context_ids(loaded.tokenizer, TEXT * 20)])
+    for row in found:
+        seen = trace(load_run(run, step=row["step"], device="cpu").model, ids, piece=10**4)
+        assert row["prose"]["gate"] == pytest.approx(seen.gate[0].mean((1, 2)).tolist())
+        assert row["prose"]["key_norm"] == pytest.approx(seen.key_norm[0, ..., -1].mean(1).tolist())
+        assert 0 <= row["needle"] <= 100
+    assert found[0]["prose"] != found[1]["prose"]
+    assert at_checkpoints(load_run(run, step=3), TEXT, suites=None, say=said.append) == []
+
+
+def test_at_most_eight_checkpoints_are_read():
+    assert _spread(range(3)) == [0, 1, 2]
+    assert _spread(range(0, 150, 10)) == [0, 20, 40, 60, 80, 100, 120, 140]
 
 
 @pytest.mark.parametrize(
