@@ -23,7 +23,7 @@ def check_results(results: Results) -> None:
     """Raise ValueError where a file holds another run than the plan has under its name, or another recipe."""
     planned = {task.name: task.about() for task in tasks(results)}
     for name, found in results.items():
-        about = found["about"]
+        about: dict[str, Any] = found["about"]
         for key, value in planned.get(name, about).items():
             if about.get(key) != value:
                 raise ValueError(f"{name} has {key} {about.get(key)} and the plan has {value}: {_REMEDY}")

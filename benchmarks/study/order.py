@@ -269,7 +269,8 @@ def _search(name: str, results: Results) -> list[Task]:
     factors = options.pop("rate")
     if name == "attention":  # no layer of it reads the baselines' section
         options = {key: values for key, values in options.items() if "baselines" not in key}
-    draw, found = random.Random(name), []
+    draw = random.Random(name)
+    found: list[Task] = []
     known = {_digest(task) for task in tuned}
     while len(tuned) + len(found) < len(ours):
         drawn = {key: draw.choice(values) for key, values in options.items()}
@@ -325,12 +326,12 @@ def chosen(name: str, results: Results) -> Settings | None:
         return _beside(name, results)
     if name in models("rest"):
         best = _lowest(_tuning_of_rest(name, results), results)
-        return best and best.settings
+        return best.settings if best is not None else None
     strongest, tuned = _strongest(results), _tuning(name, results)
     if not registered(name) or not strongest or not _ours(results):
         return None  # it may yet be one of the two that are searched further
     best = _lowest(tuned + (_search(name, results) if name in strongest else []), results)
-    return best and best.settings
+    return best.settings if best is not None else None
 
 
 def _beside(name: str, results: Results) -> Settings | None:
@@ -340,7 +341,7 @@ def _beside(name: str, results: Results) -> Settings | None:
         return None
     if name == PAPER:
         best = _lowest(_tuning(PAPER, results), results)
-        found = best and best.settings
+        found = best.settings if best is not None else None
     elif name == LESS:
         found = _less(whole, results)
     else:

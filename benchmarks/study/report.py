@@ -32,6 +32,8 @@ __all__ = ["fill", "gather", "sections", "write_report"]
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "study.md"
+# Of these runs what is not done is named one by one, of others counted.
+_WHOLE = ("pilot-", "full-", "long-")
 OUTPUT = FOLDER.with_suffix(".json")
 
 
@@ -236,8 +238,12 @@ def _first(pilot: Mapping[str, float] | None) -> str:
 def _left(names: Sequence[str]) -> str:
     if not names:
         return "Every run of the plan is done."
-    listed = ", ".join(f"`{name}`" for name in names)
-    return f"Not done, {len(names)} runs of the plan: {listed}."
+    short: dict[str, int] = {}
+    for kind in (name.partition("-")[0] for name in names if not name.startswith(_WHOLE)):
+        short[kind] = short.get(kind, 0) + 1
+    listed = [f"{count} of `{kind}-...`" for kind, count in short.items()]
+    listed += [f"`{name}`" for name in names if name.startswith(_WHOLE)]
+    return f"{len(names)} runs: {', '.join(listed)}."
 
 
 def _recall(rows: Sequence[Row]) -> str:
