@@ -137,7 +137,7 @@ def _parts(values: Tensor, piece: int) -> list[list[list[float]]]:
     """Means [L, H, P] of ``values`` [L, H, T] over parts of ``piece`` tokens, the last one shorter."""
     import torch
 
-    return torch.stack([part.mean(-1) for part in values.split(piece, dim=-1)], -1).tolist()  # type: ignore[no-any-return]
+    return torch.stack([part.mean(-1) for part in values.split(piece, dim=-1)], -1).tolist()
 
 
 def _recall(run: LoadedRun, extent: Extent) -> dict[str, Any]:
