@@ -206,3 +206,8 @@ def _speeds(found: Sequence[Numbers]) -> Iterator[Block]:
     }
     yield Lines("speed", "Reading one prompt, three times each; other work on the machine counts", points,
                 x_label="tokens of the prompt", y_label="tokens per second")  # fmt: skip
+    rows = [
+        [f"{row['tokens']:,}", *(f"{row[key]:,.0f}" for key in ("tokens_per_second", "slowest", "fastest"))]
+        for row in found
+    ]
+    yield Table("", ["tokens", "tokens per second (median)", "slowest", "fastest"], rows)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["LEAST", "correlation", "difference"]
+__all__ = ["correlation", "difference"]
 
 Array = NDArray[np.float64]
 # Of the bootstrap: resamples of the items with replacement; percentiles of a 95% interval.

@@ -56,10 +56,10 @@ def items(gate, right, groups):
 def test_what_lengths_differ_in_is_no_correlation():
     rng = np.random.default_rng(0)
     groups = ["512"] * 50 + ["1024"] * 50
-    right = np.concatenate([rng.random(50) < 0.9, rng.random(50) < 0.1])
+    right = np.concatenate([rng.random(50) < 0.8, rng.random(50) < 0.2])
     gate = np.repeat([0.99, 0.5], 50) + rng.normal(size=100) * 0.01
     first, second = correlations(items(gate, right, groups))
-    assert correlation(gate, right.astype(float))["r"] > 0.7
+    assert correlation(gate, right.astype(float))["r"] > 0.5
     assert abs(first["correlation"]["r"]) < 0.25
     assert (first["layer"], second["layer"]) == (0, 3)
     assert second["correlation"] is None  # a gate that does not vary
@@ -68,9 +68,9 @@ def test_what_lengths_differ_in_is_no_correlation():
 
 
 def test_too_few_that_differ_say_nothing():
-    gate = np.linspace(0, 1, 20)
-    right = np.zeros(20)
-    right[:2] = 1
-    assert correlations(items(gate, right, ["512"] * 20))[0]["correlation"] is None
-    right[2] = 1
-    assert correlations(items(gate, right, ["512"] * 20))[0]["correlation"]["r"] < -0.4
+    gate = np.linspace(0, 1, 40)
+    right = np.zeros(40)
+    right[:9] = 1
+    assert correlations(items(gate, right, ["512"] * 40))[0]["correlation"] is None
+    right[9] = 1
+    assert correlations(items(gate, right, ["512"] * 40))[0]["correlation"]["r"] < -0.4
