@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import asdict, astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ from benchmarks.sequence_parallel.tables import render
 from benchmarks.sequence_parallel.targets import all_targets
 from benchmarks.sequence_parallel.traffic import halo_bytes, measure_traffic, state_bytes
 from benchmarks.sequence_parallel.wavefront import span_rows, spans_of
-from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.baseline_config import BaselineConfig
+from trellis_dist.models.config import AttentionConfig, ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import build_language_model
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -474,10 +475,23 @@ def test_showing_what_is_no_record_is_refused(tmp_path: Path, capsys: pytest.Cap
     assert "no record of python -m benchmarks.sequence_parallel" in capsys.readouterr().err
 
 
+def completed_models(settings: dict[str, Any]) -> dict[str, Any]:
+    """The model sections of a record with the defaults of options that came after it."""
+    models = {
+        name: value for name, value in settings.items() if isinstance(value, dict) and "pattern" in value
+    }
+    inner = {"trellis": TrellisConfig(), "attention": AttentionConfig(), "baselines": BaselineConfig()}
+    defaults = {name: json.loads(json.dumps(asdict(section))) for name, section in inner.items()}
+    return {
+        name: {**model, **{key: {**defaults[key], **model.get(key, {})} for key in defaults}}
+        for name, model in models.items()
+    }
+
+
 def test_the_committed_record_is_of_a_finished_run_of_this_plan() -> None:
     record = json.loads(command.RESULT.read_text())
     assert record["complete"]
-    assert record["settings"] == Plan().as_json()
+    assert {**record["settings"], **completed_models(record["settings"])} == Plan().as_json()
     assert set(record["cases"]) == {case.name for case in command.all_cases(Plan(), {})}
     assert not [name for name, case in record["cases"].items() if "error" in case]
     assert command.PICTURE.is_file()

@@ -98,7 +98,7 @@ def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() ->
     "override, words",
     [
         ("model.dimm=128", "model.dimm = 128: unknown key; did you mean model.dim?"),
-        ("model.chunk_size=32", "did you mean model.trellis.chunk_size?"),
+        ("model.chunk_size=32", "did you mean model.trellis.chunk_size or model.baselines.chunk_size?"),
         ("modle.dim=128", "did you mean model?"),
         ("model.dim=wide", 'model.dim = "wide"'),
         ("model.dim=128.5", "model.dim = 128.5"),

@@ -145,7 +145,7 @@ def test_another_order_of_rows_is_refused_with_both_values(data: Path, tmp_path:
 @pytest.mark.parametrize(
     "sections, message",
     [
-        ({"model": {"pattern": ("trellis", "attention"), "num_layers": 2}}, "grows with every token"),
+        ({"model": {"pattern": ("trellis", "attention"), "num_layers": 2}}, "only trellis layers hand"),
         ({"training": {"compile": "aot_eager"}}, "which no graph holds"),
     ],
 )
