@@ -34,13 +34,7 @@ class ABCMixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """Queries, keys, values and a score per slot."""
-        width, values = config.head_dim, config.baselines.conv_values
-        return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
-            Projection("scores", config.baselines.slots),
-        ]
+        return [*super().list_projections(config), Projection("scores", config.baselines.slots)]
 
     @classmethod
     def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:

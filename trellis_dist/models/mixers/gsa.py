@@ -46,13 +46,7 @@ class GSAMixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """Queries, keys, values and a decay per slot."""
-        width, values = config.head_dim, config.baselines.conv_values
-        return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
-            Projection("decay", config.baselines.slots),
-        ]
+        return [*super().list_projections(config), Projection("decay", config.baselines.slots)]
 
     @classmethod
     def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.baselines.linear_attention import decayed_linear_attention
 from trellis_dist.models.config import ModelConfig
-from trellis_dist.models.mixers.recurrent import Projection, RecurrentMixer
+from trellis_dist.models.mixers.recurrent import RecurrentMixer
 
 __all__ = ["LinearAttentionMixer"]
 
@@ -28,21 +28,6 @@ class LinearAttentionMixer(RecurrentMixer):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer, decayed_linear_attention)
-
-    @classmethod
-    def list_projections(cls, config: ModelConfig) -> list[Projection]:
-        """Queries, keys and values."""
-        width, values = config.head_dim, config.baselines.conv_values
-        return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
-        ]
-
-    @classmethod
-    def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """S [D, V]."""
-        return ((config.head_dim, config.head_dim),)
 
     @classmethod
     def operation_flops(cls, config: ModelConfig) -> float:

@@ -41,18 +41,7 @@ class Mamba2Mixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """C, B, u and the step dt."""
-        width, values = config.head_dim, config.baselines.conv_values
-        return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
-            Projection("step", 1),
-        ]
-
-    @classmethod
-    def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """S [D, V]."""
-        return ((config.head_dim, config.head_dim),)
+        return [*super().list_projections(config), Projection("step", 1)]
 
     @classmethod
     def operation_flops(cls, config: ModelConfig) -> float:

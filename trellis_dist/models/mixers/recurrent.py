@@ -134,13 +134,15 @@ class RecurrentMixer(nn.Module):
 
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
-        """The input projections besides the output gate's."""
-        raise NotImplementedError
+        """The input projections besides the output gate's; queries, keys and values by default."""
+        width, values = config.head_dim, config.baselines.conv_values
+        convolved = {"q": True, "k": True, "v": values}
+        return [Projection(name, width, convolved=also) for name, also in convolved.items()]
 
     @classmethod
     def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """Shape of each tensor that one head of one document keeps."""
-        raise NotImplementedError
+        """Shape of each tensor that one head of one document keeps; one matrix [D, V] by default."""
+        return ((config.head_dim, config.head_dim),)
 
     @classmethod
     def operation_flops(cls, config: ModelConfig) -> float:

@@ -67,19 +67,11 @@ class RWKV7Mixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """r (as q), k, v, and what w and a are made of."""
-        width, values = config.head_dim, config.baselines.conv_values
         return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
+            *super().list_projections(config),
             Projection("decay", _rank(config)),
             Projection("rate", _rank(config)),
         ]
-
-    @classmethod
-    def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
-        """S [D, V]."""
-        return ((config.head_dim, config.head_dim),)
 
     @classmethod
     def operation_flops(cls, config: ModelConfig) -> float:

@@ -50,11 +50,8 @@ class TitansMixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """Queries, keys, values, and the logits of step, forget gate and momentum."""
-        width, values = config.head_dim, config.baselines.conv_values
         return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
+            *super().list_projections(config),
             Projection("step", 1),
             Projection("keep", 1),
             Projection("momentum", 1),

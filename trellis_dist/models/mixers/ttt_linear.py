@@ -49,13 +49,7 @@ class TTTLinearMixer(RecurrentMixer):
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
         """Queries, keys, values and the step."""
-        width, values = config.head_dim, config.baselines.conv_values
-        return [
-            Projection("q", width, convolved=True),
-            Projection("k", width, convolved=True),
-            Projection("v", width, convolved=values),
-            Projection("step", 1),
-        ]
+        return [*super().list_projections(config), Projection("step", 1)]
 
     @classmethod
     def memory_shapes(cls, config: ModelConfig) -> tuple[tuple[int, ...], ...]:
