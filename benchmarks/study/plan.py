@@ -33,9 +33,8 @@ __all__ = [
 ]
 
 FOLDER = Path(__file__).parent
-TOKENS_PER_STEP = 8192
-# Tokens of a forward pass.
-MICRO_TOKENS = 4096
+# Of an update, unless one row is longer: then it is one row.
+TOKENS_PER_STEP = 2048
 # The name under which the best form of Trellis is trained in full; with half the slots, so that its memories
 # have the numbers of one matrix state of the same heads; with phi the identity; without its largest change.
 OURS, HALF, IDENTITY, LESS = "trellis", "trellis-half", "trellis-identity", "trellis-less"
@@ -82,18 +81,28 @@ class Task:
     characters: int | None = None
     group: str = ""
 
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of an update."""
+        return max(TOKENS_PER_STEP, self.length)
+
+    @property
+    def steps(self) -> int:
+        """Updates."""
+        return self.tokens // self.step_tokens
+
     def spec(self, work: Path) -> RunSpec:
         """The run as ``launch.experiments`` takes it, of the same size as every other (within 2%)."""
-        steps = self.tokens // TOKENS_PER_STEP
         changed = {
             "name": self.name,
             "data.source.path": str(work / "train"),
             "data.sequence_length": self.length,
             "data.seed": self.seed,
             "training.seed": self.seed,
-            "training.steps": steps,
-            "training.micro_batch": max(MICRO_TOKENS // self.length, 1),
-            "schedule.warmup_steps": round(plan()["sizes"]["warmup"] * steps),
+            "training.steps": self.steps,
+            "training.global_batch_tokens": self.step_tokens,
+            "training.micro_batch": self.step_tokens // self.length,
+            "schedule.warmup_steps": round(plan()["sizes"]["warmup"] * self.steps),
             "optimizer.lr": self.settings.rate,
             **self.settings.set,
         }
@@ -113,7 +122,7 @@ class Task:
             "group": self.group or self.settings.model,
             "seed": self.seed,
             "length": self.length,
-            "tokens": self.tokens // TOKENS_PER_STEP * TOKENS_PER_STEP,
+            "tokens": self.steps * self.step_tokens,
             "settings": self.settings.table(),
         }
 

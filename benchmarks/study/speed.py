@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.machine import machine, versions
 from benchmarks.study.order import chosen
-from benchmarks.study.plan import MICRO_TOKENS, OURS, Settings, Task, model_keys, models, registered, table
+from benchmarks.study.plan import OURS, Settings, Task, model_keys, models, registered, table
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.counts import flops_per_token, parameter_counts, state_bytes
 from trellis_dist.models.language_model import build_language_model
@@ -20,6 +20,8 @@ from trellis_dist.models.language_model import build_language_model
 __all__ = ["measure", "step_of"]
 
 WARM = 2
+# Of a timed step: one row of the longest length.
+STEP_TOKENS = 4096
 
 
 def step_of(config: ModelConfig, *, length: int) -> Callable[[], float]:
@@ -27,7 +29,7 @@ def step_of(config: ModelConfig, *, length: int) -> Callable[[], float]:
     model = build_language_model(config, seed=0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(0)
-    shape = (max(MICRO_TOKENS // length, 1), length)
+    shape = (max(STEP_TOKENS // length, 1), length)
     tokens, labels = (torch.randint(config.vocab_size, shape, generator=generator) for _ in range(2))
 
     def step() -> float:
@@ -57,7 +59,7 @@ def measure(
         configs = {name: task[name].spec(Path("shards")).resolved.model for name in settings}
         steps = {name: step_of(config, length=length) for name, config in configs.items()}
         times = [{name: step() for name, step in steps.items()} for _ in range(WARM + rounds)][WARM:]
-        tokens = max(MICRO_TOKENS // length, 1) * length
+        tokens = max(STEP_TOKENS // length, 1) * length
         found["lengths"][str(length)] = {
             name: _row(configs[name], [one[name] / tokens for one in times], length)
             | {"set": list(model_keys(own.set))}

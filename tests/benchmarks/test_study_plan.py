@@ -59,7 +59,7 @@ def go_through(losses: Mapping[str, float]) -> dict[str, Any]:
     while left := pool.pending(done):
         for task in left:
             loss = losses.get(task.group, losses.get(task.settings.model, 4.0))
-            bonus = 0.01 * task.settings.rate / 4e-3 + 0.1 * (task.kind in ("full", "long", "pilot"))
+            bonus = 0.01 * task.settings.rate / 2e-3 + 0.1 * (task.kind in ("full", "long", "pilot"))
             done[task.name] = result(task, loss - bonus + 0.001 * task.seed)
     return done
 
@@ -106,11 +106,11 @@ def test_the_pilot_is_first_and_is_the_full_run_of_its_settings_where_they_are_c
     every_kind: None,
 ) -> None:
     first = order.tasks({})[0]
-    assert (first.name, first.tokens, first.settings.rate) == ("pilot-trellis-corrected", 9_000_000, 4e-3)
+    assert (first.name, first.tokens, first.settings.rate) == ("pilot-trellis-corrected", 9_000_000, 2e-3)
     done: dict[str, Any] = {}
     while left := pool.pending(done):
         for task in left:
-            worse = (task.settings.rate != 4e-3) + (task.settings.model == plan.PAPER) + 0.01 * task.seed
+            worse = (task.settings.rate != 2e-3) + (task.settings.model == plan.PAPER) + 0.01 * task.seed
             done[task.name] = result(task, 4.0 + worse)
     assert "full-trellis-s0" not in done
     assert "full-trellis-s1" in done
@@ -120,7 +120,7 @@ def test_the_pilot_is_first_and_is_the_full_run_of_its_settings_where_they_are_c
     assert (alias["name"], alias["about"]["kind"]) == (first.name, "full")
     # Another rate, another run.
     other = json.loads(json.dumps(done))
-    other[first.name]["about"]["settings"]["rate"] = 2e-3
+    other[first.name]["about"]["settings"]["rate"] = 1e-3
     assert "full-trellis-s0" in {task.name for task in pool.pending(other)}
 
 
@@ -170,7 +170,7 @@ def test_the_rest_have_the_best_rate_of_gated_deltanet_and_its_better_neighbour(
             for run, found in finished.items()
             if run.startswith(f"tune-{name}-lr")
         ]
-        assert rates == [16e-3, 8e-3]
+        assert rates == [8e-3, 4e-3]
         assert f"full-{name}-s0" in finished
         assert f"full-{name}-s1" not in finished
     names = [task.name for task in order.tasks(finished) if task.kind == "full"]
@@ -183,8 +183,8 @@ def test_learning_rates_go_on_where_the_best_is_the_last_one(finished: dict[str,
     rates = [
         found["about"]["settings"]["rate"] for name, found in finished.items() if name.startswith("tune-gsa-")
     ]
-    assert sorted(rates) == [2e-3, 4e-3, 8e-3, 16e-3]
-    assert finished["full-gsa-s0"]["about"]["settings"]["rate"] == 16e-3
+    assert sorted(rates) == [1e-3, 2e-3, 4e-3, 8e-3]
+    assert finished["full-gsa-s0"]["about"]["settings"]["rate"] == 8e-3
 
 
 def test_the_two_strongest_baselines_have_as_many_runs_as_trellis(finished: dict[str, Any]) -> None:
@@ -207,7 +207,7 @@ def test_further_settings_are_near_the_best_rate_and_all_different(finished: dic
         digests = {task.spec(Path("w")).digest for task in found}
         assert len(digests) == len(found)
         searched = [task.settings for task in found if task.kind == "search"]
-        assert {round(one.rate / 16e-3, 3) for one in searched} <= {0.707, 1.0, 1.414}
+        assert {round(one.rate / 8e-3, 3) for one in searched} <= {0.707, 1.0, 1.414}
         assert any("model.baselines.conv_values" in one.set for one in searched) is (name != "attention")
 
 
@@ -229,10 +229,10 @@ def test_full_runs_have_the_best_settings_and_the_seeds_of_their_role(finished: 
 def test_what_a_full_run_was_trained_with_stays(finished: dict[str, Any]) -> None:
     before = dict(finished)
     del before["full-gsa-s1"]
-    name = "tune-gsa-lr2e-3"
+    name = "tune-gsa-lr1e-3"
     before[name] = {**before[name], "validation": {**before[name]["validation"], "loss": 1.0}}
     (task,) = (task for task in order.tasks(before) if task.name == "full-gsa-s1")
-    assert task.settings.rate == 16e-3
+    assert task.settings.rate == 8e-3
 
 
 def test_layers_that_are_not_there_are_left_out_with_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,9 +287,9 @@ from benchmarks.study.order import tasks
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 name = options["--only"]
 mark = Path(options["--work"]) / f"{name}.cut"
-if name.endswith("lr4e-3"):
+if name.endswith("lr2e-3"):
     sys.exit(1)
-if name.endswith("lr8e-3") and not mark.exists():
+if name.endswith("lr4e-3") and not mark.exists():
     mark.touch()
     sys.exit(75)
 about = next(task.about() for task in tasks({}) if task.name == name)
@@ -316,9 +316,9 @@ def test_a_slice_begins_runs_goes_on_with_cut_ones_and_names_failures(
     slice_ = pool.Pool(
         tmp_path, tmp_path, store, jobs=2, budget=1e9, only="tune-attention-*", say=said.append
     )
-    assert slice_.run() == ["tune-attention-lr4e-3"]
-    assert set(store.runs()) == {"tune-attention-lr2e-3", "tune-attention-lr8e-3"}
-    assert "tune-attention-lr8e-3: saved, goes on next time" in said
+    assert slice_.run() == ["tune-attention-lr2e-3"]
+    assert set(store.runs()) == {"tune-attention-lr1e-3", "tune-attention-lr4e-3"}
+    assert "tune-attention-lr4e-3: saved, goes on next time" in said
     assert store.spent() == 14.0
 
 
@@ -329,9 +329,9 @@ def test_a_dry_run_prints_what_is_left(tmp_path: Path, capsys: pytest.CaptureFix
     assert [
         line.split()[-1] for line in printed.splitlines() if line.lstrip()[:1].isdigit() and "tune-" in line
     ] == [
+        "tune-attention-lr1e-3",
         "tune-attention-lr2e-3",
         "tune-attention-lr4e-3",
-        "tune-attention-lr8e-3",
     ]
     assert "0 of 86,400 core-seconds used" in printed
     (total,) = (line for line in printed.splitlines() if line.startswith("the whole plan"))
