@@ -178,7 +178,7 @@ def _trellis(sizes: _Sizes, model: ModelConfig, layer: int) -> dict[str, int]:
     gates *= 2 if model.trellis.value_gates == "own" else 1
     joined = 4 * dim + slots + gates
     taps = model.trellis.conv_kernel
-    read = (3 if model.trellis.conv_values else 2) * dim
+    read = model.trellis.convolved_width(dim, heads)
     convolved = read * ((taps > 0) + (taps > 1 and sizes.sp > 1) + sizes.cuda)
     operands = 3 * dim + slots
     return {

@@ -357,6 +357,6 @@ def _carried_states(recipe: Recipe, mesh: MeshConfig, half: bool) -> int:
     model, width = recipe.model, 2 if half else 4
     rows = recipe.global_rows // (mesh.dp or 1)
     memories = 2 * 2 * model.trellis.slots * model.dim * 4
-    convolved = (3 if model.trellis.conv_values else 2) * model.dim
+    convolved = model.trellis.convolved_width(model.dim, model.num_heads)
     tail = max(model.trellis.conv_kernel - 1, 0) * convolved * width
     return rows * model.num_layers * (memories + tail) // mesh.tp

@@ -35,6 +35,15 @@ MODELS = {
     "rates, convolved values": {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
     },
+    "convolved targets": {"trellis": {"conv_targets": True}},
+    "all convolved, an identity to begin with": {
+        "trellis": {
+            "conv_values": True,
+            "conv_targets": True,
+            "learned_initial_memory": True,
+            "initial_value_memory": "identity",
+        }
+    },
 }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from kernels import compress_kv
 from trellis_dist.models.config import TrellisConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.language_model import build_language_model
@@ -331,10 +332,63 @@ def test_values_are_convolved_when_asked(tiny):
     torch.testing.assert_close(handed(model).inputs["v"], expected + before, atol=1e-10, rtol=0)
 
 
+def test_targets_are_convolved_when_asked(tiny):
+    """The last taps alone give the targets that no convolution gives; SiLU and the norm come after them."""
+    options = {"conv_targets": True, "alpha_norm": "none"}
+    mixer = (model := tiny(trellis=options)).blocks[0].mixer
+    with torch.no_grad():
+        mixer.alpha_conv_weight.zero_()[:, -1] = 1
+    x = torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(0)).double()
+    projected = (x @ mixer.alpha_weight.T).unflatten(-1, (2, -1))
+    expected = torch.nn.functional.silu(projected)
+    torch.testing.assert_close(handed(model).inputs["alpha"], expected, atol=1e-10, rtol=0)
+    with torch.no_grad():
+        mixer.alpha_conv_weight[:, -2] = 1
+    before = torch.nn.functional.pad(projected, (0, 0, 0, 0, 1, 0))[:, :-1]
+    expected = torch.nn.functional.silu(projected + before)
+    torch.testing.assert_close(handed(model).inputs["alpha"], expected, atol=1e-10, rtol=0)
+
+
+def test_the_value_pass_begins_from_biases_of_its_own(tiny):
+    options = {"value_gates": "own", "gate_bias": 2.0, "value_gate_bias": 7.0, "value_step_size_bias": -3.0}
+    inputs = handed(tiny(trellis=options, init_std=1e-12)).inputs
+    for name, bias in (("log_decay", 2.0), ("value_log_decay", 7.0)):
+        expected = torch.full_like(inputs[name], bias).sigmoid()
+        torch.testing.assert_close(inputs[name].exp(), expected, atol=1e-9, rtol=0)
+    rates = handed(tiny(trellis={**options, "gate_form": "rate"}, init_std=1e-12)).inputs
+    assert torch.equal(rates["value_log_decay"], inputs["value_log_decay"]), "a bias makes it a sigmoid"
+    assert not torch.equal(rates["log_decay"], inputs["log_decay"])
+    ratio = inputs["value_step_size"] / inputs["step_size"]
+    expected = torch.full_like(ratio, -3.0).sigmoid() / 0.5
+    torch.testing.assert_close(ratio, expected, atol=1e-9, rtol=0)
+
+
+def test_an_identity_to_begin_with_reads_the_key_pass_itself(tiny):
+    """R = I and nothing written by the value pass: y = f(S q), whatever v is."""
+    options = {"learned_initial_memory": True, "initial_value_memory": "identity", "slots": 8}
+    model = tiny(
+        trellis={**options, "value_gates": "own", "value_gate_bias": 60.0, "value_step_size_bias": -60.0}
+    )
+    mixer, inputs = model.blocks[0].mixer, handed(model).inputs
+    state = mixer._first_memory(2)
+    assert torch.equal(state.value_memory[1, 0], torch.eye(8, dtype=torch.float64))
+    settings = {"chunk_size": mixer.options.chunk_size, "phi": "silu"}
+    y, final = compress_kv(**inputs, **settings, initial_state=state, output_final_state=True)
+    torch.testing.assert_close(final.value_memory, state.value_memory, atol=1e-9, rtol=0)
+    last = apply(final.key_memory, inputs["q"][:, -1])
+    expected = F.layer_norm(F.silu(last), last.shape[-1:], eps=1e-5)
+    torch.testing.assert_close(y[:, -1], expected, atol=1e-9, rtol=0)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"conv_values": True, "conv_kernel": 0}, "conv_values"),
+        ({"conv_targets": True, "conv_kernel": 0}, "conv_targets"),
+        ({"value_gate_bias": 8.0}, "value_gates"),
+        ({"value_step_size_bias": 0.0}, "value_gates"),
+        ({"value_gates": "own", "value_gate_bias": 8.0, "gates": ("off",)}, "value_gate_bias"),
+        ({"initial_value_memory": "identity"}, "learned_initial_memory"),
         ({"gate_floor": 1.0}, "gate_floor"),
         ({"gate_form": "rate", "gate_floor": 0.5}, "gate_form"),
         ({"gate_form": "rate", "gates": ("fixed",)}, "gate_form"),

@@ -76,10 +76,16 @@ class TrellisConfig:
         gates: forget gate per layer, cycled: "learned", "fixed" (at sigmoid(gate_bias)) or "off".
         value_gates: "shared" gives the value pass the key pass's gates (the paper); "own" learns a step size
             of its own for it and, where ``gates`` is "learned", a forget gate (our option).
+        value_step_size_bias: b of the value pass's own step size; ``step_size_bias`` unless given.
+        value_gate_bias: b of the value pass's own forget gate, which is then sigmoid(w.x + b) whatever
+            ``gate_form`` is; unless given it is formed and begins as the key pass's.
         conv_kernel: taps of the causal depthwise convolution on q and k; 0 removes it.
         conv_values: convolve v as well (our option; the DeltaNet family does).
+        conv_targets: convolve alpha as well (our option): to the key pass alpha is what v is to a delta rule.
         conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
+        initial_value_memory: what the learned value memory begins training as: "normal" draws, or "identity",
+            R = I, with which y = f(S q) until the value pass writes (our option).
     """
 
     __pydantic_config__ = STRICT
@@ -100,10 +106,14 @@ class TrellisConfig:
     gate_floor: float = 0.0
     gates: tuple[Gate, ...] = ("learned",)
     value_gates: Literal["shared", "own"] = "shared"
+    value_gate_bias: float | None = None
+    value_step_size_bias: float | None = None
     conv_kernel: int = 4
     conv_values: bool = False
+    conv_targets: bool = False
     conv_activation: Literal["silu", "none"] = "silu"
     learned_initial_memory: bool = False
+    initial_value_memory: Literal["normal", "identity"] = "normal"
 
     def __post_init__(self) -> None:
         require(1 <= self.slots <= 1024, f"model.trellis.slots = {self.slots}: use 1 to 1024 memory slots")
@@ -120,10 +130,12 @@ class TrellisConfig:
             self.conv_kernel >= 0,
             f"model.trellis.conv_kernel = {self.conv_kernel}: use 0 (none) or more taps",
         )
-        require(
-            self.conv_kernel > 0 or not self.conv_values,
-            "model.trellis.conv_values = true with conv_kernel = 0, no convolution: use 1 or more taps",
-        )
+        for name in ("conv_values", "conv_targets"):
+            require(
+                self.conv_kernel > 0 or not getattr(self, name),
+                f"model.trellis.{name} = true with conv_kernel = 0, no convolution: use 1 or more taps",
+            )
+        self._check_value_pass()
         require(0 <= self.gate_floor < 1, f"model.trellis.gate_floor = {self.gate_floor}: use [0, 1)")
         require(
             self.gate_form == "sigmoid" or (self.gate_floor == 0 and "fixed" not in self.gates),
@@ -141,6 +153,29 @@ class TrellisConfig:
             "update = 'corrected' corrects errors with steps below 2 only: set step_size_max = 1 and "
             "step_bound = 'token', or use a smaller step_size_max",
         )
+
+    def _check_value_pass(self) -> None:
+        """Options that only change something beside others."""
+        for name in ("value_gate_bias", "value_step_size_bias"):
+            require(
+                getattr(self, name) is None or self.value_gates == "own",
+                f"model.trellis.{name} is given and the value pass has the key pass's gates: set value_gates "
+                f'= "own" or leave {name} out',
+            )
+        require(
+            self.value_gate_bias is None or "learned" in self.gates,
+            "model.trellis.value_gate_bias is given and no layer has a learned gate: name one in gates or "
+            "leave value_gate_bias out",
+        )
+        require(
+            self.initial_value_memory == "normal" or self.learned_initial_memory,
+            'model.trellis.initial_value_memory = "identity" with memories that begin at zero: set '
+            "learned_initial_memory = true",
+        )
+
+    def convolved_width(self, dim: int, heads: int) -> int:
+        """Features that the convolution reads: those of q and k and, where asked for, of v and alpha."""
+        return (2 + self.conv_values) * dim + self.conv_targets * heads * self.slots
 
     @property
     def largest_step(self) -> float:

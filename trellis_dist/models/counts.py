@@ -88,7 +88,7 @@ def _trellis_flops(config: ModelConfig, layer: int) -> float:
     slots, chunk = options.slots, options.chunk_size
     gates = (2 if config.gate(layer) == "learned" else 1) * (2 if options.value_gates == "own" else 1)
     projections = 5 * config.dim**2 + config.dim * heads * (slots + gates)
-    convolution = (3 if options.conv_values else 2) * config.dim * options.conv_kernel
+    convolution = options.convolved_width(config.dim, heads) * options.conv_kernel
     readout = 2 * slots * head_dim + 2 * chunk * (head_dim + slots)  # Q S', P R; Q K', E U, P W', E V
     return 2.0 * (projections + convolution + heads * readout) + scan_flops_per_token(config)
 
@@ -149,7 +149,7 @@ def _layer_bytes(config: ModelConfig, kind: LayerKind, position: int, element_by
     if kind == "trellis":
         options = config.trellis
         memories = 4 * max(4, element_bytes) * config.dim * options.slots
-        width = (3 if options.conv_values else 2) * config.dim
+        width = options.convolved_width(config.dim, config.num_heads)
         return memories + max(options.conv_kernel - 1, 0) * width * element_bytes
     if kind in ATTENTION_KINDS:
         window = _window(config, kind)

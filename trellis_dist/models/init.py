@@ -18,6 +18,7 @@ from trellis_dist.models.parallel_kind import ParallelKind, declare
 
 __all__ = [
     "Constant",
+    "Identity",
     "Initial",
     "InverseSoftplus",
     "LogUniform",
@@ -48,6 +49,16 @@ class Constant:
     def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """fp32 tensor of ``shape``; draws nothing."""
         return torch.full(shape, self.value, dtype=torch.float32, device="cpu")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Ones on the diagonal of the last two dimensions."""
+
+    def draw(self, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """fp32 tensor of ``shape``; draws nothing."""
+        rows, columns = shape[-2:]
+        return torch.eye(rows, columns, dtype=torch.float32, device="cpu").expand(shape).clone()
 
 
 @dataclass(frozen=True)
@@ -103,7 +114,7 @@ class Ramp:
         return (self.low + (self.high - self.low) * across + ridge).view(shape)
 
 
-Initial = Normal | Constant | LogUniform | InverseSoftplus | Ramp
+Initial = Normal | Constant | Identity | LogUniform | InverseSoftplus | Ramp
 
 
 def new_parameter(*shape: int, initial: Initial, kind: ParallelKind, dim: int | None = None) -> nn.Parameter:

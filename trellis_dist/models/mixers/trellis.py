@@ -6,9 +6,10 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
     alpha = rmsnorm(W_alpha x)     log_decay = logsigmoid(w_b x + b_b)     step = s sigmoid(w_g x + b_g)
     out = W_o (rmsnorm_head(compress_kv(q, k, v, alpha, log_decay, step)) * gelu(W_z x))
 
-With ``conv_values`` v is convolved as q and k are; with ``gate_form`` "rate" log_decay is -exp(A_b)
-softplus(w_b x + b_b). With ``value_gates`` "own" the value pass has a log_decay and a step of its own, made
-alike; with an affine readout compress_kv takes its weight and bias [H, M] too.
+With ``conv_values`` v is convolved as q and k are, with ``conv_targets`` alpha (before its norm); with
+``gate_form`` "rate" log_decay is -exp(A_b) softplus(w_b x + b_b). With ``value_gates`` "own" the value pass
+has a log_decay and a step of its own, made alike; with an affine readout compress_kv takes its weight and
+bias [H, M] too.
 
 The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
 has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
@@ -31,7 +32,15 @@ from trellis_dist.models.carry import CarriedRows
 from trellis_dist.models.config import ModelConfig
 from trellis_dist.models.context import SequenceContext
 from trellis_dist.models.conv import ConvFunction, causal_conv, last_inputs
-from trellis_dist.models.init import Constant, Initial, InverseSoftplus, LogUniform, Normal, new_parameter
+from trellis_dist.models.init import (
+    Constant,
+    Identity,
+    Initial,
+    InverseSoftplus,
+    LogUniform,
+    Normal,
+    new_parameter,
+)
 from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.pads import FrontPads
@@ -47,8 +56,8 @@ class TrellisState:
 
     Attributes:
         memory: both memories, [B, H, M, D] and [B, H, M, V].
-        tail: [B, K-1, W], the last inputs of the convolution, W = 2F (3F with ``conv_values``); None without
-            one.
+        tail: [B, K-1, W], the last inputs of the convolution, W = 2F (+ F with ``conv_values``, + H M with
+            ``conv_targets``); None without one.
     """
 
     memory: CompressState
@@ -71,14 +80,14 @@ class TrellisState:
 class _Projected(NamedTuple):
     """The fused input projection, cut up.
 
-    What the convolution reads comes first, W = 2F of q and k or with ``conv_values`` 3F, then v where it is
-    not among it [F], the output gate [F], alpha [H M], and [H] for each gate that is learned.
+    What the convolution reads comes first, W = 2F of q and k and more where v and alpha are convolved too,
+    then v [F] and alpha [H M] where they are not, the output gate [F] and [H] for each gate that is learned.
     """
 
     convolved: Tensor
     value: Tensor | None
+    alpha: Tensor | None
     output_gate: Tensor
-    alpha: Tensor
     step: Tensor
     decay: Tensor | None = None
     value_step: Tensor | None = None
@@ -133,10 +142,11 @@ class TrellisMixer(nn.Module):
 
     def _add_gates(self, prefix: str, sharded: dict[str, Any]) -> None:
         """Step size and, where it is learned, forget gate of one pass: a weight [H, dim] and a bias [H]."""
-        heads, rate = self.config.num_heads, self.options.gate_form == "rate"
-        biases: dict[str, Initial] = {"step": Constant(self.options.step_size_bias)}
+        heads, rate = self.config.num_heads, self._as_rate(prefix)
+        step_bias, gate_bias = self._first_biases(own=bool(prefix))
+        biases: dict[str, Initial] = {"step": Constant(step_bias)}
         if self.gate == "learned":
-            biases["decay"] = InverseSoftplus(0.001, 0.1) if rate else Constant(self.options.gate_bias)
+            biases["decay"] = InverseSoftplus(0.001, 0.1) if rate else Constant(gate_bias)
             if rate:
                 parameter = new_parameter(heads, initial=LogUniform(1.0, 16.0), **sharded)
                 self.register_parameter(f"{prefix}decay_rate", parameter)
@@ -147,6 +157,20 @@ class TrellisMixer(nn.Module):
             self.register_parameter(f"{prefix}{name}_bias", constant)
             self._learned_gates.append(prefix + name)
 
+    def _as_rate(self, prefix: str) -> bool:
+        """Whether a pass's learned forget gate is a rate; one with a bias of its own is not."""
+        return self.options.gate_form == "rate" and (prefix == "" or self.options.value_gate_bias is None)
+
+    def _first_biases(self, *, own: bool) -> tuple[float, float]:
+        """Of the step size and the forget gate, of both passes or of the value pass's own."""
+        options = self.options
+        step = options.value_step_size_bias if own else None
+        gate = options.value_gate_bias if own else None
+        return (
+            options.step_size_bias if step is None else step,
+            options.gate_bias if gate is None else gate,
+        )
+
     def _add_affine(self, sharded: dict[str, Any]) -> None:
         """Of one dimension, as biases and norms of vectors are: weight decay leaves those alone."""
         if self.options.learns_affine:
@@ -155,19 +179,22 @@ class TrellisMixer(nn.Module):
             self.readout_bias = new_parameter(size, initial=Constant(0.0), **sharded)
 
     def _add_convolution(self, sharded: dict[str, Any]) -> None:
-        taps, width = self.options.conv_kernel, self.config.dim
-        if taps > 0:
-            self.q_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
-            self.k_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
-            if self.options.conv_values:
-                self.v_conv_weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
+        taps = self.options.conv_kernel
+        self._convolved = ["q", "k"]
+        self._convolved += ["v"] if self.options.conv_values else []
+        self._convolved += ["alpha"] if self.options.conv_targets else []
+        for name in self._convolved if taps > 0 else []:
+            width = len(getattr(self, f"{name}_weight"))
+            weight = new_parameter(width, taps, initial=Normal(taps**-0.5), **sharded)
+            self.register_parameter(f"{name}_conv_weight", weight)
 
     def _add_initial_memory(self, sharded: dict[str, Any]) -> None:
         if self.options.learned_initial_memory:
             shape = (self.config.num_heads, self.options.slots, self.config.head_dim)
-            initial = Normal(self.config.init_std)
-            self.initial_key_memory = new_parameter(*shape, initial=initial, **sharded)
-            self.initial_value_memory = new_parameter(*shape, initial=initial, **sharded)
+            normal = Normal(self.config.init_std)
+            value = Identity() if self.options.initial_value_memory == "identity" else normal
+            self.initial_key_memory = new_parameter(*shape, initial=normal, **sharded)
+            self.initial_value_memory = new_parameter(*shape, initial=value, **sharded)
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; B = 1 when ``context`` holds several documents."""
@@ -266,47 +293,54 @@ class TrellisMixer(nn.Module):
 
     def _project(self, x: Tensor) -> _Projected:
         """Every input projection in one matmul; copying the weights together costs 1/T of it."""
-        weights: list[Tensor] = [self.q_weight, self.k_weight, self.v_weight]
-        weights += [self.output_gate_weight, self.alpha_weight]
-        gates = [getattr(self, f"{name}_weight") for name in self._learned_gates]
-        first = 3 if self.options.conv_values else 2
-        sizes = [self._convolved_width, *(len(weight) for weight in weights[first:] + gates)]
-        convolved, *parts = self.column(x, weights + gates).split(sizes, dim=-1)
-        value = None if self.options.conv_values else parts.pop(0)
-        learned = dict(zip(self._learned_gates, parts[2:], strict=True))
-        return _Projected(convolved, value, *parts[:2], **learned)
+        plain = [name for name in ("v", "output_gate", "alpha") if name not in self._convolved]
+        names = [*self._convolved, *plain, *self._learned_gates]
+        weights: list[Tensor] = [getattr(self, f"{name}_weight") for name in names]
+        sizes = [self._convolved_width, *(len(weight) for weight in weights[len(self._convolved) :])]
+        convolved, *parts = self.column(x, weights).split(sizes, dim=-1)
+        found = dict(zip(names[len(self._convolved) :], parts, strict=True))
+        value, alpha = found.pop("v", None), found.pop("alpha", None)
+        return _Projected(convolved, value, alpha, **found)
 
     @property
     def _convolved_width(self) -> int:
-        """W, the features that the convolution reads."""
-        return (3 if self.options.conv_values else 2) * len(self.q_weight)
+        """W, the features that the convolution reads on this rank."""
+        return sum(len(getattr(self, f"{name}_weight")) for name in self._convolved)
 
     def _inputs(
         self, projected: _Projected, *, edges: tuple[Tensor, ...] | None = None, tail: Tensor | None = None
     ) -> dict[str, Any]:
         """Tensors q, k, v, alpha and the gates as the operation takes them."""
         head_dim, slots = self.config.head_dim, self.options.slots
-        mixed = projected.convolved
-        if self.options.conv_kernel > 0:
-            weights: list[Tensor] = [self.q_conv_weight, self.k_conv_weight]
-            weight = torch.cat([*weights, self.v_conv_weight] if self.options.conv_values else weights)
-            mixed = self.convolution(mixed, weight, edges=edges, tail=tail)
-        if self.options.conv_activation == "silu":
-            mixed = F.silu(mixed)
-        value = projected.value
-        if value is None:
-            mixed, value = mixed.split([2 * len(self.q_weight), len(self.v_weight)], dim=-1)
+        mixed, more = self._mixed(projected, edges, tail)
         query_key = l2_normalise(mixed.unflatten(-1, (-1, head_dim)))
         q, k = query_key.chunk(2, dim=-2)
-        v = value.unflatten(-1, (-1, head_dim))
+        v = more["v"].unflatten(-1, (-1, head_dim))
         if self.options.value_norm == "l2":
             v = l2_normalise(v)
-        alpha = projected.alpha.unflatten(-1, (-1, slots))
+        alpha = more["alpha"].unflatten(-1, (-1, slots))
         if self.options.alpha_norm == "rms":
             alpha = rms_normalise(alpha, eps=self.config.norm_eps)
         elif self.options.alpha_norm == "l2":
             alpha = l2_normalise(alpha)
         return {"q": q, "k": k, "v": v, "alpha": alpha, **self._gates(projected)}
+
+    def _mixed(
+        self, projected: _Projected, edges: tuple[Tensor, ...] | None, tail: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """q and k [B, T, 2F] behind the convolution, and v and alpha, behind it or as they were projected."""
+        mixed = projected.convolved
+        if self.options.conv_kernel > 0:
+            weights = [getattr(self, f"{name}_conv_weight") for name in self._convolved]
+            mixed = self.convolution(mixed, torch.cat(weights), edges=edges, tail=tail)
+        if self.options.conv_activation == "silu":
+            mixed = F.silu(mixed)
+        more = {"v": projected.value, "alpha": projected.alpha}
+        missing = [name for name, x in more.items() if x is None]
+        widths = [len(getattr(self, f"{name}_weight")) for name in missing]
+        mixed, *parts = mixed.split([2 * len(self.q_weight), *widths], dim=-1)
+        found = {name: x for name, x in more.items() if x is not None}
+        return mixed, found | dict(zip(missing, parts, strict=True))
 
     def _gates(self, projected: _Projected) -> dict[str, Tensor]:
         """log beta and gamma [B, T, H] of the key pass and, where they are its own, of the value pass."""
@@ -325,7 +359,7 @@ class TrellisMixer(nn.Module):
     def _log_decay(self, logits: Tensor, prefix: str) -> Tensor:
         """log beta [B, T, H] of a learned forget gate, in fp32 (fp64 for fp64 inputs)."""
         logits = _wide(logits) + _wide(getattr(self, f"{prefix}decay_bias"))
-        if self.options.gate_form == "rate":
+        if self._as_rate(prefix):
             return -_wide(getattr(self, f"{prefix}decay_rate")).exp() * F.softplus(logits)
         floor = self.options.gate_floor
         if floor == 0:
