@@ -20,7 +20,13 @@ from trellis_dist.models.init import (
 )
 from trellis_dist.models.parallel_kind import ParallelKind, keep_shard, kind_of, shard_dim, undeclared
 
-EVERYTHING = {"learned_initial_memory": True, "value_gates": "own", "readout_affine": True}
+EVERYTHING = {
+    "learned_initial_memory": True,
+    "conv_values": True,
+    "conv_targets": True,
+    "value_gates": "own",
+    "readout_affine": True,
+}
 
 
 def values(model):
@@ -79,6 +85,15 @@ def test_output_projections_are_scaled_by_depth(tiny):
     assert model["blocks.0.mixer.q_weight"].std().item() == pytest.approx(0.1, rel=0.05)
     for name in ("mixer.out_weight", "mlp.down_weight"):
         assert model[f"blocks.0.{name}"].std().item() == pytest.approx(0.1 / 4, rel=0.05)
+
+
+@pytest.mark.parametrize("kind", sorted({"trellis", "attention", *BASELINES}))
+def test_mixers_that_begin_at_zero_add_nothing(tiny, kind):
+    model = values(tiny(pattern=(kind,), mixer_out_init="zero", dim=64, num_layers=8, init_std=0.1))
+    scaled = values(tiny(pattern=(kind,), dim=64, num_layers=8, init_std=0.1))
+    changed = [name for name in model if not torch.equal(model[name], scaled[name])]
+    assert changed == [f"blocks.{layer}.mixer.out_weight" for layer in range(8)]
+    assert not any(model[name].any() for name in changed)
 
 
 def test_a_foreign_parameter_is_refused_and_listed():

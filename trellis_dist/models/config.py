@@ -226,6 +226,8 @@ class ModelConfig:
         tie_embeddings: share the embedding with the output projection.
         norm_eps: epsilon of every RMSNorm; the heads of deltanet and gated_deltanet have 1e-5 head width.
         init_std: standard deviation of the initial weights; output projections are divided by sqrt(2 layers).
+        mixer_out_init: the mixers' output projections begin "scaled" like that, or at "zero": a mixer, whose
+            heads are normalised, then adds no noise to a stream that is small yet (docs/study.md).
     """
 
     __pydantic_config__ = STRICT
@@ -239,6 +241,7 @@ class ModelConfig:
     tie_embeddings: bool = True
     norm_eps: float = 1e-6
     init_std: float = 0.02
+    mixer_out_init: Literal["scaled", "zero"] = "scaled"
     trellis: TrellisConfig = field(default_factory=TrellisConfig)
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     baselines: BaselineConfig = field(default_factory=BaselineConfig)
@@ -267,6 +270,16 @@ class ModelConfig:
     def head_dim(self) -> int:
         """D = V = dim / num_heads."""
         return self.dim // self.num_heads
+
+    @property
+    def mixer_out_std(self) -> float:
+        """Standard deviation of the mixers' initial output projections."""
+        return 0.0 if self.mixer_out_init == "zero" else self.residual_std
+
+    @property
+    def residual_std(self) -> float:
+        """init_std / sqrt(2 layers), of what is added to the residual stream 2 layers times."""
+        return self.init_std / math.sqrt(2 * self.num_layers)
 
     @property
     def mlp_width(self) -> int:

@@ -32,8 +32,9 @@ class SwiGLU(nn.Module):
         sharded = ParallelKind.SHARDED
         self.gate_weight = new_parameter(hidden, dim, initial=Normal(std), kind=sharded, dim=0)
         self.up_weight = new_parameter(hidden, dim, initial=Normal(std), kind=sharded, dim=0)
-        depth_scaled = Normal(std / (2 * config.num_layers) ** 0.5)
-        self.down_weight = new_parameter(dim, hidden, initial=depth_scaled, kind=sharded, dim=1)
+        self.down_weight = new_parameter(
+            dim, hidden, initial=Normal(config.residual_std), kind=sharded, dim=1
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., dim] -> [..., dim]."""

@@ -237,7 +237,10 @@ _SIZES = ("vocab_size", "num_layers", "dim", "mlp_hidden", "tie_embeddings")
 _FREE = (
     *_SIZES,
     "init_std",
+    "mixer_out_init",
     "trellis.step_size_bias",
+    "trellis.value_step_size_bias",
+    "trellis.initial_value_memory",
     "trellis.chunk_size",
     "attention.rope_theta",
     "baselines.chunk_size",

@@ -48,8 +48,9 @@ class AttentionMixer(nn.Module):
         self.q_weight = new_parameter(width, width, initial=weight, **sharded)
         self.k_weight = new_parameter(width, width, initial=weight, **sharded)
         self.v_weight = new_parameter(width, width, initial=weight, **sharded)
-        depth_scaled = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
-        self.out_weight = new_parameter(width, width, initial=depth_scaled, kind=ParallelKind.SHARDED, dim=1)
+        self.out_weight = new_parameter(
+            width, width, initial=Normal(config.mixer_out_std), kind=ParallelKind.SHARDED, dim=1
+        )
 
     def forward(self, x: Tensor, context: SequenceContext) -> Tensor:
         """[B, T, dim] -> [B, T, dim]; attends inside each document of ``context``."""

@@ -126,8 +126,9 @@ class RecurrentMixer(nn.Module):
             self.add(f"{projection.name}_conv_weight", rows, taps, initial=Normal(taps**-0.5))
         self.add("output_gate_weight", config.dim, config.dim)
         self.add("norm_weight", config.num_heads, config.head_dim, initial=Constant(1.0))
-        depth_scaled = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
-        out = new_parameter(config.dim, config.dim, initial=depth_scaled, kind=ParallelKind.SHARDED, dim=1)
+        out = new_parameter(
+            config.dim, config.dim, initial=Normal(config.mixer_out_std), kind=ParallelKind.SHARDED, dim=1
+        )
         self.out_weight = out
 
     # What a kind says of itself.

@@ -137,8 +137,9 @@ class TrellisMixer(nn.Module):
         self._add_convolution(sharded)
         self._add_initial_memory(sharded)
         self.norm_weight = new_parameter(heads, config.head_dim, initial=Constant(1.0), **sharded)
-        depth_scaled = Normal(config.init_std / (2 * config.num_layers) ** 0.5)
-        self.out_weight = new_parameter(width, width, initial=depth_scaled, kind=ParallelKind.SHARDED, dim=1)
+        self.out_weight = new_parameter(
+            width, width, initial=Normal(config.mixer_out_std), kind=ParallelKind.SHARDED, dim=1
+        )
 
     def _add_gates(self, prefix: str, sharded: dict[str, Any]) -> None:
         """Step size and, where it is learned, forget gate of one pass: a weight [H, dim] and a bias [H]."""
