@@ -16,6 +16,7 @@ Shapes: every tensor is [..., M]; a sum or mean over slots is over the last dime
     readout  ln_silu    LN(SiLU(x)), eps 1e-5, no affine
              l2_silu    s / sqrt(sum s^2 + 1e-6), s = SiLU(x)
              softmax    softmax(x)
+             silu       SiLU(w x + b): what was found faintly stays faint
              silu_rms   SiLU(w h + b), h = x / sqrt(mean x^2 + 1e-6)
     affine   the other readouts give w f(x) + b; w is 1 and b is 0 where they are missing
 
@@ -37,7 +38,7 @@ __all__ += ["inner_backward", "inner_gradient", "readout_vjp"]
 
 PHI = ("silu", "tanh", "identity", "ln_silu", "softmax")
 ELEMENTWISE_PHI = ("silu", "tanh", "identity")
-READOUT = ("ln_silu", "l2_silu", "softmax", "silu_rms")
+READOUT = ("ln_silu", "l2_silu", "softmax", "silu", "silu_rms")
 UPDATE = ("stale", "corrected")
 LN_EPS = 1e-5
 L2_EPS = 1e-6
@@ -87,6 +88,8 @@ def apply_readout(
     x: Tensor, readout: str, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> Tensor:
     """P [..., M] from x [..., M]; weight and bias broadcast to it."""
+    if readout == "silu":
+        return functional.silu(_affine(x, weight, bias))
     if readout == "silu_rms":
         return functional.silu(_affine(x * _inverse_rms(x), weight, bias))
     if readout == "softmax":
@@ -109,8 +112,8 @@ def readout_vjp(
     x: Tensor, readout: str, weight: Tensor | None = None, bias: Tensor | None = None
 ) -> tuple[Tensor, Callable[[Tensor], ReadoutPullBack]]:
     """P as ``apply_readout`` gives it, and the function dP -> its gradients."""
-    if readout == "silu_rms":
-        return _silu_rms_vjp(x, weight, bias)
+    if readout in ("silu", "silu_rms"):
+        return _silu_vjp(x, readout, weight, bias)
     h, vjp = _normaliser(x, readout)
 
     def pull_back(grad: Tensor) -> ReadoutPullBack:
@@ -125,17 +128,17 @@ def _affine(h: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     return h if bias is None else h + bias
 
 
-def _silu_rms_vjp(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None
+def _silu_vjp(
+    x: Tensor, readout: str, weight: Tensor | None, bias: Tensor | None
 ) -> tuple[Tensor, Callable[[Tensor], ReadoutPullBack]]:
-    r = _inverse_rms(x)
-    h = x * r
+    r = _inverse_rms(x) if readout == "silu_rms" else None
+    h = x if r is None else x * r
     a = _affine(h, weight, bias)
 
     def pull_back(grad: Tensor) -> ReadoutPullBack:
         da = cast(Tensor, _aten.silu_backward(grad, a))
         dh = da if weight is None else da * weight
-        dx = (dh - h * (h * dh).mean(-1, keepdim=True)) * r
+        dx = dh if r is None else (dh - h * (h * dh).mean(-1, keepdim=True)) * r
         return ReadoutPullBack(dx, None if weight is None else da * h, None if bias is None else da)
 
     return functional.silu(a), pull_back

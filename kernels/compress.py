@@ -75,11 +75,11 @@ def compress_kv(
         step_size: inner step size, >= 0 [B, T, H].
         chunk_size: C; part of the function, not a tuning knob.
         phi: inner nonlinearity: silu, tanh, identity, ln_silu, softmax.
-        readout: activation f between the passes: ln_silu, l2_silu, softmax, silu_rms.
+        readout: activation f between the passes: ln_silu, l2_silu, softmax, silu, silu_rms.
         update: "stale" takes inner gradients at the chunk's start (the paper); "corrected" adds what the
             chunk has written since (docs/math.md).
         value_log_decay, value_step_size: gates of the value pass [B, T, H]; None shares the key pass's.
-        readout_weight, readout_bias: affine after f, in silu_rms before its SiLU [H, M]; None is 1 and 0.
+        readout_weight, readout_bias: affine after f, in silu and silu_rms inside it [H, M]; None is 1 and 0.
         initial_state: state to continue from, at any offset; None is zero memories.
         layout: chunk grid of packed documents (B = 1), built once and used by every layer.
         cu_seqlens: document bounds [N + 1] instead of ``layout``, where speed does not matter (on a GPU they

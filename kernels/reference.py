@@ -11,7 +11,8 @@ each document's start), J the Jacobian of phi:
 
 R and w_t are the same for the values v_t, with the value pass's own gates where it has them, and
 
-    y_t = R_t^T (w f(S_t q_t) + b)             silu_rms: y_t = R_t^T SiLU(w S_t q_t / rms(S_t q_t) + b)
+    y_t = R_t^T (w f(S_t q_t) + b)             silu: y_t = R_t^T SiLU(w S_t q_t + b)
+                                               silu_rms: y_t = R_t^T SiLU(w S_t q_t / rms(S_t q_t) + b)
 
 Nothing here is clever and nothing is shared with the chunkwise form: the Jacobian comes from torch.func.vjp,
 the activations are written out.
@@ -128,6 +129,10 @@ def _l2_silu(x: Tensor) -> Tensor:
     return s / torch.sqrt((s**2).sum(-1, keepdim=True) + 1e-6)
 
 
+def _unit_rms(x: Tensor) -> Tensor:
+    return x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6)
+
+
 def _softmax(x: Tensor) -> Tensor:
     e = torch.exp(x - x.amax(-1, keepdim=True).detach())
     return e / e.sum(-1, keepdim=True)
@@ -144,11 +149,13 @@ _READOUT: dict[str, Callable[[Tensor], Tensor]] = {
     "ln_silu": _ln_silu,
     "l2_silu": _l2_silu,
     "softmax": _softmax,
+    "silu": torch.clone,
+    "silu_rms": _unit_rms,
 }
 
 
 def _readout(x: Tensor, name: str, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    h = x / torch.sqrt((x**2).mean(-1, keepdim=True) + 1e-6) if name == "silu_rms" else _READOUT[name](x)
+    h = _READOUT[name](x)
     h = h if weight is None else weight * h
     h = h if bias is None else h + bias
-    return _silu(h) if name == "silu_rms" else h
+    return _silu(h) if name in ("silu", "silu_rms") else h

@@ -5,7 +5,8 @@ Sums and means over slots run along AXIS: 1 for tiles [rows, slots], 0 for [slot
 the next power of two; ``keep`` marks the real slots of real rows. What is outside enters as zero and leaves
 as zero. ``slots`` is M as a float. ``weight`` and ``bias`` are the readout's affine, None where it has none:
 
-    P = weight f(x) + bias;   silu_rms: P = SiLU(weight n + bias), n = x / sqrt(mean x^2 + eps)
+    P = weight f(x) + bias
+    silu: P = SiLU(weight x + bias);   silu_rms: P = SiLU(weight n + bias), n = x / sqrt(mean x^2 + eps)
 """
 
 from __future__ import annotations
@@ -136,9 +137,12 @@ def _rows_backward(z, alpha, grad, keep, slots, PHI: tl.constexpr, AXIS: tl.cons
 
 @triton.jit
 def _activate(x, keep, slots, READOUT: tl.constexpr, AXIS: tl.constexpr):
-    """f(x) without affine; silu_rms before its SiLU. And the factor that normalised it."""
+    """f(x) without affine; silu and silu_rms before their SiLU. And the factor that normalised it."""
     if READOUT == "softmax":
         p = _softmax(x, keep, AXIS)
+        r = 1.0
+    elif READOUT == "silu":
+        p = tl.where(keep, x, 0.0)
         r = 1.0
     elif READOUT == "silu_rms":
         x = tl.where(keep, x, 0.0)
@@ -161,6 +165,8 @@ def _pull_back(x, grad, keep, slots, READOUT: tl.constexpr, AXIS: tl.constexpr):
     p, r = _activate(x, keep, slots, READOUT, AXIS)
     if READOUT == "softmax":
         dx = p * (grad - _sum(p * grad, AXIS))
+    elif READOUT == "silu":
+        dx = grad
     elif READOUT == "silu_rms":
         dx = r * (grad - p * (_sum(p * grad, AXIS) / slots))
     else:
@@ -186,7 +192,7 @@ def apply_readout(x, weight, bias, keep, slots, READOUT: tl.constexpr):
     """P of [rows, slots]."""
     p, _ = _activate(x, keep, slots, READOUT, 1)
     p = _affine(p, weight, bias, keep)
-    if READOUT == "silu_rms":
+    if READOUT == "silu" or READOUT == "silu_rms":
         p = p * tl.sigmoid(p)
     return p
 
@@ -199,7 +205,7 @@ def readout_backward(x, weight, bias, grad, keep, slots, READOUT: tl.constexpr):
     """
     normal, _ = _activate(x, keep, slots, READOUT, 1)
     grad = tl.where(keep, grad, 0.0)
-    if READOUT == "silu_rms":
+    if READOUT == "silu" or READOUT == "silu_rms":
         a = _affine(normal, weight, bias, keep)
         grad = grad * _silu_slope(a, tl.sigmoid(a))
     dnormal = grad

@@ -533,7 +533,8 @@ def test_ablations_are_paired_with_the_run_of_the_same_rate(finished: dict[str, 
     assert {row["over"] for row in rows.values()} == {"books only (one seed)"}
     assert rows["corrected-conv-values"]["estimate"] == pytest.approx(-0.05)
     assert rows["paper-chunk-16"]["estimate"] == pytest.approx(0.0)
-    assert {name for name, row in rows.items() if row["within"]} == {"paper-chunk-16", "through-rates"}
+    through = {name for name, entry in plan.plan()["variants"].items() if entry["of"] == "trellis-through"}
+    assert {name for name, row in rows.items() if row["within"]} == {"paper-chunk-16", *through}
     assert "conv_values True" in rows["combined-1"]["title"]
 
 

@@ -214,7 +214,7 @@ def test_pads_that_fit_no_row_are_refused(pads: tuple[int, ...]) -> None:
 
 
 @pytest.mark.parametrize("update", UPDATE)
-@pytest.mark.parametrize("phi, readout", zip(PHI, (*READOUT, "silu_rms")))
+@pytest.mark.parametrize("phi, readout", zip(PHI, READOUT, strict=True))
 def test_backward_through_decoding_is_that_of_the_parallel_form(phi: str, readout: str, update: str) -> None:
     """Five steps over a chunk boundary: gradients of operands, affine and the state that was entered."""
     operands = make_operands(2, 5, seed=case_seed(phi, update), extra=EVERYTHING)

@@ -168,7 +168,13 @@ def test_without_gradients_nothing_is_kept() -> None:
 @pytest.mark.parametrize("update", UPDATE)
 @pytest.mark.parametrize(
     "phi, readout",
-    [("silu", "silu_rms"), ("tanh", "ln_silu"), ("ln_silu", "l2_silu"), ("softmax", "softmax")],
+    [
+        ("silu", "silu_rms"),
+        ("tanh", "ln_silu"),
+        ("ln_silu", "l2_silu"),
+        ("softmax", "softmax"),
+        ("identity", "silu"),
+    ],
 )
 def test_gradcheck(phi: str, readout: str, update: str) -> None:
     """Nothing but differences of the function itself: own gates, affine, states on both ends."""

@@ -128,7 +128,7 @@ def test_values_on_other_devices_are_read_only_when_asked_for() -> None:
         ({"layout": PackedLayout.of((7, 13), 4)}, "layout holds 2 documents, the operands B = 2 rows of 10"),
         ({"initial_state": (1, 2)}, "the state is of type tuple: it should be a CompressState"),
         ({"phi": "relu"}, "phi = 'relu': use one of silu, tanh, identity, ln_silu, softmax"),
-        ({"readout": "relu"}, "readout = 'relu': use one of ln_silu, l2_silu, softmax, silu_rms"),
+        ({"readout": "relu"}, "readout = 'relu': use one of ln_silu, l2_silu, softmax, silu, silu_rms"),
         ({"update": "fresh"}, "update = 'fresh': use one of stale, corrected"),
         ({"backend": "cuda"}, "backend = 'cuda': use one of auto, reference, chunkwise, triton"),
         ({"cu_seqlens": torch.tensor([0, 20])}, "cu_seqlens with B = 2"),

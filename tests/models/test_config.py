@@ -37,6 +37,8 @@ def test_impossible_models_are_refused(change, message):
         ({"gates": ("open",)}, "gates names 'open'"),
         ({"conv_kernel": -1}, "conv_kernel = -1"),
         ({"readout": "silu_rms", "readout_affine": True}, "leave readout_affine out"),
+        ({"readout": "silu", "readout_affine": True}, "readout = 'silu', .* leave readout_affine out"),
+        ({"head_norm_eps": 0.0}, "head_norm_eps = 0.0"),
         ({"update": "corrected", "step_bound": "token"}, "steps of 2 .* set step_size_max = 1"),
         ({"update": "corrected", "chunk_size": 1}, "steps of 2 .* below 2 only"),
         ({"update": "corrected", "step_size_max": 300.0}, "steps of 4.6875"),

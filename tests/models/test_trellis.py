@@ -217,12 +217,22 @@ def test_a_forget_gate_that_is_not_learned_is_the_same_for_both_passes(tiny, gat
     assert not any("decay" in name for name, _ in model.named_parameters())
 
 
-@pytest.mark.parametrize("options", [{"readout": "silu_rms"}, {"readout_affine": True}])
+@pytest.mark.parametrize("options", [{"readout": "silu_rms"}, {"readout": "silu"}, {"readout_affine": True}])
 def test_the_affine_is_learned_and_starts_as_none(tiny, options):
     settings = handed(tiny(trellis=options)).settings
     assert torch.equal(settings["readout_weight"], torch.ones(2, 6).double())
     assert torch.equal(settings["readout_bias"], torch.zeros(2, 6).double())
     assert "readout_weight" not in handed(tiny()).settings
+
+
+def test_what_is_small_beside_the_norm_of_the_heads_stays_small(tiny):
+    mixer = tiny(trellis={"head_norm_eps": 0.25}).blocks[0].mixer
+    y = torch.randn(2, 3, 2, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    gate = torch.full((2, 3, 16), 3.0, dtype=torch.float64)
+    for size in (1e-3, 1.0):
+        unit = size * y / ((size * y).square().mean(-1, keepdim=True) + 0.25).sqrt()
+        expected = (unit.flatten(-2) * F.gelu(gate)) @ mixer.out_weight.T
+        torch.testing.assert_close(mixer._output(size * y, gate), expected, atol=1e-12, rtol=1e-9)
 
 
 def test_a_fresh_affine_changes_nothing(tiny, tokens):

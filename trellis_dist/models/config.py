@@ -14,7 +14,7 @@ from trellis_dist.models.baseline_config import MINI_BATCH_KINDS, BaselineConfig
 from trellis_dist.validation import STRICT, require
 
 Phi = Literal["silu", "tanh", "identity", "ln_silu", "softmax"]
-Readout = Literal["ln_silu", "l2_silu", "softmax", "silu_rms"]
+Readout = Literal["ln_silu", "l2_silu", "softmax", "silu", "silu_rms"]
 Update = Literal["stale", "corrected"]
 Gate = Literal["learned", "fixed", "off"]
 LayerKind = Literal[
@@ -59,9 +59,9 @@ class TrellisConfig:
             has written since (our option). It corrects errors, so each step stays below 2: along a unit key
             a step of 1 removes the error, one above 1 overshoots, and from 2 on no error shrinks. Its
             intended form is gamma = sigmoid(.): ``step_bound`` "token" and ``step_size_max`` 1.
-        readout: f, the activation between the two passes (paper's best: ln_silu; silu_rms is our option).
-        readout_affine: learn a weight and a bias per head and slot after f. silu_rms always has them, inside
-            its SiLU, and then this stays false.
+        readout: f, the activation between the two passes (paper's best: ln_silu; silu and silu_rms are ours).
+        readout_affine: learn a weight and a bias per head and slot after f. silu and silu_rms always have
+            them, inside their SiLU, and then this stays false.
         step_size_max: gamma_max. The chunk's steps sum to at most this when ``step_bound`` is "chunk".
         step_size_bias: b of gamma = scale * sigmoid(w.x + b).
         step_bound: "chunk" divides gamma_max by C (our choice, stable at every C); "token" does not.
@@ -83,6 +83,8 @@ class TrellisConfig:
         conv_values: convolve v as well (our option; the DeltaNet family does).
         conv_targets: convolve alpha as well (our option): to the key pass alpha is what v is to a delta rule.
         conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
+        head_norm_eps: added to the mean square of a head's output where it is normalised; ``norm_eps`` unless
+            given. Outputs that are small beside its root stay small: a head that found little says little.
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
         initial_value_memory: what the learned value memory begins training as: "normal" draws, or "identity",
             R = I, with which y = f(S q) until the value pass writes (our option).
@@ -112,6 +114,7 @@ class TrellisConfig:
     conv_values: bool = False
     conv_targets: bool = False
     conv_activation: Literal["silu", "none"] = "silu"
+    head_norm_eps: float | None = None
     learned_initial_memory: bool = False
     initial_value_memory: Literal["normal", "identity"] = "normal"
 
@@ -143,9 +146,9 @@ class TrellisConfig:
             "gates learned or off",
         )
         require(
-            not (self.readout_affine and self.readout == "silu_rms"),
-            "model.trellis.readout_affine = true with readout = 'silu_rms', which always learns its weight "
-            "and bias: leave readout_affine out",
+            not (self.readout_affine and self.readout in ("silu", "silu_rms")),
+            f"model.trellis.readout_affine = true with readout = {self.readout!r}, which always learns its "
+            "weight and bias: leave readout_affine out",
         )
         require(
             self.update == "stale" or self.largest_step < 2,
@@ -153,6 +156,8 @@ class TrellisConfig:
             "update = 'corrected' corrects errors with steps below 2 only: set step_size_max = 1 and "
             "step_bound = 'token', or use a smaller step_size_max",
         )
+        eps = self.head_norm_eps
+        require(eps is None or eps > 0, f"model.trellis.head_norm_eps = {eps}: must be positive")
 
     def _check_value_pass(self) -> None:
         """Options that only change something beside others."""
@@ -185,7 +190,7 @@ class TrellisConfig:
     @property
     def learns_affine(self) -> bool:
         """Whether the readout has a weight and a bias."""
-        return self.readout_affine or self.readout == "silu_rms"
+        return self.readout_affine or self.readout in ("silu", "silu_rms")
 
 
 @dataclass(frozen=True, kw_only=True)

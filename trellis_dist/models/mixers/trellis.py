@@ -387,7 +387,8 @@ class TrellisMixer(nn.Module):
 
     def _output(self, y: Tensor, gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
-        normed = rms_normalise(y, eps=self.config.norm_eps, weight=self.norm_weight)
+        eps = self.options.head_norm_eps or self.config.norm_eps
+        normed = rms_normalise(y, eps=eps, weight=self.norm_weight)
         return self.row(normed.flatten(-2) * F.gelu(gate), self.out_weight)
 
     def _first_memory(self, documents: int) -> CompressState:
