@@ -2,6 +2,7 @@
 
 prepare --books DIR                strips the training books, makes tokenizer and shards
 run --books DIR --minutes 55       goes on with the plan; --dry-run only prints it
+try NAME --books DIR --model M     a run by hand, with --set KEY=VALUE; it chooses nothing
 score --books DIR [--test]         the n-grams on all books; with --test the test books, once
 speed                              seconds per token of all models in turns
 report                             benchmarks/results/study.json, the tables of docs/study.md, plots
@@ -33,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit status."""
     options = _parser().parse_args(arguments)
     store, work = Store(options.results), options.work.resolve()
-    reads = options.command in ("prepare", "run", "score", "one") and not getattr(options, "dry_run", False)
+    reads = options.command in ("prepare", "run", "score", "one", "try") and not getattr(
+        options, "dry_run", False
+    )
     if reads and options.books is None:
         print("give --books FOLDER, with the ten novels", file=sys.stderr)
         return 2
@@ -126,6 +129,23 @@ def _score(options: argparse.Namespace, store: Store, work: Path) -> int:
     return 0
 
 
+def _try(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.tried import changes_of, try_text
+
+    found = try_text(
+        options.name,
+        options.model,
+        options.rate,
+        changes_of(options.set),
+        tokens=options.tokens,
+        books=options.books.resolve(),
+        work=work,
+    )
+    path = store.write(f"tried/{options.name}", found)
+    print(f"{options.name}: {found['validation']['loss']:.4f} nats per token on the validation books; {path}")
+    return 0
+
+
 def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.speed import measure
 
@@ -145,6 +165,7 @@ _COMMANDS = {
     "prepare": _prepare,
     "run": _run,
     "one": _one,
+    "try": _try,
     "score": _score,
     "speed": _speed,
     "report": _report,
@@ -172,6 +193,14 @@ def _parser() -> argparse.ArgumentParser:
                 "--budget", type=float, default=BUDGET / 3600, help="core-hours of everything"
             )
             command.add_argument("--dry-run", action="store_true", help="print what is left, and end")
+        if name == "try":
+            command.add_argument("name", help="of its result")
+            command.add_argument("--model", required=True, help="of plan.toml")
+            command.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+            command.add_argument("--tokens", type=int, default=500_000)
+            command.add_argument(
+                "--set", action="append", default=[], metavar="KEY=VALUE", help="of a recipe"
+            )
         if name == "score":
             command.add_argument("--test", action="store_true", help="score the test books, once")
     return parser

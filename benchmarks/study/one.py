@@ -15,7 +15,7 @@ from benchmarks.study.plan import Task
 from benchmarks.study.results import Store
 from trellis_dist.files import read_json, write_json
 
-__all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores", "used"]
+__all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores", "train", "used"]
 
 # Status of a process whose time was over: what it did is saved, and it goes on when it is started again.
 EXIT_CUT = 75
@@ -35,7 +35,11 @@ def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | No
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         with measured(work / "core-seconds" / f"{task.name}.json") as meter:
-            found = _recall(task) if task.kind == "recall" else _train(task, books, work, minutes)
+            found = (
+                _recall(task)
+                if task.kind == "recall"
+                else train(task, books=books, work=work, minutes=minutes)
+            )
             if task.kind in SEALED:
                 # Counted with the run: what is sealed has no core-seconds of its own.
                 store.write(f"sealed/{task.name}", test_scores(task, books=books, work=work))
@@ -76,7 +80,12 @@ def _recall(task: Task) -> dict[str, Any]:
     return measure(task.settings, seed=task.seed)
 
 
-def _train(task: Task, books: Path, work: Path, minutes: float | None) -> dict[str, Any]:
+def train(task: Task, *, books: Path, work: Path, minutes: float | None = None) -> dict[str, Any]:
+    """Train a run and score it on the validation books: what its result says of that.
+
+    Raises:
+        ValueError, OSError, FailedError, CutError: as `launch.experiments.runs.perform`.
+    """
     from launch.experiments.runs import perform
 
     spec = task.spec(work)

@@ -69,7 +69,7 @@ def _tasks(results: Results) -> list[Task]:
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
     found += _full(plan()["full"]["seeds"], results)
-    found += [task for name in [OURS, PAPER, *models("main"), *rest] for task in _recall(name, results)]
+    found += [task for name in [OURS, *models("ours", "main"), *rest] for task in _recall(name, results)]
     found += _long(results)
     found += [task for name in rest for task in _tuning_of_rest(name, results)]
     found += _full({name: [0] for name in rest}, results)
@@ -378,12 +378,12 @@ def _long(results: Results) -> Iterator[Task]:
 
 
 def _recall(name: str, results: Results) -> list[Task]:
-    """Two learning rates of the chosen Trellis and the main models, one of the others."""
+    """Two learning rates of Trellis, chosen and in each form, and the main models, one of the others."""
     options = plan()["recall"]
     own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
     if own is None:
         return []
-    rates = options["rates"] if name == OURS or name in models("main") else options["rates"][:1]
+    rates = options["rates"] if name == OURS or name in models("ours", "main") else options["rates"][:1]
     tokens = options["steps"] * options["tokens_per_step"]
     changed = {key: value for key, value in own.set.items() if key.startswith("model.")} | options["set"]
     return [

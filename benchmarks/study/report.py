@@ -25,6 +25,7 @@ from benchmarks.study.tables import (
     recalls,
     short_bigram,
     title_of,
+    tried,
     tuned,
 )
 
@@ -52,6 +53,7 @@ def gather(store: Store) -> dict[str, Any]:
         "core_seconds": round(store.spent(), 1),
         "budget": BUDGET,
         "tuning": tuned(results),
+        "tried": tried(store.tried()),
         "ablations": ablations(results),
         "recall": recalls(results),
         "speed": speeds and speeds["lengths"],
@@ -79,6 +81,7 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "cost": _cost(whole),
         "equal-state": _equal_state(whole),
         "tuning": _tuning(found["tuning"], found["short_bigram"]),
+        "tried": _tried(found["tried"]),
         "ablations": _ablations(found["ablations"], found["short_bigram"], found["noise"]),
         "left": _left(found["left"]),
         "pilot": _first(found["pilot"]),
@@ -87,6 +90,22 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
         f"{found['budget'] / 3600:.0f} core-hours.",
     }
+
+
+def _tried(rows: Sequence[Row]) -> str:
+    heads = ("model", "changed", "learning rate", "tokens", "nats per token", "bits per byte")
+    lines = [
+        (
+            title_of(row["model"]),
+            ", ".join(f"{key.removeprefix('model.')} {value}" for key, value in row["set"].items()),
+            f"{row['rate']:g}",
+            f"{row['tokens']:,}",
+            f"{row['loss']:.4f}",
+            f"{row['bits_per_byte']:.4f}",
+        )
+        for row in rows
+    ]
+    return markdown(heads, lines) if lines else EMPTY
 
 
 def _ranking(rows: Sequence[Row], bigram: float | None) -> str:

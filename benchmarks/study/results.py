@@ -20,7 +20,8 @@ class Store:
     """The folder of results.
 
     Runs are FOLDER/NAME.json. FOLDER/once/ holds what is no run: the n-grams, the test split, the speeds;
-    FOLDER/sealed/ the runs' scores on the test books (benchmarks/study/frozen.py).
+    FOLDER/sealed/ the runs' scores on the test books (benchmarks/study/frozen.py); FOLDER/tried/ runs by
+    hand, which choose nothing (benchmarks/study/tried.py).
     """
 
     def __init__(self, folder: Path = FOLDER) -> None:
@@ -29,6 +30,10 @@ class Store:
     def runs(self) -> dict[str, dict[str, Any]]:
         """Name -> result of every finished run."""
         return {path.stem: read_json(path) for path in sorted(self.folder.glob("*.json"))}
+
+    def tried(self) -> dict[str, dict[str, Any]]:
+        """Name -> result of every run by hand."""
+        return {path.stem: read_json(path) for path in sorted((self.folder / "tried").glob("*.json"))}
 
     def once(self, name: str) -> dict[str, Any] | None:
         """What ``once/NAME.json`` holds; None without it."""
@@ -50,8 +55,8 @@ class Store:
     def spent(self) -> float:
         """Core-seconds of all results, and of test books that were not scored by the run itself."""
         later = (self.once("test") or {}).get("runs", {})
-        both = [*self.runs().values(), *later.values()]
-        return sum(float(found.get("core_seconds", 0.0)) for found in both)
+        every = [*self.runs().values(), *self.tried().values(), *later.values()]
+        return sum(float(found.get("core_seconds", 0.0)) for found in every)
 
 
 def compact(value: Any, depth: int = 0) -> str:

@@ -23,6 +23,7 @@ __all__ = [
     "recalls",
     "short_bigram",
     "title_of",
+    "tried",
     "tuned",
 ]
 
@@ -238,3 +239,17 @@ def interval_text(row: Mapping[str, Any] | Interval | None) -> str:
     numbers = row.row() if isinstance(row, Interval) else row
     mark = "" if numbers["over"] == "books x seeds" else " *"
     return f"{numbers['estimate']:+.4f} [{numbers['low']:+.4f}, {numbers['high']:+.4f}]{mark}"
+
+
+def tried(found: Results) -> list[Row]:
+    """Runs by hand: fewest tokens first, then the lowest loss."""
+    rows = [
+        {
+            "name": name,
+            **{key: run["tried"][key] for key in ("model", "rate", "tokens", "set")},
+            "loss": run["validation"]["loss"],
+            "bits_per_byte": run["validation"]["bits_per_byte"],
+        }
+        for name, run in found.items()
+    ]
+    return sorted(rows, key=lambda row: (row["tokens"], row["loss"]))

@@ -27,6 +27,7 @@ from benchmarks.study import (
     results,
     score,
     tables,
+    tried,
 )
 from benchmarks.study.__main__ import check_data, main
 from launch.experiments.spec import what_fixes
@@ -417,7 +418,7 @@ def test_a_sealed_score_stands_in_for_a_checkpoint_that_is_gone(
 def test_a_full_run_seals_its_test_scores_and_a_tuning_run_has_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(one, "_train", lambda task, *_: {"validation": {"loss": 4.0}})
+    monkeypatch.setattr(one, "train", lambda task, **_: {"validation": {"loss": 4.0}})
     monkeypatch.setattr(one, "test_scores", lambda task, **_: {"loss": 3.5})
     store = results.Store(tmp_path / "results")
     for kind in ("tune", "full"):
@@ -434,13 +435,56 @@ def test_a_run_that_is_cut_while_it_scores_the_test_books_goes_on_and_what_it_to
         sum(i * i for i in range(2_000_000))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(one, "_train", lambda task, *_: {"validation": {"loss": 4.0}})
+    monkeypatch.setattr(one, "train", lambda task, **_: {"validation": {"loss": 4.0}})
     monkeypatch.setattr(one, "test_scores", cut)
     task = plan.Task("full-x", "full", plan.Settings(model="gsa", rate=1e-3))
     store = results.Store(tmp_path / "results")
     assert one.do(task, books=tmp_path, work=tmp_path, store=store, minutes=None) == one.EXIT_CUT
     assert store.runs() == {}
     assert pool.spent(store, tmp_path) > 0.05
+
+
+# Runs by hand
+
+
+def test_a_run_by_hand_is_kept_and_counted_and_chooses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[plan.Task] = []
+
+    def trained(task: plan.Task, **_: Any) -> dict[str, Any]:
+        seen.append(task)
+        return {"validation": {"loss": 4.25, "bits_per_byte": 2.0}}
+
+    monkeypatch.setattr(tried, "train", trained)
+    store = results.Store(tmp_path / "results")
+    command = ["try", "louder", "--books", str(tmp_path), "--model", "trellis-through", "--tokens", "9000"]
+    changes = ["--set", "model.trellis.head_norm_eps=1e-6", "--set", 'model.trellis.readout="silu_rms"']
+    places = ["--work", str(tmp_path), "--results", str(store.folder)]
+    assert main([*command, *changes, *places]) == 0
+    resolved = seen[0].spec(tmp_path).resolved
+    assert (resolved.model.trellis.head_norm_eps, resolved.training.steps) == (1e-6, 4)
+    assert store.runs() == {}
+    assert store.spent() == store.tried()["louder"]["core_seconds"]
+    (row,) = tables.tried(store.tried())
+    assert (row["tokens"], row["loss"], row["set"]["model.trellis.readout"]) == (8192, 4.25, "silu_rms")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["--model", "gru"], "--model gru: use one of trellis-paper, "),
+        (["--model", "gsa", "--set", "model.dim"], "--set model.dim: write KEY=VALUE"),
+        (["--model", "gsa", "--set", "model.dim=wide"], "--set model.dim=wide: write KEY=VALUE"),
+        (["--model", "gsa", "--tokens", "100"], "--tokens 100: an update has 2048, use as many or more"),
+    ],
+)
+def test_runs_by_hand_that_cannot_be_are_refused(
+    given: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--books", str(tmp_path), "--work", str(tmp_path), "--results", str(tmp_path)]
+    assert main(["try", "x", *given, *places]) == 1
+    assert message in capsys.readouterr().err
 
 
 # Results
@@ -617,7 +661,7 @@ def test_the_report_fills_the_page_and_draws(
     }
     text = page.read_text()
     assert "| **Trellis** | 3 |" in text
-    assert text.count(tables.EMPTY) == 2  # the test books
+    assert text.count(tables.EMPTY) == 3  # the test books, runs by hand
     assert "Every run of the plan is done." in text
     twice = report.fill(text, report.sections(report.gather(store)))
     assert twice == text
