@@ -5,8 +5,8 @@
     noise-MODEL-s1        the best of these with another seed
     vary-VARIANT          one change to a form of Trellis; vary-combined-1, -2: the best changes together
     search-MODEL-3        further settings of the two strongest baselines, as many as Trellis has had
-    full-MODEL-s0         9M tokens with the best settings found: seed by seed
     recall-MODEL-lr3e-3   associative recall, in small models of their own
+    full-MODEL-s0         9M tokens with the best settings found: seed by seed
     long-MODEL-s0         9M tokens in rows of 4,096
 
 A run that needs a choice appears once the runs that it is chosen from are finished. Settings that one
@@ -68,8 +68,8 @@ def _tasks(results: Results) -> list[Task]:
     found += [task for name in first for task in _tuning(name, results)]
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
-    found += _full(plan()["full"]["seeds"], results)
     found += [task for name in [OURS, *models("ours", "main"), *rest] for task in _recall(name, results)]
+    found += _full(plan()["full"]["seeds"], results)
     found += _long(results)
     found += [task for name in rest for task in _tuning_of_rest(name, results)]
     found += _full({name: [0] for name in rest}, results)

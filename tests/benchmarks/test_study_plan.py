@@ -175,8 +175,8 @@ def test_the_rest_have_the_best_rate_of_gated_deltanet_and_its_better_neighbour(
         assert f"full-{name}-s0" in finished
         assert f"full-{name}-s1" not in finished
     names = [task.name for task in order.tasks(finished) if task.kind == "full"]
-    assert names[-3:] == ["full-mamba2-s2", "full-ttt_linear-s2", "full-trellis-half-s2"]
-    assert [name.split("-")[1] for name in names[-9:-3]] == list(plan.models("rest"))
+    assert names[-2:] == ["full-mamba2-s2", "full-ttt_linear-s2"]
+    assert [name.split("-")[1] for name in names[-8:-2]] == list(plan.models("rest"))
 
 
 def test_learning_rates_go_on_where_the_best_is_the_last_one(finished: dict[str, Any]) -> None:
@@ -600,7 +600,8 @@ def test_models_of_equal_state_are_compared_with_the_half_slot_trellis(finished:
     by_name = {row["group"]: row for row in tables.ranking(finished, "full", NGRAMS)}
     half, gated = by_name["trellis-half"], by_name["gated_deltanet"]
     assert half["difference_half"] is None
-    assert gated["difference_half"]["estimate"] == pytest.approx(gated["loss"] - half["loss"], abs=1e-5)
+    first = gated["loss"] - 0.001  # of the three seeds; the half-slot Trellis has the first alone
+    assert gated["difference_half"]["estimate"] == pytest.approx(first - half["loss"], abs=1e-5)
     rows = [
         {**by_name["gsa"], "memory_bytes": 100, "difference_half": {**gated["difference"], "estimate": 0.25}},
         {**half, "memory_bytes": 100},
