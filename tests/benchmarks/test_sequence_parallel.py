@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, astuple, replace
+from dataclasses import asdict, astuple, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -482,8 +482,9 @@ def completed_models(settings: dict[str, Any]) -> dict[str, Any]:
     }
     inner = {"trellis": TrellisConfig(), "attention": AttentionConfig(), "baselines": BaselineConfig()}
     defaults = {name: json.loads(json.dumps(asdict(section))) for name, section in inner.items()}
+    outer = {field.name: field.default for field in fields(ModelConfig) if isinstance(field.default, str)}
     return {
-        name: {**model, **{key: {**defaults[key], **model.get(key, {})} for key in defaults}}
+        name: {**outer, **model, **{key: {**defaults[key], **model.get(key, {})} for key in defaults}}
         for name, model in models.items()
     }
 

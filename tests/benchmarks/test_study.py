@@ -122,7 +122,7 @@ def test_every_model_of_a_seed_is_given_that_seeds_rows_and_initial_weights(tmp_
         settings = plan.Settings(name, 1e-3, plan.table(name))
         recipe = plan.Task("x", "full", settings, seed=2, tokens=10**6).spec(tmp_path).resolved
         assert (recipe.data.seed, recipe.training.seed) == (2, 2)
-        assert recipe.global_rows == 8
+        assert recipe.global_rows == 2
         assert (recipe.data.packing, recipe.data.carry_rows) == ("concat", 1)
 
 
