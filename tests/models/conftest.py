@@ -9,10 +9,39 @@ import pytest
 import torch
 
 from trellis_dist.models.baseline_config import BaselineConfig
-from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.config import AttentionConfig, ModelConfig, TrellisConfig
 from trellis_dist.models.language_model import LanguageModel, build_language_model
 
 VOCABULARY = 31
+
+# Models by name, as options of ``tiny``, that packing and decoding are both asked about.
+CASES: dict[str, dict[str, Any]] = {
+    "sliding window": {
+        "pattern": ("trellis", "sliding_window"),
+        "attention": AttentionConfig(sliding_window=3),
+    },
+    "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
+    "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
+    "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
+    "abc": {"pattern": ("abc",)},
+    "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
+    "rwkv7": {"pattern": ("rwkv7",)},
+    "ttt_linear": {"pattern": ("ttt_linear",)},
+    "titans": {"pattern": ("titans",), "baselines": {"conv_kernel": 0}},
+    "titans, two layers": {"pattern": ("titans",), "baselines": {"titans_depth": 2}},
+    "rates, convolved values": {
+        "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
+    },
+    "convolved targets": {"trellis": {"conv_targets": True}},
+    "all convolved, an identity to begin with": {
+        "trellis": {
+            "conv_values": True,
+            "conv_targets": True,
+            "learned_initial_memory": True,
+            "initial_value_memory": "identity",
+        }
+    },
+}
 
 
 def tiny_config(

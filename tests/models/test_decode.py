@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.models.conftest import CASES
 from trellis_dist.models.config import AttentionConfig
 from trellis_dist.models.counts import state_bytes
 from trellis_dist.models.kv_cache import KVCache
@@ -32,31 +33,7 @@ MODELS = {
         "trellis": {"update": "corrected", "readout_affine": True, "value_gates": "own", "gates": ("off",)}
     },
     "one token per chunk": {"trellis": {"chunk_size": 1, "conv_kernel": 1}},
-    "sliding window": {
-        "pattern": ("trellis", "sliding_window"),
-        "attention": AttentionConfig(sliding_window=3),
-    },
-    "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
-    "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
-    "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
-    "abc": {"pattern": ("abc",)},
-    "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
-    "rwkv7": {"pattern": ("rwkv7",)},
-    "ttt_linear": {"pattern": ("ttt_linear",)},
-    "titans": {"pattern": ("titans",), "baselines": {"conv_kernel": 0}},
-    "titans, two layers": {"pattern": ("titans",), "baselines": {"titans_depth": 2}},
-    "rates, convolved values": {
-        "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
-    },
-    "convolved targets": {"trellis": {"conv_targets": True}},
-    "all convolved, an identity to begin with": {
-        "trellis": {
-            "conv_values": True,
-            "conv_targets": True,
-            "learned_initial_memory": True,
-            "initial_value_memory": "identity",
-        }
-    },
+    **CASES,
 }
 
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.models.conftest import VOCABULARY, tiny_config
+from tests.models.conftest import CASES, VOCABULARY, tiny_config
 from trellis_dist.models.config import AttentionConfig
 from trellis_dist.models.context import packed_context
 from trellis_dist.models.language_model import build_language_model
@@ -19,31 +19,7 @@ MODELS = {
     "attention": {"pattern": ("attention",), "attention": AttentionConfig(window=3)},
     "hybrid": {"pattern": ("trellis", "attention"), "trellis": {"learned_initial_memory": True}},
     "corrected": {"trellis": {"update": "corrected", "readout": "silu_rms", "value_gates": "own"}},
-    "sliding window": {
-        "pattern": ("trellis", "sliding_window"),
-        "attention": AttentionConfig(sliding_window=3),
-    },
-    "deltanet": {"pattern": ("deltanet",), "baselines": {"conv_kernel": 0}},
-    "gated_deltanet": {"pattern": ("gated_deltanet",), "baselines": {"conv_values": False}},
-    "linear_attention, mamba2": {"pattern": ("linear_attention", "mamba2")},
-    "abc": {"pattern": ("abc",)},
-    "gsa": {"pattern": ("gsa",), "baselines": {"chunk_size": 3}},
-    "rwkv7": {"pattern": ("rwkv7",)},
-    "ttt_linear": {"pattern": ("ttt_linear",)},
-    "titans": {"pattern": ("titans",), "baselines": {"conv_kernel": 0}},
-    "titans, two layers": {"pattern": ("titans",), "baselines": {"titans_depth": 2}},
-    "rates, convolved values": {
-        "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
-    },
-    "convolved targets": {"trellis": {"conv_targets": True}},
-    "all convolved, an identity to begin with": {
-        "trellis": {
-            "conv_values": True,
-            "conv_targets": True,
-            "learned_initial_memory": True,
-            "initial_value_memory": "identity",
-        }
-    },
+    **CASES,
 }
 
 

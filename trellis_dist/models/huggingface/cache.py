@@ -17,7 +17,7 @@ from trellis_dist.models.config import ATTENTION_KINDS
 from trellis_dist.models.kv_cache import KVCache
 from trellis_dist.models.language_model import LanguageModel, LMState
 from trellis_dist.models.mixers.recurrent import RecurrentState
-from trellis_dist.models.mixers.trellis import TrellisState
+from trellis_dist.models.mixers.trellis_state import TrellisState
 from trellis_dist.models.registry import LayerState
 
 __all__ = ["TrellisCache", "padding"]

@@ -19,8 +19,8 @@ has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.5
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -42,39 +42,13 @@ from trellis_dist.models.init import (
     new_parameter,
 )
 from trellis_dist.models.linear import ColumnFunction, RowFunction, linear, linear_joined
+from trellis_dist.models.mixers.trellis_state import TrellisState
 from trellis_dist.models.norm import l2_normalise, rms_normalise
 from trellis_dist.models.pads import FrontPads
 from trellis_dist.models.parallel_kind import ParallelKind
 from trellis_dist.models.region import Region, call
 
-__all__ = ["TrellisMixer", "TrellisState"]
-
-
-@dataclass(frozen=True)
-class TrellisState:
-    """What a layer carries between calls; its size does not depend on the position.
-
-    Attributes:
-        memory: both memories, [B, H, M, D] and [B, H, M, V].
-        tail: [B, K-1, W], the last inputs of the convolution, W = 2F (+ F with ``conv_values``, + H M with
-            ``conv_targets``); None without one.
-    """
-
-    memory: CompressState
-    tail: Tensor | None
-
-    def select_rows(self, rows: Sequence[int]) -> TrellisState:
-        """The state whose row r continues row ``rows[r]`` of this one."""
-        tail = self.tail
-        if tail is not None:
-            tail = tail.index_select(0, torch.tensor(list(rows), dtype=torch.long, device=tail.device))
-        return TrellisState(self.memory.select_rows(rows), tail)
-
-    def bytes(self) -> int:
-        """Bytes of the state; the chunk-start pair counts even while it is the same as the memories."""
-        pair = (self.memory.key_memory, self.memory.value_memory)
-        tensors = [*pair, *pair] if self.tail is None else [*pair, *pair, self.tail]
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+__all__ = ["TrellisMixer"]
 
 
 class _Projected(NamedTuple):
