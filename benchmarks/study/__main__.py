@@ -26,6 +26,7 @@ from benchmarks.study.order import tasks
 from benchmarks.study.plan import plan
 from benchmarks.study.pool import Pool, lines_of, pending, spent, unregistered
 from benchmarks.study.results import BUDGET, FOLDER, Store
+from benchmarks.study.tried import adopt
 
 WORK = Path("runs/study")
 
@@ -56,6 +57,8 @@ def _prepare(options: argparse.Namespace, store: Store, work: Path) -> int:
 
 def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
     for line in unregistered():
+        print(line)
+    for line in [] if options.dry_run else adopt(store):
         print(line)
     results, budget = store.runs(), options.budget * 3600
     check_results(results)

@@ -13,7 +13,7 @@ from launch.experiments.spec import what_fixes
 from launch.recipe import dotted_items, parse_recipe, resolve
 from trellis_dist.files import digest
 
-__all__ = ["check_results"]
+__all__ = ["check_results", "stored_digest"]
 
 Results = Mapping[str, Mapping[str, Any]]
 _REMEDY = "remove its result to train it again, or undo the change"
@@ -37,7 +37,7 @@ def _check_recipe(name: str, found: Mapping[str, Any]) -> None:
 
         stored, now = found["digest"], mark(task.settings, seed=task.seed)
     else:
-        stored, now = _stored(found, task.spec(Path("x"))), task.spec(Path("x")).digest
+        stored, now = stored_digest(found, task.spec(Path("x"))), task.spec(Path("x")).digest
     if stored != now:
         raise ValueError(
             f"{name} was trained with another recipe (digest {stored[:12]}) than base.toml and plan.toml "
@@ -45,7 +45,7 @@ def _check_recipe(name: str, found: Mapping[str, Any]) -> None:
         )
 
 
-def _stored(found: Mapping[str, Any], spec: RunSpec) -> str:
+def stored_digest(found: Mapping[str, Any], spec: RunSpec) -> str:
     """The digest of a result's recipe; a key that a later version added counts with its default."""
     if digest(found.get("recipe", {})) != found["digest"]:
         return str(found["digest"])

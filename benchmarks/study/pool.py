@@ -18,6 +18,7 @@ from benchmarks.study.one import EXIT_CUT
 from benchmarks.study.order import counted, tasks
 from benchmarks.study.plan import Task, models, plan, registered
 from benchmarks.study.results import Store
+from benchmarks.study.tried import run_name
 from trellis_dist.files import read_json
 
 __all__ = ["Pool", "estimate", "lines_of", "pending", "spent", "unregistered"]
@@ -65,7 +66,8 @@ def _scoring(found: Sequence[Mapping[str, Any]]) -> float:
 
 def spent(store: Store, work: Path) -> float:
     """Core-seconds of all results, and of runs that are begun and not finished."""
-    known = store.runs()
+    known = {*store.runs(), *map(run_name, store.tried())}
+    known |= {run_name(found["tried_as"]) for found in store.runs().values() if "tried_as" in found}
     begun = (path for path in (work / "core-seconds").glob("*.json") if path.stem not in known)
     return store.spent() + sum(float(read_json(path)["seconds"]) for path in begun)
 

@@ -470,6 +470,27 @@ def test_a_run_by_hand_is_kept_and_counted_and_chooses_nothing(
     assert (row["tokens"], row["loss"], row["set"]["model.trellis.readout"]) == (8192, 4.25, "silu_rms")
 
 
+def test_a_run_by_hand_that_the_plan_comes_to_name_is_the_plan_s(tmp_path: Path) -> None:
+    store = results.Store(tmp_path)
+    first, other = [task for task in order.tasks({}) if task.kind == "tune"][:2]
+    for name, task, rate in (("same", first, first.settings.rate), ("slower", other, 1e-7)):
+        about = {"model": task.settings.model, "rate": rate, "tokens": task.about()["tokens"], "set": {}}
+        done = sealed_with_its_recipe(task, 4.0)
+        del done["about"]
+        done["validation"]["characters"] = task.characters
+        store.write(f"tried/{name}", done | {"name": name, "tried": about, "core_seconds": 50.0})
+    (tmp_path / "core-seconds").mkdir()
+    (tmp_path / "core-seconds" / f"{tried.run_name('same')}.json").write_text('{"seconds": 50.0}')
+    before = pool.spent(store, tmp_path)
+    (line,) = tried.adopt(store)
+    assert line == f"{first.name}: run by hand before, as same"
+    known.check_results(store.runs())
+    assert store.runs()[first.name]["tried_as"] == "same"
+    assert set(store.tried()) == {"slower"}
+    assert before == pool.spent(store, tmp_path) == 100.0
+    assert tried.adopt(store) == []
+
+
 @pytest.mark.parametrize(
     ("given", "message"),
     [
