@@ -33,8 +33,9 @@ CASES: dict[str, dict[str, Any]] = {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
     },
     "convolved targets": {"trellis": {"conv_targets": True}},
-    "all convolved, an identity to begin with": {
+    "all convolved, an identity to begin with, a skip": {
         "trellis": {
+            "skip_values": True,
             "conv_values": True,
             "conv_targets": True,
             "learned_initial_memory": True,

@@ -141,9 +141,17 @@ KINDS: dict[str, tuple[Inputs, Definition]] = {
     "ttt_linear": (ttt_linear, functools.partial(ttt_loop, **MINI_BATCHES)),
     "titans": (titans, functools.partial(titans_loop, **MINI_BATCHES)),
 }
+
+
+def skip(x: Given, p: Given) -> Tensor:
+    return p["skip"][:, None] * x["v"] if "skip" in p else torch.zeros_like(x["v"])
+
+
 # What a token adds to what it reads.
 OWN: dict[str, Callable[[Given, Given], Tensor]] = {
-    "mamba2": lambda x, p: p["skip"][:, None] * x["v"],
+    "mamba2": skip,
+    "deltanet": skip,
+    "gated_deltanet": skip,
     "rwkv7": lambda x, p: (x["q"] * p["bonus"] * rwkv7_keys(x, p)[1]).sum(-1, keepdim=True) * x["v"],
 }
 EPSILON = {"deltanet": 1e-5 * WIDTH, "gated_deltanet": 1e-5 * WIDTH}
@@ -191,6 +199,7 @@ FORMS = {
     "all convolved": ({}, "qkv"),
     "raw values": ({"conv_values": False}, "qk"),
     "raw": ({"conv_kernel": 0}, ""),
+    "a skip": ({"skip_values": True}, "qkv"),
 }
 
 
@@ -226,6 +235,7 @@ CHANGED = {
     "titans_step": 1.0,
     "titans_keep_bias": 0.0,
     "titans_momentum_bias": 2.0,
+    "skip_values": True,
 }
 
 

@@ -26,6 +26,7 @@ EVERYTHING = {
     "conv_targets": True,
     "value_gates": "own",
     "readout_affine": True,
+    "skip_values": True,
 }
 
 

@@ -232,7 +232,19 @@ def test_what_is_small_beside_the_norm_of_the_heads_stays_small(tiny):
     for size in (1e-3, 1.0):
         unit = size * y / ((size * y).square().mean(-1, keepdim=True) + 0.25).sqrt()
         expected = (unit.flatten(-2) * F.gelu(gate)) @ mixer.out_weight.T
-        torch.testing.assert_close(mixer._output(size * y, gate), expected, atol=1e-12, rtol=1e-9)
+        torch.testing.assert_close(mixer._output(size * y, y, gate), expected, atol=1e-12, rtol=1e-9)
+
+
+def test_a_token_s_own_value_is_added_to_what_its_head_reads(tiny, tokens):
+    plain, skipping = tiny().blocks[0].mixer, tiny(trellis={"skip_values": True}).blocks[0].mixer
+    assert torch.equal(skipping.skip, torch.ones(2, dtype=torch.float64))
+    generator = torch.Generator().manual_seed(0)
+    y, v = torch.randn(2, 2, 3, 2, 8, generator=generator, dtype=torch.float64)
+    gate = torch.full((2, 3, 16), 3.0, dtype=torch.float64)
+    with torch.no_grad():
+        skipping.skip.copy_(torch.tensor([0.5, -2.0]))
+    expected = plain._output(y + torch.tensor([0.5, -2.0]).double()[:, None] * v, y, gate)
+    torch.testing.assert_close(skipping._output(y, v, gate), expected, atol=1e-12, rtol=1e-12)
 
 
 def test_a_fresh_affine_changes_nothing(tiny, tokens):

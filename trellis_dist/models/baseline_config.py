@@ -38,6 +38,7 @@ READERS = {
     "titans_step": ("titans",),
     "titans_keep_bias": ("titans",),
     "titans_momentum_bias": ("titans",),
+    "skip_values": ("deltanet", "gated_deltanet"),
 }
 
 
@@ -58,6 +59,8 @@ class BaselineConfig:
         titans_step: of titans; the steps of a mini-batch sum to at most this (our choice: the gradients of a
             mini-batch are taken at one point, so that their sum is what has to be bounded). Above 1 gradients
             of small language models spiked a thousandfold; recall of a few pairs learned faster with 8.
+        skip_values: of deltanet and gated_deltanet; add d v to what a head reads, as Mamba2 does and
+            ``trellis.skip_values`` (not theirs: it tells what of a layer's lead is the skip).
         backend: "fla" runs the recurrences of linear_attention, deltanet, gated_deltanet, mamba2, gsa, rwkv7
             by flash-linear-attention's Triton kernels where tensors are on a GPU (not tried on one yet);
             "torch" and everything else run in plain PyTorch.
@@ -77,6 +80,7 @@ class BaselineConfig:
     titans_step: float = 1.0
     titans_keep_bias: float = 4.0
     titans_momentum_bias: float = 0.0
+    skip_values: bool = False
     backend: Literal["torch", "fla"] = "torch"
 
     def __post_init__(self) -> None:

@@ -85,6 +85,8 @@ class TrellisConfig:
         conv_activation: "silu" after that convolution (our choice, as in its usual form) or "none".
         head_norm_eps: added to the mean square of a head's output where it is normalised; ``norm_eps`` unless
             given. Outputs that are small beside its root stay small: a head that found little says little.
+        skip_values: add d v to what a head reads, d learned per head and 1 at first (our option, Mamba2's
+            skip): a token's own value, past the memory. v is as the value pass takes it.
         learned_initial_memory: start both memories from learned [H, M, .] tensors instead of zero.
         initial_value_memory: what the learned value memory begins training as: "normal" draws, or "identity",
             R = I, with which y = f(S q) until the value pass writes (our option).
@@ -115,6 +117,7 @@ class TrellisConfig:
     conv_targets: bool = False
     conv_activation: Literal["silu", "none"] = "silu"
     head_norm_eps: float | None = None
+    skip_values: bool = False
     learned_initial_memory: bool = False
     initial_value_memory: Literal["normal", "identity"] = "normal"
 

@@ -4,6 +4,7 @@
     b = sigmoid(w_b x)        log a = -exp(A) softplus(w_a x + d)       DeltaNet: a = 1
 
 A starts as log u, u uniform in [1, 16], and softplus(d) log-uniform in [.001, .1], as in the original.
+With ``skip_values`` d v, d [H] at 1 at first, is added to what a head reads: Mamba2's skip, not theirs.
 The norm per head adds 1e-5 D to the mean square: the original's adds 1e-5, of outputs D^{-1/2} as large.
 """
 
@@ -18,7 +19,7 @@ from torch import Tensor, nn
 
 from kernels.baselines.delta_rule import gated_delta_rule
 from trellis_dist.models.config import LayerKind, ModelConfig
-from trellis_dist.models.init import InverseSoftplus, LogUniform
+from trellis_dist.models.init import Constant, InverseSoftplus, LogUniform
 from trellis_dist.models.mixers.recurrent import Projection, RecurrentMixer, wide
 from trellis_dist.models.norm import l2_normalise
 
@@ -29,9 +30,12 @@ class DeltaNetMixer(RecurrentMixer):
     """A head keeps one matrix [D, V] and corrects what it says of a key."""
 
     kind: ClassVar[LayerKind] = "deltanet"
+    skip: nn.Parameter
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer, gated_delta_rule)
+        if self.options.skip_values:
+            self.add("skip", config.num_heads, initial=Constant(1.0))
 
     @classmethod
     def list_projections(cls, config: ModelConfig) -> list[Projection]:
@@ -53,6 +57,16 @@ class DeltaNetMixer(RecurrentMixer):
         """q, k of unit norm, v and beta in (0, 1)."""
         q, k = l2_normalise(parts["q"]), l2_normalise(parts["k"])
         return {"q": q, "k": k, "v": parts["v"], "beta": torch.sigmoid(wide(parts["beta"].squeeze(-1)))}
+
+    def beside(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """v, for the skip."""
+        return {"v": parts["v"]} if self.options.skip_values else {}
+
+    def finish(self, y: Tensor, beside: Mapping[str, Tensor]) -> Tensor:
+        """y + d v where there is a skip."""
+        if not self.options.skip_values:
+            return y
+        return y + (wide(self.skip)[:, None] * beside["v"]).to(y.dtype)
 
 
 class GatedDeltaNetMixer(DeltaNetMixer):

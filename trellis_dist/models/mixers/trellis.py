@@ -9,7 +9,7 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
 With ``conv_values`` v is convolved as q and k are, with ``conv_targets`` alpha (before its norm); with
 ``gate_form`` "rate" log_decay is -exp(A_b) softplus(w_b x + b_b). With ``value_gates`` "own" the value pass
 has a log_decay and a step of its own, made alike; with an affine readout compress_kv takes its weight and
-bias [H, M] too.
+bias [H, M] too. ``skip_values`` adds d v, d [H], to what compress_kv returns.
 
 The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
 has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
@@ -110,6 +110,8 @@ class TrellisMixer(nn.Module):
         self._add_affine(sharded)
         self._add_convolution(sharded)
         self._add_initial_memory(sharded)
+        if self.options.skip_values:
+            self.skip = new_parameter(heads, initial=Constant(1.0), **sharded)
         self.norm_weight = new_parameter(heads, config.head_dim, initial=Constant(1.0), **sharded)
         self.out_weight = new_parameter(
             width, width, initial=Normal(config.mixer_out_std), kind=ParallelKind.SHARDED, dim=1
@@ -184,7 +186,7 @@ class TrellisMixer(nn.Module):
             initial_state=self._first_memory(documents) if learned else None,
             layout=context.layout(self.options.chunk_size),
         )
-        return self.region(self._output, y, output_gate)  # type: ignore[no-any-return]
+        return self.region(self._output, y, inputs["v"], output_gate)  # type: ignore[no-any-return]
 
     def _before(self, x: Tensor, context: SequenceContext) -> tuple[dict[str, Any], Tensor]:
         """What the operation takes per token, and the output gate [B, T, F]."""
@@ -206,7 +208,7 @@ class TrellisMixer(nn.Module):
         )
         assert final is not None, "the operation returned no state although one was asked for"
         rows.leave(self.layer, final, tail)
-        return self.region(self._output, y, output_gate)  # type: ignore[no-any-return]
+        return self.region(self._output, y, inputs["v"], output_gate)  # type: ignore[no-any-return]
 
     def _before_carried(
         self, x: Tensor, context: SequenceContext
@@ -256,14 +258,14 @@ class TrellisMixer(nn.Module):
     ) -> tuple[Tensor, CompressState | None]:
         inputs = self._inputs(projected, tail=state.tail)
         y, memory = prefill(**inputs, **self._settings(), state=state.memory, **options)
-        return self._output(y, projected.output_gate), memory
+        return self._output(y, inputs["v"], projected.output_gate), memory
 
     def decode_step(self, x: Tensor, state: TrellisState) -> tuple[Tensor, TrellisState]:
         """One token: x [B, dim] -> ([B, dim], the state after it)."""
         projected = self._project(x.unsqueeze(1))
         token = {name: x.squeeze(1) for name, x in self._inputs(projected, tail=state.tail).items()}
         y, memory = decode_step(**token, state=state.memory, **self._settings())
-        out = self._output(y.unsqueeze(1), projected.output_gate).squeeze(1)
+        out = self._output(y.unsqueeze(1), token["v"].unsqueeze(1), projected.output_gate).squeeze(1)
         return out, self._advance(state, memory, projected.convolved)
 
     def _project(self, x: Tensor) -> _Projected:
@@ -359,8 +361,10 @@ class TrellisMixer(nn.Module):
                 settings[name] = getattr(self, name).unflatten(0, (-1, self.options.slots))
         return settings
 
-    def _output(self, y: Tensor, gate: Tensor) -> Tensor:
-        """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
+    def _output(self, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
+        """Skip, per-head RMSNorm, GELU gate and output projection: y, v [B, T, H, V] -> [B, T, dim]."""
+        if self.options.skip_values:
+            y = y + (_wide(self.skip)[:, None] * v).to(y.dtype)
         eps = self.options.head_norm_eps or self.config.norm_eps
         normed = rms_normalise(y, eps=eps, weight=self.norm_weight)
         return self.row(normed.flatten(-2) * F.gelu(gate), self.out_weight)
