@@ -17,6 +17,7 @@ import atexit
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import importlib
 import multiprocessing
 import multiprocessing.connection
@@ -233,12 +234,26 @@ def _serve(pipe: multiprocessing.connection.Connection, log: str, variables: dic
     faulthandler.register(signal.SIGUSR1, file=stream, all_threads=True)
     sys.path.insert(0, str(ROOT))
     pipe.send_bytes(_answer(_join, ()))
+    modules = _freeze_imports(0)
     while True:
         try:
             module, name, args = pickle.loads(pipe.recv_bytes())
         except EOFError:
             return
         pipe.send_bytes(_answer(_lookup, (module, name, args)))
+        modules = _freeze_imports(modules)
+
+
+def _freeze_imports(before: int) -> int:
+    """Spare the garbage collector what is imported, whenever that is more than ``before`` modules.
+
+    DeepSpeed collects twice for every engine that it makes, dynamo for what it compiles; with all that torch,
+    DeepSpeed and megatron-core keep for ever, each time was most of a second and most of a case.
+    """
+    if len(sys.modules) > before:
+        gc.collect()  # what a case left in cycles must not stay
+        gc.freeze()
+    return len(sys.modules)
 
 
 def _join() -> None:
