@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.study.order import counted, tasks
+from benchmarks.study.order import tasks
 from benchmarks.study.plan import Task, plan
 from benchmarks.study.pool import estimate
 
@@ -16,26 +16,18 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def rehearsed(results: Results) -> list[Task]:
-    """Every run that is left if the middle learning rate and the pilot's form are best and changes help."""
+    """Every run that is left if the first rate and the form that tells noise are best and changes help."""
     found = dict(results)
-    while True:
-        known = counted(found)
-        left = [task for task in tasks(found) if task.name not in known]
-        if not left:
-            return [task for task in tasks(found) if task.name in known and _left(task, results, known)]
+    while left := [task for task in tasks(found) if task.name not in found]:
         found |= {task.name: _stand_in(task) for task in left}
-
-
-def _left(task: Task, results: Results, known: Results) -> bool:
-    """Not of the pilot's result, and not finished."""
-    return task.name not in results and known[task.name].get("name", task.name) == task.name
+    return [task for task in tasks(found) if task.name not in results]
 
 
 def _stand_in(task: Task) -> dict[str, Any]:
     """A result with a loss that stands for nothing: it lets the plan go on."""
-    rate, middle = task.settings.rate, sorted(plan()["rates"]["grid"])[1]
-    loss = 5.0 + 0.1 * abs(math.log2(rate / middle)) + 0.001 * task.seed - 0.1 * (task.kind == "vary")
-    loss -= 0.01 * (task.settings.model == plan()["pilot"]["model"])
+    rate, first = task.settings.rate, plan()["rates"]["grid"][0]
+    loss = 5.0 + 0.1 * abs(math.log2(rate / first)) + 0.001 * task.seed - 0.1 * (task.kind == "vary")
+    loss -= 0.01 * (task.settings.model == plan()["noise"]["model"])
     loss -= 0.01 * task.name.startswith("vary-combined")
     return {"name": task.name, "about": task.about(), "validation": {"loss": loss}}
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.one import test_scores, used
-from benchmarks.study.order import counted
 from benchmarks.study.plan import task_of
 from benchmarks.study.results import Store
 
@@ -34,7 +33,7 @@ def score_test(store: Store, *, books: Path, work: Path, say: Callable[[str], No
         ValueError: there is no full run, a run has neither, or test books were scored before with other
             settings.
     """
-    runs = counted(store.runs())
+    runs = store.runs()
     results = {name: found for name, found in runs.items() if found["about"]["kind"] in ("full", "long")}
     if not results:
         raise ValueError("no full run is finished: there is nothing to score on the test books")
@@ -62,7 +61,7 @@ def _frozen(known: Mapping[str, Any] | None, now: Mapping[str, Any]) -> dict[str
 
 def _score(result: Mapping[str, Any], store: Store, *, books: Path, work: Path) -> dict[str, Any]:
     """The sealed score, else a new one with its core-seconds."""
-    name = result["name"]  # the pilot's, where it is the full run of its settings
+    name = result["name"]
     sealed = store.sealed(name)
     if sealed is not None:
         return sealed

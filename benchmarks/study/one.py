@@ -21,7 +21,7 @@ __all__ = ["EXIT_CUT", "do", "measured", "summary", "test_scores", "train", "use
 EXIT_CUT = 75
 LOSSES = 25
 # Kinds of runs whose test scores are made while the checkpoint is there, and read by `score --test` alone.
-SEALED = ("full", "long", "pilot")
+SEALED = ("full", "long")
 
 
 def do(task: Task, *, books: Path, work: Path, store: Store, minutes: float | None) -> int:

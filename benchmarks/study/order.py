@@ -1,6 +1,5 @@
 """The runs of the study, in the order of their worth: ``plan.toml`` expanded by what earlier runs have shown.
 
-    pilot-MODEL           9M tokens before anything else
     tune-MODEL-lr4e-3     a learning rate, at 2M tokens; where the best is the last of the grid, the next too
     noise-MODEL-s1        the best of these with another seed
     vary-VARIANT          one change to a form of Trellis; vary-combined-1, -2: the best changes together
@@ -38,7 +37,7 @@ from benchmarks.study.plan import (
     table,
 )
 
-__all__ = ["chosen", "counted", "loss_of", "noise_level", "pilot", "tasks"]
+__all__ = ["chosen", "loss_of", "noise_level", "tasks"]
 
 Results = Mapping[str, Mapping[str, Any]]
 SLOTS, PHI = "model.trellis.slots", "model.trellis.phi"
@@ -46,26 +45,9 @@ SLOTS, PHI = "model.trellis.slots", "model.trellis.phi"
 
 def tasks(results: Results) -> list[Task]:
     """All runs that can be named now, the most valuable first; ``results``: finished ones by name."""
-    return _tasks(counted(results))
-
-
-def counted(results: Results) -> dict[str, Mapping[str, Any]]:
-    """``results``, and the pilot's once more as the full run that it is, if its settings were chosen."""
-    found = dict(results)
-    first = results.get(pilot().name)
-    if first is not None:
-        for task in _tasks(results):
-            same = {**task.about(), "kind": "pilot", "group": first["about"]["group"]} == first["about"]
-            if task.kind == "full" and same and task.name not in found:
-                found[task.name] = {**first, "about": task.about()}
-    return found
-
-
-def _tasks(results: Results) -> list[Task]:
     first = [name for name in models("ours", "main") if registered(name)]
     rest = [name for name in models("rest") if registered(name)]
-    found = [pilot()]
-    found += [task for name in first for task in _tuning(name, results)]
+    found = [task for name in first for task in _tuning(name, results)]
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
     found += [task for name in [OURS, *models("ours", "main"), *rest] for task in _recall(name, results)]
@@ -75,13 +57,6 @@ def _tasks(results: Results) -> list[Task]:
     found += _full({name: [0] for name in rest}, results)
     found += _full(plan()["full"]["late"], results)
     return found
-
-
-def pilot() -> Task:
-    """The first run."""
-    name, rate = plan()["pilot"]["model"], plan()["pilot"]["rate"]
-    tokens = plan()["sizes"]["full_tokens"]
-    return Task(f"pilot-{name}", "pilot", Settings(name, rate, table(name)), tokens=tokens)
 
 
 def loss_of(result: Mapping[str, Any]) -> float:
@@ -117,8 +92,10 @@ def _short(name: str, kind: Any, settings: Settings, *, group: str = "", seed: i
 
 
 def _tuning(name: str, results: Results) -> list[Task]:
-    """The grid, and beyond its end while the best of what is finished lies there."""
+    """The grid, and beyond its end while the best of what is finished lies there; or a model's own rates."""
     options, rates = plan()["rates"], list(plan()["rates"]["grid"])
+    if (own := models()[name].get("rates")) is not None:
+        return [_tune(name, rate) for rate in own]
     while all(_tune(name, rate).name in results for rate in rates):
         best = min(rates, key=lambda rate: loss_of(results[_tune(name, rate).name]))
         low, high = min(rates), max(rates)

@@ -40,7 +40,7 @@ TOKENS_PER_STEP = 2048
 OURS, HALF, IDENTITY, LESS = "trellis", "trellis-half", "trellis-identity", "trellis-less"
 PAPER = "trellis-paper"
 
-Kind = Literal["pilot", "tune", "noise", "vary", "search", "full", "long", "recall"]
+Kind = Literal["tune", "noise", "vary", "search", "full", "long", "recall"]
 Table = Mapping[str, Any]
 
 

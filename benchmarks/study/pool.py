@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.study.one import EXIT_CUT
-from benchmarks.study.order import counted, tasks
+from benchmarks.study.order import tasks
 from benchmarks.study.plan import Task, models, plan, registered
 from benchmarks.study.results import Store
 from benchmarks.study.tried import run_name
@@ -40,8 +40,8 @@ def unregistered() -> list[str]:
 
 def pending(results: Results, only: str = "*") -> list[Task]:
     """What is left to run, in order, of the names that match a shell pattern."""
-    known = counted(results)
-    return [task for task in tasks(known) if task.name not in known and fnmatch.fnmatchcase(task.name, only)]
+    left = [task for task in tasks(results) if task.name not in results]
+    return [task for task in left if fnmatch.fnmatchcase(task.name, only)]
 
 
 def estimate(task: Task, results: Results) -> float:
@@ -49,12 +49,12 @@ def estimate(task: Task, results: Results) -> float:
 
     Short runs say what a token costs; a run that is scored on whole books costs that scoring besides.
     """
-    short = [found for found in results.values() if found["about"]["kind"] not in ("full", "long", "pilot")]
+    short = [found for found in results.values() if found["about"]["kind"] not in ("full", "long")]
     alike = [found for found in short if (found["about"]["kind"] == "recall") == (task.kind == "recall")]
     same = [found for found in alike if found["about"]["settings"]["model"] == task.settings.model]
     costs = [found["core_seconds"] / found["about"]["tokens"] for found in same or alike]
     cost = task.tokens * (statistics.median(costs) if costs else DEFAULT_COST.get(task.kind, USUAL_COST))
-    whole = task.kind in ("full", "long", "pilot")
+    whole = task.kind in ("full", "long")
     return cost + (plan()["sizes"]["scored_tokens"] * _scoring(same) if whole else 0.0)
 
 

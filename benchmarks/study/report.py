@@ -9,9 +9,8 @@ from typing import Any
 
 from benchmarks.study import figures
 from benchmarks.study.expected import rehearsed
-from benchmarks.study.intervals import BELOW_BIGRAM
 from benchmarks.study.known import check_results
-from benchmarks.study.order import counted, noise_level
+from benchmarks.study.order import noise_level
 from benchmarks.study.plan import HALF, OURS, plan
 from benchmarks.study.results import BUDGET, FOLDER, Store
 from benchmarks.study.tables import (
@@ -34,7 +33,7 @@ __all__ = ["fill", "gather", "sections", "write_report"]
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "study.md"
 # Of these runs what is not done is named one by one, of others counted.
-_WHOLE = ("pilot-", "full-", "long-")
+_WHOLE = ("full-", "long-")
 OUTPUT = FOLDER.with_suffix(".json")
 
 
@@ -42,20 +41,19 @@ def gather(store: Store) -> dict[str, Any]:
     """Everything that the tables show, as JSON types."""
     runs, ngrams = store.runs(), store.once("ngrams")
     check_results(runs)
-    results, noise = counted(runs), noise_level(runs)
+    noise = noise_level(runs)
     test, speeds = store.once("test"), store.once("speed")
     found: dict[str, Any] = {
         "runs": len(runs),
         "left": [task.name for task in rehearsed(runs)],
-        "pilot": _pilot(runs, ngrams),
         "noise": noise,
         "short_bigram": short_bigram(ngrams),
         "core_seconds": round(store.spent(), 1),
         "budget": BUDGET,
-        "tuning": tuned(results),
+        "tuning": tuned(runs),
         "tried": tried(store.tried()),
-        "ablations": ablations(results),
-        "recall": recalls(results),
+        "ablations": ablations(runs),
+        "recall": recalls(runs),
         "speed": speeds and speeds["lengths"],
         "bigram": {},
     }
@@ -63,7 +61,7 @@ def gather(store: Store) -> dict[str, Any]:
         if ngrams is not None:
             found["bigram"][split] = bigram_loss(ngrams, split)
             for kind in ("full", "long"):
-                rows = ranking(results, kind, ngrams, scores=scores, speeds=speeds)
+                rows = ranking(runs, kind, ngrams, scores=scores, speeds=speeds)
                 found[f"{kind}-{split}"] = rows
     return found
 
@@ -84,7 +82,6 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "tried": _tried(found["tried"]),
         "ablations": _ablations(found["ablations"], found["short_bigram"], found["noise"]),
         "left": _left(found["left"]),
-        "pilot": _first(found["pilot"]),
         "recall": _recall(found["recall"]),
         "speed": _speed(found["speed"]),
         "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
@@ -234,24 +231,6 @@ def _ablations(rows: Sequence[Row], bigram: float | None, noise: float | None) -
         return EMPTY
     known = "not measured yet" if noise is None else f"{noise:.4f} nats per token"
     return markdown(heads, lines) + f"\n\nNoise: {known}." + _of_bigram(bigram)
-
-
-def _pilot(runs: Mapping[str, Any], ngrams: Mapping[str, Any] | None) -> dict[str, float] | None:
-    """Its loss on the whole validation books and the bigram's."""
-    found = next((found for found in runs.values() if found["about"]["kind"] == "pilot"), None)
-    if found is None or ngrams is None:
-        return None
-    return {"loss": found["validation"]["loss"], "bigram": bigram_loss(ngrams, "validation")}
-
-
-def _first(pilot: Mapping[str, float] | None) -> str:
-    if pilot is None:
-        return EMPTY
-    below = pilot["bigram"] - pilot["loss"]
-    return (
-        f"The pilot: {pilot['loss']:.4f} nats per token on the validation books, {below:+.4f} below the "
-        f"bigram's {pilot['bigram']:.4f}; {BELOW_BIGRAM} are needed."
-    )
 
 
 def _left(names: Sequence[str]) -> str:

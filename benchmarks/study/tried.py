@@ -16,7 +16,7 @@ from typing import Any
 from benchmarks.machine import machine, versions
 from benchmarks.study.known import stored_digest
 from benchmarks.study.one import measured, train
-from benchmarks.study.order import counted, tasks
+from benchmarks.study.order import tasks
 from benchmarks.study.plan import Settings, Task, models, plan, table
 from benchmarks.study.results import Store
 
@@ -43,7 +43,7 @@ def adopt(store: Store) -> list[str]:
 
 def _twins(store: Store) -> tuple[str, Task] | None:
     """A run by hand and the run of the plan, not finished, that it is."""
-    known = counted(store.runs())
+    known = store.runs()
     left = [task for task in tasks(known) if task.name not in known]
     pairs = itertools.product(store.tried().items(), left)
     return next(((name, task) for (name, found), task in pairs if _is(found, task)), None)

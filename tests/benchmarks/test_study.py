@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +12,14 @@ import pytest
 import torch
 
 from benchmarks.hand_made import write_documents
-from benchmarks.study import books, plan, recall, score
+from benchmarks.study import books, expected, known, plan, recall, results, score
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
 from evals.scorer import Scorer
+from trellis_dist.models.baseline_config import BaselineConfig
 from trellis_dist.models.config import ModelConfig, TrellisConfig
+from trellis_dist.models.counts import parameter_counts
 from trellis_dist.models.language_model import build_language_model
 
 NOVELS = Path(__file__).resolve().parents[3] / "shared/data/books"
@@ -106,6 +110,34 @@ def test_a_seed_fixes_the_rows_whatever_the_model_reads_them_with(small: Path) -
 
     assert torch.equal(rows(1, 4), rows(1, 8))
     assert not torch.equal(rows(1, 4), rows(2, 4))
+
+
+def test_the_committed_results_are_of_the_plans_runs() -> None:
+    found = results.Store().runs()
+    known.check_results(found)
+    assert not {task.name for task in expected.rehearsed(found)} & set(found)
+
+
+def test_the_base_names_every_key_of_the_model() -> None:
+    """A later default would change what a name means."""
+    written = tomllib.loads(books.BASE.read_text())["model"]
+    for section in ("trellis", "baselines"):
+        kind = {"trellis": TrellisConfig, "baselines": BaselineConfig}[section]
+        fields = dataclasses.fields(kind)
+        assert set(written[section]) == {field.name for field in fields if field.default is not None}
+
+
+def test_models_are_equally_large() -> None:
+    wanted = parameter_counts(
+        plan.Task("x", "tune", plan.Settings("trellis-paper", 1e-3), tokens=10**6)
+        .spec(Path("w"))
+        .resolved.model
+    )
+    for name in [name for name in plan.models() if plan.registered(name)] + list(plan.plan()["variants"]):
+        settings = plan.Settings(name, 1e-3, plan.table(name))
+        spec = plan.Task("x", "tune", settings, tokens=10**6).spec(Path("w"))
+        found = parameter_counts(spec.resolved.model).total
+        assert abs(found / wanted.total - 1) <= 0.02, name
 
 
 def test_models_of_a_seed_begin_with_equal_weights_where_they_have_equal_ones() -> None:

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import subprocess
 import sys
-import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from benchmarks.study import (
-    books,
     expected,
     frozen,
     known,
@@ -33,11 +30,20 @@ from benchmarks.study.__main__ import check_data, main
 from launch.experiments.spec import what_fixes
 from launch.recipe import resolve
 from trellis_dist.files import digest, read_json
-from trellis_dist.models.baseline_config import BaselineConfig
-from trellis_dist.models.config import TrellisConfig
-from trellis_dist.models.counts import parameter_counts
 
 # The plan
+
+FOLDER = Path(__file__).parent / "study"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _own_plan() -> Iterator[None]:
+    """One that stays, whatever the study has found by now."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "FOLDER", FOLDER)
+        plan.plan.cache_clear()
+        yield
+    plan.plan.cache_clear()
 
 
 def result(task: plan.Task, loss: float, *, core_seconds: float = 100.0) -> dict[str, Any]:
@@ -60,7 +66,7 @@ def go_through(losses: Mapping[str, float]) -> dict[str, Any]:
     while left := pool.pending(done):
         for task in left:
             loss = losses.get(task.group, losses.get(task.settings.model, 4.0))
-            bonus = 0.01 * task.settings.rate / 2e-3 + 0.1 * (task.kind in ("full", "long", "pilot"))
+            bonus = 0.01 * task.settings.rate / 2e-3 + 0.1 * (task.kind in ("full", "long"))
             done[task.name] = result(task, loss - bonus + 0.001 * task.seed)
     return done
 
@@ -103,26 +109,10 @@ def finished(every_kind: None) -> dict[str, Any]:
     return go_through(LOSSES)
 
 
-def test_the_pilot_is_first_and_is_the_full_run_of_its_settings_where_they_are_chosen(
-    every_kind: None,
-) -> None:
-    first = order.tasks({})[0]
-    assert (first.name, first.tokens, first.settings.rate) == ("pilot-trellis-corrected", 9_000_000, 2e-3)
-    done: dict[str, Any] = {}
-    while left := pool.pending(done):
-        for task in left:
-            worse = (task.settings.rate != 2e-3) + (task.settings.model == plan.PAPER) + 0.01 * task.seed
-            done[task.name] = result(task, 4.0 + worse)
-    assert "full-trellis-s0" not in done
-    assert "full-trellis-s1" in done
-    (whole,) = (task for task in order.tasks(done) if task.name == "full-trellis-s0")
-    assert whole.spec(Path("w")).digest == first.spec(Path("w")).digest
-    alias = order.counted(done)["full-trellis-s0"]
-    assert (alias["name"], alias["about"]["kind"]) == (first.name, "full")
-    # Another rate, another run.
-    other = json.loads(json.dumps(done))
-    other[first.name]["about"]["settings"]["rate"] = 1e-3
-    assert "full-trellis-s0" in {task.name for task in pool.pending(other)}
+def test_a_model_may_have_rates_of_its_own(finished: dict[str, Any]) -> None:
+    tuned = {name for name in finished if name.startswith("tune-trellis-")}
+    assert {name for name in tuned if "through" in name} == {"tune-trellis-through-lr2e-3"}
+    assert len(tuned) == 1 + 2 * 4
 
 
 def test_a_change_is_chosen_where_it_is_better_by_more_than_twice_the_noise(every_kind: None) -> None:
@@ -243,19 +233,6 @@ def test_layers_that_are_not_there_are_left_out_with_a_line(monkeypatch: pytest.
     assert not any("rwkv7" in task.name for task in order.tasks({}))
 
 
-def test_models_are_equally_large() -> None:
-    wanted = parameter_counts(
-        plan.Task("x", "tune", plan.Settings("trellis-paper", 1e-3), tokens=10**6)
-        .spec(Path("w"))
-        .resolved.model
-    )
-    for name in [name for name in plan.models() if plan.registered(name)] + list(plan.plan()["variants"]):
-        settings = plan.Settings(name, 1e-3, plan.table(name))
-        spec = plan.Task("x", "tune", settings, tokens=10**6).spec(Path("w"))
-        found = parameter_counts(spec.resolved.model).total
-        assert abs(found / wanted.total - 1) <= 0.02, name
-
-
 # The budget
 
 
@@ -283,11 +260,13 @@ def test_core_seconds_of_results_add_up_and_bound_what_is_begun(
 CHILD = """
 import sys
 from pathlib import Path
+from benchmarks.study import plan
 from benchmarks.study.results import Store
 from benchmarks.study.order import tasks
+plan.FOLDER = Path(FOLDER)
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 name = options["--only"]
-mark = Path(options["--work"]) / f"{name}.cut"
+mark = Path(options["--work"]) / (name + ".cut")
 if name.endswith("lr2e-3"):
     sys.exit(1)
 if name.endswith("lr4e-3") and not mark.exists():
@@ -296,7 +275,7 @@ if name.endswith("lr4e-3") and not mark.exists():
 about = next(task.about() for task in tasks({}) if task.name == name)
 result = {"about": about, "core_seconds": 7.0, "validation": {"loss": 4.0}}
 Store(Path(options["--results"])).write(name, result)
-"""
+""".replace("FOLDER)", f"{str(FOLDER)!r})")
 
 
 def test_a_slice_begins_runs_goes_on_with_cut_ones_and_names_failures(
@@ -544,21 +523,6 @@ def test_a_recall_result_has_the_digest_of_its_model_and_rate() -> None:
         known.check_results({task.name: {**good, "digest": recall.mark(task.settings, seed=1)}})
 
 
-def test_the_committed_results_are_of_the_plans_runs() -> None:
-    found = results.Store().runs()
-    known.check_results(found)
-    assert not {task.name for task in expected.rehearsed(found)} & set(found)
-
-
-def test_the_base_names_every_key_of_the_model() -> None:
-    """A later default would change what a name means."""
-    written = tomllib.loads(books.BASE.read_text())["model"]
-    for section in ("trellis", "baselines"):
-        kind = {"trellis": TrellisConfig, "baselines": BaselineConfig}[section]
-        fields = dataclasses.fields(kind)
-        assert set(written[section]) == {field.name for field in fields if field.default is not None}
-
-
 # The page
 
 
@@ -698,7 +662,7 @@ def test_without_runs_every_table_says_so(tmp_path: Path) -> None:
         "speed",
         "left",
     }
-    assert "`pilot-trellis-corrected`" in made["left"]
+    assert "`full-trellis-half-s0`" in made["left"]
 
 
 def test_result_files_are_small_and_read_back(tmp_path: Path, finished: dict[str, Any]) -> None:
