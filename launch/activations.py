@@ -176,7 +176,7 @@ def _trellis(sizes: _Sizes, model: ModelConfig, layer: int) -> dict[str, int]:
     dim, slots, heads = sizes.dim, sizes.slots, sizes.heads
     gates = heads * (2 if model.gate(layer) == "learned" else 1)
     gates *= 2 if model.trellis.value_gates == "own" else 1
-    joined = 4 * dim + slots + gates
+    joined = 4 * dim + (slots if model.trellis.targets == "own" else 0) + gates
     taps = model.trellis.conv_kernel
     read = model.trellis.convolved_width(dim, heads)
     convolved = read * ((taps > 0) + (taps > 1 and sizes.sp > 1) + sizes.cuda)

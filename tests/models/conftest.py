@@ -33,6 +33,7 @@ CASES: dict[str, dict[str, Any]] = {
         "trellis": {"gate_form": "rate", "conv_values": True, "value_gates": "own", "alpha_norm": "l2"}
     },
     "convolved targets": {"trellis": {"conv_targets": True}},
+    "values are the targets": {"trellis": {"targets": "values", "slots": 8, "conv_values": True}},
     "all convolved, an identity to begin with, a skip": {
         "trellis": {
             "skip_values": True,

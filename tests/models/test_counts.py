@@ -52,7 +52,7 @@ def test_counts_equal_the_built_model(tiny, tied):
 def test_gates_and_affine_of_the_new_options_are_counted():
     def total(**options):
         config = ModelConfig(
-            vocab_size=10, num_layers=2, dim=64, num_heads=2, trellis=TrellisConfig(slots=8, **options)
+            vocab_size=10, num_layers=2, dim=64, num_heads=2, trellis=TrellisConfig(**{"slots": 8, **options})
         )
         return parameter_counts(config).total
 
@@ -62,6 +62,7 @@ def test_gates_and_affine_of_the_new_options_are_counted():
     assert total(value_gates="own", gates=("off",)) - total(gates=("off",)) == gate
     assert total(readout_affine=True) - total() == total(readout="silu_rms") - total() == affine
     assert total(update="corrected") == total()
+    assert total(slots=32) - total(slots=32, targets="values") == layers * dim * dim
 
 
 def test_corrected_counts_its_triangular_systems():

@@ -371,6 +371,26 @@ def test_targets_are_convolved_when_asked(tiny):
     torch.testing.assert_close(handed(model).inputs["alpha"], expected, atol=1e-10, rtol=0)
 
 
+def test_targets_that_values_cannot_be_are_refused(tiny):
+    with pytest.raises(ValueError, match="slots = 6 and heads of width 8"):
+        tiny(trellis={"targets": "values"})
+    assert tiny(pattern=("attention",), trellis={"targets": "values"}).config.trellis.slots == 6
+
+
+@pytest.mark.parametrize("convolved", [False, True])
+def test_values_are_targets_before_their_norm(tiny, convolved):
+    """No weight of alpha's; v, convolved or not, of whatever size, is what the key pass stores."""
+    options = {"targets": "values", "slots": 8, "alpha_norm": "none", "conv_values": convolved}
+    model = tiny(trellis=options)
+    assert not any("alpha" in name for name, _ in model.named_parameters())
+    raw = handed(tiny(trellis={**options, "value_norm": "none"})).inputs["v"]
+    inputs = handed(model).inputs
+    torch.testing.assert_close(inputs["alpha"], raw, atol=0, rtol=0)
+    torch.testing.assert_close(inputs["v"], F.normalize(raw, dim=-1), atol=1e-5, rtol=1e-5)
+    normed = handed(tiny(trellis={**options, "alpha_norm": "rms"})).inputs["alpha"]
+    torch.testing.assert_close(normed, F.rms_norm(raw, (8,), eps=1e-6), atol=1e-9, rtol=0)
+
+
 def test_the_value_pass_begins_from_biases_of_its_own(tiny):
     options = {"value_gates": "own", "gate_bias": 2.0, "value_gate_bias": 7.0, "value_step_size_bias": -3.0}
     inputs = handed(tiny(trellis=options, init_std=1e-12)).inputs
@@ -407,6 +427,7 @@ def test_an_identity_to_begin_with_reads_the_key_pass_itself(tiny):
     [
         ({"conv_values": True, "conv_kernel": 0}, "conv_values"),
         ({"conv_targets": True, "conv_kernel": 0}, "conv_targets"),
+        ({"targets": "values", "conv_targets": True}, "conv_targets"),
         ({"value_gate_bias": 8.0}, "value_gates"),
         ({"value_step_size_bias": 0.0}, "value_gates"),
         ({"value_gates": "own", "value_gate_bias": 8.0, "gates": ("off",)}, "value_gate_bias"),

@@ -65,6 +65,9 @@ class TrellisConfig:
         step_size_max: gamma_max. The chunk's steps sum to at most this when ``step_bound`` is "chunk".
         step_size_bias: b of gamma = scale * sigmoid(w.x + b).
         step_bound: "chunk" divides gamma_max by C (our choice, stable at every C); "token" does not.
+        targets: "own" projects the latent target alpha from the layer's input (the paper); "values" takes
+            v for it, before its norm, where M is the head's width (our option): what a delta rule stores. It
+            saves a projection, and ``conv_values`` then convolves both.
         alpha_norm: "rms" normalises the latent target over the M slots (our choice), "l2" to unit norm;
             "none" leaves it raw.
         value_norm: "l2" gives v unit norm inside the memory update (our choice); "none" leaves it raw.
@@ -103,6 +106,7 @@ class TrellisConfig:
     step_size_max: float = 2.0
     step_size_bias: float = 0.0
     step_bound: Literal["chunk", "token"] = "chunk"
+    targets: Literal["own", "values"] = "own"
     alpha_norm: Literal["rms", "l2", "none"] = "rms"
     value_norm: Literal["l2", "none"] = "l2"
     gate_bias: float = 4.0
@@ -141,6 +145,11 @@ class TrellisConfig:
                 self.conv_kernel > 0 or not getattr(self, name),
                 f"model.trellis.{name} = true with conv_kernel = 0, no convolution: use 1 or more taps",
             )
+        require(
+            self.targets == "own" or not self.conv_targets,
+            'model.trellis.conv_targets = true with targets = "values", which are convolved by conv_values: '
+            "leave conv_targets out",
+        )
         self._check_value_pass()
         require(0 <= self.gate_floor < 1, f"model.trellis.gate_floor = {self.gate_floor}: use [0, 1)")
         require(
@@ -184,6 +193,11 @@ class TrellisConfig:
     def convolved_width(self, dim: int, heads: int) -> int:
         """Features that the convolution reads: those of q and k and, where asked for, of v and alpha."""
         return (2 + self.conv_values) * dim + self.conv_targets * heads * self.slots
+
+    @property
+    def projected_slots(self) -> int:
+        """Features per head of the projection that alpha has of its own."""
+        return self.slots if self.targets == "own" else 0
 
     @property
     def largest_step(self) -> float:
@@ -268,6 +282,12 @@ class ModelConfig:
         require(len(self.pattern) > 0, f"model.pattern is empty: name at least one of {', '.join(kinds)}")
         for kind in self.pattern:
             require(kind in kinds, f"model.pattern names {kind!r}: use {', '.join(kinds)}")
+        if "trellis" in self.pattern and self.trellis.targets == "values":
+            require(
+                self.trellis.slots == self.head_dim,
+                f'model.trellis.targets = "values" with slots = {self.trellis.slots} and heads of width '
+                f"{self.head_dim}: a value is a target where they are equal, change one",
+            )
         if set(self.pattern) & set(ATTENTION_KINDS):
             require(
                 self.head_dim % 2 == 0,

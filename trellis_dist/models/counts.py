@@ -87,7 +87,7 @@ def _trellis_flops(config: ModelConfig, layer: int) -> float:
     heads, head_dim, options = config.num_heads, config.head_dim, config.trellis
     slots, chunk = options.slots, options.chunk_size
     gates = (2 if config.gate(layer) == "learned" else 1) * (2 if options.value_gates == "own" else 1)
-    projections = 5 * config.dim**2 + config.dim * heads * (slots + gates)
+    projections = 5 * config.dim**2 + config.dim * heads * (options.projected_slots + gates)
     convolution = options.convolved_width(config.dim, heads) * options.conv_kernel
     readout = 2 * slots * head_dim + 2 * chunk * (head_dim + slots)  # Q S', P R; Q K', E U, P W', E V
     return 2.0 * (projections + convolution + heads * readout) + scan_flops_per_token(config)

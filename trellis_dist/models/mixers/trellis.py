@@ -9,7 +9,8 @@ Shapes: B rows, T tokens, H heads, D = V head width, M slots, F = H D.
 With ``conv_values`` v is convolved as q and k are, with ``conv_targets`` alpha (before its norm); with
 ``gate_form`` "rate" log_decay is -exp(A_b) softplus(w_b x + b_b). With ``value_gates`` "own" the value pass
 has a log_decay and a step of its own, made alike; with an affine readout compress_kv takes its weight and
-bias [H, M] too. ``skip_values`` adds d v, d [H], to what compress_kv returns.
+bias [H, M] too. With ``targets`` "values" alpha is what v is before its norm, M = D. ``skip_values`` adds
+d v, d [H], to what compress_kv returns.
 
 The SiLU after the convolution is our choice (``conv_activation``): the paper names none, the DeltaNet family
 has it. At 1M bytes of text (2 layers, width 96, 2 seeds) bits per byte were 2.54 and 2.43 with it, 2.48 and
@@ -102,7 +103,8 @@ class TrellisMixer(nn.Module):
         self.k_weight = new_parameter(width, width, initial=weight, **sharded)
         self.v_weight = new_parameter(width, width, initial=weight, **sharded)
         self.output_gate_weight = new_parameter(width, width, initial=weight, **sharded)
-        self.alpha_weight = new_parameter(heads * slots, width, initial=weight, **sharded)
+        if self.options.targets == "own":
+            self.alpha_weight = new_parameter(heads * slots, width, initial=weight, **sharded)
         self._learned_gates: list[str] = []
         self._add_gates("", sharded)
         if self.options.value_gates == "own":
@@ -270,7 +272,8 @@ class TrellisMixer(nn.Module):
 
     def _project(self, x: Tensor) -> _Projected:
         """Every input projection in one matmul; copying the weights together costs 1/T of it."""
-        plain = [name for name in ("v", "output_gate", "alpha") if name not in self._convolved]
+        own = ["alpha"] if self.options.targets == "own" else []
+        plain = [name for name in ("v", "output_gate", *own) if name not in self._convolved]
         names = [*self._convolved, *plain, *self._learned_gates]
         weights: list[Tensor] = [getattr(self, f"{name}_weight") for name in names]
         sizes = [self._convolved_width, *(len(weight) for weight in weights[len(self._convolved) :])]
@@ -293,9 +296,9 @@ class TrellisMixer(nn.Module):
         query_key = l2_normalise(mixed.unflatten(-1, (-1, head_dim)))
         q, k = query_key.chunk(2, dim=-2)
         v = more["v"].unflatten(-1, (-1, head_dim))
+        alpha = more["alpha"].unflatten(-1, (-1, slots)) if "alpha" in more else v
         if self.options.value_norm == "l2":
             v = l2_normalise(v)
-        alpha = more["alpha"].unflatten(-1, (-1, slots))
         if self.options.alpha_norm == "rms":
             alpha = rms_normalise(alpha, eps=self.config.norm_eps)
         elif self.options.alpha_norm == "l2":
@@ -313,7 +316,7 @@ class TrellisMixer(nn.Module):
         if self.options.conv_activation == "silu":
             mixed = F.silu(mixed)
         more = {"v": projected.value, "alpha": projected.alpha}
-        missing = [name for name, x in more.items() if x is None]
+        missing = [name for name in self._convolved if name in more]
         widths = [len(getattr(self, f"{name}_weight")) for name in missing]
         mixed, *parts = mixed.split([2 * len(self.q_weight), *widths], dim=-1)
         found = {name: x for name, x in more.items() if x is not None}
