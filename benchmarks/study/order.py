@@ -40,7 +40,8 @@ from benchmarks.study.plan import (
 __all__ = ["chosen", "loss_of", "noise_level", "tasks"]
 
 Results = Mapping[str, Mapping[str, Any]]
-SLOTS, PHI = "model.trellis.slots", "model.trellis.phi"
+SLOTS, PHI, TARGETS = "model.trellis.slots", "model.trellis.phi", "model.trellis.targets"
+CONVOLVED = "model.trellis.conv_values"
 
 
 def tasks(results: Results) -> list[Task]:
@@ -322,9 +323,16 @@ def _beside(name: str, results: Results) -> Settings | None:
     elif name == LESS:
         found = _less(whole, results)
     else:
-        own = {SLOTS: 16} if name == HALF else {PHI: "identity"}
+        own = _half(whole) if name == HALF else {PHI: "identity"}
         found = Settings(whole.model, whole.rate, {**whole.set, **own})
     return found if found != whole else None
+
+
+def _half(whole: Settings) -> dict[str, Any]:
+    """Half the slots; a value is no target of so few, which then have a projection, convolved likewise."""
+    if whole.set.get(TARGETS) != "values":
+        return {SLOTS: 16}
+    return {SLOTS: 16, TARGETS: "own", "model.trellis.conv_targets": whole.set.get(CONVOLVED, False)}
 
 
 def _less(whole: Settings, results: Results) -> Settings | None:

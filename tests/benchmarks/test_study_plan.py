@@ -152,6 +152,22 @@ def test_what_makes_trellis_win_is_trained_in_full(finished: dict[str, Any]) -> 
     assert settings("trellis-paper") == {}
 
 
+def test_half_the_slots_have_targets_of_their_own_where_values_are_targets(
+    finished: dict[str, Any],
+) -> None:
+    whole = finished["full-trellis-s0"]["about"]["settings"]
+    tied = {**whole["set"], "model.trellis.targets": "values", "model.trellis.conv_values": True}
+    changed = {
+        **finished["full-trellis-s0"],
+        "about": finished["full-trellis-s0"]["about"] | {"settings": {**whole, "set": tied}},
+    }
+    left = {name: found for name, found in finished.items() if name != "full-trellis-half-s0"}
+    (half,) = (task for task in order.tasks({**left, "full-trellis-s0": changed}) if "half" in task.name)
+    own = {"model.trellis.slots": 16, "model.trellis.targets": "own", "model.trellis.conv_targets": True}
+    assert half.settings.set == {**tied, **own}
+    assert half.spec(Path("w")).resolved.model.trellis.slots == 16
+
+
 def test_the_rest_have_the_best_rate_of_gated_deltanet_and_its_better_neighbour(
     finished: dict[str, Any],
 ) -> None:
