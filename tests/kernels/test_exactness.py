@@ -42,7 +42,7 @@ def test_scratch_is_poisoned_here() -> None:
     assert torch.empty(64).isnan().all()
 
 
-@pytest.mark.parametrize("length", (1, 63, 64, 65, 1000))
+@pytest.mark.parametrize("length", (1, 63, 64, 65, 600))  # 600: whole chunks of every size and a part
 @pytest.mark.parametrize("chunk_size", (1, 16, 64, 128, 512))
 @pytest.mark.parametrize("rule", (DEFAULT, CORRECTED), ids=("default", "corrected"))
 def test_equals_the_recurrence_at_every_length(rule: dict[str, Any], chunk_size: int, length: int) -> None:
