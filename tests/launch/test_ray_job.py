@@ -41,7 +41,9 @@ def cluster() -> Iterator[Any]:
     """Two Ray nodes of two CPUs each, the first with the dashboard that takes jobs."""
     from ray.cluster_utils import Cluster
 
-    head = {"num_cpus": 2, "include_dashboard": True, "dashboard_port": free_port()}
+    # Ray's own port of the agent that starts jobs is the first cluster's, which may be another room's.
+    ports = {name: free_port() for name in ("dashboard_port", "dashboard_agent_listen_port")}
+    head = {"num_cpus": 2, "include_dashboard": True, **ports}
     made = Cluster(initialize_head=True, head_node_args=head)
     made.add_node(num_cpus=2)
     made.wait_for_nodes()
