@@ -33,8 +33,9 @@ mypy >"$types" 2>&1 &
 typing=$!
 trap 'kill "$typing" 2>/dev/null || true; rm -f "$types"' EXIT
 status=0
-# Rooms side by side (tests/conftest.py); `-n 0` among the arguments puts all tests into one process.
-check python -m pytest -n 2 --no-loadscope-reorder "$@" || status=$?
+# Rooms side by side (tests/conftest.py), one more than CI has cores: tests of whole jobs wait a good part of their
+# time. `-n 0` among the arguments puts all tests into one process.
+check python -m pytest -n 3 --no-loadscope-reorder "$@" || status=$?
 printf '== mypy\n' >&2
 wait "$typing" || status=1
 cat "$types"
