@@ -39,13 +39,13 @@ def run_eight(name: str, steps: int) -> list[CaseResult]:
     return [matrix(steps).run(case) for case in (find_case(name), *more)]
 
 
-def run_variant(change: dict[str, Any]) -> CaseResult:
-    """Packed rows over four segments with another Trellis layer, and embeddings of its own for the output."""
+def run_variant(change: dict[str, Any], row: str) -> CaseResult:
+    """A row with another Trellis layer, and embeddings of its own for the output."""
     usual = cases.MODELS["trellis"]
     model = replace(usual, tie_embeddings=False, trellis=replace(usual.trellis, **change))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(cases.MODELS, "trellis", model)
-        return Matrix(steps=FAULT_STEPS, device=torch.device("cpu")).run(find_case("sp4 packed"))
+        return Matrix(steps=FAULT_STEPS, device=torch.device("cpu")).run(find_case(row))
 
 
 def run_order() -> tuple[CaseResult, list[Neighbour]]:

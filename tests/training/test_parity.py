@@ -72,6 +72,25 @@ def test_eight_ranks_are_one_process() -> None:
         assert result.passed, describe(result)
 
 
+# Every option of a delta rule from keys to values at once.
+TIED = {
+    "update": "corrected",
+    "readout": "silu",
+    "head_norm_eps": 0.05,
+    "step_bound": "token",
+    "step_size_max": 1.0,
+    "gate_form": "rate",
+    "value_gates": "own",
+    "value_gate_bias": 8.0,
+    "value_step_size_bias": -4.0,
+    "initial_value_memory": "identity",
+    "targets": "values",
+    "alpha_norm": "none",
+    "conv_values": True,
+    "skip_values": True,
+}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -85,11 +104,17 @@ def test_eight_ranks_are_one_process() -> None:
             "step_bound": "token",
             "step_size_max": 1.0,
         },
+        TIED,
     ],
-    ids=["no-convolution", "tanh", "corrected"],
+    ids=["no-convolution", "tanh", "corrected", "tied"],
 )
 def test_other_layers_over_four_segments_are_one_process(change: dict[str, Any]) -> None:
-    result = run_on(4, run_variant, change)[0]
+    result = run_on(4, run_variant, change, "sp4 packed")[0]
+    assert result.passed, describe(result)
+
+
+def test_heads_of_a_skip_and_of_values_as_targets_are_split_with_the_others() -> None:
+    result = run_on(4, run_variant, TIED, "tp2 sp2 packed")[0]
     assert result.passed, describe(result)
 
 
