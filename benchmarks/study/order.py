@@ -24,8 +24,6 @@ from typing import Any
 
 from benchmarks.study.plan import (
     HALF,
-    IDENTITY,
-    LESS,
     OURS,
     PAPER,
     Settings,
@@ -40,7 +38,7 @@ from benchmarks.study.plan import (
 __all__ = ["chosen", "loss_of", "noise_level", "tasks"]
 
 Results = Mapping[str, Mapping[str, Any]]
-SLOTS, PHI, TARGETS = "model.trellis.slots", "model.trellis.phi", "model.trellis.targets"
+SLOTS, TARGETS = "model.trellis.slots", "model.trellis.targets"
 CONVOLVED = "model.trellis.conv_values"
 
 
@@ -51,10 +49,9 @@ def tasks(results: Results) -> list[Task]:
     found = [task for name in first for task in _tuning(name, results)]
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
-    found += [task for name in [OURS, *models("ours", "main"), *rest] for task in _recall(name, results)]
+    found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
     found += _full(plan()["full"]["seeds"], results)
     found += _long(results)
-    found += [task for name in rest for task in _tuning_of_rest(name, results)]
     found += _full({name: [0] for name in rest}, results)
     found += _full(plan()["full"]["late"], results)
     return found
@@ -109,19 +106,6 @@ def _tuning(name: str, results: Results) -> list[Task]:
 
 def _tune(name: str, rate: float) -> Task:
     return _short(f"tune-{name}-lr{number(rate)}", "tune", Settings(name, rate, table(name)))
-
-
-def _tuning_of_rest(name: str, results: Results) -> list[Task]:
-    """Gated DeltaNet's best learning rate, and half or double of it: what was better for Gated DeltaNet."""
-    known = _tuning("gated_deltanet", results)
-    best = _lowest(known, results)
-    if best is None:
-        return []
-    rate, times = best.settings.rate, plan()["rates"]["next"]
-    near = [task for task in known if task.settings.rate in (rate / times, rate * times)]
-    second = _lowest(near, results)
-    assert second is not None, "every rate of the grid has a neighbour in it"
-    return [_tune(name, rate), _tune(name, second.settings.rate)]
 
 
 def _noise(results: Results) -> list[Task]:
@@ -300,11 +284,11 @@ def chosen(name: str, results: Results) -> Settings | None:
             return Settings(**earlier["about"]["settings"])
     if name == OURS:
         return _best_of_ours(results)
-    if name in (HALF, IDENTITY, LESS, PAPER):
+    if name in (HALF, PAPER):
         return _beside(name, results)
     if name in models("rest"):
-        best = _lowest(_tuning_of_rest(name, results), results)
-        return best.settings if best is not None else None
+        known = _lowest(_tuning("gated_deltanet", results), results)
+        return Settings(name, known.settings.rate, table(name)) if known is not None else None
     strongest, tuned = _strongest(results), _tuning(name, results)
     if not registered(name) or not strongest or not _ours(results):
         return None  # it may yet be one of the two that are searched further
@@ -313,18 +297,15 @@ def chosen(name: str, results: Results) -> Settings | None:
 
 
 def _beside(name: str, results: Results) -> Settings | None:
-    """The runs that say what makes the chosen Trellis what it is."""
+    """Trellis beside the chosen one: as in the paper, and with half its slots."""
     whole = chosen(OURS, results)
     if whole is None:
         return None
     if name == PAPER:
         best = _lowest(_tuning(PAPER, results), results)
         found = best.settings if best is not None else None
-    elif name == LESS:
-        found = _less(whole, results)
     else:
-        own = _half(whole) if name == HALF else {PHI: "identity"}
-        found = Settings(whole.model, whole.rate, {**whole.set, **own})
+        found = Settings(whole.model, whole.rate, {**whole.set, **_half(whole)})
     return found if found != whole else None
 
 
@@ -333,20 +314,6 @@ def _half(whole: Settings) -> dict[str, Any]:
     if whole.set.get(TARGETS) != "values":
         return {SLOTS: 16}
     return {SLOTS: 16, TARGETS: "own", "model.trellis.conv_targets": whole.set.get(CONVOLVED, False)}
-
-
-def _less(whole: Settings, results: Results) -> Settings | None:
-    """Without the one of its changes that alone had the lowest loss; None of a form without changes."""
-    changed = _own(whole)
-    parts = [task for task in _variants(results) if task.settings.model == whole.model]
-    parts = [task for task in parts if _own(task.settings).items() <= changed.items()]
-    smaller = [task for task in parts if _own(task.settings) != changed]
-    largest = _lowest(smaller or parts, results)
-    if not changed or largest is None:
-        return None
-    own, base = _own(largest.settings), table(whole.model)
-    kept = {key: value for key, value in whole.set.items() if key not in own}
-    return Settings(whole.model, whole.rate, kept | {key: base[key] for key in own if key in base})
 
 
 def _long(results: Results) -> Iterator[Task]:
@@ -363,8 +330,10 @@ def _long(results: Results) -> Iterator[Task]:
 
 
 def _recall(name: str, results: Results) -> list[Task]:
-    """Two learning rates of Trellis, chosen and in each form, and the main models, one of the others."""
+    """Two learning rates of Trellis and the main models, one of the others, none of a form left behind."""
     options = plan()["recall"]
+    if "rates" in models().get(name, {}):
+        return []
     own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
     if own is None:
         return []

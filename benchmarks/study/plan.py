@@ -17,8 +17,6 @@ from launch.experiments.runs import RunSpec, assignments
 
 __all__ = [
     "HALF",
-    "IDENTITY",
-    "LESS",
     "OURS",
     "PAPER",
     "Settings",
@@ -36,8 +34,8 @@ FOLDER = Path(__file__).parent
 # Of an update, unless one row is longer: then it is one row.
 TOKENS_PER_STEP = 2048
 # The name under which the best form of Trellis is trained in full; with half the slots, so that its memories
-# have the numbers of one matrix state of the same heads; with phi the identity; without its largest change.
-OURS, HALF, IDENTITY, LESS = "trellis", "trellis-half", "trellis-identity", "trellis-less"
+# have the numbers of one matrix state of the same heads.
+OURS, HALF = "trellis", "trellis-half"
 PAPER = "trellis-paper"
 
 Kind = Literal["tune", "noise", "vary", "search", "full", "long", "recall"]
