@@ -50,8 +50,10 @@ def tasks(results: Results) -> list[Task]:
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
     found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
-    found += _full(plan()["full"]["seeds"], results)
+    whole = _full(plan()["full"]["seeds"], results)
+    found += [task for task in whole if task.seed == 0]
     found += _long(results)
+    found += [task for task in whole if task.seed != 0]
     found += _full({name: [0] for name in rest}, results)
     found += _full(plan()["full"]["late"], results)
     return found

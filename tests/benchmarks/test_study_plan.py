@@ -212,7 +212,7 @@ def test_full_runs_have_the_best_settings_and_the_seeds_of_their_role(finished: 
     seeds = {name: [f"full-{name}-s{s}" in finished for s in (0, 1, 2)] for name in ("trellis", "abc")}
     assert seeds == {"trellis": [True] * 3, "abc": [True, False, False]}
     place = [task.name for task in order.tasks(finished)].index
-    assert place("full-gsa-s0") < place("full-trellis-s1") < place("full-gsa-s2") < place("full-mamba2-s2")
+    assert place("full-gsa-s0") < place("long-trellis-s0") < place("full-trellis-s1") < place("full-gsa-s2") < place("full-mamba2-s2")
     chosen = finished["full-trellis-s0"]["about"]["settings"]
     assert chosen["model"] == "trellis-corrected"
     assert finished["full-trellis-half-s0"]["about"]["settings"]["set"] == {
