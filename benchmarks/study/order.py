@@ -26,6 +26,7 @@ from benchmarks.study.plan import (
     HALF,
     OURS,
     PAPER,
+    STALE,
     Settings,
     Task,
     models,
@@ -34,6 +35,7 @@ from benchmarks.study.plan import (
     registered,
     table,
 )
+from trellis_dist.models.baseline_config import BASELINES, READERS
 
 __all__ = ["chosen", "loss_of", "noise_level", "tasks"]
 
@@ -231,8 +233,7 @@ def _search(name: str, results: Results) -> list[Task]:
         return []
     options = dict(plan()["search"])
     factors = options.pop("rate")
-    if name == "attention":  # no layer of it reads the baselines' section
-        options = {key: values for key, values in options.items() if "baselines" not in key}
+    options = {key: values for key, values in options.items() if _reads(name, key)}
     draw = random.Random(name)
     found: list[Task] = []
     known = {_digest(task) for task in tuned}
@@ -244,6 +245,13 @@ def _search(name: str, results: Results) -> list[Task]:
             known.add(_digest(task))
             found.append(task)
     return found
+
+
+def _reads(name: str, key: str) -> bool:
+    """Whether a baseline's layers read a key: one that they do not would train the same model again."""
+    section, _, option = key.removeprefix("model.").partition(".")
+    kinds = READERS.get(option, BASELINES)
+    return section != "baselines" or table(name)["model.pattern"][0] in kinds
 
 
 def _digest(task: Task) -> str:
@@ -286,7 +294,7 @@ def chosen(name: str, results: Results) -> Settings | None:
             return Settings(**earlier["about"]["settings"])
     if name == OURS:
         return _best_of_ours(results)
-    if name in (HALF, PAPER):
+    if name in (HALF, PAPER, STALE):
         return _beside(name, results)
     if name in models("rest"):
         known = _lowest(_tuning("gated_deltanet", results), results)
@@ -299,7 +307,7 @@ def chosen(name: str, results: Results) -> Settings | None:
 
 
 def _beside(name: str, results: Results) -> Settings | None:
-    """Trellis beside the chosen one: as in the paper, and with half its slots."""
+    """Trellis beside the chosen one: as in the paper; with the paper's update alone; with half its slots."""
     whole = chosen(OURS, results)
     if whole is None:
         return None
@@ -307,7 +315,8 @@ def _beside(name: str, results: Results) -> Settings | None:
         best = _lowest(_tuning(PAPER, results), results)
         found = best.settings if best is not None else None
     else:
-        found = Settings(whole.model, whole.rate, {**whole.set, **_half(whole)})
+        own = _half(whole) if name == HALF else plan()["stale"]["set"]
+        found = Settings(whole.model, whole.rate, {**whole.set, **own})
     return found if found != whole else None
 
 
@@ -319,13 +328,13 @@ def _half(whole: Settings) -> dict[str, Any]:
 
 
 def _long(results: Results) -> Iterator[Task]:
-    """Trellis, those named in the plan, and the best of the recurrent main models by seed 0."""
+    """Trellis and the best of the main models by seed 0."""
     options = plan()["long"]
-    full = {name: results.get(f"full-{name}-s0") for name in models("main") if name not in options["also"]}
+    full = {name: results.get(f"full-{name}-s0") for name in models("main") if registered(name)}
     losses = {name: loss_of(found) for name, found in full.items() if found is not None}
     if len(losses) < len(full):
         return
-    for name in [OURS, *options["also"], min(losses, key=losses.__getitem__)]:
+    for name in [OURS, *sorted(losses, key=losses.__getitem__)[: options["baselines"]]]:
         settings = chosen(name, results)
         if settings is not None:
             yield _whole(name, settings, seed=0, length=options["length"])
@@ -337,8 +346,8 @@ def _recall(name: str, results: Results) -> list[Task]:
     if "rates" in models().get(name, {}):
         return []
     own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
-    if own is None:
-        return []
+    if own is None or (name == OURS and own.set == table(own.model)):
+        return []  # the form that was chosen has its own
     rates = options["rates"] if name == OURS or name in models("ours", "main") else options["rates"][:1]
     tokens = options["steps"] * options["tokens_per_step"]
     changed = {key: value for key, value in own.set.items() if key.startswith("model.")} | options["set"]

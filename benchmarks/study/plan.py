@@ -19,6 +19,7 @@ __all__ = [
     "HALF",
     "OURS",
     "PAPER",
+    "STALE",
     "Settings",
     "Task",
     "model_keys",
@@ -34,8 +35,8 @@ FOLDER = Path(__file__).parent
 # Of an update, unless one row is longer: then it is one row.
 TOKENS_PER_STEP = 2048
 # The name under which the best form of Trellis is trained in full; with half the slots, so that its memories
-# have the numbers of one matrix state of the same heads.
-OURS, HALF = "trellis", "trellis-half"
+# have the numbers of one matrix state of the same heads; with the paper's update and nothing else of it.
+OURS, HALF, STALE = "trellis", "trellis-half", "trellis-stale"
 PAPER = "trellis-paper"
 
 Kind = Literal["tune", "noise", "vary", "search", "full", "long", "recall"]

@@ -9,7 +9,7 @@ from typing import Any
 from benchmarks.study.books import BASE
 from benchmarks.study.intervals import Interval, Losses, counts, difference, falls
 from benchmarks.study.order import noise_level
-from benchmarks.study.plan import HALF, OURS, model_keys, models, plan
+from benchmarks.study.plan import HALF, OURS, STALE, model_keys, models, plan
 from benchmarks.study.score import losses_of
 from launch.recipe import load_recipe
 
@@ -35,7 +35,11 @@ Row = dict[str, Any]
 
 def title_of(group: str) -> str:
     """The name of a model in tables."""
-    named = {OURS: "**Trellis**", HALF: "Trellis, half the slots"}
+    named = {
+        OURS: "**Trellis**",
+        HALF: "Trellis, half the slots",
+        STALE: "Trellis, the stale update alone",
+    }
     return named.get(group) or str(models()[group]["title"])
 
 

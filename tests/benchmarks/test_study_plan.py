@@ -126,6 +126,7 @@ def test_a_change_is_chosen_where_it_is_better_by_more_than_twice_the_noise(ever
         found = order.chosen(plan.OURS, done)
         assert found is not None
         assert (found.set["model.trellis.phi"] == "silu") is changed
+        assert ("recall-trellis-lr3e-3" in done) is changed  # unchanged, it is the form's own
 
 
 def test_the_best_changes_are_combined_one_by_one(finished: dict[str, Any]) -> None:
@@ -147,6 +148,8 @@ def test_what_makes_trellis_win_is_trained_in_full(finished: dict[str, Any]) -> 
     whole = settings("trellis")
     assert whole == finished["vary-combined-1"]["about"]["settings"]["set"]
     assert settings("trellis-half") == {**whole, "model.trellis.slots": 16}
+    own = {"model.trellis.update": "stale", "model.trellis.step_bound": "chunk"}
+    assert settings("trellis-stale") == {**whole, **own}
     assert settings("trellis-paper") == {}
 
 
@@ -205,14 +208,33 @@ def test_further_settings_are_near_the_best_rate_and_all_different(finished: dic
         assert len(digests) == len(found)
         searched = [task.settings for task in found if task.kind == "search"]
         assert {round(one.rate / 8e-3, 3) for one in searched} <= {0.707, 1.0, 1.414}
-        assert any("model.baselines.conv_values" in one.set for one in searched) is (name != "attention")
+        for key in ("conv_values", "skip_values"):
+            drawn = {one.set.get(f"model.baselines.{key}") for one in searched}
+            assert drawn == ({None} if name == "attention" else {True, False})
+
+
+def test_no_key_is_drawn_that_a_model_does_not_read(every_kind: None) -> None:
+    """Mamba2 has a skip without being asked: the same model would be trained again under another digest."""
+    done = go_through({**LOSSES, "mamba2": 3.5})
+    drawn = [
+        one["about"]["settings"]["set"] for name, one in done.items() if name.startswith("search-mamba2")
+    ]
+    assert drawn
+    assert all("model.baselines.conv_values" in one for one in drawn)
+    assert not any("model.baselines.skip_values" in one for one in drawn)
 
 
 def test_full_runs_have_the_best_settings_and_the_seeds_of_their_role(finished: dict[str, Any]) -> None:
     seeds = {name: [f"full-{name}-s{s}" in finished for s in (0, 1, 2)] for name in ("trellis", "abc")}
     assert seeds == {"trellis": [True] * 3, "abc": [True, False, False]}
     place = [task.name for task in order.tasks(finished)].index
-    assert place("full-gsa-s0") < place("long-trellis-s0") < place("full-trellis-s1") < place("full-gsa-s2") < place("full-mamba2-s2")
+    assert (
+        place("full-gsa-s0")
+        < place("long-trellis-s0")
+        < place("full-trellis-s1")
+        < place("full-gsa-s2")
+        < place("full-mamba2-s2")
+    )
     chosen = finished["full-trellis-s0"]["about"]["settings"]
     assert chosen["model"] == "trellis-corrected"
     assert finished["full-trellis-half-s0"]["about"]["settings"]["set"] == {
@@ -560,6 +582,19 @@ def test_tables_rank_by_loss_and_refuse_what_fails_a_gate(finished: dict[str, An
     strong = {name: {**book, "kneser_ney": 13_600.0} for name, book in NGRAMS["validation"].items()}
     refused = tables.ranking(finished, "full", {"validation": strong})
     assert all("bigram's 3.40" in row["refused"][0] for row in refused)
+
+
+def test_nothing_counts_beside_a_trellis_that_does_not(finished: dict[str, Any]) -> None:
+    """Its own row's gate is everyone's: every difference is to it."""
+    rows = tables.ranking(finished, "full", NGRAMS)
+    found = {"full-test": rows, "full-validation": [], "tuning": [], "tried": [], "ablations": [], "left": []}
+    found |= {"bigram": {"test": 4.5}, "short_bigram": None, "noise": None, "recall": [], "speed": None}
+    found |= {"runs": 0, "core_seconds": 0.0, "budget": 1.0}
+    assert "| yes |" in report.sections(found)["full-test"]
+    rows[0]["refused"] = ["it is a bigram"]
+    made = report.sections(found)
+    assert "| yes |" not in made["full-test"]
+    assert made["refused"] == f"- {rows[0]['title']}, test books, T = 1,024: it is a bigram"
 
 
 def test_ablations_are_paired_with_the_run_of_the_same_rate(finished: dict[str, Any]) -> None:
