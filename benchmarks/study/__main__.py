@@ -1,9 +1,10 @@
-"""The study as a command: python -m benchmarks.study prepare|run|score|speed|report.
+"""The study as a command: python -m benchmarks.study prepare|run|try|score|places|speed|report.
 
 prepare --books DIR                strips the training books, makes tokenizer and shards
 run --books DIR --minutes 55       goes on with the plan; --dry-run only prints it
 try NAME --books DIR --model M     a run by hand, with --set KEY=VALUE; it chooses nothing
 score --books DIR [--test]         the n-grams on all books; with --test the test books, once
+places --books DIR                 where in a chunk the stale gradient hurts
 speed                              seconds per token of all models in turns
 report                             benchmarks/results/study.json, the tables of docs/study.md, plots
 """
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit status."""
     options = _parser().parse_args(arguments)
     store, work = Store(options.results), options.work.resolve()
-    reads = options.command in ("prepare", "run", "score", "one", "try") and not getattr(
+    reads = options.command in ("prepare", "run", "score", "one", "try", "places") and not getattr(
         options, "dry_run", False
     )
     if reads and options.books is None:
@@ -149,6 +150,13 @@ def _try(options: argparse.Namespace, store: Store, work: Path) -> int:
     return 0
 
 
+def _places(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.places import measure
+
+    print(store.write("once/places", measure(store.runs(), books=options.books.resolve(), work=work)))
+    return 0
+
+
 def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.speed import measure
 
@@ -170,6 +178,7 @@ _COMMANDS = {
     "one": _one,
     "try": _try,
     "score": _score,
+    "places": _places,
     "speed": _speed,
     "report": _report,
 }

@@ -56,6 +56,7 @@ def gather(store: Store) -> dict[str, Any]:
         "ablations": ablations(runs),
         "recall": recalls(runs),
         "speed": speeds and speeds["lengths"],
+        "places": store.once("places"),
         "bigram": {},
     }
     for split, scores in (("validation", None), ("test", test["runs"] if test else {})):
@@ -85,6 +86,7 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "left": _left(found["left"]),
         "recall": _recall(found["recall"]),
         "speed": _speed(found["speed"]),
+        "places": _places(found["places"]),
         "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
         f"{found['budget'] / 3600:.0f} core-hours.",
     }
@@ -146,6 +148,15 @@ def _refused(found: Mapping[str, Any]) -> str:
             rows += 1
             lines += [f"- {row['title']}, {where}: {reason}" for reason in row["refused"]]
     return ("\n".join(lines) or "Every finished full run passes both gates.") if rows else EMPTY
+
+
+def _places(found: Mapping[str, Any] | None) -> str:
+    """A column per pair of runs."""
+    if not found:
+        return EMPTY
+    heads = ("place in the chunk", *(f"`{pair}`" for pair in found))
+    lines = [(f"{rows[0]['from']}-", *(interval_text(row) for row in rows)) for rows in zip(*found.values())]
+    return markdown(heads, lines)
 
 
 def _positions(rows: Sequence[Row]) -> str:

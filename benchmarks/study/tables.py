@@ -16,6 +16,7 @@ from launch.recipe import load_recipe
 __all__ = [
     "EMPTY",
     "ablations",
+    "base_of",
     "bigram_loss",
     "interval_text",
     "markdown",
@@ -162,10 +163,9 @@ def ablations(results: Results) -> list[Row]:
     rows, noise = [], noise_level(results)
     for name, found in results.items():
         about = found["about"]
-        base = _base(results, about["settings"]["model"], about["settings"]["rate"])
-        if about["kind"] != "vary" or base is None:
+        if about["kind"] != "vary" or (base := base_of(results, name)) is None:
             continue
-        apart = difference(_short(found), _short(base)).row()
+        apart = difference(_short(found), _short(results[base])).row()
         row = {
             "variant": name.removeprefix("vary-"),
             "of": about["settings"]["model"],
@@ -188,11 +188,14 @@ def _change(found: Mapping[str, Any]) -> str:
     return f"together: {listed}"
 
 
-def _base(results: Results, model: str, rate: float) -> Mapping[str, Any] | None:
-    for found in results.values():
+def base_of(results: Results, name: str) -> str | None:
+    """The run that a change is a change of: its form at its learning rate."""
+    changed = results[name]["about"]["settings"]
+    for base, found in results.items():
         about = found["about"]
-        if about["kind"] == "tune" and about["group"] == model and about["settings"]["rate"] == rate:
-            return found
+        same = about["group"] == changed["model"] and about["settings"]["rate"] == changed["rate"]
+        if about["kind"] == "tune" and same:
+            return base
     return None
 
 

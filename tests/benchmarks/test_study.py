@@ -6,13 +6,14 @@ import dataclasses
 import math
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks.hand_made import write_documents
-from benchmarks.study import books, expected, known, plan, recall, results, score
+from benchmarks.study import books, expected, known, places, plan, recall, results, score
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -197,6 +198,40 @@ def test_books_are_scored_token_by_token_by_part_and_position(
     assert both["bits_per_byte"] == pytest.approx(
         both["loss"] * both["targets"] / math.log(2) / found["bytes"]
     )
+
+
+def test_two_models_are_compared_by_place_in_the_chunk(
+    scored: tuple[Scorer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the plain forward pass; whole rows only, from the second chunk of 16 on."""
+    scorer, folder = scored
+    other = build_language_model(scorer.model.config, seed=1).eval()
+    models = {"full-trellis-s0": scorer.model, "full-trellis-stale-s0": other}
+    loaded = {
+        name: SimpleNamespace(model=model, tokenizer=scorer.tokenizer) for name, model in models.items()
+    }
+    monkeypatch.setattr(places, "load_run", lambda run, **_: loaded[run.name])
+    monkeypatch.setattr(places, "find_books", lambda split: [books.Book("One", split, "0.txt", "")])
+    monkeypatch.setattr(books.Book, "read", lambda self, folder: (folder / self.file).read_text())
+    results = {name: {"about": {"length": 48, "kind": "full"}} for name in models}
+    (rows,) = places.measure(results, books=folder, work=Path("w")).values()
+    sums = np.zeros((8, 3))  # stale, corrected, targets
+    for text in score.texts_of(books.Book("One", "validation", "0.txt", ""), folder, None):
+        ids = [scorer.tokenizer.bos_id, *scorer.tokenizer.encode(text)]
+        for start in range(0, len(ids) - 48, 48):
+            row = torch.tensor(ids[start : start + 49])
+            for column, model in enumerate((other, scorer.model)):
+                with torch.no_grad():
+                    logits = model(row[None, :-1])[0]
+                nats = torch.nn.functional.cross_entropy(logits, row[1:], reduction="none")
+                np.add.at(sums[:, column], np.arange(16, 48) % 16 // 2, nats[16:].numpy())
+            np.add.at(sums[:, 2], np.arange(16, 48) % 16 // 2, 1)
+    assert [row["from"] for row in rows] == list(range(0, 16, 2))
+    assert [row["loss"] for row in rows] == pytest.approx(sums[:, 1] / sums[:, 2], abs=1e-3)
+    apart = (sums[:, 0] - sums[:, 1]) / sums[:, 2]
+    assert [row["estimate"] for row in rows] == pytest.approx(apart, abs=1e-3)
+    with pytest.raises(ValueError, match="no stale run is finished"):
+        places.measure({}, books=folder, work=Path("w"))
 
 
 # Recall

@@ -587,8 +587,22 @@ def test_tables_rank_by_loss_and_refuse_what_fails_a_gate(finished: dict[str, An
 def test_nothing_counts_beside_a_trellis_that_does_not(finished: dict[str, Any]) -> None:
     """Its own row's gate is everyone's: every difference is to it."""
     rows = tables.ranking(finished, "full", NGRAMS)
-    found = {"full-test": rows, "full-validation": [], "tuning": [], "tried": [], "ablations": [], "left": []}
-    found |= {"bigram": {"test": 4.5}, "short_bigram": None, "noise": None, "recall": [], "speed": None}
+    found: dict[str, Any] = {
+        "full-test": rows,
+        "full-validation": [],
+        "tuning": [],
+        "tried": [],
+        "ablations": [],
+        "left": [],
+    }
+    found |= {
+        "bigram": {"test": 4.5},
+        "short_bigram": None,
+        "noise": None,
+        "recall": [],
+        "speed": None,
+        "places": None,
+    }
     found |= {"runs": 0, "core_seconds": 0.0, "budget": 1.0}
     assert "| yes |" in report.sections(found)["full-test"]
     rows[0]["refused"] = ["it is a bigram"]
@@ -688,7 +702,7 @@ def test_the_report_fills_the_page_and_draws(
     }
     text = page.read_text()
     assert "| **Trellis** | 3 |" in text
-    assert text.count(tables.EMPTY) == 3  # the test books, runs by hand
+    assert text.count(tables.EMPTY) == 4  # the test books, runs by hand, places in a chunk
     assert "Every run of the plan is done." in text
     twice = report.fill(text, report.sections(report.gather(store)))
     assert twice == text
