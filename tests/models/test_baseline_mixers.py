@@ -154,6 +154,7 @@ OWN: dict[str, Callable[[Given, Given], Tensor]] = {
     "gated_deltanet": skip,
     "rwkv7": lambda x, p: (x["q"] * p["bonus"] * rwkv7_keys(x, p)[1]).sum(-1, keepdim=True) * x["v"],
 }
+# What the norm per head adds to the mean square, unless an option says otherwise.
 EPSILON = {"deltanet": 1e-5 * WIDTH, "gated_deltanet": 1e-5 * WIDTH}
 
 
@@ -173,7 +174,7 @@ def projected(x: Tensor, p: Given, *, convolved: str) -> Given:
     return found
 
 
-def expected(kind: str, x: Tensor, p: Given, *, convolved: str) -> Tensor:
+def expected(kind: str, x: Tensor, p: Given, *, convolved: str, eps: float) -> Tensor:
     """The whole mixer: what the file of ``kind`` and that of ``RecurrentMixer`` say."""
     parts = projected(x, p, convolved=convolved)
     inputs, definition = KINDS[kind]
@@ -184,7 +185,7 @@ def expected(kind: str, x: Tensor, p: Given, *, convolved: str) -> Tensor:
     if kind in OWN:
         y = y + OWN[kind](parts, p)
     mean_square = y.square().mean(-1, keepdim=True)
-    normed = p["norm_weight"] * y / (mean_square + EPSILON.get(kind, 1e-6)).sqrt()
+    normed = p["norm_weight"] * y / (mean_square + eps).sqrt()
     z = x @ p["output_gate_weight"].T
     gate = z * (1 + torch.erf(z / math.sqrt(2))) / 2
     return (normed.flatten(-2) * gate) @ p["out_weight"].T
@@ -200,6 +201,7 @@ FORMS = {
     "raw values": ({"conv_values": False}, "qk"),
     "raw": ({"conv_kernel": 0}, ""),
     "a skip": ({"skip_values": True}, "qkv"),
+    "an epsilon": ({"head_norm_eps": 0.25}, "qkv"),
 }
 
 
@@ -220,7 +222,9 @@ def test_a_mixer_computes_the_formulas_of_its_file(tiny, kind, form):
     x = noise(ROWS, LENGTH, HEADS * WIDTH)
     ours = mixer(x, SequenceContext())
     given = {name: parameter.detach() for name, parameter in mixer.named_parameters()}
-    torch.testing.assert_close(ours, expected(kind, x, given, convolved=convolved), atol=1e-9, rtol=1e-9)
+    eps = options.get("head_norm_eps", EPSILON.get(kind, 1e-6))
+    theirs = expected(kind, x, given, convolved=convolved, eps=eps)
+    torch.testing.assert_close(ours, theirs, atol=1e-9, rtol=1e-9)
 
 
 def test_every_baseline_is_here():

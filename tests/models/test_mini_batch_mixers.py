@@ -64,6 +64,7 @@ def test_steps_are_bounded(tiny, kind, option, scale):
         ({"ttt_step": 0.0}, "ttt_step = 0.0: must be positive"),
         ({"titans_step": -1.0}, "titans_step = -1.0: must be positive"),
         ({"titans_depth": 0}, "titans_depth = 0: use 1 to 4 layers"),
+        ({"head_norm_eps": 0.0}, "head_norm_eps = 0.0: must be positive; leave it out"),
     ],
 )
 def test_options_out_of_range_are_refused(options, message):

@@ -61,6 +61,8 @@ class BaselineConfig:
             of small language models spiked a thousandfold; recall of a few pairs learned faster with 8.
         skip_values: of deltanet and gated_deltanet; add d v to what a head reads, as Mamba2 does and
             ``trellis.skip_values`` (not theirs: it tells what of a layer's lead is the skip).
+        head_norm_eps: added to the mean square of a head's output where it is normalised; unless given, each
+            kind's own (docs/baselines.md). ``trellis.head_norm_eps`` is the same of Trellis.
         backend: "fla" runs the recurrences of linear_attention, deltanet, gated_deltanet, mamba2, gsa, rwkv7
             by flash-linear-attention's Triton kernels where tensors are on a GPU (not tried on one yet);
             "torch" and everything else run in plain PyTorch.
@@ -81,6 +83,7 @@ class BaselineConfig:
     titans_keep_bias: float = 4.0
     titans_momentum_bias: float = 0.0
     skip_values: bool = False
+    head_norm_eps: float | None = None
     backend: Literal["torch", "fla"] = "torch"
 
     def __post_init__(self) -> None:
@@ -96,6 +99,11 @@ class BaselineConfig:
             require(
                 getattr(self, name) > 0, f"model.baselines.{name} = {getattr(self, name)}: must be positive"
             )
+        eps = self.head_norm_eps
+        require(
+            eps is None or eps > 0,
+            f"model.baselines.head_norm_eps = {eps}: must be positive; leave it out for each kind's own",
+        )
         require(
             1 <= self.titans_depth <= 4,
             f"model.baselines.titans_depth = {self.titans_depth}: use 1 to 4 layers",

@@ -49,7 +49,7 @@ class DeltaNetMixer(RecurrentMixer):
         return 2.0 * (3 * chunk * width + chunk * width + 3 * width**2)
 
     @classmethod
-    def head_norm_eps(cls, config: ModelConfig) -> float:
+    def own_norm_eps(cls, config: ModelConfig) -> float:
         """The original's, of outputs that are sqrt(D) times as large."""
         return 1e-5 * config.head_dim
 

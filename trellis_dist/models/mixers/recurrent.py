@@ -151,8 +151,9 @@ class RecurrentMixer(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def head_norm_eps(cls, config: ModelConfig) -> float:
-        """What the norm per head adds to the mean square: ``model.norm_eps``, or as the original has it."""
+    def own_norm_eps(cls, config: ModelConfig) -> float:
+        """What the norm per head adds to the mean square, unless ``baselines.head_norm_eps`` says otherwise:
+        ``model.norm_eps``, or as the original has it."""
         return config.norm_eps
 
     def make_tokens(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -273,7 +274,8 @@ class RecurrentMixer(nn.Module):
     def _output(self, y: Tensor, beside: Mapping[str, Tensor], gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
         y = self.finish(y, beside)
-        normed = rms_normalise(y, eps=self.head_norm_eps(self.config), weight=self.norm_weight)
+        eps = self.options.head_norm_eps or self.own_norm_eps(self.config)
+        normed = rms_normalise(y, eps=eps, weight=self.norm_weight)
         return self.row(normed.flatten(-2) * F.gelu(gate), self.out_weight)
 
     # For counts.py.
