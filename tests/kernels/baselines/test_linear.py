@@ -78,24 +78,57 @@ def test_a_vanishing_decay_overflows_nowhere():
         assert torch.isfinite(gradient).all()
 
 
-@pytest.mark.parametrize("name", ["decayed", "gated delta rule"])
-def test_the_naive_forms_of_flash_linear_attention_agree(name):
-    """Theirs compute in fp32 and scale q by D^-1/2."""
-    names = ("log_decay",) if name == "decayed" else ("beta", "log_decay")
-    tokens, _ = draw(*names)(torch.Generator().manual_seed(3), 2, 11)
-    tokens = {key: x.float() for key, x in tokens.items()}
-    state = torch.zeros(2, HEADS, WIDTH, VALUES)
-    y, (final,) = CASES[name].operation(tokens, {}, (state,), PackedLayout.uniform(2, 11, 4))
+def fla_linear_attention(tokens: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.ops.linear_attn.naive import naive_recurrent_linear_attn
+
+    y, last = naive_recurrent_linear_attn(
+        **tokens, scale=1.0, initial_state=state, output_final_state=True, normalize=False
+    )
+    return y, last
+
+
+def fla_decayed(tokens: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+
     q, k, v, g = (tokens[key] for key in ("q", "k", "v", "log_decay"))
-    if name == "decayed":
-        from fla.ops.simple_gla.naive import naive_recurrent_simple_gla
+    return naive_recurrent_simple_gla(q, k, v, g, scale=1.0, initial_state=state, output_final_state=True)
 
-        theirs, last = naive_recurrent_simple_gla(q, k, v, g, scale=1.0)
-    else:
-        from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
 
-        theirs, last = naive_recurrent_gated_delta_rule(
-            q, k, v, tokens["beta"], g, scale=1.0, output_final_state=True
-        )
+def fla_delta_rule(tokens: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    """Heads before tokens, and always q / sqrt(D)."""
+    from fla.ops.delta_rule.naive import delta_rule_recurrence
+
+    q, k, v, beta = (tokens[key].transpose(1, 2) for key in ("q", "k", "v", "beta"))
+    y, last = delta_rule_recurrence(q * WIDTH**0.5, k, v, beta, initial_state=state)
+    return y.transpose(1, 2), last
+
+
+def fla_gated_delta_rule(tokens: dict[str, Tensor], state: Tensor) -> tuple[Tensor, Tensor]:
+    from fla.ops.gated_delta_rule.naive import naive_recurrent_gated_delta_rule
+
+    q, k, v, beta, g = (tokens[key] for key in ("q", "k", "v", "beta", "log_decay"))
+    return naive_recurrent_gated_delta_rule(
+        q, k, v, beta, g, scale=1.0, initial_state=state, output_final_state=True
+    )
+
+
+FLA = {
+    "linear attention": ((), fla_linear_attention),
+    "decayed": (("log_decay",), fla_decayed),
+    "delta rule": (("beta",), fla_delta_rule),
+    "gated delta rule": (("beta", "log_decay"), fla_gated_delta_rule),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_naive_forms_of_flash_linear_attention_agree(name):
+    """Theirs compute in fp32."""
+    pytest.importorskip("fla", reason="flash-linear-attention is not installed here")
+    names, form = FLA[name]
+    generator = torch.Generator().manual_seed(3)
+    tokens = {key: x.float() for key, x in draw(*names)(generator, 2, 11)[0].items()}
+    state = normal(generator, 2, HEADS, WIDTH, VALUES).float()
+    y, (final,) = CASES[name].operation(tokens, {}, (state,), PackedLayout.uniform(2, 11, 4))
+    theirs, last = form(tokens, state)
     torch.testing.assert_close(y, theirs, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(final, last, atol=1e-5, rtol=1e-5)
