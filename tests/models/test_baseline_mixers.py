@@ -155,7 +155,7 @@ OWN: dict[str, Callable[[Given, Given], Tensor]] = {
     "rwkv7": lambda x, p: (x["q"] * p["bonus"] * rwkv7_keys(x, p)[1]).sum(-1, keepdim=True) * x["v"],
 }
 # What the norm per head adds to the mean square, unless an option says otherwise.
-EPSILON = {"deltanet": 1e-5 * WIDTH, "gated_deltanet": 1e-5 * WIDTH}
+EPSILON = dict.fromkeys(("deltanet", "gated_deltanet", "rwkv7"), 1e-5 * WIDTH)
 
 
 def projected(x: Tensor, p: Given, *, convolved: str) -> Given:
@@ -253,7 +253,7 @@ def test_an_option_changes_the_layers_that_read_it_and_no_others(tiny, kind):
         assert torch.equal(before, after) == (kind not in READERS[option]), option
 
 
-# As the originals have them, and the docstrings.
+# As the docstrings have them.
 DECAY = {"rate": LogUniform(1.0, 16.0)}
 INNER_NORM = {"inner_norm_weight": Constant(1.0), "inner_norm_bias": Constant(0.0)}
 STARTS: dict[str, dict[str, Any]] = {

@@ -246,7 +246,7 @@ class ModelConfig:
         mlp_hidden: SwiGLU width; None gives 8/3 dim rounded up to a multiple of 64.
         pattern: layer kinds, cycled over the layers.
         tie_embeddings: share the embedding with the output projection.
-        norm_eps: epsilon of every RMSNorm; the heads of deltanet and gated_deltanet have 1e-5 head width.
+        norm_eps: epsilon of every RMSNorm; heads may have another (``head_norm_eps``, docs/baselines.md).
         init_std: standard deviation of the initial weights; output projections are divided by sqrt(2 layers).
         mixer_out_init: the mixers' output projections begin "scaled" like that, or at "zero": a mixer, whose
             heads are normalised, then adds no noise to a stream that is small yet (docs/study.md).

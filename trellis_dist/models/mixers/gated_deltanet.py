@@ -3,7 +3,8 @@
     q, k = l2norm(silu(conv(W_q x))), l2norm(silu(conv(W_k x)))         v = silu(conv(W_v x))
     b = sigmoid(w_b x)        log a = -exp(A) softplus(w_a x + d)       DeltaNet: a = 1
 
-A starts as log u, u uniform in [1, 16], and softplus(d) log-uniform in [.001, .1], as in the original.
+A starts as log u, u uniform in [1, 16] as in Mamba2; the original draws from [0, 16], so that one head in 16
+begins with a slower decay than any of ours. softplus(d) is log-uniform in [.001, .1], as in the original.
 With ``skip_values`` d v, d [H] at 1 at first, is added to what a head reads: Mamba2's skip, not theirs.
 The norm per head adds 1e-5 D to the mean square: the original's adds 1e-5, of outputs D^{-1/2} as large.
 """

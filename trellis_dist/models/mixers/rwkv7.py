@@ -6,11 +6,13 @@
     S_t = (diag(w_t) - (a_t o h_t) h_t^T) S_{t-1} + k~_t v_t^T
     y_t = S_t^T r_t + (r_t . (rho o k~_t)) v_t
 
-As in the original: the bounds of w, the bonus y has of its own token, and the initial w_0, a_0, xi, kappa and
-rho, the first of which spread the decays from one per two tokens to one per thousands.
+As in the original: the bounds of w, the bonus y has of its own token, the norm's epsilon (1e-5 D), and the
+initial w_0, a_0, xi, kappa and rho, the first of which spread the decays from one per two tokens to one per
+thousands.
 
 Ours, because one block stands around all recurrent layers: the short convolution with its SiLU instead of
-token shift, the GELU gate, and the norm per head behind the bonus instead of before it. Ours, so that a layer
+token shift, the GELU gate, and an RMS norm per head behind the bonus where the original has a group norm with
+bias before it. Matrices start as all of ours do, where the original's are orthogonal. Ours, so that a layer
 splits over tensor-parallel ranks by heads: W_w, U_w and W_a, U_a are low-rank per head, of rank D / 4 (the
 original's are shared by all heads, of rank 64 to 128), so w and a cost what they do there, or a little more.
 Left out: the values that later layers mix with those of the first.
@@ -81,6 +83,11 @@ class RWKV7Mixer(RecurrentMixer):
         return 2.0 * (
             2 * width * _rank(config) + 2 * chunk * width + 3 * chunk * width + chunk * width + 4 * width**2
         )
+
+    @classmethod
+    def own_norm_eps(cls, config: ModelConfig) -> float:
+        """The original's."""
+        return 1e-5 * config.head_dim
 
     def make_tokens(self, parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """q = r, k = k~, v, key = h, rate = a and log_decay."""
