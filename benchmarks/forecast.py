@@ -6,7 +6,9 @@
 
 DIR holds ETTh1.csv and exchange_rate.txt.gz. Each run takes minutes on one core; --minutes N ends after the
 epoch that is running by then, and the same command goes on. Runs that the JSON holds with today's settings
-are not run again. Results are published here, the series (ETTh1: CC BY-ND) are not.
+are not run again. --rates R R tries each learning rate and keeps the best on validation; without it every
+mixer has the same one, and the tables say so. Results are published here, the series (ETTh1: CC BY-ND) are
+not.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from benchmarks.machine import machine, versions
 from trellis_dist.files import atomic_write, read_json, write_json
 from trellis_dist.forecasting.models import known_models, settings_of
 from trellis_dist.forecasting.runs import Case, Data, cases_of, identity_of, open_data, run_case
+from trellis_dist.forecasting.training import usable_device
 
 RESULT = Path(__file__).parent / "results" / "forecast.json"
 PAGE = Path(__file__).parents[1] / "docs" / "forecasting.md"
@@ -46,21 +49,29 @@ def measure(
     *,
     work: Path,
     output: Path,
+    device: str = "cpu",
     deadline: float | None = None,
 ) -> bool:
-    """Run what ``output`` does not hold yet, writing it after every run; whether all is there."""
+    """Run what ``output`` does not hold yet, writing it after every run; whether all is there.
+
+    Runs of other settings than today's are taken out at once.
+    """
     report = read_json(output) if output.is_file() else {"data": {}, "models": {}, "runs": []}
     runs = [run for run in report["runs"] if _holds(run, datasets)]
+    if len(runs) < len(report["runs"]):  # a table of today's models has no runs of others
+        write_json(output, _report(report, datasets, runs))
     complete = True
     for case, (name, data) in product(cases, datasets.items()):
-        if any(run["identity"] == identity_of(case, data) for run in runs):
+        if any(_answers(run, case, data) for run in runs if run["dataset"] == name):
             continue
-        result = run_case(case, data, work / name, deadline=deadline)
+        result = run_case(case, data, work / name, device=device, deadline=deadline)
         if result is None:  # later cases may have finished before
             complete = False
             continue
         settings = settings_of(case.model, data.shape(case.horizon), dataset=name)
-        runs.append({"dataset": name, **result, "training": settings["training"]})
+        training = settings["training"] | {"learning_rate": result["learning_rate"]}
+        runs = [run for run in runs if run["dataset"] != name or not _same(run, case)]
+        runs.append({"dataset": name, **result, "training": training})
         report["models"][case.model] = settings["model"]
         write_json(output, _report(report, datasets, runs))
         print(f"{name} {case.model} {case.horizon} seed {case.seed}: MSE {result['mse']:.4f}", flush=True)
@@ -70,8 +81,22 @@ def measure(
 def _holds(run: dict[str, Any], datasets: dict[str, Data]) -> bool:
     """Whether a run was made with today's settings and data; of a data set not given, it is kept."""
     data = datasets.get(run["dataset"])
-    case = Case(run["model"], run["horizon"], run["seed"])
-    return data is None or run["identity"] == identity_of(case, data)
+    return data is None or run["identity"] == identity_of(_case(run), data)
+
+
+def _answers(run: dict[str, Any], case: Case, data: Data) -> bool:
+    """Whether a run that holds makes ``case`` needless: one whose rate was chosen does for one with none."""
+    return _same(run, case) and (not case.rates or run["identity"] == identity_of(case, data))
+
+
+def _same(run: dict[str, Any], case: Case) -> bool:
+    """Of the same cell and seed, whatever rates were tried."""
+    return (run["model"], run["horizon"], run["seed"]) == (case.model, case.horizon, case.seed)
+
+
+def _case(run: dict[str, Any]) -> Case:
+    rates = tuple(rate for rate, _ in run.get("rates", []))
+    return Case(run["model"], run["horizon"], run["seed"], rates)
 
 
 def _report(report: dict[str, Any], datasets: dict[str, Data], runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -92,10 +117,10 @@ def render(report: dict[str, Any]) -> str:
 
 def _table(dataset: str, runs: Iterable[dict[str, Any]]) -> str:
     runs = [run for run in runs if run["dataset"] == dataset]
-    head = ["| " + " | ".join([dataset, *map(str, HORIZONS), "parameters at 96", "CPU minutes a run"]) + " |"]
-    head.append("|---|" + "--:|" * (len(HORIZONS) + 2))
+    columns = [dataset, *map(str, HORIZONS), "parameters at 96", "learning rate", "CPU minutes a run"]
+    head = ["| " + " | ".join(columns) + " |", "|---|" + "--:|" * (len(columns) - 1)]
     cells = [f"{mse:.3f} / {mae:.3f}" for mse, mae in PUBLISHED[dataset].values()]
-    lines = [f"| DLinear as published | {' | '.join(cells)} | | |"]
+    lines = [f"| DLinear as published | {' | '.join(cells)} | | | |"]
     for model in (name for name in MODELS if any(run["model"] == name for run in runs)):
         lines.append(_row(model, [run for run in runs if run["model"] == model]))
     return "\n".join(head + lines)
@@ -106,7 +131,19 @@ def _row(model: str, runs: list[dict[str, Any]]) -> str:
     sizes = {run["parameters"] for run in runs if run["horizon"] == HORIZONS[0]}
     size = f"{sizes.pop():,}" if sizes else ""
     minutes = statistics.fmean(run["cpu_seconds"] for run in runs) / 60
-    return f"| {model} | {' | '.join(cells)} | {size} | {minutes:.1f} |"
+    where = " (cuda)" if any(run.get("device") == "cuda" for run in runs) else ""
+    return f"| {model} | {' | '.join(cells)} | {size} | {_rate(model, runs)} | {minutes:.1f}{where} |"
+
+
+def _rate(model: str, runs: list[dict[str, Any]]) -> str:
+    """The learning rates of a row, and who chose them."""
+    if model == "dlinear":
+        return "its authors'"
+    used = ", ".join(f"{rate:g}" for rate in sorted({run["training"]["learning_rate"] for run in runs}))
+    tried = min(len(run.get("rates", [])) for run in runs)
+    if tried > 1:
+        return f"{used}, best of {tried} on validation"
+    return f"{used}, chosen with it" if model == "attention" else f"{used}, attention's"
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:
@@ -144,6 +181,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", help="those of the page that are registered unless given")
     parser.add_argument("--horizons", type=int, nargs="+", choices=HORIZONS, default=list(HORIZONS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[], help="learning rates that each mixer chooses from"
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--minutes", type=float, help="end after the epoch that runs by then")
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--page", type=Path, default=PAGE)
@@ -151,6 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.show:
         if options.data is None:
             parser.error("--data DIR is needed to measure")
+        try:
+            usable_device(options.device)
+        except ValueError as error:
+            parser.error(str(error))
         _measure_all(options)
     report = read_json(options.output)
     print(render(report))
@@ -163,8 +208,9 @@ def _measure_all(options: argparse.Namespace) -> None:
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     datasets = {name: open_data(options.data / FILES[name], dataset=name) for name in options.datasets}
     models = options.models or [name for name in MODELS if name in known_models()]
-    cases = cases_of(models=models, horizons=options.horizons, seeds=options.seeds)
-    if not measure(datasets, cases, work=options.work, output=options.output, deadline=deadline):
+    cases = cases_of(models=models, horizons=options.horizons, seeds=options.seeds, rates=options.rates)
+    places = {"work": options.work, "output": options.output}
+    if not measure(datasets, cases, **places, device=options.device, deadline=deadline):
         print("time is up; the same command goes on")
 
 

@@ -34,7 +34,7 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def measure(folder: Path, *more: str) -> dict[str, Any]:
+def measure(folder: Path, *more: str, model: str = "dlinear") -> dict[str, Any]:
     places = {
         "data": folder,
         "work": folder / "work",
@@ -42,7 +42,7 @@ def measure(folder: Path, *more: str) -> dict[str, Any]:
         "page": folder / "page.md",
     }
     pairs = [item for name, path in places.items() for item in (f"--{name}", str(path))]
-    forecast.main([*pairs, "--models", "dlinear", *more])
+    forecast.main([*pairs, "--models", model, *more])
     found: dict[str, Any] = read_json(folder / "out.json")
     return found
 
@@ -71,8 +71,33 @@ def test_a_run_of_other_settings_is_made_again(small: Path) -> None:
     write_json(
         small / "out.json", {**report, "runs": [{**report["runs"][0], "identity": "0" * 64, "mse": 9.0}]}
     )
+    (small / "work").rename(small / "gone")
+    assert measure(small, "--minutes", "0")["runs"] == [], "nor is it shown until then"
     again = measure(small, "--datasets", "etth1", "--horizons", "3")
     assert again["runs"] == report["runs"]
+
+
+def test_a_chosen_rate_takes_the_place_of_a_given_one(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = ("--datasets", "etth1", "--horizons", "3")
+    given = measure(small, *cell, model="attention")
+    assert "| 0.001, chosen with it |" in forecast.render(given)
+    others = {**given, "runs": [{**given["runs"][0], "model": "trellis"}]}
+    assert "| 0.001, attention's |" in forecast.render(others), "it was not chosen for Trellis"
+    chosen = measure(small, *cell, "--rates", "1e-3", "3e-3", model="attention")
+    (run,) = chosen["runs"]
+    assert f"| {run['learning_rate']:g}, best of 2 on validation |" in forecast.render(chosen)
+    monkeypatch.setattr(runs, "Training", None)  # a training would fail
+    assert measure(small, *cell, model="attention") == chosen
+
+
+def test_a_gpu_that_is_not_there_is_one_line(
+    small: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(SystemExit):
+        measure(small, "--device", "cuda")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.endswith("--device cuda, but torch sees no CUDA device: use --device cpu")
 
 
 def test_time_that_is_up_leaves_what_is_there(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

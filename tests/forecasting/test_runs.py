@@ -82,6 +82,35 @@ def test_finished_runs_are_read_back_and_all_are_listed(
     assert all(run["windows"] == data.splits(run["horizon"]).counts() for run in first)
 
 
+def test_the_rate_with_the_best_validation_error_counts(tmp_path: Path) -> None:
+    """Whatever was stopped in between; DLinear has its authors'."""
+    data, rates = wave_data(), (1e-5, 3e-3)
+    case, authors = cases_of(models=["attention", "dlinear"], horizons=[6], seeds=[0], rates=rates)
+    assert (case.rates, authors.rates) == (rates, ())
+    alone = [run_case(replace(case, rates=(rate,)), data, tmp_path / "alone") for rate in rates]
+    assert run_case(case, data, tmp_path / "out", deadline=1.0, clock=Clock(5)) is None
+    assert len(list(case.folder(tmp_path / "out").glob("training-*"))) == 2, "stopped within the second"
+    result = run_case(case, data, tmp_path / "out")
+    assert result is not None
+    found = [each for each in alone if each is not None]
+    assert result["rates"] == [[each["learning_rate"], each["validation_mse"]] for each in found]
+    best = min(found, key=lambda each: each["validation_mse"])
+    assert best["validation_mse"] < max(each["validation_mse"] for each in found)
+    for key in ("learning_rate", "validation_mse", "mse", "mae", "best_epoch"):
+        assert result[key] == best[key]
+    assert sorted(path.name for path in case.folder(tmp_path / "out").iterdir()) == [runs.MODEL, runs.RESULT]
+    assert len({each["identity"] for each in (*found, result)}) == 3
+
+
+def test_a_model_that_is_built_otherwise_by_now_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_case(CASE, wave_data(), tmp_path)
+    monkeypatch.setattr("trellis_dist.forecasting.models.MLP", 64)
+    with pytest.raises(ValueError, match="holds a trellis of another size: train it again"):
+        load_model(CASE.folder(tmp_path))
+
+
 def test_the_time_ends_the_list_between_epochs(tmp_path: Path) -> None:
     cases = cases_of(models=["dlinear"], horizons=[6, 3], seeds=[0])
     results = list(run_cases(cases, wave_data(), tmp_path, deadline=1.0, clock=Clock(5)))

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tests.forecasting.series_files import wave_data
-from trellis_dist.forecasting.models import ForecastTraining, Shape, build
-from trellis_dist.forecasting.training import Errors, Training, errors_of
+from trellis_dist.forecasting.models import ForecastTraining, Shape, build, known_models
+from trellis_dist.forecasting.training import Errors, Training, errors_of, usable_device
 from trellis_dist.forecasting.windows import Windows
 
 QUICK = ForecastTraining(batch_size=16, windows=64, validation_every=3, epochs=3, patience=2)
@@ -29,9 +29,12 @@ class Repeat(nn.Module):
         return x[:, -1:].expand(-1, self.horizon, -1)
 
 
-def training(name: str = "trellis", settings: ForecastTraining = QUICK, *, seed: int = 0) -> Training:
-    data = wave_data()
-    return Training(build(name, data.shape(6), seed=seed), data.splits(6), settings, seed)
+def training(
+    name: str = "trellis", settings: ForecastTraining = QUICK, *, seed: int = 0, device: str = "cpu"
+) -> Training:
+    data, where = wave_data(), torch.device(device)
+    model = build(name, data.shape(6), seed=seed).to(where)
+    return Training(model, data.splits(6).to(where), settings, seed)
 
 
 @pytest.mark.parametrize("rows,every", [(20, 1), (150, 1), (150, 4)])
@@ -157,6 +160,34 @@ def test_fewer_windows_are_drawn_where_asked(monkeypatch: pytest.MonkeyPatch) ->
     assert [len(batch) for batch in batches] == [16, 16] * 2
     lone = drawn(replace(QUICK, windows=10), monkeypatch)
     assert [len(batch) for batch in lone] == [10, 10], "an only batch may be incomplete"
+
+
+@pytest.mark.parametrize("shape", [Shape(336, 96, 7), Shape(336, 720, 8), Shape(24, 6, 2)])
+def test_every_mixer_has_as_many_parameters_as_trellis(shape: Shape) -> None:
+    counts = {}
+    for name in set(known_models()) - {"dlinear"}:
+        counts[name] = sum(each.numel() for each in build(name, shape, seed=0).parameters())
+    wanted = counts["trellis"]
+    assert max(abs(count - wanted) for count in counts.values()) <= 0.02 * wanted, counts
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert usable_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="--device cuda, but torch sees no CUDA device: use --device cpu"):
+        usable_device("cuda")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_trains_what_a_cpu_does_and_goes_on_from_it() -> None:
+    """DLinear, which has no dropout: its draws would be others."""
+    cpu, gpu = training("dlinear"), training("dlinear", device="cuda")
+    cpu.epoch()
+    gpu.load(cpu.tensors(), cpu.record())
+    cpu.epoch()
+    gpu.epoch()
+    assert gpu.epochs == pytest.approx(cpu.epochs, rel=1e-4)
+    assert all(value.is_cuda for value in gpu.model.state_dict().values())
 
 
 def test_unknown_names_are_refused() -> None:

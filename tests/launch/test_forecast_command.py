@@ -38,8 +38,11 @@ def test_it_trains_what_is_asked_and_prints_a_table(
     assert rows[0] == "| model | 3 | 6 |"
     assert [row.split(" | ")[0] for row in rows[2:]] == ["| dlinear", "| attention"]
     assert rows[3].split(" | ")[1].startswith(f"{mean:.3f} / ")
+    assert printed.splitlines()[-1].startswith("learning rate 0.001, not chosen for each mixer: --rates")
     assert main(command(series, tmp_path / "out", seeds="0,1")) == 0
     assert capsys.readouterr().out == printed, "finished runs are read back"
+    assert main(command(series, tmp_path / "out", models="attention", horizons="3", rates="1e-4,1e-3")) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith("learning rates 0.00")
 
 
 def test_time_that_is_up_says_how_to_go_on(
@@ -57,6 +60,9 @@ def test_time_that_is_up_says_how_to_go_on(
         ({"horizons": "6,x"}, "--horizons '6,x': give whole numbers from 1 on"),
         ({"horizons": "0"}, "--horizons '0': give whole numbers from 1 on"),
         ({"horizons": "4000"}, "too few for one window"),
+        ({"rates": "1e-3,fast"}, "--rates '1e-3,fast': give learning rates, such as"),
+        ({"rates": "1e-3,-1"}, "--rates '1e-3,-1': give learning rates between 0 and 1"),
+        ({"device": "cuda"}, "--device cuda, but torch sees no CUDA device: use --device cpu"),
         ({"fractions": "0.5,0.5"}, "--fractions '0.5,0.5': give three shares"),
         ({"fractions": "0.5,0.2,0.2"}, "three positive shares that add up to 1"),
         ({"dataset": "etth1"}, "400 rows are fewer than the 14400 of etth1"),
@@ -69,9 +75,11 @@ def test_what_a_user_can_cause_is_one_line(
     series: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
     options: dict[str, str],
     message: str,
 ) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert main(command(series, tmp_path / "out", **options)) == 1
     error = capsys.readouterr().err.splitlines()
     assert len(error) == 1

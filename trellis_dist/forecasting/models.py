@@ -6,20 +6,24 @@ A name is "dlinear", a layer kind of the registry ("trellis", "attention", ...),
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from trellis_dist.models.baseline_config import BASELINES, BaselineConfig
 from trellis_dist.models.config import LayerKind, ModelConfig, TrellisConfig
 from trellis_dist.models.dlinear import build_dlinear
-from trellis_dist.models.forecaster import build_forecaster
+from trellis_dist.models.forecaster import Forecaster, build_forecaster
 from trellis_dist.models.forecaster_config import DLinearConfig, ForecasterConfig
 from trellis_dist.models.registry import MIXERS
 
 __all__ = ["ForecastTraining", "Shape", "build", "known_models", "settings_of", "training_of"]
 
-LAYERS, DIM, HEADS, MLP, SLOTS = 2, 64, 2, 128, 32
+LAYERS, DIM, HEADS, SLOTS = 2, 64, 2, 32
+# Hidden features of Trellis's MLP; every other mixer's is a multiple of 8 that makes its model as large.
+MLP, MULTIPLE = 128, 8
 # Of 22 patches: chunks of Trellis are part of the function, those of the baselines a matter of speed.
 CHUNK, BASELINE_CHUNK = 8, 32
 # math.md: the corrected update in its intended form.
@@ -91,7 +95,7 @@ def training_of(name: str, *, dataset: str, horizon: int) -> ForecastTraining:
 
 
 def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
-    """The configuration of a model of this name: 2 blocks of width 64 in all but DLinear.
+    """The configuration of a model of this name: 2 blocks of width 64 in all but DLinear, of Trellis's size.
 
     Raises:
         ValueError: no such name.
@@ -100,6 +104,30 @@ def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
         raise ValueError(f"no forecaster is called {name!r}: use {', '.join(known_models())}")
     if name == "dlinear":
         return DLinearConfig(look_back=shape.look_back, horizon=shape.horizon)
+    return _mixer_config(name, shape, mlp=MLP if name == "trellis" else _equal_width(name, shape))
+
+
+@cache
+def _equal_width(name: str, shape: Shape) -> int:
+    """Hidden features with which a mixer's model comes nearest to the parameters of Trellis's.
+
+    The count is linear in the width, so that two counts give it.
+    """
+    wanted = _parameters("trellis", shape, mlp=MLP)
+    one, two = (_parameters(name, shape, mlp=width) for width in (MULTIPLE, 2 * MULTIPLE))
+    width = round((wanted - one) / (two - one) + 1) * MULTIPLE
+    assert width >= MULTIPLE, f"{name} is larger than Trellis without an MLP"
+    return width
+
+
+def _parameters(name: str, shape: Shape, *, mlp: int) -> int:
+    """Of the model, on torch's meta device."""
+    with torch.device("meta"):
+        model = Forecaster(_mixer_config(name, shape, mlp=mlp))
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _mixer_config(name: str, shape: Shape, *, mlp: int) -> ForecasterConfig:
     corrected = CORRECTED if name == "trellis-corrected" else {}
     kind = cast(LayerKind, name.removesuffix("-corrected"))
     body = ModelConfig(
@@ -107,7 +135,7 @@ def config_of(name: str, shape: Shape) -> DLinearConfig | ForecasterConfig:
         num_layers=LAYERS,
         dim=DIM,
         num_heads=HEADS,
-        mlp_hidden=MLP,
+        mlp_hidden=mlp,
         pattern=(kind,),
         trellis=TrellisConfig(slots=SLOTS, chunk_size=CHUNK, **corrected),
         baselines=BaselineConfig(slots=SLOTS, chunk_size=BASELINE_CHUNK),

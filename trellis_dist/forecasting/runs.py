@@ -1,6 +1,7 @@
 """Runs in folders: one for each model, horizon and seed, saved after every epoch and gone on with.
 
 OUT/h96/attention/seed-0/training.safetensors    while it trains: weights, best weights, moments, epochs
+                                                 (one for each learning rate that is tried)
                          model.safetensors       then: the best weights and the scale of the data
                          result.json             its errors and what decided them
 OUT/results.json                                 the runs of the last command
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from trellis_dist.files import (
     sha256_file,
     write_json,
 )
-from trellis_dist.forecasting.models import Shape, build, settings_of, training_of
+from trellis_dist.forecasting.models import ForecastTraining, Shape, build, settings_of, training_of
 from trellis_dist.forecasting.series import Series, read_series
-from trellis_dist.forecasting.training import Training, errors_of
+from trellis_dist.forecasting.training import Training, errors_of, usable_device
 from trellis_dist.forecasting.windows import FRACTIONS, Splits, borders_of, split
 
 __all__ = ["Case", "Data", "cases_of", "identity_of", "load_model", "open_data", "run_case", "run_cases"]
@@ -39,15 +40,25 @@ TRAINING, MODEL, RESULT = "training.safetensors", "model.safetensors", "result.j
 
 @dataclass(frozen=True)
 class Case:
-    """One run: a name of ``models.build``, steps to forecast, and a seed."""
+    """One run.
+
+    Attributes:
+        model: a name of ``models.build``.
+        horizon: steps to forecast.
+        seed: of weights, windows and dropout.
+        rates: learning rates to try; the one with the best validation error counts. Empty: the model's own.
+    """
 
     model: str
     horizon: int
     seed: int
+    rates: tuple[float, ...] = ()
 
     def folder(self, out: Path) -> Path:
         """Where it lies under ``out``."""
-        return out / f"h{self.horizon}" / self.model / f"seed-{self.seed}"
+        tried = "".join(f"-{rate:g}" for rate in self.rates)
+        name = f"seed-{self.seed}" + (f"-rates{tried}" if tried else "")
+        return out / f"h{self.horizon}" / self.model / name
 
 
 @dataclass(frozen=True)
@@ -98,16 +109,26 @@ def open_data(
     return Data(dataset, sha256_file(path), series, borders, look_back)
 
 
-def cases_of(*, models: Sequence[str], horizons: Sequence[int], seeds: Sequence[int]) -> list[Case]:
-    """Every combination once: all models of one horizon and seed before the next, so that they compare."""
-    found = [Case(model, horizon, seed) for seed, horizon, model in product(seeds, horizons, models)]
+def cases_of(
+    *, models: Sequence[str], horizons: Sequence[int], seeds: Sequence[int], rates: Sequence[float] = ()
+) -> list[Case]:
+    """Every combination once: all models of one horizon and seed before the next, so that they compare.
+
+    DLinear keeps the rate of its authors, whatever ``rates`` the others try.
+    """
+    tried = tuple(dict.fromkeys(rates))
+    found = [
+        Case(model, horizon, seed, () if model == "dlinear" else tried)
+        for seed, horizon, model in product(seeds, horizons, models)
+    ]
     return list(dict.fromkeys(found))
 
 
 def identity_of(case: Case, data: Data) -> str:
     """A digest of all that decides the result of a run."""
     settings = settings_of(case.model, data.shape(case.horizon), dataset=data.dataset)
-    return digest({"settings": settings, "seed": case.seed, "data": data.record()})
+    tried = {"rates": list(case.rates)} if case.rates else {}
+    return digest({"settings": settings, "seed": case.seed, "data": data.record(), **tried})
 
 
 def run_cases(
@@ -115,6 +136,7 @@ def run_cases(
     data: Data,
     out: Path,
     *,
+    device: str = "cpu",
     deadline: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> Iterator[dict[str, Any]]:
@@ -125,12 +147,13 @@ def run_cases(
     Raises:
         ValueError: what ``run_case`` raises.
     """
+    usable_device(device)
     for case in cases:  # refused before anything is trained
         data.splits(case.horizon)
         settings_of(case.model, data.shape(case.horizon), dataset=data.dataset)
     results: list[dict[str, Any]] = []
     for case in cases:
-        result = run_case(case, data, out, deadline=deadline, clock=clock)
+        result = run_case(case, data, out, device=device, deadline=deadline, clock=clock)
         if result is None:
             return
         results.append(result)
@@ -143,40 +166,67 @@ def run_case(
     data: Data,
     out: Path,
     *,
+    device: str = "cpu",
     deadline: float | None = None,
     clock: Callable[[], float] = time.monotonic,
 ) -> dict[str, Any] | None:
     """Train a case from where its folder has it, score its test windows; None when ``clock`` ends it before.
 
     Raises:
-        ValueError: the folder holds a run of other settings or data, or is damaged; a training diverged.
+        ValueError: the folder holds a run of other settings or data, or is damaged; a training diverged;
+            no such device.
     """
+    where = usable_device(device)
     folder, identity = case.folder(out), identity_of(case, data)
     if (folder / RESULT).is_file():
         result: dict[str, Any] = read_json(folder / RESULT)
         _check_identity(folder, result["identity"], identity)
         return result
     make_directories(folder)
-    splits = data.splits(case.horizon)
-    model = build(case.model, data.shape(case.horizon), seed=case.seed)
-    settings = training_of(case.model, dataset=data.dataset, horizon=case.horizon)
-    training = Training(model, splits, settings, case.seed)
-    if (folder / TRAINING).is_file():
-        tensors, record = _load(folder / TRAINING)
-        _check_identity(folder, record["identity"], identity)
+    splits = data.splits(case.horizon).to(where)
+    trained: list[Training] = []
+    for settings in _candidates(case, data):
+        model = build(case.model, data.shape(case.horizon), seed=case.seed).to(where)
+        training = Training(model, splits, settings, case.seed)
+        if not _train(training, folder / _state_name(case, settings), identity, deadline, clock):
+            return None
+        trained.append(training)
+    return _finish(case, data, trained, folder, identity)
+
+
+def _candidates(case: Case, data: Data) -> list[ForecastTraining]:
+    """The settings of each rate to try."""
+    own = training_of(case.model, dataset=data.dataset, horizon=case.horizon)
+    return [replace(own, learning_rate=rate) for rate in case.rates] or [own]
+
+
+def _state_name(case: Case, settings: ForecastTraining) -> str:
+    return f"training-{settings.learning_rate:g}.safetensors" if case.rates else TRAINING
+
+
+def _train(
+    training: Training, state: Path, identity: str, deadline: float | None, clock: Callable[[], float]
+) -> bool:
+    """Epochs from where ``state`` has it, saved there after each; whether it finished before ``deadline``."""
+    if state.is_file():
+        tensors, record = _load(state)
+        _check_identity(state.parent, record["identity"], identity)
         training.load(tensors, record)
     while not training.finished:
         if deadline is not None and clock() >= deadline:
-            return None
+            return False
         start = time.process_time()
         training.epoch()
         training.seconds += time.process_time() - start
-        _save(folder / TRAINING, training.tensors(), {**training.record(), "identity": identity})
-    return _finish(case, data, training, folder, identity)
+        _save(state, training.tensors(), {**training.record(), "identity": identity})
+    return True
 
 
-def _finish(case: Case, data: Data, training: Training, folder: Path, identity: str) -> dict[str, Any]:
-    """Score the best weights and write what is kept; the state of training goes last."""
+def _finish(
+    case: Case, data: Data, trained: Sequence[Training], folder: Path, identity: str
+) -> dict[str, Any]:
+    """Score the best weights of the best rate and write what is kept; the states of training go last."""
+    training = min(trained, key=lambda each: each.epochs[each.best_epoch])
     model, splits = training.take_best(), training.splits
     errors = errors_of(model, splits.test)
     scale = {"scale/mean": splits.mean, "scale/deviation": splits.deviation}
@@ -191,15 +241,19 @@ def _finish(case: Case, data: Data, training: Training, folder: Path, identity: 
         "mse": errors.mse,
         "mae": errors.mae,
         "validation_mse": training.epochs[training.best_epoch],
+        "learning_rate": training.settings.learning_rate,
+        "rates": [[each.settings.learning_rate, min(each.epochs)] for each in trained] if case.rates else [],
         "epochs": len(training.epochs),
         "best_epoch": training.best_epoch + 1,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "cpu_seconds": round(training.seconds, 1),
+        "device": splits.test.rows.device.type,
+        "cpu_seconds": round(sum(each.seconds for each in trained), 1),
         "windows": splits.counts(),
         "identity": identity,
     }
     write_json(folder / RESULT, result)
-    REAL.unlink(folder / TRAINING)
+    for each in trained:
+        REAL.unlink(folder / _state_name(case, each.settings))
     return result
 
 
@@ -209,14 +263,17 @@ def load_model(folder: Path) -> tuple[nn.Module, Tensor, Tensor]:
     Forecasts of (x - mean) / deviation, times deviation plus mean, are in the units of the file.
 
     Raises:
-        ValueError: no finished run, or a damaged file.
+        ValueError: no finished run, a damaged file, or a model that is built otherwise by now.
     """
     if not (folder / MODEL).is_file():
         raise ValueError(f"{folder} holds no {MODEL}: give the folder of a finished run")
     tensors, record = _load(folder / MODEL)
     model = build(record["name"], Shape(*record["shape"]), seed=0)
     weights = {name: value for name, value in tensors.items() if name.startswith("model/")}
-    model.load_state_dict({name.removeprefix("model/"): value for name, value in weights.items()})
+    try:
+        model.load_state_dict({name.removeprefix("model/"): value for name, value in weights.items()})
+    except RuntimeError as error:
+        raise ValueError(f"{folder} holds a {record['name']} of another size: train it again") from error
     return model.eval(), tensors["scale/mean"], tensors["scale/deviation"]
 
 

@@ -1,7 +1,8 @@
 """One training: epochs of Adam, the best weights by validation error, and all of it as tensors to save.
 
 An epoch depends on its number, the seed and the state before it alone (its windows and its dropout are drawn
-from those), so a training that goes on from what was saved gives the bits of one that never stopped.
+from those), so a training that goes on from what was saved gives the bits of one that never stopped (on a GPU
+as far as its kernels repeat theirs).
 """
 
 from __future__ import annotations
@@ -18,10 +19,17 @@ from torch import Tensor, nn
 from trellis_dist.forecasting.models import ForecastTraining
 from trellis_dist.forecasting.windows import Splits, Windows
 
-__all__ = ["Errors", "Training", "errors_of"]
+__all__ = ["Errors", "Training", "errors_of", "usable_device"]
 
 # Windows scored at once; it changes no result beyond rounding.
 SCORED = 64
+
+
+def usable_device(name: str) -> torch.device:
+    """ "cpu" or "cuda". Raises ValueError for "cuda" where torch sees none."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but torch sees no CUDA device: use --device cpu")
+    return torch.device(name)
 
 
 @dataclass(frozen=True)
@@ -52,7 +60,7 @@ class Training:
     """Call ``epoch`` until ``finished``; then ``model`` after ``take_best`` is the result.
 
     Attributes:
-        model: the weights being trained.
+        model: the weights being trained, on the device of the windows.
         epochs: validation MSE after each epoch so far.
         seconds: spent in epochs, over all starts; the caller adds them.
     """
@@ -136,8 +144,10 @@ class Training:
         self.model.load_state_dict({name: tensors[f"model/{name}"] for name in names})
         self._best = {name: tensors[f"best/{name}"].clone() for name in names}
         for name, parameter in self.model.named_parameters():
-            keys = ("exp_avg", "exp_avg_sq", "step")
-            self._optimizer.state[parameter] = {key: tensors[f"adam/{name}/{key}"].clone() for key in keys}
+            moments = {key: tensors[f"adam/{name}/{key}"] for key in ("exp_avg", "exp_avg_sq")}
+            moved = {key: value.to(parameter.device, copy=True) for key, value in moments.items()}
+            # Adam counts its steps on the CPU.
+            self._optimizer.state[parameter] = {**moved, "step": tensors[f"adam/{name}/step"].clone()}
         self.epochs, self.seconds = list(record["epochs"]), float(record["seconds"])
 
     def _moments(self) -> dict[str, dict[str, Tensor]]:

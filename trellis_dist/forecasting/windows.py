@@ -8,7 +8,7 @@ batch of the test.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -42,8 +42,13 @@ class Windows:
 
     def batch(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """What is read [b, look_back, C] and what follows [b, horizon, C] of the windows ``indices`` [b]."""
-        steps = self.rows.unfold(0, self.look_back + self.horizon, 1)[indices].transpose(1, 2)
+        steps = self.rows.unfold(0, self.look_back + self.horizon, 1)[indices.to(self.rows.device)]
+        steps = steps.transpose(1, 2)
         return steps[:, : self.look_back], steps[:, self.look_back :]
+
+    def to(self, device: torch.device) -> Windows:
+        """The same on another device."""
+        return replace(self, rows=self.rows.to(device))
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,11 @@ class Splits:
     def counts(self) -> dict[str, int]:
         """Windows of each part."""
         return {"train": len(self.train), "validation": len(self.validation), "test": len(self.test)}
+
+    def to(self, device: torch.device) -> Splits:
+        """The same windows on another device; the scale stays where it is."""
+        train, validation, test = (part.to(device) for part in (self.train, self.validation, self.test))
+        return replace(self, train=train, validation=validation, test=test)
 
 
 def borders_of(
