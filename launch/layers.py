@@ -60,7 +60,10 @@ def merge(table: dict[str, Any], layer: Mapping[str, Any]) -> None:
 
 
 def override(table: dict[str, Any], assignments: Iterable[str]) -> None:
-    """Apply ``a.b=c`` in place; ``c`` is TOML or a bare string, an empty one means the default."""
+    """Apply ``a.b=c`` in place; ``c`` is TOML, null or a bare string; an empty one means the default.
+
+    TOML has no null: without it a key whose default is a value could not be left without one.
+    """
     for assignment in assignments:
         dotted, separator, text = assignment.partition("=")
         keys = [key.strip() for key in dotted.split(".")]
@@ -78,6 +81,8 @@ def override(table: dict[str, Any], assignments: Iterable[str]) -> None:
 
 
 def _value(text: str) -> Any:
+    if text == "null":
+        return None
     try:
         parsed = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:

@@ -12,8 +12,9 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from checkpoints.config import CheckpointConfig
 from data_pipeline.config import DataConfig
@@ -26,6 +27,9 @@ from trellis_dist.models.config import ModelConfig
 from trellis_dist.parallel.config import MeshConfig, SequenceConfig, TensorConfig
 from trellis_dist.training.config import LoggingConfig, OptimizerConfig, ScheduleConfig, TrainingConfig
 from trellis_dist.validation import STRICT
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 
@@ -123,14 +127,22 @@ def parse_recipe(table: Mapping[str, Any], *, source: str) -> Recipe:
 
 
 def _validated(kind: type[T], table: Mapping[str, Any], source: str) -> T:
-    from pydantic import TypeAdapter, ValidationError
+    from pydantic import ValidationError
 
     try:
         # JSON mode is strict about types and still takes arrays for tuples and tables for dataclasses.
-        return TypeAdapter(kind).validate_json(json.dumps(table, default=str), strict=True)
+        return _adapter(kind).validate_json(json.dumps(table, default=str), strict=True)
     except ValidationError as error:
         lines = [_explain(problem, table) for problem in error.errors()]
         raise ValueError(_headed(source, lines)) from None
+
+
+@cache
+def _adapter(kind: type[T]) -> TypeAdapter[T]:
+    """Made once: it costs more than what it is used for, and an experiment loads a hundred recipes."""
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(kind)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,7 +218,7 @@ def _lower(message: str) -> str:
 
 def _nearest(key: str) -> str:
     """Closest valid key: its leaf name in another section, or the closest spelling, siblings first."""
-    known = list(_known_keys(Recipe))
+    known = _keys_of_a_recipe()
     section, _, leaf = key.rpartition(".")
     same_leaf = [name for name in known if name.rpartition(".")[2] == leaf]
     siblings = [name for name in known if name.rpartition(".")[0] == section]
@@ -219,6 +231,11 @@ def _nearest(key: str) -> str:
 def _closest(leaf: str, keys: list[str]) -> list[str]:
     leaves = {name.rpartition(".")[2]: name for name in keys}
     return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
+
+
+@cache
+def _keys_of_a_recipe() -> tuple[str, ...]:
+    return tuple(_known_keys(Recipe))
 
 
 def _known_keys(section: type, prefix: str = "") -> Iterator[str]:
@@ -235,7 +252,7 @@ def _contradictions(recipe: Recipe) -> Iterator[str]:
     yield from _batch_and_mesh(recipe)
     yield from _schedule(recipe)
     for key in recipe.choices:
-        if MIXTURE.sub("data.source.", key) not in set(_known_keys(Recipe)):
+        if MIXTURE.sub("data.source.", key) not in _keys_of_a_recipe():
             yield f"choices.{json.dumps(key)}: there is no such key; {_nearest(key)}"
 
 

@@ -14,6 +14,9 @@ from launch.experiments.tables import Experiment, Row, Scale, named, read_experi
 
 __all__ = ["Expansion", "Options", "essay", "essay_needed", "expand", "write_essay"]
 
+# The row that shows the defaults as they are, in every table that does.
+DEFAULT = "trellis"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Options:
@@ -73,7 +76,7 @@ def expand(name: str, scale_name: str, options: Options) -> Expansion:
     """
     experiment, scale = read_experiment(name), read_scale(scale_name)
     chosen = _chosen(experiment.rows, options.only)
-    absent = {row.name: row.trained.kind for row in chosen if not _registered(row.trained.kind)}
+    absent = {row.name: kind for row in chosen for kind in row.trained.pattern if not _registered(kind)}
     if absent and (options.only or len(absent) == len(chosen)):
         listed = ", ".join(f"{row} needs the layer kind {kind!r}" for row, kind in absent.items())
         raise ValueError(f"{name}: {listed}, which this version does not have: leave it out of --only")
@@ -108,29 +111,47 @@ def _specs(
 def _spec(
     experiment: Experiment, scale: Scale, row: Row, run: str, *, seed: int, options: Options
 ) -> RunSpec:
-    entry, trained = scale.runs[run], row.trained
+    entry, base = scale.runs[run], experiment.base_row
     common = assignments(
         {**scale.set, **entry.set, **experiment.set, **_scoring(experiment, scale, options)}
         | {"training.seed": seed, "data.seed": seed}
     )
-    own = assignments({"model.pattern": [trained.kind], **trained.set, **row.set})
 
     def spec(*changes: str) -> RunSpec:
         return RunSpec(
-            name=f"{run}-{row.name}" + (f"-s{seed}" if seed else ""),
+            name=f"{run}-{_name(row, base)}" + (f"-s{seed}" if seed else ""),
             recipe=entry.recipe,
             overrides=(*common, *changes, *options.overrides),
             corpus=options.corpus,
             about={"row": row.name, "run": run, "seed": seed},
         )
 
-    if trained.kind == "trellis":
+    own = _changes(row)
+    if row.trained.is_trellis:
         return spec(*own)
-    return spec(*own, f"model.mlp_hidden={_width(spec(*own), spec())}")
+    return spec(*own, f"model.mlp_hidden={_width(spec(*own), spec(*_changes(base)))}")
+
+
+def _name(row: Row, base: Row) -> str:
+    """Of its run: a baseline that is as large as another Trellis than the default is another model."""
+    if row.trained.is_trellis or base.name == DEFAULT:
+        return row.name
+    return f"{row.name}-as-{base.name}"
+
+
+def _changes(row: Row) -> tuple[str, ...]:
+    """What a row says of its model."""
+    trained = row.trained
+    return (
+        *assignments({"model.pattern": list(trained.pattern), **trained.set}),
+        *(f"{key}=null" for key in trained.unset),
+        *assignments(row.set),
+        *(f"{key}=null" for key in row.unset),
+    )
 
 
 def _width(baseline: RunSpec, trellis: RunSpec) -> int:
-    """The MLP with which a baseline is as large as the Trellis of the same run."""
+    """The MLP with which a baseline is as large as the table's Trellis on the same run."""
     from trellis_dist.models.counts import parameter_counts
 
     return equal_width(baseline.resolved.model, parameters=parameter_counts(trellis.resolved.model).total)

@@ -40,13 +40,26 @@ _SHARED = ("models", "scales")
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What a row trains: a label, a layer kind, and keys of the recipe."""
+    """What a row trains.
+
+    Attributes:
+        label: shown.
+        pattern: layer kinds, cycled over the layers.
+        set: keys of the recipe.
+        unset: keys that it leaves without a value, whatever their default is: TOML has no null.
+    """
 
     __pydantic_config__ = STRICT
 
     label: str
-    kind: str
+    pattern: tuple[str, ...]
     set: Mapping[str, Any] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
+
+    @property
+    def is_trellis(self) -> bool:
+        """Every layer is one: it keeps the width of its recipe."""
+        return all(kind == "trellis" for kind in self.pattern)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +136,7 @@ class Row:
         name: in commands and file names; the same name is the same run in every experiment.
         label: shown; that of the model unless given.
         model: a name of models.toml; the row's own unless given.
-        set: keys of the recipe.
+        set, unset: keys of the recipe, over those of the model.
         paper: the paper's numbers, one for each column of the group that has them; fewer where it has fewer.
         without: settings that it is not trained on.
         x: its place on a chart of kind "by_row".
@@ -135,6 +148,7 @@ class Row:
     label: str = ""
     model: str = ""
     set: Mapping[str, Any] = field(default_factory=dict)
+    unset: tuple[str, ...] = ()
     paper: tuple[float, ...] = ()
     without: tuple[str, ...] = ()
     x: float | None = None
@@ -188,6 +202,7 @@ class Experiment:
     Attributes:
         title: of the page.
         setting: what the paper did, in a sentence.
+        base: the row that all others are made as large as, but for forms of Trellis, which keep its width.
         groups, rows, charts: what is shown.
         tasks: what every run is scored on.
         lengths: prompt lengths of RULER's tasks, of the paper.
@@ -200,10 +215,17 @@ class Experiment:
     setting: str
     groups: tuple[Group, ...]
     rows: tuple[Row, ...]
+    base: str = "trellis"
     charts: tuple[Chart, ...] = ()
     tasks: tuple[str, ...] = ("perplexity",)
     lengths: tuple[str, ...] = ()
     set: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def base_row(self) -> Row:
+        """The row named ``base``. Raises ValueError where there is none."""
+        named(self.base, [row.name for row in self.rows], what="row of this table")
+        return next(row for row in self.rows if row.name == self.base)
 
     def settings(self) -> list[str]:
         """Everything that its rows are trained on, in the order it is shown."""

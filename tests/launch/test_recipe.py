@@ -94,6 +94,13 @@ def test_overrides_are_toml_or_bare_strings_and_an_empty_one_is_the_default() ->
     assert recipe.schedule.warmup_steps == 100
 
 
+def test_null_leaves_a_key_without_a_value() -> None:
+    assert load_recipe(BASE, ["model.mlp_hidden=96", "model.mlp_hidden=null"]).model.mlp_hidden is None
+    assert load_recipe(BASE, ['data.source.licence="null"']).data.source.licence == "null"
+    with pytest.raises(ValueError, match=r"optimizer\.lr = null"):
+        load_recipe(BASE, ["optimizer.lr=null"])
+
+
 @pytest.mark.parametrize(
     "override, words",
     [

@@ -135,14 +135,6 @@ def test_table_2_is_the_papers_form_whatever_the_defaults_are():
     assert models_of["trellis-paper-no-gate"].gates == ("off",)
 
 
-def test_equal_names_are_equal_runs_in_all_experiments():
-    digests: dict[str, set[str]] = {}
-    for name in NAMES:
-        for spec in tiny(name).specs.values():
-            digests.setdefault(spec.name, set()).add(spec.digest)
-    assert {name for name, found in digests.items() if len(found) > 1} == set()
-
-
 def test_needles_are_asked_at_the_scales_lengths(tmp_path):
     (spec,) = expand("table3", "tiny", Options(only=("trellis",), essay=tmp_path / "e.txt")).specs.values()
     assert spec.resolved.evals.ruler_lengths == (320, 512, 1024, 2048)
@@ -150,7 +142,9 @@ def test_needles_are_asked_at_the_scales_lengths(tmp_path):
 
 
 def test_overrides_come_last_and_seeds_are_runs_of_their_own():
-    options = Options(only=("trellis", "trellis-m32"), seeds=2, overrides=("training.steps=77",))
+    options = Options(
+        only=("trellis-slots-64", "trellis-slots-32"), seeds=2, overrides=("training.steps=77",)
+    )
     specs = expand("slots", "tiny", options).specs
     assert len(specs) == 4
     assert {spec.resolved.training.steps for spec in specs.values()} == {77}
@@ -410,7 +404,10 @@ def test_the_command_from_text_to_page(tmp_path, capsys, monkeypatch):
     assert "2 runs are left" in capsys.readouterr().out
     assert main(command) == 0, capsys.readouterr()
     results = [json.loads(path.read_text()) for path in (root / "results" / "table2").glob("*.json")]
-    assert {result["name"] for result in results} == {"512-trellis-paper-no-gate", "512-deltanet"}
+    assert {result["name"] for result in results} == {
+        "512-trellis-paper-no-gate",
+        "512-deltanet-as-trellis-paper",
+    }
     shown = {row[0]: row[1] for row in _Page((root / "table2.html").read_text()).tables[0][1:]}
     for result in results:
         label = "DeltaNet" if "deltanet" in result["name"] else "Trellis, no forget gate"
