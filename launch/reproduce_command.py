@@ -11,6 +11,7 @@ import typer
 
 if TYPE_CHECKING:
     from launch.experiments.expand import Expansion
+    from launch.experiments.perform import Workshop
     from launch.experiments.pool import Outcome
 
 __all__ = ["reproduce"]
@@ -39,6 +40,10 @@ def reproduce(
         list[str] | None, typer.Option(metavar="ROW", help="rows to train and show, a,b or repeated")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="list runs and costs, start nothing")] = False,
+    commands: Annotated[
+        bool,
+        typer.Option("--commands", help="print what to run elsewhere for what is missing, start nothing"),
+    ] = False,
     jobs: Annotated[
         int | None, typer.Option(min=1, help="runs at once; one per core, or one with a GPU, unless given")
     ] = None,
@@ -89,11 +94,16 @@ def reproduce(
         suites=None if suites is None else suites.absolute(),
     )
     expansion = expand(experiment, scale.value, options)
+    if commands:
+        _print_commands(expansion, folder)
+        return
     if not (dry_run or render_only) and options.essay is not None and essay is None:
         write_essay(options.essay)
     _say_what(expansion, folder, jobs=jobs)
     if dry_run:
         return
+    if not render_only:
+        _check_rows(expansion, folder)
     outcome = None if render_only else _perform(expansion, folder, jobs=jobs, minutes=minutes)
     _write(expansion, folder, outcome.results if outcome is not None else _known(expansion, folder))
     if outcome is not None:
@@ -120,19 +130,40 @@ def _results(expansion: Expansion, folder: Path) -> Path:
     return folder / "results" / expansion.name
 
 
-def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None) -> None:
+def _shop(expansion: Expansion, folder: Path) -> Workshop:
     from launch.experiments.children import Slice
-    from launch.experiments.costs import cost_lines, costs
     from launch.experiments.perform import Workshop
+
+    return Workshop(root=folder, results=_results(expansion, folder), slice_=Slice())
+
+
+def _check_rows(expansion: Expansion, folder: Path) -> None:
+    """Raise before anything is trained where what is missing could not be scored."""
+    from launch.experiments.rows import check_suites
+
+    known = _known(expansion, folder)
+    check_suites(spec for spec in expansion.specs.values() if spec.name not in known)
+
+
+def _print_commands(expansion: Expansion, folder: Path) -> None:
+    """Nothing else on standard output: the lines are a script."""
+    from launch.experiments.commands import command_lines
+
+    _check_rows(expansion, folder)
+    for line in command_lines(_shop(expansion, folder), list(expansion.specs.values())):
+        print(line)
+
+
+def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None) -> None:
+    from launch.experiments.costs import cost_lines, costs
     from launch.experiments.pool import default_jobs
 
-    shop = Workshop(root=folder, results=_results(expansion, folder), slice_=Slice())
     specs = list(expansion.specs.values())
     print(f"{expansion.experiment.title}: scale {expansion.scale_name}, {expansion.scale.about}")
     print(f"meant for {expansion.scale.hardware}; runs in {folder}")
     for row, kind in expansion.absent.items():
         print(f"left out: {row}: this version has no layer kind {kind!r}")
-    for line in cost_lines(costs(shop, specs), jobs=jobs or default_jobs()):
+    for line in cost_lines(costs(_shop(expansion, folder), specs), jobs=jobs or default_jobs()):
         print(line, flush=True)
 
 

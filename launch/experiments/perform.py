@@ -13,7 +13,7 @@ from launch.experiments.result import collect, known_result, refuse_another
 from launch.experiments.spec import RunSpec
 from trellis_dist.files import make_directories, read_json, write_json
 
-__all__ = ["Workshop", "perform", "prepare_shards"]
+__all__ = ["Workshop", "perform", "prepare_shards", "trained"]
 
 _PREPARING = threading.Lock()
 
@@ -87,9 +87,9 @@ def perform_in(shop: Workshop, spec: RunSpec) -> dict[str, Any]:
     for folder in (path.parent, run_dir.parent, shop.log(spec.name).parent):
         make_directories(folder)
     prepare_shards(shop, spec)
-    if not _trained(run_dir, spec):
+    if not trained(run_dir, spec):
         shop.say(f"{spec.name}: trains{_from(run_dir)}")
-        _command(shop, spec, ["train", *_arguments(spec), "--run-dir", str(run_dir), *_machine(shop, spec)])
+        _command(shop, spec, ["train", *spec.arguments, "--run-dir", str(run_dir), *_machine(shop, spec)])
     shop.say(f"{spec.name}: is scored")
     scoring = [f"--set=evals.{line}" for line in _scoring(spec)]
     _command(shop, spec, ["eval", str(run_dir), "--step", str(spec.resolved.training.steps), *scoring])
@@ -108,22 +108,12 @@ def prepare_shards(shop: Workshop, spec: RunSpec) -> None:
         shop.say(f"prepares {folder}")
         make_directories(shop.log("prepare").parent)
         run_command(
-            ["prepare", *_arguments(spec)], log=shop.log("prepare"), slice_=shop.slice_, threads=shop.threads
+            ["prepare", *spec.arguments], log=shop.log("prepare"), slice_=shop.slice_, threads=shop.threads
         )
 
 
 def _command(shop: Workshop, spec: RunSpec, arguments: list[str]) -> None:
     run_command(arguments, log=shop.log(spec.name), slice_=shop.slice_, threads=shop.threads)
-
-
-def _arguments(spec: RunSpec) -> list[str]:
-    """The recipe as the command line takes it; ``--set`` in one word, for values that begin with a dash."""
-    found = [spec.recipe, *(f"--set={line}" for line in spec.overrides)]
-    if spec.corpus is not None:
-        found += ["--corpus", spec.corpus]
-    if spec.dataset_dir is not None:
-        found += ["--dataset-dir", spec.dataset_dir]
-    return found
 
 
 def _machine(shop: Workshop, spec: RunSpec) -> list[str]:
@@ -139,7 +129,8 @@ def _scoring(spec: RunSpec) -> list[str]:
     return list(assignments(spec.scoring))
 
 
-def _trained(run_dir: Path, spec: RunSpec) -> bool:
+def trained(run_dir: Path, spec: RunSpec) -> bool:
+    """Whether the run's last checkpoint is there, whole."""
     from checkpoints.commit import step_of
     from checkpoints.state import latest_verified
 

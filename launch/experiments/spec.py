@@ -60,6 +60,16 @@ class RunSpec:
         return digest(what_fixes(resolve(self.resolved)))
 
     @property
+    def arguments(self) -> list[str]:
+        """The recipe as `trellis` takes it; ``--set`` in one word, for values that begin with a dash."""
+        found = [self.recipe, *(f"--set={line}" for line in self.overrides)]
+        if self.corpus is not None:
+            found += ["--corpus", self.corpus]
+        if self.dataset_dir is not None:
+            found += ["--dataset-dir", self.dataset_dir]
+        return found
+
+    @property
     def scoring(self) -> dict[str, Any]:
         """What is scored afterwards: the evals section."""
         scoring: dict[str, Any] = resolve(self.resolved)["evals"]

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import json
 import math
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from statistics import fmean
@@ -11,6 +12,7 @@ import pytest
 from evals.ruler.catalogue import RULER
 from evals.suites.catalogue import SUITES
 from launch.cli import main
+from launch.experiments.children import Slice, run_command
 from launch.experiments.costs import Cost, cost_lines
 from launch.experiments.expand import Options, expand, write_essay
 from launch.experiments.pictures import can_draw
@@ -394,7 +396,7 @@ def test_a_dry_run_lists_runs_and_costs_and_starts_nothing(tmp_path, capsys):
 
 
 def test_the_command_from_text_to_page(tmp_path, capsys, monkeypatch):
-    """Two rows of a table, trained and scored for seconds; a second call finds both."""
+    """Two rows of a table, one trained by its printed command, then scored; a second call finds both."""
     monkeypatch.chdir(tmp_path)
     corpus, root = write_text(tmp_path / "text"), tmp_path / "root"
     changes = [f"--set={change}" for change in TINY if "evals.tasks" not in change]
@@ -402,7 +404,15 @@ def test_the_command_from_text_to_page(tmp_path, capsys, monkeypatch):
     command += ["--corpus", str(corpus), "--jobs", "2", *changes]
     assert main([*command, "--minutes", "0"]) == 75
     assert "2 runs are left" in capsys.readouterr().out
+    assert main([*command, "--commands"]) == 0
+    prepare, elsewhere, _ = map(shlex.split, capsys.readouterr().out.splitlines())
+    for arguments in (prepare[1:], elsewhere[1:]):
+        run_command(arguments, log=tmp_path / "log", slice_=Slice(), threads=1)
+    saved = list((root / "runs").glob("*/checkpoints/step-*"))
+    assert len(saved) == 1
+    before = saved[0].stat().st_mtime_ns
     assert main(command) == 0, capsys.readouterr()
+    assert saved[0].stat().st_mtime_ns == before
     results = [json.loads(path.read_text()) for path in (root / "results" / "table2").glob("*.json")]
     assert {result["name"] for result in results} == {
         "512-trellis-paper-no-gate",
