@@ -29,7 +29,7 @@ def reproduce(
     experiment: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="table1 to table4, figure2, figure3; slots, chunks, gates, retention"
+            metavar="NAME", help="table1 to table4, figure2, figure3; baselines, slots, chunks, gates, retention"
         ),
     ],
     scale: Annotated[

@@ -32,6 +32,7 @@ NAMES = (
     "table4",
     "figure2",
     "figure3",
+    "baselines",
     "slots",
     "chunks",
     "gates",
