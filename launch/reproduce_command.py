@@ -29,7 +29,8 @@ def reproduce(
     experiment: Annotated[
         str,
         typer.Argument(
-            metavar="NAME", help="table1 to table4, figure2, figure3; baselines, slots, chunks, gates, retention"
+            metavar="NAME",
+            help="table1 to table4, figure2, figure3, baselines, slots, chunks, gates, retention",
         ),
     ],
     scale: Annotated[
@@ -101,6 +102,7 @@ def reproduce(
         write_essay(options.essay)
     _say_what(expansion, folder, jobs=jobs)
     if dry_run:
+        _warn(expansion)
         return
     if not render_only:
         _check_rows(expansion, folder)
@@ -167,6 +169,14 @@ def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None) -> None:
         print(line, flush=True)
 
 
+def _warn(expansion: Expansion) -> None:
+    """What runs say when they begin, as far as it is known before."""
+    from launch.experiments.text import repeats
+
+    for line in repeats(expansion.specs.values()):
+        print(line)
+
+
 def _perform(expansion: Expansion, folder: Path, *, jobs: int | None, minutes: float | None) -> Outcome:
     from launch.experiments.pool import perform_all
 
@@ -193,8 +203,10 @@ def _known(expansion: Expansion, folder: Path) -> dict[str, dict[str, Any]]:
 def _write(expansion: Expansion, folder: Path, results: Mapping[str, Mapping[str, Any]]) -> None:
     from launch.experiments.pictures import can_draw
     from launch.experiments.render import make_page, write_page
+    from launch.experiments.text import with_notes
 
-    files = write_page(make_page(expansion, results), folder, expansion.name)
+    page = with_notes(make_page(expansion, results), expansion)
+    files = write_page(page, folder, expansion.name)
     print(f"page: {files[0]}, {files[1]}" + ("" if can_draw() else "; no PNG: matplotlib is not installed"))
 
 

@@ -17,6 +17,7 @@ from launch.experiments.children import CutError, FailedError, Slice
 from launch.experiments.perform import Workshop, perform_in, prepare_shards
 from launch.experiments.result import known_result
 from launch.experiments.spec import RunSpec
+from launch.experiments.text import repeats
 
 __all__ = ["Outcome", "default_jobs", "perform_all"]
 
@@ -75,6 +76,8 @@ def perform_all(
     outcome = Outcome(results={name: found for name, found in known.items() if found is not None})
     with _signals_end(shop.slice_):
         _prepare(shop, missing, outcome)
+        for line in repeats(missing):
+            say(line)
         if not outcome.failed:
             _perform(shop, missing, jobs, outcome)
     outcome.asked = shop.slice_.asked
