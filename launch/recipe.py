@@ -137,12 +137,16 @@ def _validated(kind: type[T], table: Mapping[str, Any], source: str) -> T:
         raise ValueError(_headed(source, lines)) from None
 
 
-@cache
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
 def _adapter(kind: type[T]) -> TypeAdapter[T]:
     """Made once: it costs more than what it is used for, and an experiment loads a hundred recipes."""
     from pydantic import TypeAdapter
 
-    return TypeAdapter(kind)
+    if kind not in _ADAPTERS:
+        _ADAPTERS[kind] = TypeAdapter(kind)
+    return _ADAPTERS[kind]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -228,7 +232,7 @@ def _nearest(key: str) -> str:
     return f"valid keys there: {', '.join(siblings)}" if siblings else "remove it"
 
 
-def _closest(leaf: str, keys: list[str]) -> list[str]:
+def _closest(leaf: str, keys: Sequence[str]) -> list[str]:
     leaves = {name.rpartition(".")[2]: name for name in keys}
     return [leaves[close] for close in difflib.get_close_matches(leaf, leaves, n=1)]
 

@@ -9,7 +9,7 @@ from launch.experiments.spec import RunSpec, assignments
 TINY = assignments(
     {
         "model": {"num_layers": 1, "dim": 32, "num_heads": 2, "vocab_size": 300},
-        "model.trellis": {"slots": 8, "chunk_size": 16},
+        "model.trellis": {"slots": 16, "chunk_size": 16},
         "data": {"sequence_length": 128, "validation_fraction": 0.2, "tokenizer": {"vocab_size": 300}},
         "mesh": {"dp": 1},
         "training": {"engine": "local", "steps": 12, "global_batch_tokens": 512, "micro_batch": 4},

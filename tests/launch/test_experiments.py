@@ -71,7 +71,7 @@ def test_the_digest_is_of_what_fixes_the_weights(tmp_path):
         assert tiny_spec(tmp_path, "other-name", free).digest == base.digest, free
     for fixing in (
         "training.seed=1",
-        "model.trellis.slots=4",
+        "model.trellis.chunk_size=8",
         "optimizer.lr=1e-3",
         "data.validation_fraction=0.1",
         "training.init_from=some/run",
@@ -85,7 +85,7 @@ def test_a_stored_recipe_that_lacks_a_newer_key_is_the_same_run(tmp_path):
     del stored["model"]["trellis"]["value_gates"]
     assert changes(stored, spec.resolved, source="stored") == {}
     stored["model"]["trellis"]["slots"] = 9
-    assert changes(stored, spec.resolved, source="stored") == {"model.trellis.slots": (9, 8)}
+    assert changes(stored, spec.resolved, source="stored") == {"model.trellis.slots": (9, 16)}
 
 
 def test_a_result_of_another_run_is_refused_in_one_line(tmp_path):

@@ -45,14 +45,14 @@ def _ship(monkeypatch, kind, changed):
         if item.name in changed:
             monkeypatch.setattr(item, "default", changed[item.name])
             monkeypatch.setattr(kind, item.name, changed[item.name])
-    recipe._adapter.cache_clear()  # it has read the fields
+    recipe._ADAPTERS.clear()  # it has read the fields
 
 
 @pytest.fixture(params=["as shipped", "others"])
 def defaults(request):
     with pytest.MonkeyPatch.context() as monkeypatch:
         yield _defaults(request.param, monkeypatch)
-    recipe._adapter.cache_clear()
+    recipe._ADAPTERS.clear()
 
 
 def _defaults(which, monkeypatch):
