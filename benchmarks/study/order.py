@@ -77,6 +77,15 @@ def _lowest(found: list[Task], results: Results) -> Task | None:
     return min(found, key=lambda task: loss_of(results[task.name]))
 
 
+def _lowest_rate(found: list[Task], results: Results) -> Task | None:
+    """Of those within the noise of the lowest loss that of the lowest rate: longer runs want lower ones."""
+    best, noise = _lowest(found, results), noise_level(results)
+    if best is None or noise is None:
+        return None
+    level = [task for task in found if loss_of(results[task.name]) <= loss_of(results[best.name]) + noise]
+    return min(level, key=lambda task: (task.settings.rate, loss_of(results[task.name])))
+
+
 def _short(name: str, kind: Any, settings: Settings, *, group: str = "", seed: int = 0) -> Task:
     sizes = plan()["sizes"]
     return Task(
@@ -200,12 +209,13 @@ def _best_of_ours(results: Results) -> Settings | None:
     ours, noise = _ours(results), noise_level(results)
     if noise is None or not _finished(ours, results):
         return None
-    base = _lowest([task for task in ours if task.kind == "tune"], results)
+    base = _lowest_rate([task for task in ours if task.kind == "tune"], results)
     best = _lowest([task for task in ours if task.kind == "vary"], results)
     assert base is not None, "a form is always tuned"
     assert best is not None, "some changes are always planned"
     least = loss_of(results[base.name]) - plan()["noise"]["times"] * noise
-    return (best if loss_of(results[best.name]) < least else base).settings
+    better = best.settings if loss_of(results[best.name]) < least else base.settings
+    return Settings(better.model, base.settings.rate, better.set)
 
 
 # The strongest baselines
@@ -297,12 +307,12 @@ def chosen(name: str, results: Results) -> Settings | None:
     if name in (HALF, PAPER, STALE):
         return _beside(name, results)
     if name in models("rest"):
-        known = _lowest(_tuning("gated_deltanet", results), results)
+        known = _lowest_rate(_tuning("gated_deltanet", results), results)
         return Settings(name, known.settings.rate, table(name)) if known is not None else None
     strongest, tuned = _strongest(results), _tuning(name, results)
     if not registered(name) or not strongest or not _ours(results):
         return None  # it may yet be one of the two that are searched further
-    best = _lowest(tuned + (_search(name, results) if name in strongest else []), results)
+    best = _lowest_rate(tuned + (_search(name, results) if name in strongest else []), results)
     return best.settings if best is not None else None
 
 
@@ -312,7 +322,7 @@ def _beside(name: str, results: Results) -> Settings | None:
     if whole is None:
         return None
     if name == PAPER:
-        best = _lowest(_tuning(PAPER, results), results)
+        best = _lowest_rate(_tuning(PAPER, results), results)
         found = best.settings if best is not None else None
     else:
         own = _half(whole) if name == HALF else plan()["stale"]["set"]

@@ -245,6 +245,19 @@ def test_full_runs_have_the_best_settings_and_the_seeds_of_their_role(finished: 
     assert longer == {"long-trellis-s0", "long-gated_deltanet-s0", "long-attention-s0"}
 
 
+def test_of_rates_that_are_level_the_lowest_is_trained_in_full(finished: dict[str, Any]) -> None:
+    short = {name: found for name, found in finished.items() if not name.startswith(("full-", "long-"))}
+    best, noise = order.loss_of(short["tune-gsa-lr8e-3"]), order.noise_level(short)
+    assert noise is not None
+    for times, rate in ((0.9, 4e-3), (1.1, 8e-3)):
+        level = {**short["tune-gsa-lr4e-3"]["validation"], "loss": best + times * noise}
+        found = order.chosen(
+            "gsa", {**short, "tune-gsa-lr4e-3": {**short["tune-gsa-lr4e-3"], "validation": level}}
+        )
+        assert found is not None
+        assert found.rate == rate
+
+
 def test_what_a_full_run_was_trained_with_stays(finished: dict[str, Any]) -> None:
     before = dict(finished)
     del before["full-gsa-s1"]
