@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from launch.experiments.page import Bars, Block, Lines, Page, Section, Table, Text
-from trellis_dist.charts import Point
+from launch.experiments.page import Block, Differences, Lines, Page, Section, Table, Text
+from trellis_dist.charts import Difference, Point
 
 __all__ = ["figures_page"]
 
@@ -174,16 +174,29 @@ def _recall(found: Numbers) -> Iterator[Block]:
         )
 
 
-def _held_open(found: Mapping[str, float]) -> Iterator[Block]:
+def _held_open(found: Mapping[str, Numbers]) -> Iterator[Block]:
     yield Section("What the gates are worth to this model")
-    bars = {("as trained" if name == "none" else f"{name} open"): loss for name, loss in found.items()}
-    yield Bars(
-        "held-open", "Loss on the text with beta = 1 in a layer (nats per token, shorter is better)", bars
+    trained = found["none"]["loss"]
+    bars = [_opened(name, one, trained) for name, one in found.items() if name != "none"]
+    yield Differences(
+        "held-open",
+        f"Loss on the text with beta = 1 in a layer, minus that as trained ({trained:.4f} nats per token). "
+        "Line: 95% over blocks of 64 tokens",
+        bars,
     )
     yield Text(
         "The model was not trained with its gates open: this says what it relies on, not what a model "
         "without gates would reach (trellis reproduce table2 trains those)."
     )
+
+
+def _opened(name: str, found: Numbers, trained: float) -> Difference:
+    apart = found["difference"]
+    if apart is None:
+        value = found["loss"] - trained
+        return Difference(f"{name} open", value, f"{value:+.4f}")
+    ends = (apart["low"], apart["high"])
+    return Difference(f"{name} open", apart["difference"], _interval(apart, "difference"), *ends)
 
 
 def _losses(found: Numbers) -> Iterator[Block]:

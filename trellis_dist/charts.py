@@ -1,5 +1,8 @@
 """Line charts as inline SVG, bars as HTML: no script, no assets, readable in light and dark.
 
+Bars of amounts begin at zero (`bar_chart`); where what counts is by how much values differ, bars are of the
+differences to one of them, on both sides of zero (`difference_chart`).
+
 Coordinates are in SVG user units; a chart is 720 x 300 and scales with the page.
 """
 
@@ -10,11 +13,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Bar", "Point", "bar_chart", "line_chart"]
+__all__ = ["Bar", "Difference", "Point", "Span", "bar_chart", "difference_chart", "line_chart"]
 
 Point = tuple[float, float]
 # A name, a length, and the length as it is shown.
 Bar = tuple[str, float, str]
+# A place on the x axis, and the two ends of an interval there.
+Span = tuple[float, float, float]
 
 WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 64, 16, 12, 44
@@ -49,6 +54,7 @@ def line_chart(
     y_label: str,
     log_x: bool = False,
     log_y: bool = False,
+    spans: Mapping[str, Sequence[Span]] | None = None,
 ) -> str:
     """One SVG figure with a legend below it.
 
@@ -57,6 +63,7 @@ def line_chart(
         series: name -> points (x, y); points not finite (or not positive on a log axis) are left out.
         x_label, y_label: axis titles with their units.
         log_x, log_y: logarithmic axes.
+        spans: of some series intervals (x, low, high), drawn upright in its colour.
 
     Returns:
         HTML; every string is escaped. Without a drawable point, a sentence that says so.
@@ -65,9 +72,12 @@ def line_chart(
     kept = {name: points for name, points in kept.items() if points}
     if not kept:
         return f"<figure><figcaption>{escape(title)}: no data yet</figcaption></figure>"
+    drawn = {name: _drawn(found, log_x, log_y) for name, found in (spans or {}).items() if name in kept}
+    ends = [end for found in drawn.values() for _, low, high in found for end in (low, high)]
     x = _axis([p[0] for points in kept.values() for p in points], log_x, (LEFT, WIDTH - RIGHT))
-    y = _axis([p[1] for points in kept.values() for p in points], log_y, (HEIGHT - BOTTOM, TOP))
+    y = _axis([*(p[1] for points in kept.values() for p in points), *ends], log_y, (HEIGHT - BOTTOM, TOP))
     body = _grid(x, y) + _titles(x_label, y_label)
+    body += "".join(_spans(drawn.get(name, ()), x, y, index) for index, name in enumerate(kept))
     body += "".join(_line(points, x, y, index) for index, points in enumerate(kept.values()))
     svg = f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{body}</svg>'
     return f"<figure><figcaption>{escape(title)}</figcaption>{svg}{_legend(list(kept))}</figure>"
@@ -93,9 +103,65 @@ def _bar(name: str, share: float, shown: str) -> str:
     return f"<span>{escape(name)}</span><span>{bar}</span><span>{escape(shown)}</span>"
 
 
+@dataclass(frozen=True)
+class Difference:
+    """A bar beside zero.
+
+    Attributes:
+        name: of what is compared with the base.
+        value: how much more it has than the base; less than zero: how much less.
+        shown: the difference as text.
+        low, high: ends of an interval or a range that is drawn over the bar; None without one.
+    """
+
+    name: str
+    value: float
+    shown: str
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def ends(self) -> tuple[float, ...]:
+        """Everything of it that has to lie on the chart."""
+        return tuple(end for end in (self.value, self.low, self.high) if end is not None)
+
+
+def difference_chart(title: str, bars: Sequence[Difference]) -> str:
+    """Horizontal bars from a common zero to the left or the right; the farthest end takes all the room.
+
+    Returns:
+        HTML that :mod:`trellis_dist.report` styles; every string is escaped.
+    """
+    ends = [end for bar in bars for end in bar.ends if math.isfinite(end)]
+    low, high = min([0.0, *ends]), max([0.0, *ends])
+    axis = Axis(low, high if high > low else low + 1.0, 0.0, 100.0, log=False)
+    rows = "".join(_beside_zero(bar, axis) for bar in bars if math.isfinite(bar.value))
+    return f'<figure><figcaption>{escape(title)}</figcaption><div class="bars">{rows}</div></figure>'
+
+
+def _beside_zero(bar: Difference, axis: Axis) -> str:
+    colour = COLOURS[1] if bar.value > 0 else COLOURS[0]
+    track = _stretch("bar", axis, 0.0, bar.value, f";background:{colour}")
+    track += f'<span class="zero" style="left:{axis.place(0.0):.2f}%"></span>'
+    if bar.low is not None and bar.high is not None and math.isfinite(bar.low + bar.high):
+        track += _stretch("span", axis, bar.low, bar.high)
+    return (
+        f'<span>{escape(bar.name)}</span><span class="track">{track}</span><span>{escape(bar.shown)}</span>'
+    )
+
+
+def _stretch(name: str, axis: Axis, one: float, other: float, style: str = "") -> str:
+    left, right = sorted((axis.place(one), axis.place(other)))
+    return f'<span class="{name}" style="left:{left:.2f}%;width:{right - left:.2f}%{style}"></span>'
+
+
 def _drawable(point: Point, log_x: bool, log_y: bool) -> bool:
     x, y = point
     return math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x) and (y > 0 or not log_y)
+
+
+def _drawn(spans: Sequence[Span], log_x: bool, log_y: bool) -> list[Span]:
+    return [s for s in spans if _drawable(s[:2], log_x, log_y) and math.isfinite(s[2])]
 
 
 def _axis(values: list[float], log: bool, span: tuple[float, float]) -> Axis:
@@ -176,6 +242,17 @@ def _dots(points: Sequence[Point], x: Axis, y: Axis, colour: str) -> str:
         at = f'cx="{x.place(px):.1f}" cy="{y.place(py):.1f}"'
         circles.append(f'<circle {at} r="3" fill="{colour}"><title>{px:,.6g}: {py:,.6g}</title></circle>')
     return "".join(circles)
+
+
+def _spans(spans: Sequence[Span], x: Axis, y: Axis, index: int) -> str:
+    lines = []
+    for px, low, high in spans:
+        at = f'x1="{x.place(px):.1f}" x2="{x.place(px):.1f}" y1="{y.place(low):.1f}" y2="{y.place(high):.1f}"'
+        shown = f"<title>{px:,.6g}: {low:,.6g} to {high:,.6g}</title>"
+        lines.append(
+            f'<line {at} stroke="{COLOURS[index % len(COLOURS)]}" stroke-opacity=".45">{shown}</line>'
+        )
+    return "".join(lines)
 
 
 def _legend(names: list[str]) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from urllib.parse import quote
 
-from trellis_dist.charts import Bar, Point, bar_chart, line_chart
+from trellis_dist.charts import Bar, Difference, Point, Span, bar_chart, difference_chart, line_chart
 
 __all__ = ["Report"]
 
@@ -58,6 +58,10 @@ pre { background: var(--soft); border: 1px solid var(--line); border-radius: 6px
         align-items: center; font-size: .875rem; font-variant-numeric: tabular-nums; }
 .bars > :nth-child(3n) { text-align: right; }
 .bar { display: block; height: .8rem; border-radius: 2px; }
+.track { position: relative; height: .8rem; }
+.track > span { position: absolute; top: 0; }
+.track > .zero { top: -.3rem; bottom: -.3rem; border-left: 1px solid var(--muted); }
+.track > .span { top: .35rem; border-top: 2px solid var(--ink); }
 .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(20rem, 100%), 1fr));
           gap: 0 1rem; }
 .beside > div { min-width: 0; }
@@ -130,15 +134,20 @@ class Report:
         y_label: str,
         log_x: bool = False,
         log_y: bool = False,
+        spans: Mapping[str, Sequence[Span]] | None = None,
     ) -> None:
         """Add a chart; arguments as in :func:`trellis_dist.charts.line_chart`."""
         self._parts.append(
-            line_chart(title, series, x_label=x_label, y_label=y_label, log_x=log_x, log_y=log_y)
+            line_chart(title, series, x_label=x_label, y_label=y_label, log_x=log_x, log_y=log_y, spans=spans)
         )
 
     def bar_chart(self, title: str, bars: Sequence[Bar]) -> None:
         """Add bars; arguments as in :func:`trellis_dist.charts.bar_chart`."""
         self._parts.append(bar_chart(title, bars))
+
+    def difference_chart(self, title: str, bars: Sequence[Difference]) -> None:
+        """Add bars beside zero; arguments as in :func:`trellis_dist.charts.difference_chart`."""
+        self._parts.append(difference_chart(title, bars))
 
     def beside(self, texts: Mapping[str, str]) -> None:
         """Add texts exactly as they are, title -> text, side by side where the page is wide enough."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from trellis_dist.charts import Point
+from trellis_dist.charts import Difference, Point, Span
 from trellis_dist.report import Report
 
-__all__ = ["Bars", "Block", "Lines", "Page", "Section", "Table", "Text"]
+__all__ = ["Block", "Differences", "Lines", "Page", "Section", "Table", "Text"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Lines:
-    """A chart of lines; ``name`` is that of its picture's file."""
+    """A chart of lines, with intervals of some of them; ``name`` is that of its picture's file."""
 
     name: str
     title: str
@@ -44,18 +44,19 @@ class Lines:
     x_label: str
     y_label: str
     log_x: bool = True
+    spans: Mapping[str, Sequence[Span]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Bars:
-    """A chart of bars, the shorter the better or not: the caption says it."""
+class Differences:
+    """A chart of differences to a base that the title names: bars on both sides of zero."""
 
     name: str
     title: str
-    bars: Mapping[str, float]
+    bars: Sequence[Difference]
 
 
-Block = Section | Text | Table | Lines | Bars
+Block = Section | Text | Table | Lines | Differences
 
 
 @dataclass(frozen=True)
@@ -80,9 +81,9 @@ class Page:
         return "\n\n".join(parts) + "\n"
 
     @property
-    def charts(self) -> list[Lines | Bars]:
+    def charts(self) -> list[Lines | Differences]:
         """Those that hold something."""
-        drawn = [block for block in self.blocks if isinstance(block, Lines | Bars)]
+        drawn = [block for block in self.blocks if isinstance(block, Lines | Differences)]
         return [block for block in drawn if (block.series if isinstance(block, Lines) else block.bars)]
 
 
@@ -97,10 +98,15 @@ def _add(report: Report, block: Block) -> None:
         report.table(block.header, block.rows)
     elif isinstance(block, Lines):
         report.line_chart(
-            block.title, block.series, x_label=block.x_label, y_label=block.y_label, log_x=block.log_x
+            block.title,
+            block.series,
+            x_label=block.x_label,
+            y_label=block.y_label,
+            log_x=block.log_x,
+            spans=block.spans,
         )
     else:
-        report.bar_chart(block.title, [(name, value, f"{value:.4g}") for name, value in block.bars.items()])
+        report.difference_chart(block.title, block.bars)
 
 
 def _markdown(block: Block, pictures: Mapping[str, str]) -> str:

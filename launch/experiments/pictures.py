@@ -6,7 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from launch.experiments.page import Bars, Lines
+from launch.experiments.page import Differences, Lines
 from trellis_dist.charts import COLOURS
 
 __all__ = ["can_draw", "draw"]
@@ -20,7 +20,7 @@ def can_draw() -> bool:
     return importlib.util.find_spec("matplotlib") is not None
 
 
-def draw(chart: Lines | Bars, path: Path) -> list[Path]:
+def draw(chart: Lines | Differences, path: Path) -> list[Path]:
     """Write PATH.png and PATH.svg and return them; nothing without matplotlib."""
     if not can_draw():
         return []
@@ -32,7 +32,7 @@ def draw(chart: Lines | Bars, path: Path) -> list[Path]:
     if isinstance(chart, Lines):
         _lines(axes, chart)
     else:
-        _bars(axes, chart)
+        _differences(axes, chart)
     axes.set_title(chart.title, fontsize=10, wrap=True)
     files = [path.with_name(f"{path.name}.{kind}") for kind in ("png", "svg")]
     for file in files:
@@ -46,6 +46,8 @@ def _lines(axes: Any, chart: Lines) -> None:
         marker = "o" if len(points) <= 12 else None
         colour = COLOURS[index % len(COLOURS)]
         axes.plot(*zip(*points), style, color=colour, marker=marker, markersize=4, label=name)
+        for x, low, high in chart.spans.get(name, ()):
+            axes.plot([x, x], [low, high], color=colour, alpha=0.45, linewidth=1.0)
     if chart.log_x:
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
@@ -55,9 +57,14 @@ def _lines(axes: Any, chart: Lines) -> None:
     axes.legend(fontsize=7, loc="best")
 
 
-def _bars(axes: Any, chart: Bars) -> None:
-    names = list(chart.bars)
-    drawn = axes.barh(names, list(chart.bars.values()), color=COLOURS[0])
-    axes.bar_label(drawn, [f"{value:.4g}" for value in chart.bars.values()], padding=3, fontsize=8)
+def _differences(axes: Any, chart: Differences) -> None:
+    """Bars from zero to both sides, and what is known of their spread as lines over them."""
+    names, values = [bar.name for bar in chart.bars], [bar.value for bar in chart.bars]
+    axes.barh(names, values, color=[COLOURS[1 if value > 0 else 0] for value in values])
+    for bar in chart.bars:
+        if bar.low is not None and bar.high is not None:
+            axes.plot([bar.low, bar.high], [bar.name] * 2, color="black", linewidth=1.2, marker="|")
+    axes.axvline(0.0, color="black", linewidth=0.8)
+    for bar in chart.bars:  # beside the axes: over a bar its line would cross them out
+        axes.text(1.01, bar.name, bar.shown, transform=axes.get_yaxis_transform(), va="center", fontsize=7)
     axes.invert_yaxis()
-    axes.margins(x=0.12)

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
 from launch.experiments.expand import Expansion
-from launch.experiments.page import Bars, Block, Lines, Page, Section, Table, Text
-from launch.experiments.tables import Chart, Column, Group, Point, Row
-from launch.experiments.values import value_of
+from launch.experiments.ours import Ours, Results
+from launch.experiments.page import Block, Page, Section, Table, Text
+from launch.experiments.plots import plots
+from launch.experiments.shares import share_of
+from launch.experiments.tables import Column, Group, Row
+from launch.experiments.values import is_old
 
 __all__ = ["NOT_COMPARABLE", "make_page", "write_page"]
 
@@ -20,37 +22,10 @@ NOT_COMPARABLE = "other corpus and tokenizer, not comparable"
 SIDE_BY_SIDE = 3
 # Nats below the bigram from which on models are ranked.
 MARGIN = 0.2
-
-Results = Mapping[str, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Ours:
-    """The numbers of an expansion's rows, from the results that there are (run -> result)."""
-
-    expansion: Expansion
-    results: Results
-
-    def values(self, row: Row, setting: str, value: str) -> list[float]:
-        """One for each seed that has it."""
-        if setting in row.without:
-            return []
-        return [
-            found
-            for result in self.of(row, self.expansion.scale.settings[setting])
-            if (found := value_of(result, self.expansion.scale.expand(value))) is not None
-        ]
-
-    def mean(self, row: Row, setting: str, value: str) -> float | None:
-        """Over the seeds."""
-        found = self.values(row, setting, value)
-        return fmean(found) if found else None
-
-    def of(self, row: Row, run: str) -> list[Mapping[str, Any]]:
-        """Results of a row's run, by seed."""
-        specs = self.expansion.specs
-        names = [specs[key].name for seed in self.expansion.seeds if (key := (row.name, run, seed)) in specs]
-        return [self.results[name] for name in names if name in self.results]
+SHARED = (
+    "tokens/s is the median over the logged steps of training. Runs that --jobs trained side by side shared "
+    "the machine with one another: compare it only between runs of one --jobs 1."
+)
 
 
 def make_page(expansion: Expansion, results: Results) -> Page:
@@ -65,8 +40,9 @@ def make_page(expansion: Expansion, results: Results) -> Page:
         *_near_the_bigram(results),
         *_absent(expansion),
         *_groups(ours),
+        *_notes(ours),
         *_bits_per_byte(ours),
-        *_charts(ours),
+        *plots(ours),
         *_what_was_trained(ours),
     ]
     done = len(expansion.specs) - len(missing)
@@ -145,6 +121,36 @@ def _groups(ours: Ours) -> Iterator[Block]:
         yield from _tables(ours, group, columns)
 
 
+def _notes(ours: Ours) -> Iterator[Text]:
+    """What stands in the cells, of the kinds of cells that are there."""
+    shown = [c.value for group in ours.expansion.experiment.groups for c in group.columns]
+    names = [ours.expansion.scale.expand(value) for value in shown]
+    if any(share_of(result, name) for result in ours.results.values() for name in names):
+        yield Text(
+            "Accuracies stand with Wilson's 95% interval over the prompts or questions, the same for every "
+            "row and seed. * not distinguishable from chance: the interval holds what a guess gets "
+            "(of MQAR one of the row's own values, of 4 pairs 25%); such numbers rank nothing."
+        )
+    if any("probe(" in name for name in names):
+        yield Text(
+            "Looks into the memories: mean over those in the second half of training and over layers; se: "
+            "standard error over the looks of one run. The variance of the gradient's norm is that between "
+            "neighbouring logged steps of the same half, without the trend that the schedule makes."
+        )
+        yield from _old(ours)
+    if "tokens_per_second" in names:
+        yield Text(SHARED)
+
+
+def _old(ours: Ours) -> Iterator[Text]:
+    if old := [name for name, result in ours.results.items() if is_old(result)]:
+        yield Text(
+            f"Of the last look alone, with the trend in the variance: {', '.join(old)}, whose results were "
+            "written by an earlier version; remove those files under results/ and run the command again, "
+            "which trains nothing anew."
+        )
+
+
 def _columns(ours: Ours, group: Group) -> list[tuple[Column, str]]:
     """The columns with what each shows here; those that are one number here become one."""
     scale = ours.expansion.scale
@@ -197,7 +203,18 @@ def _table(ours: Ours, title: str, columns: Sequence[tuple[Column, str]]) -> Tab
 
 
 def _cells(ours: Ours, row: Row, columns: Sequence[tuple[Column, str]]) -> list[str]:
-    return [_cell(ours.values(row, column.setting, column.value)) for column, _ in columns]
+    return [_number_of(ours, row, column) for column, _ in columns]
+
+
+def _number_of(ours: Ours, row: Row, column: Column) -> str:
+    """An accuracy with its interval, looks with the standard error of one run, else as `_cell` has it."""
+    where = (row, column.setting, column.value)
+    if (share := ours.share(*where)) is not None:
+        return str(share)
+    values, error = ours.values(*where), ours.error(*where)
+    if len(values) == 1 and error is not None:
+        return f"{_number(values[0])} (se {_number(error)})"
+    return _cell(values)
 
 
 def _paper(ours: Ours, row: Row, count: int) -> list[str]:
@@ -243,100 +260,6 @@ def _bigram(ours: Ours, run: str) -> str:
             if "bigram" in result.get("validation", {}):
                 return _cell([result["validation"]["bigram"]["bits_per_byte"]])
     return ""
-
-
-def _charts(ours: Ours) -> Iterator[Block]:
-    seen: list[object] = []
-    charts = []
-    for chart in ours.expansion.experiment.charts:
-        scale = ours.expansion.scale
-        what = (chart.kind, [(p.x, scale.settings[p.setting], p.value) for p in chart.points])
-        if what not in seen:
-            charts.append(chart)
-        seen.append(what)
-    merged = len(charts) < len(ours.expansion.experiment.charts)
-    if charts or ours.results:
-        yield Section("Charts")
-    for index, chart in enumerate(charts):
-        title = chart.title.partition(":")[0] if merged else chart.title
-        yield _chart(ours, chart, title, name=f"chart-{index + 1}")
-    yield _learning(ours)
-
-
-def _chart(ours: Ours, chart: Chart, title: str, *, name: str) -> Block:
-    if chart.kind == "bars":
-        found = {row.title: _at(ours, row, chart.points[0]) for row in ours.expansion.rows}
-        return Bars(name, title, {label: value for label, value in found.items() if value is not None})
-    lines = {"lines": _by_length, "paper": _papers, "by_row": _by_row, "pareto": _pareto}[chart.kind]
-    series = {label: points for label, points in lines(ours, chart).items() if points}
-    return Lines(name, title, series, chart.x_label, chart.y_label, log_x=chart.kind != "pareto")
-
-
-def _at(ours: Ours, row: Row, point: Point) -> float | None:
-    return ours.mean(row, point.setting, point.value)
-
-
-def _by_length(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
-    return {
-        row.title: [
-            (float(_tokens(ours, point)), value)
-            for point in chart.points
-            if (value := _at(ours, row, point)) is not None
-        ]
-        for row in ours.expansion.rows
-    }
-
-
-def _tokens(ours: Ours, point: Point) -> int:
-    """Of a prompt where the value names its length, else of the context that was trained on."""
-    scale = ours.expansion.scale
-    return scale.prompt(point.x) if f"{{{point.x}}}" in point.value else scale.lengths[point.x]
-
-
-def _papers(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
-    """At the paper's own lengths."""
-    from launch.experiments.tables import read_scale
-
-    lengths = read_scale("paper").lengths
-    group = next(group for group in ours.expansion.experiment.groups if group.paper)
-    places = {(column.setting, column.value): i for i, column in enumerate(group.columns)}
-    return {
-        row.title: [
-            (float(lengths[point.x]), row.paper[place])
-            for point in chart.points
-            if (place := places[point.setting, point.value]) < len(row.paper)
-        ]
-        for row in ours.expansion.rows
-    }
-
-
-def _by_row(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
-    return {
-        point.label: sorted(
-            (row.x, value)
-            for row in ours.expansion.rows
-            if row.x is not None and (value := _at(ours, row, point)) is not None
-        )
-        for point in chart.points
-    }
-
-
-def _pareto(ours: Ours, chart: Chart) -> dict[str, list[tuple[float, float]]]:
-    found = {row.title: [_at(ours, row, point) for point in chart.points] for row in ours.expansion.rows}
-    return {label: [(x, y)] for label, (x, y) in found.items() if x is not None and y is not None}
-
-
-def _learning(ours: Ours) -> Block:
-    """Training losses over tokens, of the first seed on the first of the runs that are shown."""
-    experiment, scale = ours.expansion.experiment, ours.expansion.scale
-    shown = scale.settings[experiment.settings()[0]]
-    series = {}
-    for row in ours.expansion.rows:
-        for result in ours.of(row, shown)[:1]:
-            per_step = result["training"]["tokens"] / result["training"]["steps"]
-            series[row.title] = [(s * per_step, loss) for s, loss in result["training"]["train_losses"]]
-    title = f"Training loss, run {shown}"
-    return Lines("learning", title, series, "tokens", "nats per token", log_x=False)
 
 
 def _what_was_trained(ours: Ours) -> Iterator[Block]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,7 @@ def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
 
     Keys: "name", "about", "digest", "recipe" (resolved), "data" (fingerprint), "commit", "machine",
     "versions"; "training" (`_training`), "model" (`_model`); "validation" (loss, bits per byte, the bigram's,
-    losses by position) where perplexity was scored; "scores": per task settings, seconds and result.
+    losses by position) where perplexity was scored; "scores": per task settings, seconds, chance and result.
     """
     from launch.machine import commit, machine, versions
 
@@ -135,7 +136,12 @@ def _records(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 def _short(record: Mapping[str, Any]) -> dict[str, Any]:
     result = {key: value for key, value in record["result"].items() if key not in _LEFT_OUT}
-    return {"settings": record["settings"], "seconds": record["seconds"], "result": result}
+    return {
+        "settings": record["settings"],
+        "seconds": record["seconds"],
+        "chance": record.get("chance", {}),
+        "result": result,
+    }
 
 
 def _training(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
@@ -159,6 +165,7 @@ def _training(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
             [row["optim/gradient_norm"] for row in rows if "optim/gradient_norm" in row]
         ),
         "probes": _last_probes(rows),
+        "looks": _looks(rows, steps=recipe.training.steps),
         "validation_losses": [
             [row["step"], row["loss/validation"]] for row in rows if "loss/validation" in row
         ],
@@ -166,11 +173,39 @@ def _training(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
 
 
 def _spread(values: Sequence[float]) -> dict[str, float] | None:
-    """Mean and variance over the second half; None of fewer than three values."""
+    """Mean and variance over the second half, and the variance without its trend; None of too few values.
+
+    "detrended" is half the mean square of the differences between neighbours (von Neumann's estimate): the
+    schedule moves a norm over hundreds of steps, which leaves those differences alone.
+    """
     half = values[len(values) // 2 :]
     if len(half) < 2:
         return None
-    return {"mean": statistics.fmean(half), "variance": statistics.variance(half)}
+    apart = [(after - before) ** 2 / 2 for before, after in pairwise(half)]
+    return {
+        "mean": statistics.fmean(half),
+        "variance": statistics.variance(half),
+        "detrended": statistics.fmean(apart),
+    }
+
+
+def _looks(rows: Sequence[Mapping[str, Any]], *, steps: int) -> dict[str, dict[str, Any]]:
+    """Of each number that looks give, over those of the second half of training: the mean over them and over
+    layers, its standard error over the looks (None of one), and how many there were."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        layers: dict[str, list[float]] = {}
+        for key, value in row.items():
+            if key.startswith("trellis/") and 2 * row["step"] > steps:
+                layers.setdefault(key.rpartition("/")[2], []).append(value)
+        for name, values in layers.items():
+            found.setdefault(name, []).append(statistics.fmean(values))
+    return {name: _mean(values) for name, values in found.items()}
+
+
+def _mean(values: Sequence[float]) -> dict[str, Any]:
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else None
+    return {"mean": statistics.fmean(values), "error": error, "looks": len(values)}
 
 
 def _last_probes(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

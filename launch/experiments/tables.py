@@ -182,8 +182,11 @@ class Chart:
 
     Attributes:
         kind: "lines" (a line per row over lengths), "paper" (the same of the paper's numbers), "by_row" (a
-            line per point over the rows' ``x``), "pareto" (two points: every row's x and y), "bars" (one
-            point: a bar per row).
+            line per point over the rows' ``x``), "pareto" (two points: every row's x, less is better, and y,
+            more is better, with the frontier), "bars" (one point: a bar per row of its difference to
+            ``base``).
+        base: of bars the row that all others are compared with.
+        better: of "by_row": the page says from which ``x`` on rows are level with the best.
     """
 
     __pydantic_config__ = STRICT
@@ -193,6 +196,8 @@ class Chart:
     points: tuple[Point, ...]
     x_label: str = ""
     y_label: str = ""
+    base: str = ""
+    better: Literal["", "less", "more"] = ""
 
 
 @dataclass(frozen=True, kw_only=True)

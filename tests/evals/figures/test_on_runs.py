@@ -12,7 +12,7 @@ from evals.figures.ablation import losses_held_open
 from evals.figures.reasoning import against_prose, item_texts, prose_stretches
 from evals.figures.retrieval import mqar_items, needle_items, span_of
 from evals.figures.speed import prefill_speeds
-from evals.figures.trace import trace
+from evals.figures.trace import held_open, trace
 from evals.ruler.catalogue import RULER
 from evals.runs import load_run
 from evals.states import context_ids
@@ -93,14 +93,22 @@ def test_items_are_set_beside_prose_of_their_length(run, tmp_path):
 
 
 def test_the_loss_as_trained_is_the_models_own(run):
-    ids = run.tokenizer.encode("def f(x):\n    return x + 1\n" * 9)
+    ids = run.tokenizer.encode("def f(x):\n    return x + 1\n" * 24)
     found = losses_held_open(run, ids)
     assert list(found) == ["none", "layer 0", "layer 1", "all"]
     row = torch.tensor([ids])
     with torch.no_grad():
         logits = run.model(row)[0, :-1]
-    assert found["none"] == pytest.approx(float(F.cross_entropy(logits, row[0, 1:])), rel=1e-5)
-    assert len(set(found.values())) == 4
+    own = F.cross_entropy(logits, row[0, 1:], reduction="none")
+    assert found["none"]["loss"] == pytest.approx(float(own.mean()), rel=1e-5)
+    assert len({one["loss"] for one in found.values()}) == 4
+    with torch.no_grad(), held_open(run.model, [1]):
+        opened = F.cross_entropy(run.model(row)[0, :-1], row[0, 1:], reduction="none")
+    blocks = len(own) // 64 * 64
+    told = found["layer 1"]["difference"]
+    assert told["items"] == blocks // 64
+    assert told["difference"] == pytest.approx(float((opened - own)[:blocks].mean()), abs=1e-6)
+    assert told["low"] <= told["difference"] <= told["high"]
 
 
 def test_speed_is_the_median_of_the_readings_after_the_first(run):
