@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Extent", "measure"]
 
-FORMAT = 1
+FORMAT = 2
 # Positions are shown in so many equal parts of the text, which is as often as norms are taken.
 PARTS = 64
 FIRST_LENGTH, LAST_LENGTH = 512, 16384
@@ -141,17 +141,18 @@ def _parts(values: Tensor, piece: int) -> list[list[list[float]]]:
 
 
 def _recall(run: LoadedRun, extent: Extent) -> dict[str, Any]:
-    """Needles and multi-query recall: accuracy by group, and the correlation of each layer's gate with it."""
-    from evals.figures.retrieval import correlations, mqar_items, needle_items
+    """Needles and multi-query recall: accuracy by group, and what memories kept against it."""
+    from evals.figures.retention import against_recall
+    from evals.figures.retrieval import mqar_items, needle_items
 
     config = _config(run)
     lengths = _needle_lengths(config, extent)
     piece = _piece(extent.tokens)
     found = {}
     needles, shares = needle_items(run, lengths=lengths, count=extent.items, piece=max(piece, max(lengths)))
-    found["needle"] = {"accuracy": shares, "chance": 10.0, "layers": correlations(needles)}
+    found["needle"] = {"accuracy": shares, "retention": against_recall(needles)}
     rows, shares = mqar_items(run, config, count=extent.items, piece=max(piece, min(config.mqar_length)))
-    found["mqar"] = {"accuracy": shares, "chance": 0.0, "layers": correlations(rows)}
+    found["mqar"] = {"accuracy": shares, "retention": against_recall(rows)}
     return found
 
 
@@ -179,9 +180,17 @@ def _recall_alone(run: LoadedRun, extent: Extent, *, say: Callable[[str], None])
         result = get_task(task).run(run, config, False)
         rows = result["rows"] if name == "needle" else []
         groups = {str(row["length"]): row["choice"] for row in rows} or result["groups"]
-        shares = [{"group": g, "items": extent.items, "percent": one["score"]} for g, one in groups.items()]
-        found[name] = {"accuracy": shares, "chance": 10.0 if name == "needle" else 0.0, "layers": []}
+        found[name] = {"accuracy": [_accuracy(name, group, one) for group, one in groups.items()]}
     return {"recall": found}
+
+
+def _accuracy(name: str, group: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """A group of a task's result as `evals.figures.retention.accuracy` has it."""
+    from evals.tasks.ruler import CHANCE
+
+    chance = CHANCE if name == "needle" else 100.0 / int(group.partition("/")[0])
+    ends = {key: found[key] for key in ("low", "high")}
+    return {"group": group, "items": found["samples"], "percent": found["score"], **ends, "chance": chance}
 
 
 def _config(run: LoadedRun) -> EvalConfig:

@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 from launch.experiments.page import Block, Differences, Lines, Page, Section, Table, Text
+from launch.figures_recall import recall_blocks
 from trellis_dist.charts import Difference, Point
 
 __all__ = ["figures_page"]
@@ -22,10 +23,6 @@ _PROBES = {
     "forget_gate": ("Forget gate through training", "beta"),
     "norm_key": ("Norm of the key memory through training", "|S|"),
     "norm_value": ("Norm of the value memory through training", "|R|"),
-}
-_RECALL = {
-    "needle": ("Single needles in noise, preferred to nine other numbers", "tokens"),
-    "mqar": ("Multi-query recall", "pairs/tokens"),
 }
 Numbers = Mapping[str, Any]
 
@@ -53,7 +50,7 @@ def _blocks(found: Numbers) -> Iterator[Block]:
         yield from _reasoning(found["reasoning"])
     elif found["layers"]:
         yield Text("Reasoning items are left out: name a folder of the suites' rows with --suites.")
-    yield from _recall(found["recall"])
+    yield from recall_blocks(found["recall"])
     if "held_open" in found:
         yield from _held_open(found["held_open"])
     yield from _losses(found["losses"])
@@ -148,30 +145,6 @@ def _differences(row: Numbers) -> Iterator[str]:
 
 def _interval(found: Numbers | None, key: str) -> str:
     return "too few" if found is None else f"{found[key]:+.4f} ({found['low']:+.4f} to {found['high']:+.4f})"
-
-
-def _recall(found: Numbers) -> Iterator[Block]:
-    yield Section("Recall, and the gates while it was kept")
-    for name, of_task in found.items():
-        title, groups = _RECALL[name]
-        rows = [[row["group"], str(row["items"]), f"{row['percent']:.1f}"] for row in of_task["accuracy"]]
-        yield Table(f"{title} (chance {of_task['chance']:g}%)", [groups, "items", "percent right"], rows)
-        if of_task["layers"]:
-            cells = [[f"layer {r['layer']}", _interval(r["correlation"], "r")] for r in of_task["layers"]]
-            yield Table("correlation of beta with being right (95% interval)", ["", "r"], cells)
-            known = {f"layer {r['layer']}": r["correlation"] for r in of_task["layers"] if r["correlation"]}
-            series = {
-                part: [(float(row.split()[1]), one[part]) for row, one in known.items()]
-                for part in ("r", "low", "high")
-            }
-            yield Lines(f"recall-{name}", f"{title}: gate against being right", series if known else {},
-                        x_label="layer", y_label="correlation", log_x=False)  # fmt: skip
-    if any(of_task["layers"] for of_task in found.values()):
-        yield Text(
-            "beta is the mean between what has to be kept and its question; where y is right or wrong, r is "
-            "point-biserial. Both are centred within each length. These are correlations over items of one "
-            "model: they do not say that a gate caused an answer."
-        )
 
 
 def _held_open(found: Mapping[str, Numbers]) -> Iterator[Block]:

@@ -31,20 +31,30 @@ class Trace:
 
     Attributes:
         layers: numbers of the Trellis layers.
-        gate: beta of the key pass [B, L, H, T], in (0, 1].
-        value_gate: beta of the value pass where it has its own, else None.
+        log_gate: log beta of the key pass [B, L, H, T], 0 or less; ``gate`` is beta itself, in (0, 1].
+        log_value_gate: the same of the value pass where it has its own, else None.
         step: gamma of the key pass [B, L, H, T].
         ends: tokens read when the norms were taken, P of them.
         key_norm, value_norm: Frobenius norms of S and R [B, L, H, P].
     """
 
     layers: tuple[int, ...]
-    gate: Tensor
-    value_gate: Tensor | None
+    log_gate: Tensor
+    log_value_gate: Tensor | None
     step: Tensor
     ends: tuple[int, ...]
     key_norm: Tensor
     value_norm: Tensor
+
+    @property
+    def gate(self) -> Tensor:
+        """Beta of the key pass."""
+        return self.log_gate.exp()
+
+    @property
+    def value_gate(self) -> Tensor | None:
+        """Beta of the value pass where it has its own."""
+        return None if self.log_value_gate is None else self.log_value_gate.exp()
 
 
 def trellis_mixers(model: LanguageModel) -> dict[int, TrellisMixer]:
@@ -78,12 +88,11 @@ def trace(model: LanguageModel, tokens: Tensor, *, piece: int) -> Trace:
     step = _joined(taken, "step_size")
     assert gate is not None, "the operation takes a log_decay"
     assert step is not None, "the operation takes a step_size"
-    value = _joined(taken, "value_log_decay")
     key_norm, value_norm = torch.stack([torch.stack(both, 2) for both in norms], -1).unbind(0)
     return Trace(
         layers=tuple(mixers),
-        gate=gate.exp(),
-        value_gate=None if value is None else value.exp(),
+        log_gate=gate,
+        log_value_gate=_joined(taken, "value_log_decay"),
         step=step,
         ends=tuple(ends),
         key_norm=key_norm,

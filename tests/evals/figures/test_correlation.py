@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from evals.figures.correlation import correlation, difference
-from evals.figures.retrieval import Items, correlations
 
 
 def drawn(count, slope, *, seed=0):
@@ -46,31 +45,3 @@ def test_a_paired_difference():
     assert found["difference"] == pytest.approx(2.0)
     assert found["high"] - found["low"] == pytest.approx(2 * 1.96 / np.sqrt(30), rel=0.15)
     assert difference(x[:2], y[:2]) is None
-
-
-def items(gate, right, groups):
-    gates = np.stack([np.stack([gate, gate], -1), np.zeros((len(gate), 2))], 1)
-    return Items((0, 3), gates, np.asarray(right, float), tuple(groups))
-
-
-def test_what_lengths_differ_in_is_no_correlation():
-    rng = np.random.default_rng(0)
-    groups = ["512"] * 50 + ["1024"] * 50
-    right = np.concatenate([rng.random(50) < 0.8, rng.random(50) < 0.2])
-    gate = np.repeat([0.99, 0.5], 50) + rng.normal(size=100) * 0.01
-    first, second = correlations(items(gate, right, groups))
-    assert correlation(gate, right.astype(float))["r"] > 0.5
-    assert abs(first["correlation"]["r"]) < 0.25
-    assert (first["layer"], second["layer"]) == (0, 3)
-    assert second["correlation"] is None  # a gate that does not vary
-    told = correlations(items(gate + 0.05 * right, right, groups))[0]["correlation"]
-    assert told["low"] > 0.5
-
-
-def test_too_few_that_differ_say_nothing():
-    gate = np.linspace(0, 1, 40)
-    right = np.zeros(40)
-    right[:9] = 1
-    assert correlations(items(gate, right, ["512"] * 40))[0]["correlation"] is None
-    right[9] = 1
-    assert correlations(items(gate, right, ["512"] * 40))[0]["correlation"]["r"] < -0.4

@@ -45,15 +45,19 @@ def test_the_span_of_a_needle_is_what_lies_between_it_and_its_question(run):
         assert "What is the special" in run.tokenizer.decode(asked.ids[end:])
 
 
-def test_the_gate_of_a_needle_is_the_mean_over_its_span(run):
+def test_what_is_kept_of_a_needle_is_the_product_of_the_gates_in_its_gap(run):
     items, shares = needle_items(run, lengths=[LENGTH], count=4, piece=100)
     assert (items.groups, items.layers) == ((str(LENGTH),) * 4, (0, 1))
     assert set(items.right) <= {0.0, 1.0}
-    assert shares == [{"group": str(LENGTH), "items": 4, "percent": 100 * items.right.mean()}]
+    (row,) = shares
+    assert (row["group"], row["items"], row["chance"]) == (str(LENGTH), 4, 10.0)
+    assert row["low"] <= row["percent"] == 100 * items.right.mean() <= row["high"]
     asked = question(run, 2)
     first, end = span_of(run, asked)
     seen = trace(run.model, torch.tensor([asked.ids]), piece=LENGTH)
-    np.testing.assert_allclose(items.gates[2], seen.gate[0, ..., first:end].mean(-1), rtol=1e-5)
+    kept = seen.gate[0, ..., first:end].double().prod(-1)  # what is left of a needle
+    np.testing.assert_allclose(np.exp(items.retention[2, :, 0]), kept, rtol=1e-3)
+    assert items.retention.shape == (4, 2, 1, seen.gate.shape[2])
 
 
 def test_rows_of_multi_query_recall(run):
@@ -61,8 +65,9 @@ def test_rows_of_multi_query_recall(run):
     items, shares = mqar_items(run, config, count=5, piece=32)
     assert items.groups == ("2/32",) * 5 + ("4/32",) * 5
     assert [share["group"] for share in shares] == ["2/32", "4/32"]
-    assert items.gates.shape[:2] == (10, 2)
-    assert ((items.gates > 0) & (items.gates < 1)).all()
+    assert items.retention.shape[:2] == (10, 2)
+    assert (items.retention < 0).all()
+    assert items.chance == {"2/32": 50.0, "4/32": 25.0}
 
 
 def test_items_are_set_beside_prose_of_their_length(run, tmp_path):
