@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -13,7 +14,13 @@ NAME = "figures"
 
 
 def figures(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="a run folder, such as runs/quickstart")],
+    runs: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="RUN...",
+            help="a run folder, such as runs/quickstart; of further ones loss and throughput beside it",
+        ),
+    ],
     text: Annotated[
         Path | None,
         typer.Option(metavar="FILE", help="a long text, .txt or .jsonl; Python's own language reference"),
@@ -22,11 +29,13 @@ def figures(
         Path | None,
         typer.Option(metavar="DIR", help="rows of the commonsense suites; left out unless given"),
     ] = None,
-    output: Annotated[Path | None, typer.Option(metavar="DIR", help="RUN/figures unless given")] = None,
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="figures/ in the first RUN unless given")
+    ] = None,
     tokens: Annotated[int, typer.Option(min=512, help="of the text that are read in one go")] = 16384,
     items: Annotated[int, typer.Option(min=3, help="needles of each length, questions of each suite")] = 40,
     step: Annotated[
-        int | None, typer.Option(help="a saved step; the newest verified one unless given")
+        int | None, typer.Option(help="a saved step of the first RUN; the newest verified one unless given")
     ] = None,
     dataset_dir: Annotated[
         Path | None, typer.Option(help="where the run's token shards are now, if moved")
@@ -41,11 +50,14 @@ def figures(
 
     if suites is not None and not suites.is_dir():
         raise ValueError(f"--suites {suites}: no such folder; name one with the suites' rows")
+    run, *rest = runs
     folder = run / "figures" if output is None else output
     read = _read(text)
     loaded = load_run(run, step=step, dataset_dir=dataset_dir)
+    others = [load_run(other, dataset_dir=dataset_dir) for other in rest]
     extent = Extent(tokens=tokens, items=items, suites=suites)
-    found = measure(loaded, read, extent, say=lambda line: print(f"trellis: {line}", flush=True))
+    say = partial(print, flush=True)
+    found = measure(loaded, read, extent, others=others, say=lambda line: say(f"trellis: {line}"))
     name = "Python's language reference" if text is None else text.name
     make_directories(folder)
     write_json(folder / f"{NAME}.json", {**found, "text_name": name})

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,14 +40,21 @@ class Extent:
 
 
 def measure(
-    run: LoadedRun, text: str, extent: Extent, *, say: Callable[[str], None] = lambda _: None
+    run: LoadedRun,
+    text: str,
+    extent: Extent,
+    *,
+    others: Sequence[LoadedRun] = (),
+    say: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """All sections, by name; those on gates are left out of a model without Trellis layers.
 
+    Of ``others`` there are losses by position and speeds, to be set beside the run's.
+
     Raises:
-        ValueError: a text of fewer than PARTS tokens, or one too short for the items.
+        ValueError: a text of fewer than PARTS tokens, one too short for the items, or another run whose
+            tokenizer is another one.
     """
-    from evals.figures.speed import prefill_speeds
     from evals.figures.trace import trellis_mixers
     from launch.figures_training import at_checkpoints, own_looks
     from launch.machine import commit, machine
@@ -65,18 +72,50 @@ def measure(
         "machine": machine(),
         "layers": sorted(trellis_mixers(run.model)),
     }
+    _refuse_other_tokenizers(run, others, text[: 16 * extent.tokens])
     say("loss by position")
     found["losses"] = _losses(run, text[: 64 * extent.tokens], len(ids))
     found |= _of_gates(run, ids, extent, say=say) if found["layers"] else _recall_alone(run, extent, say=say)
     found["training"] = own_looks(run.run_dir)
     if found["layers"]:
         found["checkpoints"] = at_checkpoints(run, text, suites=extent.suites, say=say)
+    return found | _beside(run, others, text[: 64 * extent.tokens], extent, row=len(ids), say=say)
+
+
+def _refuse_other_tokenizers(run: LoadedRun, others: Sequence[LoadedRun], text: str) -> None:
+    ids = run.tokenizer.encode(text)
+    for other in others:
+        if other.tokenizer.encode(text) != ids:
+            raise ValueError(
+                f"{other.run_dir} has another tokenizer than {run.run_dir}: losses per token cannot stand in "
+                "one chart; name runs of one tokenizer"
+            )
+
+
+def _beside(
+    run: LoadedRun,
+    others: Sequence[LoadedRun],
+    text: str,
+    extent: Extent,
+    *,
+    row: int,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Speeds of the run; of the others losses by position and speeds, all taken in turns."""
+    from evals.figures.speed import prefill_speeds
+
+    rest = []
+    for other in others:
+        say(f"loss by position of {other.name}")
+        about = {"run": other.name, "step": other.step, "digest": other.digest}
+        rest.append({**about, "losses": _losses(other, text, row)})
     say("throughput")
     lengths = [FIRST_LENGTH]
     while 2 * lengths[-1] <= min(LAST_LENGTH, extent.tokens):
         lengths.append(2 * lengths[-1])
-    found["speeds"] = prefill_speeds(run, lengths)
-    return found
+    speeds, *of_others = prefill_speeds([run, *others], lengths)
+    others_too = [{**one, "speeds": own} for one, own in zip(rest, of_others)]
+    return {"speeds": speeds, "others": others_too}
 
 
 def _losses(run: LoadedRun, text: str, length: int) -> dict[str, Any]:

@@ -53,8 +53,18 @@ def _blocks(found: Numbers) -> Iterator[Block]:
     yield from recall_blocks(found["recall"])
     if "held_open" in found:
         yield from _held_open(found["held_open"])
-    yield from _losses(found["losses"])
-    yield from _speeds(found["speeds"])
+    runs = _named([found, *found["others"]])
+    yield from _losses({name: one["losses"] for name, one in runs.items()})
+    yield from _speeds({name: one["speeds"] for name, one in runs.items()})
+
+
+def _named(runs: Sequence[Numbers]) -> dict[str, Numbers]:
+    """By name; of equal names by step too, and by place."""
+    found: dict[str, Numbers] = {}
+    for place, one in enumerate(runs, 1):
+        names = (one["run"], f"{one['run']}, step {one['step']:,}", f"{one['run']}, run {place}")
+        found[next(name for name in names if name not in found)] = one
+    return found
 
 
 def _on_text(found: Numbers) -> Iterator[Block]:
@@ -172,28 +182,46 @@ def _opened(name: str, found: Numbers, trained: float) -> Difference:
     return Difference(f"{name} open", apart["difference"], _interval(apart, "difference"), *ends)
 
 
-def _losses(found: Numbers) -> Iterator[Block]:
+def _losses(found: Mapping[str, Numbers]) -> Iterator[Block]:
+    """Of every run on the same targets."""
     yield Section("Loss by position")
-    points = [(max(row["from"], 1), row["loss"]) for row in found["by_position"]]
-    rows = [
-        [f"{row['from']:,} to {row['to'] - 1:,}", f"{row['tokens']:,}", f"{row['loss']:.4f}"]
-        for row in found["by_position"]
-    ]
-    yield Lines("loss", f"Loss by tokens before the target, {found['targets']:,} targets", {"loss": points},
-                x_label="tokens of context", y_label="nats per token")  # fmt: skip
-    yield Table("", ["tokens of context", "targets", "nats per token"], rows)
-
-
-def _speeds(found: Sequence[Numbers]) -> Iterator[Block]:
-    yield Section("Throughput against length")
-    points = {
-        name: [(row["tokens"], row[key]) for row in found]
-        for name, key in (("median", "tokens_per_second"), ("slowest", "slowest"), ("fastest", "fastest"))
+    first = next(iter(found.values()))
+    series = {
+        name: [(float(max(row["from"], 1)), row["loss"]) for row in one["by_position"]]
+        for name, one in found.items()
     }
-    yield Lines("speed", "Reading one prompt, three times each; other work on the machine counts", points,
-                x_label="tokens of the prompt", y_label="tokens per second")  # fmt: skip
+    yield Lines("loss", f"Loss by tokens before the target, {first['targets']:,} targets", series,
+                x_label="tokens of context", y_label="nats per token")  # fmt: skip
     rows = [
-        [f"{row['tokens']:,}", *(f"{row[key]:,.0f}" for key in ("tokens_per_second", "slowest", "fastest"))]
-        for row in found
+        [
+            f"{row['from']:,} to {row['to'] - 1:,}",
+            f"{row['tokens']:,}",
+            *(f"{own['loss']:.4f}" for own in owns),
+        ]
+        for row, owns in zip(first["by_position"], zip(*(one["by_position"] for one in found.values())))
     ]
-    yield Table("", ["tokens", "tokens per second (median)", "slowest", "fastest"], rows)
+    yield Table("nats per token", ["tokens of context", "targets", *found], rows)
+
+
+def _speeds(found: Mapping[str, Sequence[Numbers]]) -> Iterator[Block]:
+    """Of every run the median, and from the slowest to the fastest reading."""
+    yield Section("Throughput against length")
+    series = {
+        name: [(float(row["tokens"]), row["tokens_per_second"]) for row in rows]
+        for name, rows in found.items()
+    }
+    spans = {
+        name: [(float(row["tokens"]), row["slowest"], row["fastest"]) for row in rows]
+        for name, rows in found.items()
+    }
+    title = "Reading one prompt: median of three, and from the slowest to the fastest; other work counts"
+    yield Lines("speed", title, series, x_label="tokens of the prompt", y_label="tokens per second",
+                spans=spans)  # fmt: skip
+    rows = [
+        [f"{lengths[0]['tokens']:,}", *(_speed(row) for row in lengths)] for lengths in zip(*found.values())
+    ]
+    yield Table("tokens per second: median (slowest to fastest)", ["tokens", *found], rows)
+
+
+def _speed(row: Numbers) -> str:
+    return f"{row['tokens_per_second']:,.0f} ({row['slowest']:,.0f} to {row['fastest']:,.0f})"

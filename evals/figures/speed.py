@@ -16,32 +16,40 @@ __all__ = ["prefill_speeds"]
 
 
 def prefill_speeds(
-    run: LoadedRun,
+    runs: Sequence[LoadedRun],
     lengths: Sequence[int],
     *,
     repeats: int = 3,
     clock: Callable[[], float] = time.perf_counter,
-) -> list[dict[str, Any]]:
+) -> list[list[dict[str, Any]]]:
     """Of each length the median over ``repeats`` of one row read from an empty state; one reading warms up.
 
+    Runs read in turns, so that what else the machine does meets all of them.
+
     Returns:
-        "tokens", "tokens_per_second" (median), "slowest" and "fastest".
+        Per run and length "tokens", "tokens_per_second" (median), "slowest" and "fastest".
     """
-    scorer = Scorer(run.model, run.tokenizer)
+    scorers = [Scorer(run.model, run.tokenizer) for run in runs]
     draw = torch.Generator().manual_seed(0)
-    found = []
+    found: list[list[dict[str, Any]]] = [[] for _ in runs]
     for length in lengths:
-        row = torch.randint(run.tokenizer.vocab_size, (1, length), generator=draw).to(run.device)
-        speeds = [length / _seconds(scorer, row, clock) for _ in range(repeats + 1)][1:]
-        found.append(
-            {
-                "tokens": length,
-                "tokens_per_second": statistics.median(speeds),
-                "slowest": min(speeds),
-                "fastest": max(speeds),
-            }
-        )
+        rows = [torch.randint(r.tokenizer.vocab_size, (1, length), generator=draw).to(r.device) for r in runs]
+        turns = [
+            [length / _seconds(scorer, row, clock) for scorer, row in zip(scorers, rows)]
+            for _ in range(repeats + 1)
+        ]
+        for own, *speeds in zip(found, *turns[1:]):
+            own.append(_speed(length, speeds))
     return found
+
+
+def _speed(length: int, speeds: Sequence[float]) -> dict[str, Any]:
+    return {
+        "tokens": length,
+        "tokens_per_second": statistics.median(speeds),
+        "slowest": min(speeds),
+        "fastest": max(speeds),
+    }
 
 
 def _seconds(scorer: Scorer, row: torch.Tensor, clock: Callable[[], float]) -> float:

@@ -80,6 +80,34 @@ def test_a_model_without_trellis_layers_has_recall_and_losses(run_dir):
     assert "Loss by position" in page
 
 
+def test_further_runs_stand_beside_the_first_one(run_dir, tmp_path):
+    run = load_run(run_dir, device="cpu")
+    config = dataclasses.replace(run.model.config, pattern=("attention",))
+    recipe = {**run.recipe, "evals": {"mqar_pairs": [2], "mqar_length": [32], "ruler_lengths": [512]}}
+    base = dataclasses.replace(run, model=build_language_model(config, seed=0).eval(), recipe=recipe)
+    text = "Words of a text. " * 400
+    found = measure(base, text, Extent(tokens=512, items=3), others=[run, base])
+    alone = measure(base, text, Extent(tokens=512, items=3))
+    assert found["losses"] == alone["losses"] == found["others"][1]["losses"]
+    assert found["others"][0]["losses"]["model"]["loss"] != alone["losses"]["model"]["loss"]
+    page = figures_page(found, text="words")
+    names = [run.name, f"{run.name}, step 7", f"{run.name}, run 3"]
+    for name in ("loss", "speed"):
+        (drawn,) = (chart for chart in page.charts if chart.name == name)
+        assert list(drawn.series) == names
+    first, other, _ = (chart.series for chart in page.charts if chart.name == "loss").__next__().values()
+    assert [x for x, _ in first] == [x for x, _ in other]
+    assert other[0][1] == pytest.approx(found["others"][0]["losses"]["by_position"][0]["loss"])
+    strange = dataclasses.replace(run, tokenizer=_Bytes())
+    with pytest.raises(ValueError, match=r"another tokenizer .* name runs of one tokenizer"):
+        measure(base, text, Extent(tokens=512, items=3), others=[strange])
+
+
+class _Bytes:
+    def encode(self, text):
+        return list(text.encode())
+
+
 def test_saved_checkpoints_read_the_same_text(run_dir, tmp_path):
     run = tmp_path / "tiny"
     shutil.copytree(run_dir, run)

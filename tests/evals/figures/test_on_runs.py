@@ -118,5 +118,12 @@ def test_the_loss_as_trained_is_the_models_own(run):
 
 def test_speed_is_the_median_of_the_readings_after_the_first(run):
     times = iter([0.0, 9.0, 10.0, 11.0, 20.0, 24.0, 30.0, 32.0])
-    (found,) = prefill_speeds(run, [64], repeats=3, clock=lambda: next(times))
+    ((found,),) = prefill_speeds([run], [64], repeats=3, clock=lambda: next(times))
     assert found == {"tokens": 64, "tokens_per_second": 32.0, "slowest": 16.0, "fastest": 64.0}
+
+
+def test_runs_are_timed_in_turns(run):
+    seconds = iter([9.0, 9.0, 1.0, 2.0, 1.0, 2.0, 1.0, 2.0])  # of the warm-up, then of each turn
+    times = iter([time for one in seconds for time in (0.0, one)])
+    first, second = prefill_speeds([run, run], [64], repeats=3, clock=lambda: next(times))
+    assert [row["tokens_per_second"] for row in (*first, *second)] == [64.0, 32.0]
