@@ -8,6 +8,7 @@ from typing import Any
 
 from launch.experiments.page import Block, Differences, Lines, Page, Section, Table, Text
 from launch.figures_recall import recall_blocks
+from launch.figures_steps import steps_blocks
 from trellis_dist.charts import Difference, Point
 
 __all__ = ["figures_page"]
@@ -45,7 +46,8 @@ def _blocks(found: Numbers) -> Iterator[Block]:
     if found["training"]:
         yield from _through_training(found["training"])
     if found.get("checkpoints"):
-        yield from _checkpoints(found["checkpoints"], found["layers"])
+        yield Section("Saved checkpoints on the same text")
+        yield from steps_blocks(found["checkpoints"], found["layers"])
     if "reasoning" in found:
         yield from _reasoning(found["reasoning"])
     elif found["layers"]:
@@ -105,23 +107,6 @@ def _through_training(found: Numbers) -> Iterator[Block]:
             y_label=label,
             log_x=False,
         )
-
-
-def _checkpoints(found: Sequence[Numbers], layers: Sequence[int]) -> Iterator[Block]:
-    """Every saved checkpoint on the same prose and items, beside its recall."""
-    yield Section("Saved checkpoints on the same text")
-    kinds = [kind for kind in ("prose", "items") if kind in found[0]]
-    for name in ("gate", "key_norm", "value_norm"):
-        series = {
-            f"layer {layer}, {kind}": [(float(row["step"]), row[kind][name][place]) for row in found]
-            for place, layer in enumerate(layers)
-            for kind in kinds
-        }
-        title, label = _WORDS[name]
-        yield Lines(f"steps-{name}", title, series, x_label="step", y_label=label, log_x=False)
-    means = [fmean(row["prose"]["gate"]) for row in found]
-    rows = [[f"{row['step']:,}", f"{mean:.4f}", f"{row['needle']:.1f}"] for row, mean in zip(found, means)]
-    yield Table("", ["step", "beta on prose, all layers", "needles right, % (chance 10)"], rows)
 
 
 def _reasoning(found: Numbers) -> Iterator[Block]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from evals.runs import LoadedRun
+    from evals.scorer import Ids
 
 __all__ = ["at_checkpoints", "own_looks"]
 
@@ -39,13 +40,17 @@ def at_checkpoints(
     """The saved checkpoints up to ``run``'s, at most MOST of them, each on the same text and items.
 
     Returns:
-        By step: "prose" and, with ``suites``, "items": per quantity ("gate", "key_norm", "value_norm": means
-        over heads, over tokens or at the end, and over items) a value for each layer; and "needle", percent
-        of single needles that are right. Empty where there is one checkpoint. Damaged ones are said and left
-        out.
+        By step: "prose" and, with ``suites``, "items" and "beside" (as many tokens of the prose): per
+        quantity ("gate", "key_norm", "value_norm": means over heads, over tokens or at the end, and over
+        texts) a value for each layer, and "positions" (`evals.figures.by_position`); "needle", single needles
+        that are right (`evals.figures.retention.accuracy`), and "retention" of them, a mean for each layer.
+        Empty where there is one checkpoint. Damaged ones are said and left out.
+
+    Raises:
+        ValueError: the text is shorter than an item.
     """
     from checkpoints.commit import list_steps
-    from evals.figures.reasoning import NAMES, item_texts, layer_numbers
+    from evals.figures.reasoning import item_texts, prose_stretches
     from evals.runs import load_run
     from evals.states import context_ids
 
@@ -56,6 +61,8 @@ def at_checkpoints(
     if suites is not None:
         items = item_texts(suites, limit=ITEMS).values()
         texts["items"] = [context_ids(run.tokenizer, item) for suite in items for item in suite]
+        prose = run.tokenizer.encode(text[: 16 * TOKENS])[:TOKENS]
+        texts["beside"] = prose_stretches(run, prose, [len(ids) for ids in texts["items"]])
     found = []
     for step in steps:
         say(f"step {step} on the same text")
@@ -64,20 +71,25 @@ def at_checkpoints(
         except ValueError as error:
             say(f"left out: {error}")
             continue
-        row: dict[str, Any] = {"step": step, "needle": _needles(saved)}
-        for name, ids in texts.items():
-            _, numbers = layer_numbers(saved, ids, piece=TOKENS)
-            row[name] = dict(zip(NAMES, numbers.mean(0).tolist()))
-        found.append(row)
+        read = {name: _read(saved, ids) for name, ids in texts.items()}
+        found.append({"step": step, **_needles(saved), **read})
     return found
 
 
-def _needles(run: LoadedRun) -> float:
-    """Percent of 4 ITEMS single needles at 512 tokens, preferred to nine other numbers."""
+def _read(run: LoadedRun, texts: Sequence[Ids]) -> dict[str, Any]:
+    from evals.figures.by_position import by_position
+    from evals.figures.reasoning import NAMES, layer_numbers
+
+    _, numbers = layer_numbers(run, texts, piece=TOKENS)
+    return {**dict(zip(NAMES, numbers.mean(0).tolist())), "positions": by_position(run, texts)}
+
+
+def _needles(run: LoadedRun) -> dict[str, Any]:
+    """4 ITEMS single needles at 512 tokens, preferred to nine other numbers, and what was kept of them."""
     from evals.figures.retrieval import needle_items
 
-    _, (share,) = needle_items(run, lengths=[512], count=4 * ITEMS, piece=512)
-    return float(share["percent"])
+    items, (share,) = needle_items(run, lengths=[512], count=4 * ITEMS, piece=512)
+    return {"needle": share, "retention": items.retention.mean((0, 2, 3)).tolist()}
 
 
 def _device(run: LoadedRun) -> Any:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trellis_dist.charts import Axis, bar_chart, format_tick, line_chart, ticks
+from trellis_dist.charts import Axis, bar_chart, format_tick, line_chart, tick_labels, ticks
 from trellis_dist.report import Report
 
 HOSTILE = '<script>alert(1)</script><img src=x onerror=alert(2)> & "quoted"'
@@ -108,6 +108,19 @@ def test_ticks_are_round(axis, expected):
 @pytest.mark.parametrize("value, label", [(1500, "1.5k"), (2e6, "2M"), (0.25, "0.25"), (0, "0")])
 def test_tick_labels_are_short(value, label):
     assert format_tick(value) == label
+
+
+@pytest.mark.parametrize(
+    "values, labels",
+    [
+        ([0.98198, 0.982, 0.98202], ["0.98198", "0.982", "0.98202"]),
+        ([10_000, 10_001], ["10k", "10.001k"]),
+        ([0.5, 1], ["0.5", "1"]),
+        ([], []),
+    ],
+)
+def test_no_two_ticks_have_one_label(values, labels):
+    assert tick_labels(values) == labels
 
 
 @given(st.lists(st.floats(0, 1e12), min_size=1, max_size=20))

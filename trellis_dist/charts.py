@@ -190,24 +190,34 @@ def _log_ticks(low: float, high: float) -> list[float]:
     return [m * 10.0**d for d in decades for m in mantissas if low <= m * 10.0**d <= high]
 
 
-def format_tick(value: float) -> str:
+def format_tick(value: float, digits: int = 3) -> str:
     """A short label: 1,500 as 1.5k, 2,000,000 as 2M, small values with three digits."""
     for bound, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= bound:
-            return f"{value / bound:.4g}{suffix}"
-    return f"{value:.3g}"
+            return f"{value / bound:.{digits + 1}g}{suffix}"
+    return f"{value:.{digits}g}"
+
+
+def tick_labels(values: Sequence[float]) -> list[str]:
+    """Of an axis: with the fewest digits, three or more, that tell its ticks apart."""
+    for digits in range(3, 15):
+        labels = [format_tick(value, digits) for value in values]
+        if len(set(labels)) == len(values):
+            break
+    return labels
 
 
 def _grid(x: Axis, y: Axis) -> str:
     parts = []
-    for value in ticks(x):
+    across, upright = ticks(x), ticks(y)
+    for value, label in zip(across, tick_labels(across)):
         at = x.place(value)
         parts.append(f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        parts.append(_label(at, HEIGHT - BOTTOM + 16, format_tick(value), "middle"))
-    for value in ticks(y):
+        parts.append(_label(at, HEIGHT - BOTTOM + 16, label, "middle"))
+    for value, label in zip(upright, tick_labels(upright)):
         at = y.place(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>')
-        parts.append(_label(LEFT - 8, at + 4, format_tick(value), "end"))
+        parts.append(_label(LEFT - 8, at + 4, label, "end"))
     return "".join(parts)
 
 

@@ -123,6 +123,7 @@ def _spec(
             recipe=entry.recipe,
             overrides=(*common, *changes, *options.overrides),
             corpus=options.corpus,
+            trace=experiment.trace,
             about={"row": row.name, "run": run, "seed": seed},
         )
 

@@ -14,6 +14,7 @@ from launch.experiments.plots import plots
 from launch.experiments.shares import share_of
 from launch.experiments.tables import Column, Group, Row
 from launch.experiments.values import is_old
+from launch.figures_steps import steps_blocks
 
 __all__ = ["NOT_COMPARABLE", "make_page", "write_page"]
 
@@ -22,6 +23,10 @@ NOT_COMPARABLE = "other corpus and tokenizer, not comparable"
 SIDE_BY_SIDE = 3
 # Nats below the bigram from which on models are ranked.
 MARGIN = 0.2
+ONE_LEFT = (
+    "Of {name} one checkpoint is left: another table trained it. To see the others remove its folder under "
+    "runs/ and its file under results/, and run the command again."
+)
 SHARED = (
     "tokens/s is the median over the logged steps of training. Runs that --jobs trained side by side shared "
     "the machine with one another: compare it only between runs of one --jobs 1."
@@ -43,6 +48,7 @@ def make_page(expansion: Expansion, results: Results) -> Page:
         *_notes(ours),
         *_bits_per_byte(ours),
         *plots(ours),
+        *_through_training(ours),
         *_what_was_trained(ours),
     ]
     done = len(expansion.specs) - len(missing)
@@ -260,6 +266,21 @@ def _bigram(ours: Ours, run: str) -> str:
             if "bigram" in result.get("validation", {}):
                 return _cell([result["validation"]["bigram"]["bits_per_byte"]])
     return ""
+
+
+def _through_training(ours: Ours) -> Iterator[Block]:
+    """Gates and memories at the checkpoints of each row's first seed, of an experiment that looks at them."""
+    if not ours.expansion.experiment.trace:
+        return
+    setting = ours.expansion.experiment.settings()[0]
+    for row in ours.expansion.rows:
+        for result in ours.of(row, ours.expansion.scale.settings[setting])[:1]:
+            yield Section(f"Through training: {row.title}")
+            found = result.get("checkpoints", {"steps": []})
+            if found["steps"]:
+                yield from steps_blocks(found["steps"], found["layers"], prefix=f"{row.name}-")
+            else:
+                yield Text(ONE_LEFT.format(name=result["name"]))
 
 
 def _what_was_trained(ours: Ours) -> Iterator[Block]:

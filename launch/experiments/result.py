@@ -32,7 +32,8 @@ def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
 
     Keys: "name", "about", "digest", "recipe" (resolved), "data" (fingerprint), "commit", "machine",
     "versions"; "training" (`_training`), "model" (`_model`); "validation" (loss, bits per byte, the bigram's,
-    losses by position) where perplexity was scored; "scores": per task settings, seconds, chance and result.
+    losses by position) where perplexity was scored; "scores": per task settings, seconds, chance and result;
+    "checkpoints" of a spec with ``trace``: "layers", "steps" (`launch.figures_training.at_checkpoints`).
     """
     from launch.machine import commit, machine, versions
 
@@ -56,7 +57,22 @@ def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
         found["data"] = next(iter(records.values()))["data"]
     if "perplexity" in records:
         found["validation"] = _validation(records["perplexity"]["result"])
+    if spec.trace and "trellis" in recipe.model.pattern:
+        found["checkpoints"] = _checkpoints(run_dir, recipe)
     return found
+
+
+def _checkpoints(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
+    """Gates and norms at the checkpoints that are there, on prose and, with a folder of suites, on items."""
+    from evals.figures.trace import trellis_mixers
+    from evals.runs import load_run
+    from launch.experiments.expand import essay
+    from launch.figures_training import at_checkpoints
+
+    last = load_run(run_dir, step=recipe.training.steps, dataset_dir=Path(recipe.data.directory))
+    suites = Path(folder) if (folder := recipe.evals.suites_folder) else None
+    steps = at_checkpoints(last, essay(), suites=suites, say=lambda _: None)
+    return {"layers": sorted(trellis_mixers(last.model)), "steps": steps}
 
 
 def known_result(path: Path, spec: RunSpec) -> dict[str, Any] | None:

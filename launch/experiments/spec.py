@@ -33,6 +33,7 @@ class RunSpec:
             What is scored afterwards is the recipe's evals section.
         corpus: as ``--corpus``: another text than the recipe's.
         dataset_dir: as ``--dataset-dir``: where the token shards are or will be.
+        trace: whether the result holds gates and norms at the checkpoints that are kept.
         about: labels for whoever collects results (JSON types): model, context, seed. They fix nothing.
     """
 
@@ -41,6 +42,7 @@ class RunSpec:
     overrides: tuple[str, ...] = ()
     corpus: str | None = None
     dataset_dir: str | None = None
+    trace: bool = False
     about: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

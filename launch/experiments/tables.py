@@ -211,6 +211,7 @@ class Experiment:
         groups, rows, charts: what is shown.
         tasks: what every run is scored on.
         lengths: prompt lengths of RULER's tasks, of the paper.
+        trace: whether gates and norms at the kept checkpoints are shown, which takes ``checkpoint.keep``.
         set: keys for every run.
     """
 
@@ -224,6 +225,7 @@ class Experiment:
     charts: tuple[Chart, ...] = ()
     tasks: tuple[str, ...] = ("perplexity",)
     lengths: tuple[str, ...] = ()
+    trace: bool = False
     set: Mapping[str, Any] = field(default_factory=dict)
 
     @property

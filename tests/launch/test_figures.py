@@ -55,11 +55,20 @@ def test_the_command_from_run_to_page(run_dir, tmp_path, capsys):
     assert found["reasoning"]["piqa"]["items"] == 3
     assert [one["step"] for one in found["checkpoints"]] == [3, 7]
     assert "Saved checkpoints on the same text" in (tmp_path / "out" / "figures.md").read_text()
+    for row in found["checkpoints"]:
+        assert row["beside"]["positions"]["ends"] == row["items"]["positions"]["ends"]
+        assert row["beside"]["positions"]["gate"] != row["items"]["positions"]["gate"]
     assert [one["group"] for one in found["recall"]["needle"]["accuracy"]] == ["512"]
     assert [one["tokens"] for one in found["speeds"]] == [512]
     assert found["losses"]["targets"] == len(ids)
     page = (tmp_path / "out" / "figures.html").read_text()
-    for title in ("Forget gate of the key pass", "Through training", "piqa, 3 items", "Throughput"):
+    for title in (
+        "Forget gate of the key pass",
+        "by position in reasoning items, layer",
+        "Through training",
+        "piqa, 3 items",
+        "Throughput",
+    ):
         assert title in page
     if can_draw():
         assert (tmp_path / "out" / "figures-gate.png").read_bytes().startswith(b"\x89PNG")
@@ -125,7 +134,14 @@ def test_saved_checkpoints_read_the_same_text(run_dir, tmp_path):
         seen = trace(load_run(run, step=row["step"], device="cpu").model, ids, piece=10**4)
         assert row["prose"]["gate"] == pytest.approx(seen.gate[0].mean((1, 2)).tolist())
         assert row["prose"]["key_norm"] == pytest.approx(seen.key_norm[0, ..., -1].mean(1).tolist())
-        assert 0 <= row["needle"] <= 100
+        assert row["needle"]["low"] <= row["needle"]["percent"] <= row["needle"]["high"]
+        assert len(row["retention"]) == len(row["prose"]["gate"])
+        assert max(row["retention"]) < 0
+        bins = row["prose"]["positions"]
+        piece = ids.shape[1] // 16
+        assert bins["ends"] == [piece * place for place in range(1, 17)]
+        wanted = seen.gate[0, 1, :, piece : 2 * piece].mean()
+        assert bins["gate"][1][1] == pytest.approx(float(wanted))
     assert found[0]["prose"] != found[1]["prose"]
     assert at_checkpoints(load_run(run, step=3), TEXT, suites=None, say=said.append) == []
 

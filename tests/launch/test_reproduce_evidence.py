@@ -1,17 +1,23 @@
 """What a page says of its numbers: differences around zero, intervals, saturation, looks, frontiers."""
 
+import dataclasses
 import re
 
 import pytest
 
 from launch.experiments.expand import Options, expand
+from launch.experiments.page import Table, Text
 from launch.experiments.pictures import can_draw, draw
 from launch.experiments.plots import _frontier
 from launch.experiments.render import make_page
-from launch.experiments.result import _looks, _spread
+from launch.experiments.result import _checkpoints, _looks, _spread
 from launch.experiments.shares import over_seeds, share_of
 from launch.experiments.values import error_of, value_of
+from launch.figures_steps import steps_blocks
 from launch.recipe import resolve
+from launch.run_folder import recipe_of_run
+from tests.evals.conftest import write_checkpoint
+from tests.launch.scored_run import write_scored_run
 from tests.launch.test_reproduce import RESULT
 from trellis_dist.charts import Difference, difference_chart
 
@@ -173,6 +179,74 @@ def test_charts_of_accuracies_hold_their_intervals():
     assert [x for x, _, _ in spans] == [16, 32, 64, 128]
     assert spans[0][1:] == pytest.approx((11.24, 33.04), abs=0.01)
     assert page.html().count("<title>16: 11.2") == 3
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Folder and recipe of a run with two checkpoints."""
+    run = write_scored_run(tmp_path_factory.mktemp("saved"))
+    write_checkpoint(run, step=3, seed=9)
+    recipe = recipe_of_run(run)
+    return run, dataclasses.replace(recipe, training=dataclasses.replace(recipe.training, steps=7))
+
+
+def test_gates_and_norms_of_every_checkpoint_are_part_of_a_result(saved):
+    found = _checkpoints(*saved)
+    assert found["layers"] == [0, 1]
+    assert [row["step"] for row in found["steps"]] == [3, 7]
+    assert [len(row["prose"]["positions"]["ends"]) for row in found["steps"]] == [16, 16]
+    expansion = expand("gates", "tiny", Options())
+    assert {spec.resolved.checkpoint.keep for spec in expansion.specs.values()} == {0}
+    assert all(spec.trace for spec in expansion.specs.values())
+    assert not any(spec.trace for spec in expand("slots", "tiny", Options()).specs.values())
+    page = make_page(
+        expansion, results(expansion, lambda _, row, __: {"checkpoints": found} if row == "trellis" else {})
+    )
+    names = [one.name for one in page.charts]
+    assert len(set(names)) == len(names)
+    drawn = next(one for one in page.charts if one.name == "trellis-positions-prose-gate-1")
+    assert list(drawn.series) == ["step 3", "step 7"]
+    gates = found["steps"][1]["prose"]["positions"]["gate"][1]
+    assert [y for _, y in drawn.series["step 7"]] == gates
+    assert "Of 512-trellis-no-gate one checkpoint is left" in page.markdown()
+
+
+def steps(percents, retention):
+    read = {"gate": [0.9], "key_norm": [1.0], "value_norm": [1.0]}
+    positions = {"ends": [1], "texts": [1], **{name: [[value[0]]] for name, value in read.items()}}
+    return [
+        {
+            "step": step,
+            "needle": {**share_row(percent), "chance": 10.0},
+            "retention": [kept],
+            "prose": {**read, "positions": positions},
+        }
+        for step, (percent, kept) in enumerate(zip(percents, retention))
+    ]
+
+
+def share_row(percent):
+    found = share(percent // 5, 20)
+    return {"percent": found["score"], "low": found["low"], "high": found["high"]}
+
+
+def of_recall(found):
+    return [block for block in steps_blocks(found, [0]) if isinstance(block, Table | Text)]
+
+
+def test_over_checkpoints_r_is_given_where_something_is_found():
+    (_, said) = of_recall(steps((5, 10, 15, 10, 20), (-1, -2, -3, -4, -5)))
+    assert "No checkpoint finds needles above chance" in said.text
+    (_, said) = of_recall(steps((5, 50, 90), (-3, -2, -1)))
+    assert "3 checkpoints: a correlation over fewer than 5" in said.text
+    (_, said) = of_recall(steps((20, 25, 30, 35, 40), (-5, -4, -3, -2, -1)))
+    assert "No checkpoint finds more needles than another" in said.text
+    (_, said) = of_recall(steps((10, 30, 45, 75, 90), (0, 0, 0, 0, 0)))
+    assert "Nothing is forgotten" in said.text
+    (_, told, _) = of_recall(steps((10, 30, 45, 75, 90), (-6, -4, -3, -1.5, -1)))
+    assert told.rows[0][0] == "layer 0"
+    assert float(told.rows[0][1]) > 0.95
+    assert float(told.rows[0][2]) < 0.9  # that it rises all the time is no relation of its changes
 
 
 def test_looks_are_averaged_over_the_second_half():
