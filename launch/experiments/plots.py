@@ -53,10 +53,11 @@ def _chart(ours: Ours, chart: Chart, title: str, *, name: str) -> Iterator[Block
 def _bars(ours: Ours, chart: Chart, title: str, *, name: str) -> Block:
     """Every row minus the base: bars from zero of 1.90 and 1.93 bits look alike."""
     (point,) = chart.points
-    base = next((row for row in ours.expansion.rows if row.name == chart.base), None)
+    wanted = ours.expansion.experiment.base
+    base = next((row for row in ours.expansion.rows if row.name == wanted), None)
     amount = None if base is None else _at(ours, base, point)
     if base is None or amount is None:
-        return Text(f"{title}: differences to the row {chart.base} are drawn once it is there.")
+        return Text(f"{title}: differences to the row {wanted} are drawn once it is there.")
     others = [row for row in ours.expansion.rows if row is not base]
     bars = [bar for row in others if (bar := _difference(ours, row, base, point)) is not None]
     return Differences(

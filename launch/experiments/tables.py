@@ -183,9 +183,8 @@ class Chart:
     Attributes:
         kind: "lines" (a line per row over lengths), "paper" (the same of the paper's numbers), "by_row" (a
             line per point over the rows' ``x``), "pareto" (two points: every row's x, less is better, and y,
-            more is better, with the frontier), "bars" (one point: a bar per row of its difference to
-            ``base``).
-        base: of bars the row that all others are compared with.
+            more is better, with the frontier), "bars" (one point: a bar per row of its difference to the
+            experiment's ``base``).
         better: of "by_row": the page says from which ``x`` on rows are level with the best.
     """
 
@@ -196,7 +195,6 @@ class Chart:
     points: tuple[Point, ...]
     x_label: str = ""
     y_label: str = ""
-    base: str = ""
     better: Literal["", "less", "more"] = ""
 
 
@@ -207,7 +205,8 @@ class Experiment:
     Attributes:
         title: of the page.
         setting: what the paper did, in a sentence.
-        base: the row that all others are made as large as, but for forms of Trellis, which keep its width.
+        base: the row that all others are made as large as, but for forms of Trellis, which keep its width;
+            bars are of differences to it.
         groups, rows, charts: what is shown.
         tasks: what every run is scored on.
         lengths: prompt lengths of RULER's tasks, of the paper.

@@ -40,7 +40,7 @@ def test_the_command_from_run_to_page(run_dir, tmp_path, capsys):
     suites.mkdir()
     row = {"goal": "How to fold?", "sol1": "Fold.", "sol2": "Eat.", "label": 0}
     (suites / "piqa.jsonl").write_text((json.dumps(row) + "\n") * 3)
-    command = ["figures", str(run_dir), "--tokens", "512", "--items", "3", "--text", str(text)]
+    command = ["figures", str(run_dir), str(run_dir), "--tokens", "512", "--items", "3", "--text", str(text)]
     assert main([*command, "--suites", str(suites), "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "figures.json").read_text())
     run = load_run(run_dir, device="cpu")
@@ -60,6 +60,7 @@ def test_the_command_from_run_to_page(run_dir, tmp_path, capsys):
         assert row["beside"]["positions"]["gate"] != row["items"]["positions"]["gate"]
     assert [one["group"] for one in found["recall"]["needle"]["accuracy"]] == ["512"]
     assert [one["tokens"] for one in found["speeds"]] == [512]
+    assert [one["losses"] for one in found["others"]] == [found["losses"]]
     assert found["losses"]["targets"] == len(ids)
     page = (tmp_path / "out" / "figures.html").read_text()
     for title in (

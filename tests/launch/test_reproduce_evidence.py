@@ -148,7 +148,7 @@ def slots(mqar, *, seeds=1, losses=None):
     return make_page(expansion, results(expansion, change)).markdown()
 
 
-ROWS = ("trellis-m16", "trellis-m32", "trellis", "trellis-m128")
+ROWS = tuple(f"trellis-slots-{m}" for m in (16, 32, 64, 128))
 
 
 def test_saturation_is_the_smallest_within_the_interval_of_the_best():
