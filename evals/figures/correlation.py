@@ -26,7 +26,7 @@ def correlation(x: Array, y: Array, *, seed: int = 0) -> dict[str, float] | None
     if len(x) < LEAST or np.ptp(x) == 0 or np.ptp(y) == 0:
         return None
     found = _spread(lambda places: _pearson(x[places], y[places]), len(x), seed)
-    return {"r": _pearson(x, y), **found, "items": len(x)}
+    return {"r": float(_pearson(x, y)), **found, "items": len(x)}
 
 
 def difference(x: Array, y: Array, *, seed: int = 0) -> dict[str, float] | None:
@@ -34,19 +34,21 @@ def difference(x: Array, y: Array, *, seed: int = 0) -> dict[str, float] | None:
     if len(x) < LEAST:
         return None
     apart = x - y
-    found = _spread(lambda places: float(apart[places].mean()), len(x), seed)
+    found = _spread(lambda places: apart[places].mean(-1), len(x), seed)
     return {"difference": float(apart.mean()), **found, "items": len(x)}
 
 
-def _spread(statistic: Callable[[NDArray[Any]], float], count: int, seed: int) -> dict[str, float]:
-    rng = np.random.default_rng(seed)
-    drawn = np.array([statistic(rng.integers(0, count, count)) for _ in range(DRAWS)])
+def _spread(statistic: Callable[[NDArray[Any]], Array], count: int, seed: int) -> dict[str, float]:
+    """Of a statistic [DRAWS] of resampled places [DRAWS, n]."""
+    drawn = statistic(np.random.default_rng(seed).integers(0, count, (DRAWS, count)))
     low, high = np.nanpercentile(drawn, [LOW, HIGH])
     return {"low": float(low), "high": float(high)}
 
 
-def _pearson(x: Array, y: Array) -> float:
-    """NaN where one of them does not vary, as in a resample of equal items."""
-    dx, dy = x - x.mean(), y - y.mean()
-    length = float(np.sqrt((dx * dx).sum() * (dy * dy).sum()))
-    return float((dx * dy).sum()) / length if length > 0 else float("nan")
+def _pearson(x: Array, y: Array) -> Array:
+    """Over the last dimension; NaN where one of them does not vary, as in a resample of equal items."""
+    dx, dy = x - x.mean(-1, keepdims=True), y - y.mean(-1, keepdims=True)
+    length = np.sqrt((dx * dx).sum(-1) * (dy * dy).sum(-1))
+    with np.errstate(invalid="ignore", divide="ignore"):
+        found: Array = np.where(length > 0, (dx * dy).sum(-1) / length, np.nan)
+    return found

@@ -178,18 +178,6 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         usable_device("cuda")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_a_gpu_trains_what_a_cpu_does_and_goes_on_from_it() -> None:
-    """DLinear, which has no dropout: its draws would be others."""
-    cpu, gpu = training("dlinear"), training("dlinear", device="cuda")
-    cpu.epoch()
-    gpu.load(cpu.tensors(), cpu.record())
-    cpu.epoch()
-    gpu.epoch()
-    assert gpu.epochs == pytest.approx(cpu.epochs, rel=1e-4)
-    assert all(value.is_cuda for value in gpu.model.state_dict().values())
-
-
 def test_unknown_names_are_refused() -> None:
     with pytest.raises(ValueError, match="no forecaster is called 'atention': use dlinear, trellis"):
         build("atention", Shape(24, 6, 2), seed=0)

@@ -52,6 +52,7 @@ esac
 """
 # In the place of launch/torchrun/train.sh: it waits for a signal, saves, and finds that when it starts again.
 NODE = """#!/usr/bin/env bash
+terms=''
 printf '%s\\n' "$@" >"$FAKES/node-$SLURM_NODEID"
 [[ ! -e $FAKES/saved-$SLURM_NODEID ]] || exit 0
 [[ -z ${FAIL:-} || $SLURM_NODEID = 0 ]] || exit "$FAIL"
@@ -63,7 +64,8 @@ save() {
     exit 75
 }
 trap save USR1
-trap 'printf x >>"$FAKES/terms-$SLURM_NODEID"; [[ $(<"$FAKES/terms-$SLURM_NODEID") != xx ]] || exit 75' TERM
+# A shell that the trap starts would get the next signal too: it counts in this one, and says so last.
+trap 'terms+=x; printf x >>"$FAKES/terms-$SLURM_NODEID"; [[ $terms != xx ]] || exit 75' TERM
 touch "$FAKES/ready-$SLURM_NODEID"
 while :; do sleep 0.05; done
 """

@@ -42,12 +42,12 @@ def test_a_head_that_keeps_what_is_recalled_is_found():
 
 def test_of_many_heads_the_best_is_found_by_chance_no_oftener_than_p_says():
     alone, among_all = 0, 0
-    for seed in range(30):
+    for seed in range(20):
         heads = against_recall(drawn(heads=40, seed=seed))["heads"]
         alone += any(not one["low"] <= 0 <= one["high"] for one in heads)
         among_all += min(one["p"] for one in heads) < 0.05
-    assert alone > 20  # what an interval of each head by itself would have told
-    assert among_all <= 5
+    assert alone > 13  # what an interval of each head by itself would have told
+    assert among_all <= 4
 
 
 def test_what_lengths_differ_in_is_no_correlation():
