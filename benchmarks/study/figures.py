@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def _ablations(rows: Sequence[Row], path: Path, noise: float | None) -> Path:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, 1.2 + 0.28 * len(rows)), dpi=DOTS, layout="constrained")
+    figure = Figure(figsize=(WIDTH, 1.2 + 0.34 * len(rows)), dpi=DOTS, layout="constrained")
     axes = figure.subplots()
     places = range(len(rows))[::-1]
     values = [row["estimate"] for row in rows]
@@ -60,11 +61,12 @@ def _ablations(rows: Sequence[Row], path: Path, noise: float | None) -> Path:
     axes.barh(places, values, xerr=[below, above], color="#999", height=0.7, error_kw={"lw": 0.8})
     if noise is not None:
         axes.axvspan(-noise, noise, color="#36c", alpha=0.15, lw=0)
-    axes.set_yticks(
-        places, [f"{row['of'].removeprefix('trellis-')}: {row['title']}" for row in rows], fontsize=7
-    )
+    titles = (f"{row['of'].removeprefix('trellis-')}: {row['title']}" for row in rows)
+    axes.set_yticks(places, [textwrap.fill(title, 44) for title in titles], fontsize=7)
     axes.axvline(0, color="black", lw=0.8)
-    axes.set_xlabel("nats per token against the form that it changes (less is better), one seed, 2M tokens")
+    axes.set_xlabel(
+        "nats per token more than what it changes\n(one seed, 2M tokens; band: noise)", fontsize=8
+    )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path)
     return path
