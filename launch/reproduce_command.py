@@ -87,12 +87,12 @@ def reproduce(
     folder = root if root is not None else default_root(scale.value, corpus)
     prose = essay if essay is not None else folder / "essay.txt"
     options = Options(
-        only=[name.strip() for item in only or () for name in item.split(",") if name.strip()],
+        only=_names(only),
         seeds=seeds,
         overrides=tuple(set_ or ()),
         corpus=corpus,
         essay=prose.absolute() if essay_needed(read_experiment(experiment)) else None,
-        suites=None if suites is None else suites.absolute(),
+        suites=suites and suites.absolute(),
     )
     expansion = expand(experiment, scale.value, options)
     if commands:
@@ -100,16 +100,22 @@ def reproduce(
         return
     if not (dry_run or render_only) and options.essay is not None and essay is None:
         write_essay(options.essay)
-    _say_what(expansion, folder, jobs=jobs)
-    if dry_run:
-        _warn(expansion)
-        return
-    if not render_only:
-        _check_rows(expansion, folder)
-    outcome = None if render_only else _perform(expansion, folder, jobs=jobs, minutes=minutes)
-    _write(expansion, folder, outcome.results if outcome is not None else _known(expansion, folder))
-    if outcome is not None:
-        _end(outcome)
+    _say_what(expansion, folder, jobs=jobs, dry_run=dry_run)
+    if render_only and not dry_run:
+        _write(expansion, folder, _known(expansion, folder))
+    elif not dry_run:
+        _train(expansion, folder, jobs=jobs, minutes=minutes)
+
+
+def _names(only: list[str] | None) -> list[str]:
+    return [name.strip() for item in only or () for name in item.split(",") if name.strip()]
+
+
+def _train(expansion: Expansion, folder: Path, *, jobs: int | None, minutes: float | None) -> None:
+    _check_rows(expansion, folder)
+    outcome = _perform(expansion, folder, jobs=jobs, minutes=minutes)
+    _write(expansion, folder, outcome.results)
+    _end(outcome)
 
 
 def _check_files(essay: Path | None, suites: Path | None) -> None:
@@ -156,9 +162,10 @@ def _print_commands(expansion: Expansion, folder: Path) -> None:
         print(line)
 
 
-def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None) -> None:
+def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None, dry_run: bool) -> None:
     from launch.experiments.costs import cost_lines, costs
     from launch.experiments.pool import default_jobs
+    from launch.experiments.text import repeats
 
     specs = list(expansion.specs.values())
     print(f"{expansion.experiment.title}: scale {expansion.scale_name}, {expansion.scale.about}")
@@ -167,14 +174,9 @@ def _say_what(expansion: Expansion, folder: Path, *, jobs: int | None) -> None:
         print(f"left out: {row}: this version has no layer kind {kind!r}")
     for line in cost_lines(costs(_shop(expansion, folder), specs), jobs=jobs or default_jobs()):
         print(line, flush=True)
-
-
-def _warn(expansion: Expansion) -> None:
-    """What runs say when they begin, as far as it is known before."""
-    from launch.experiments.text import repeats
-
-    for line in repeats(expansion.specs.values()):
-        print(line)
+    if dry_run:  # runs say it when they begin, once there are shards
+        for line in repeats(specs):
+            print(line)
 
 
 def _perform(expansion: Expansion, folder: Path, *, jobs: int | None, minutes: float | None) -> Outcome:
