@@ -7,6 +7,8 @@ score --books DIR [--test]         the n-grams on all books; with --test the tes
 places --books DIR                 where in a chunk the stale gradient hurts
 speed                              seconds per token of all models in turns
 report                             benchmarks/results/study.json, the tables of docs/study.md, plots
+
+--scale small makes it a study on one GPU, with results, runs and a page of its own (small.toml).
 """
 
 from __future__ import annotations
@@ -24,18 +26,18 @@ from benchmarks.study.expected import whole_plan
 from benchmarks.study.known import check_results
 from benchmarks.study.one import do
 from benchmarks.study.order import tasks
-from benchmarks.study.plan import plan
+from benchmarks.study.plan import SCALES, plan, use
 from benchmarks.study.pool import Pool, lines_of, pending, spent, unregistered
-from benchmarks.study.results import BUDGET, FOLDER, Store
+from benchmarks.study.results import Store, folder_of
 from benchmarks.study.tried import adopt
-
-WORK = Path("runs/study")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one of the commands; the exit status."""
     options = _parser().parse_args(arguments)
-    store, work = Store(options.results), options.work.resolve()
+    use(options.scale)
+    store = Store(options.results or folder_of(options.scale))
+    work = (options.work or Path("runs") / folder_of(options.scale).name).resolve()
     reads = options.command in ("prepare", "run", "score", "one", "try", "places") and not getattr(
         options, "dry_run", False
     )
@@ -61,7 +63,8 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
         print(line)
     for line in [] if options.dry_run else adopt(store):
         print(line)
-    results, budget = store.runs(), options.budget * 3600
+    results = store.runs()
+    budget = 3600 * (options.budget or plan()["computes"]["budget_hours"])
     check_results(results)
     left, used = pending(results, options.only), spent(store, work)
     print("\n".join(lines_of(left, results)) if options.dry_run else f"{len(left)} runs can be named now")
@@ -69,6 +72,7 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
     if options.dry_run:
         print("\n".join(whole_plan(results, used=used, budget=budget)))
         return 0
+    check_device()
     made = prepare_books(options.books.resolve(), work, progress=False)
     check_data(made.fingerprint, results)
     with _alone(work):
@@ -76,7 +80,7 @@ def _run(options: argparse.Namespace, store: Store, work: Path) -> int:
             books=options.books.resolve(),
             work=work,
             store=store,
-            jobs=options.jobs,
+            jobs=options.jobs or plan()["computes"]["jobs"],
             minutes=options.minutes,
             budget=budget,
             only=options.only,
@@ -93,6 +97,14 @@ def check_data(fingerprint: str, results: Mapping[str, Mapping[str, Any]]) -> No
                 f"{name} was trained on the data set {found['data'][:12]} and the one prepared here is "
                 f"{fingerprint[:12]}: its runs could not be compared; use the package versions of its result"
             )
+
+
+def check_device() -> None:
+    """Raise ValueError where a scale computes on a GPU and there is none."""
+    import torch
+
+    if plan()["computes"]["device"] == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--scale small computes on a GPU and torch finds none: leave --scale out")
 
 
 def _say(line: str) -> None:
@@ -127,6 +139,7 @@ def _score(options: argparse.Namespace, store: Store, work: Path) -> int:
 
     books = options.books.resolve()
     if options.test:
+        check_device()
         score_test(store, books=books, work=work, say=_say)
     splits = [("validation", plan()["sizes"]["tuning_characters"]), ("validation", None), ("test", None)]
     print(store.write("once/ngrams", bigram_nats(work / "data", books, splits)))  # type: ignore[arg-type]
@@ -136,6 +149,7 @@ def _score(options: argparse.Namespace, store: Store, work: Path) -> int:
 def _try(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.tried import changes_of, try_text
 
+    check_device()
     found = try_text(
         options.name,
         options.model,
@@ -153,6 +167,7 @@ def _try(options: argparse.Namespace, store: Store, work: Path) -> int:
 def _places(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.places import measure
 
+    check_device()
     print(store.write("once/places", measure(store.runs(), books=options.books.resolve(), work=work)))
     return 0
 
@@ -160,6 +175,7 @@ def _places(options: argparse.Namespace, store: Store, work: Path) -> int:
 def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.speed import measure
 
+    check_device()
     print(store.write("once/speed", measure(store.runs())))
     return 0
 
@@ -194,16 +210,15 @@ def _parser() -> argparse.ArgumentParser:
     for name in _COMMANDS:
         command = commands.add_parser(name)
         command.add_argument("--books", type=Path, help="folder of the ten novels")
-        command.add_argument("--work", type=Path, default=WORK, help="runs and shards")
-        command.add_argument("--results", type=Path, default=FOLDER, help="one JSON per finished run")
+        command.add_argument("--scale", choices=SCALES, default="tiny", help="two CPU cores, or one GPU")
+        command.add_argument("--work", type=Path, help="runs and shards; runs/study unless given")
+        command.add_argument("--results", type=Path, help="one JSON per finished run")
         if name in ("run", "one"):
             command.add_argument("--minutes", type=float, help="save and end after so many")
             command.add_argument("--only", default="*", help="shell pattern of the names of runs")
         if name == "run":
-            command.add_argument("--jobs", type=int, default=2, help="runs at once, a thread each")
-            command.add_argument(
-                "--budget", type=float, default=BUDGET / 3600, help="core-hours of everything"
-            )
+            command.add_argument("--jobs", type=int, help="runs at once; two, or one on a GPU")
+            command.add_argument("--budget", type=float, help="core-hours of everything, or hours of a GPU")
             command.add_argument("--dry-run", action="store_true", help="print what is left, and end")
         if name == "try":
             command.add_argument("name", help="of its result")

@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.study.plan import plan
+
 __all__ = ["draw"]
 
 Row = Mapping[str, Any]
@@ -14,14 +16,14 @@ WIDTH, DOTS = 7.0, 130
 
 
 def draw(
-    rows: Sequence[Row], ablations: Sequence[Row], *, folder: Path, ours: str, noise: float | None
+    rows: Sequence[Row], ablations: Sequence[Row], *, begin: Path, ours: str, noise: float | None
 ) -> list[Path]:
-    """PNG files of what there is, in ``folder``; ``noise``: a change below it says nothing."""
+    """BEGIN-positions.png and BEGIN-ablations.png, of what there is; within ``noise`` is noise."""
     drawn = []
     if rows:
-        drawn.append(_positions(rows, folder / "study-positions.png", ours))
+        drawn.append(_positions(rows, begin.with_name(f"{begin.name}-positions.png"), ours))
     if ablations:
-        drawn.append(_ablations(ablations, folder / "study-ablations.png", noise))
+        drawn.append(_ablations(ablations, begin.with_name(f"{begin.name}-ablations.png"), noise))
     return drawn
 
 
@@ -54,7 +56,7 @@ def _ablations(rows: Sequence[Row], path: Path, noise: float | None) -> Path:
 
     figure = Figure(figsize=(WIDTH, 1.2 + 0.34 * len(rows)), dpi=DOTS, layout="constrained")
     axes = figure.subplots()
-    places = range(len(rows))[::-1]
+    places, tokens = range(len(rows))[::-1], plan()["sizes"]["tuning_tokens"]
     values = [row["estimate"] for row in rows]
     below = [row["estimate"] - row["low"] for row in rows]
     above = [row["high"] - row["estimate"] for row in rows]
@@ -65,7 +67,8 @@ def _ablations(rows: Sequence[Row], path: Path, noise: float | None) -> Path:
     axes.set_yticks(places, [textwrap.fill(title, 44) for title in titles], fontsize=7)
     axes.axvline(0, color="black", lw=0.8)
     axes.set_xlabel(
-        "nats per token more than what it changes\n(one seed, 2M tokens; band: noise)", fontsize=8
+        f"nats per token more than what it changes\n(one seed, {tokens / 1e6:g}M tokens; band: noise)",
+        fontsize=8,
     )
     axes.grid(axis="x", alpha=0.3)
     figure.savefig(path)

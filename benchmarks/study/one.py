@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
-from benchmarks.study.plan import Task
+from benchmarks.study.plan import Task, plan
 from benchmarks.study.results import Store
 from trellis_dist.files import read_json, write_json
 
@@ -69,7 +69,13 @@ def measured(path: Path) -> Iterator[dict[str, float]]:
 
 
 def used() -> float:
-    """CPU seconds, user and system, of this process and of the children that have ended."""
+    """What the budget counts, of which differences mean something.
+
+    On CPUs CPU seconds, user and system, of this process and of the children that have ended, so that runs
+    beside it do not count; on a GPU seconds.
+    """
+    if plan()["computes"]["counts"] == "clock":
+        return time.monotonic()
     both = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
     return sum(usage.ru_utime + usage.ru_stime for usage in both)
 
@@ -89,7 +95,7 @@ def train(task: Task, *, books: Path, work: Path, minutes: float | None = None) 
     from launch.experiments.runs import perform
 
     spec = task.spec(work)
-    found = perform(spec, work, minutes=minutes, threads=1)
+    found = perform(spec, work, minutes=minutes, threads=plan()["computes"]["threads"])
     scored = _scored(task, work, books, "validation", task.characters)
     return summary(found) | {"overrides": _portable(spec.overrides), "validation": scored}
 
@@ -106,9 +112,11 @@ def _scored(task: Task, work: Path, books: Path, split: Any, characters: int | N
     from evals.runs import load_run
     from evals.scorer import Scorer
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(plan()["computes"]["threads"])
     start = time.perf_counter()
-    loaded = load_run(work / "runs" / task.name, device="cpu", dataset_dir=work / "data")
+    loaded = load_run(
+        work / "runs" / task.name, device=plan()["computes"]["device"], dataset_dir=work / "data"
+    )
     scorer = Scorer(loaded.model, loaded.tokenizer)
     found = score_books(scorer, books, split, length=task.length, characters=characters)
     seconds = round(time.perf_counter() - start, 1)

@@ -27,12 +27,14 @@ from benchmarks.study.plan import (
     OURS,
     PAPER,
     STALE,
+    Scale,
     Settings,
     Task,
     models,
     number,
     plan,
     registered,
+    scale,
     table,
 )
 from trellis_dist.models.baseline_config import BASELINES, READERS
@@ -265,12 +267,12 @@ def _reads(name: str, key: str) -> bool:
 
 
 def _digest(task: Task) -> str:
-    return _digest_of(json.dumps(task.settings.table()), task.tokens)
+    return _digest_of(json.dumps(task.settings.table()), task.tokens, scale())
 
 
 @cache
-def _digest_of(settings: str, tokens: int) -> str:
-    """Of the recipe; a JSON text can be cached."""
+def _digest_of(settings: str, tokens: int, at: Scale) -> str:
+    """Of the recipe at this scale; a JSON text can be cached."""
     return Task("x", "search", Settings(**json.loads(settings)), tokens=tokens).spec(Path("x")).digest
 
 
@@ -333,8 +335,12 @@ def _beside(name: str, results: Results) -> Settings | None:
 def _half(whole: Settings) -> dict[str, Any]:
     """Half the slots; a value is no target of so few, which then have a projection, convolved likewise."""
     if whole.set.get(TARGETS) != "values":
-        return {SLOTS: 16}
-    return {SLOTS: 16, TARGETS: "own", "model.trellis.conv_targets": whole.set.get(CONVOLVED, False)}
+        return {SLOTS: plan()["half"]["slots"]}
+    return {
+        SLOTS: plan()["half"]["slots"],
+        TARGETS: "own",
+        "model.trellis.conv_targets": whole.set.get(CONVOLVED, False),
+    }
 
 
 def _long(results: Results) -> Iterator[Task]:

@@ -73,8 +73,8 @@ def _only(losses: Losses, place: int) -> Losses:
 
 def _losses(name: str, result: Mapping[str, Any], books: Path, work: Path) -> Losses:
     """Of the beginnings of the validation books, which a run at 2M tokens was scored on."""
-    torch.set_num_threads(1)
-    loaded = load_run(work / "runs" / name, device="cpu", dataset_dir=work / "data")
+    torch.set_num_threads(plan()["computes"]["threads"])
+    loaded = load_run(work / "runs" / name, device=plan()["computes"]["device"], dataset_dir=work / "data")
     scorer, length = Scorer(loaded.model, loaded.tokenizer), int(result["about"]["length"])
     chunk, characters = loaded.model.config.trellis.chunk_size, plan()["sizes"]["tuning_characters"]
     split = list(find_books("validation"))

@@ -1,5 +1,8 @@
 """What a run of the study is: ``plan.toml``'s models and variants, and the recipe of each with its changes.
 
+The study has two scales: "tiny", plan.toml and base.toml as they are, for two CPU cores; "small", the same
+with what small.toml changes, for one GPU. A process works at one of them (`use`).
+
 Which runs there are and in what order, benchmarks/study/order.py says.
 """
 
@@ -19,7 +22,9 @@ __all__ = [
     "HALF",
     "OURS",
     "PAPER",
+    "SCALES",
     "STALE",
+    "Scale",
     "Settings",
     "Task",
     "model_keys",
@@ -27,13 +32,13 @@ __all__ = [
     "number",
     "plan",
     "registered",
+    "scale",
     "table",
     "task_of",
+    "use",
 ]
 
 FOLDER = Path(__file__).parent
-# Of an update, unless one row is longer: then it is one row.
-TOKENS_PER_STEP = 2048
 # The name under which the best form of Trellis is trained in full; with half the slots, so that its memories
 # have the numbers of one matrix state of the same heads; with the paper's update and nothing else of it.
 OURS, HALF, STALE = "trellis", "trellis-half", "trellis-stale"
@@ -41,6 +46,8 @@ PAPER = "trellis-paper"
 
 Kind = Literal["tune", "noise", "vary", "search", "full", "long", "recall"]
 Table = Mapping[str, Any]
+Scale = Literal["tiny", "small"]
+SCALES: tuple[Scale, ...] = ("tiny", "small")
 
 
 @dataclass(frozen=True)
@@ -82,8 +89,8 @@ class Task:
 
     @property
     def step_tokens(self) -> int:
-        """Tokens of an update."""
-        return max(TOKENS_PER_STEP, self.length)
+        """Tokens of an update; a longer row is one of its own."""
+        return max(int(plan()["sizes"]["step_tokens"]), self.length)
 
     @property
     def steps(self) -> int:
@@ -103,9 +110,10 @@ class Task:
             "training.micro_batch": self.step_tokens // self.length,
             "schedule.warmup_steps": round(plan()["sizes"]["warmup"] * self.steps),
             "optimizer.lr": self.settings.rate,
+            **plan()["base"],
             **self.settings.set,
         }
-        changed["model.mlp_hidden"] = _equal_width(model_keys(self.settings.set))
+        changed["model.mlp_hidden"] = _equal_width(model_keys(self.settings.set), model_keys(plan()["base"]))
         return RunSpec(
             name=self.name,
             recipe=str(BASE),
@@ -126,10 +134,40 @@ class Task:
         }
 
 
-@cache
+_at: list[Scale] = ["tiny"]
+
+
+def use(scale: Scale) -> None:
+    """Work at a scale from here on, in this process."""
+    _at[0] = scale
+
+
+def scale() -> Scale:
+    """The one that this process works at."""
+    return _at[0]
+
+
 def plan() -> dict[str, Any]:
-    """``plan.toml``."""
-    return tomllib.loads((FOLDER / "plan.toml").read_text(encoding="utf-8"))
+    """``plan.toml``, at another scale than "tiny" with what that scale's file changes."""
+    return _read(scale(), FOLDER)
+
+
+@cache
+def _read(at: Scale, folder: Path) -> dict[str, Any]:
+    whole = tomllib.loads((folder / "plan.toml").read_text(encoding="utf-8"))
+    return whole if at == "tiny" else _merged(whole, tomllib.loads((folder / f"{at}.toml").read_text()))
+
+
+def _merged(whole: Table, changed: Table) -> dict[str, Any]:
+    """``whole`` with the keys of ``changed``; a table that both have is merged."""
+    both = {
+        key: _merged(whole[key], value) for key, value in changed.items() if _tables(whole.get(key), value)
+    }
+    return {**whole, **changed, **both}
+
+
+def _tables(one: Any, other: Any) -> bool:
+    return isinstance(one, Mapping) and isinstance(other, Mapping)
 
 
 def models(*roles: str) -> dict[str, Table]:
@@ -183,11 +221,11 @@ def model_keys(changed: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 @cache
-def _equal_width(changed: tuple[str, ...]) -> int:
-    """The MLP's width with which a model has the parameters of the paper's Trellis."""
+def _equal_width(changed: tuple[str, ...], base: tuple[str, ...]) -> int:
+    """The MLP's width with which a model has the parameters of the paper's Trellis of the same ``base``."""
     from launch.experiments.equal import equal_width
     from launch.recipe import load_recipe
     from trellis_dist.models.counts import parameter_counts
 
-    wanted = parameter_counts(load_recipe(str(BASE)).model).total
-    return equal_width(load_recipe(str(BASE), changed).model, parameters=wanted)
+    wanted = parameter_counts(load_recipe(str(BASE), base).model).total
+    return equal_width(load_recipe(str(BASE), (*base, *changed)).model, parameters=wanted)

@@ -16,7 +16,7 @@ from typing import Any
 
 from benchmarks.study.one import EXIT_CUT
 from benchmarks.study.order import tasks
-from benchmarks.study.plan import Task, models, plan, registered
+from benchmarks.study.plan import Task, models, plan, registered, scale
 from benchmarks.study.results import Store
 from benchmarks.study.tried import run_name
 from trellis_dist.files import read_json
@@ -24,11 +24,6 @@ from trellis_dist.files import read_json
 __all__ = ["Pool", "estimate", "lines_of", "pending", "spent", "unregistered"]
 
 POLL_S = 1.0
-# Core-seconds per token where nothing like it has run yet.
-DEFAULT_COST = {"recall": 6e-5}
-USUAL_COST = 2.2e-4
-# Core-seconds to score a token, likewise: a forward pass.
-USUAL_SCORING = 7e-5
 Results = Mapping[str, Mapping[str, Any]]
 
 
@@ -53,15 +48,18 @@ def estimate(task: Task, results: Results) -> float:
     alike = [found for found in short if (found["about"]["kind"] == "recall") == (task.kind == "recall")]
     same = [found for found in alike if found["about"]["settings"]["model"] == task.settings.model]
     costs = [found["core_seconds"] / found["about"]["tokens"] for found in same or alike]
-    cost = task.tokens * (statistics.median(costs) if costs else DEFAULT_COST.get(task.kind, USUAL_COST))
+    usual = plan()["computes"]["usual"]
+    each = statistics.median(costs) if costs else float(usual.get(task.kind, usual["train"]))
     whole = task.kind in ("full", "long")
-    return cost + (plan()["sizes"]["scored_tokens"] * _scoring(same) if whole else 0.0)
+    return task.tokens * each + (plan()["sizes"]["scored_tokens"] * _scoring(same) if whole else 0.0)
 
 
 def _scoring(found: Sequence[Mapping[str, Any]]) -> float:
     """Seconds to score a token."""
     scored = [one["validation"] for one in found if one.get("validation", {}).get("seconds")]
-    return statistics.median(one["seconds"] / one["targets"] for one in scored) if scored else USUAL_SCORING
+    if not scored:
+        return float(plan()["computes"]["usual"]["score"])
+    return float(statistics.median(one["seconds"] / one["targets"] for one in scored))
 
 
 def spent(store: Store, work: Path) -> float:
@@ -146,7 +144,8 @@ class Pool:
         log = self.work / "logs" / f"{task.name}.study.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         left = [] if self._end is None else ["--minutes", f"{(self._end - time.monotonic()) / 60:.2f}"]
-        command = [sys.executable, "-m", "benchmarks.study", "one", "--only", task.name, *left]
+        command = [sys.executable, "-m", "benchmarks.study", "one", "--scale", scale()]
+        command += ["--only", task.name, *left]
         command += ["--books", str(self.books), "--work", str(self.work), "--results", str(self.store.folder)]
         with log.open("ab") as output:
             child = subprocess.Popen(

@@ -75,14 +75,15 @@ def rows_of(pairs: int, first: int, count: int, *, seed: int = 0) -> Rows:
 
 def train(config: ModelConfig, *, rate: float, seed: int, steps: int, tokens: int) -> LanguageModel:
     """AdamW with a cosine schedule; every step has rows of one number of pairs, in turn."""
-    model = build_language_model(config, seed=seed)
+    device = plan()["computes"]["device"]
+    model = build_language_model(config, seed=seed, device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.95), weight_decay=0.0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for step, pairs in zip(range(steps), itertools.cycle(plan()["recall"]["pairs"])):
         count = max(tokens // max(4 * pairs, 32), 1)
         rows = rows_of(pairs, FIRST_ROW + step * tokens, count, seed=seed)
-        labels = rows.labels()
-        loss = model.loss_sum(rows.tokens, labels) / (labels != -100).sum()
+        labels = rows.labels().to(device)
+        loss = model.loss_sum(rows.tokens.to(device), labels) / (labels != -100).sum()
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -94,17 +95,18 @@ def train(config: ModelConfig, *, rate: float, seed: int, steps: int, tokens: in
 @torch.no_grad()
 def accuracy(model: LanguageModel, pairs: int, *, begin: int = 0) -> float:
     """Share of the repeated keys whose value is the most probable piece, on 256 rows not trained on."""
-    found = 0
+    found, device = 0, plan()["computes"]["device"]
     for first in range(begin, begin + TEST_ROWS, 32):
         rows = rows_of(pairs, first, 32)
-        found += int((model(rows.tokens).argmax(-1).gather(1, rows.asked) == rows.answers).sum())
+        said = model(rows.tokens.to(device)).argmax(-1).cpu()
+        found += int((said.gather(1, rows.asked) == rows.answers).sum())
     return found / (TEST_ROWS * pairs)
 
 
 def measure(settings: Settings, *, seed: int) -> dict[str, Any]:
     """Train and score: accuracy by number of pairs on test rows and on rows to choose by; size; digest."""
     options, config = plan()["recall"], model_config(settings)
-    torch.set_num_threads(1)
+    torch.set_num_threads(plan()["computes"]["threads"])
     model = train(
         config, rate=settings.rate, seed=seed, steps=options["steps"], tokens=options["tokens_per_step"]
     )

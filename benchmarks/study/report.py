@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ from benchmarks.study import figures
 from benchmarks.study.expected import rehearsed
 from benchmarks.study.known import check_results
 from benchmarks.study.order import noise_level
-from benchmarks.study.plan import HALF, OURS, models, plan
-from benchmarks.study.results import BUDGET, FOLDER, Store
+from benchmarks.study.plan import HALF, OURS, models, plan, scale
+from benchmarks.study.results import Store, folder_of
 from benchmarks.study.tables import (
     EMPTY,
     Row,
@@ -32,10 +32,24 @@ from benchmarks.study.tables import (
 __all__ = ["fill", "gather", "sections", "write_report"]
 
 ROOT = Path(__file__).parents[2]
-PAGE = ROOT / "docs" / "study.md"
+DOCS = ROOT / "docs"
 # Of these runs what is not done is named one by one, of others counted.
 _WHOLE = ("full-", "long-")
-OUTPUT = FOLDER.with_suffix(".json")
+# Of a page that is not written by hand.
+HEADINGS = {
+    "full-test": "Test books, T = 1,024",
+    "long-test": "Test books, T = 4,096",
+    "full-validation": "Validation books, T = 1,024",
+    "long-validation": "Validation books, T = 4,096",
+    "refused": "What does not count yet",
+    "positions": "Loss by position",
+    "equal-state": "Equal state bytes",
+    "tried": "Tried by hand",
+    "ablations": "What helps Trellis",
+    "left": "Not done",
+    "recall": "Associative recall",
+    "places": "Where the stale gradient hurts",
+}
 
 
 def gather(store: Store) -> dict[str, Any]:
@@ -50,7 +64,7 @@ def gather(store: Store) -> dict[str, Any]:
         "noise": noise,
         "short_bigram": short_bigram(ngrams),
         "core_seconds": round(store.spent(), 1),
-        "budget": BUDGET,
+        "budget": 3600 * plan()["computes"]["budget_hours"],
         "tuning": tuned(runs),
         "tried": tried(store.tried()),
         "ablations": ablations(runs),
@@ -309,18 +323,36 @@ def fill(page: str, made: Mapping[str, str]) -> str:
         _, also, tail = rest.partition(end)
         if not (found and also):
             raise ValueError(
-                f"{PAGE.name} lacks {begin} ... {end}: put the two lines where the table belongs"
+                f"{name_of_page()} lacks {begin} ... {end}: put the two lines where the table belongs"
             )
         page = f"{head}{begin}\n{text}\n{end}{tail}"
     return page
 
 
-def write_report(store: Store, *, page: Path = PAGE, output: Path = OUTPUT) -> list[Path]:
+def name_of_page() -> str:
+    """docs/study.md has the tables of the scale "tiny"; others have pages of their own."""
+    return f"{folder_of(scale()).name}.md"
+
+
+def _bare(names: Iterable[str]) -> str:
+    """A page of tables alone, for a scale that nobody has written of."""
+    about = "What each table is, [the study's page](study.md) says; its numbers are of two CPU cores."
+    places = (
+        f"## {HEADINGS.get(name, name.capitalize())}\n\n<!-- study:{name} -->\n<!-- /study:{name} -->"
+        for name in names
+    )
+    return "\n\n".join([f"# The study, --scale {scale()}", about, *places]) + "\n"
+
+
+def write_report(store: Store, *, docs: Path = DOCS, output: Path | None = None) -> list[Path]:
     """Write the JSON, the page's tables and the plots that there is something for; their paths."""
     found = gather(store)
+    output = output or folder_of(scale()).with_suffix(".json")
+    page, made = docs / name_of_page(), sections(found)
+    text = page.read_text(encoding="utf-8") if page.is_file() else _bare(made)
     output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    page.write_text(fill(page.read_text(encoding="utf-8"), sections(found)), encoding="utf-8")
+    page.write_text(fill(text, made), encoding="utf-8")
     rows = found.get("full-test") or found.get("full-validation", [])
     noise = found["noise"] and plan()["noise"]["times"] * found["noise"]
-    drawn = figures.draw(rows, found["ablations"], folder=page.parent, ours=OURS, noise=noise)
+    drawn = figures.draw(rows, found["ablations"], begin=page.with_suffix(""), ours=OURS, noise=noise)
     return [output, page, *drawn]

@@ -9,11 +9,14 @@ from typing import Any
 
 from trellis_dist.files import atomic_write, read_json
 
-__all__ = ["BUDGET", "FOLDER", "Store", "compact"]
+__all__ = ["FOLDER", "Store", "compact", "folder_of"]
 
 FOLDER = Path(__file__).parents[1] / "results" / "study"
-# Core-seconds: 12 hours of two cores.
-BUDGET = 12.0 * 2 * 3600
+
+
+def folder_of(scale: str) -> Path:
+    """Where the results of a scale are: those of "tiny" in FOLDER, of another beside it."""
+    return FOLDER if scale == "tiny" else FOLDER.with_name(f"{FOLDER.name}-{scale}")
 
 
 class Store:

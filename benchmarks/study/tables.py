@@ -121,7 +121,7 @@ def _memory(found: Mapping[str, Any]) -> int:
     total, changed = int(found["model"]["state_bytes"]), found["about"]["settings"]["set"]
     if changed.get("model.pattern", ["trellis"]) != ["trellis"]:
         return total
-    model = load_recipe(str(BASE)).model
+    model = load_recipe(str(BASE), model_keys(plan()["base"])).model
     slots = int(changed.get("model.trellis.slots", model.trellis.slots))
     return total - 2 * FP32_BYTES * model.num_layers * model.dim * slots
 

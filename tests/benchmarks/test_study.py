@@ -248,8 +248,9 @@ def test_recall_rows_hold_their_pairs_and_are_the_same_for_every_model() -> None
 
 
 def test_a_small_model_learns_to_recall(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = plan.plan()["recall"] | {"pairs": [1], "keys": 4}
-    monkeypatch.setattr(recall, "plan", lambda: {"recall": options})
+    whole = plan.plan()
+    options = whole["recall"] | {"pairs": [1], "keys": 4}
+    monkeypatch.setattr(recall, "plan", lambda: {**whole, "recall": options})
     recall._pieces.cache_clear()
     settings = plan.Settings("trellis-corrected", 3e-3, options["set"] | plan.table("trellis-corrected"))
     config = recall.model_config(settings)

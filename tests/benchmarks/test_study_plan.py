@@ -41,9 +41,7 @@ def _own_plan() -> Iterator[None]:
     """One that stays, whatever the study has found by now."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "FOLDER", FOLDER)
-        plan.plan.cache_clear()
         yield
-    plan.plan.cache_clear()
 
 
 def result(task: plan.Task, loss: float, *, core_seconds: float = 100.0) -> dict[str, Any]:
@@ -702,11 +700,11 @@ def test_the_report_fills_the_page_and_draws(
 ) -> None:
     monkeypatch.setattr(report, "check_results", lambda runs: None)  # the made-up ones have no recipes
     store, page = results.Store(tmp_path / "results"), tmp_path / "study.md"
-    page.write_text(report.PAGE.read_text())
+    page.write_text((report.DOCS / page.name).read_text())
     for name, found in finished.items():
         store.write(name, found)
     store.write("once/ngrams", NGRAMS)
-    paths = report.write_report(store, page=page, output=tmp_path / "study.json")
+    paths = report.write_report(store, docs=tmp_path, output=tmp_path / "study.json")
     assert {path.name for path in paths} == {
         "study.json",
         "study.md",
