@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import machine, versions
-from launch.memory import estimate_memory
+from launch.planning.memory import estimate_memory
 from launch.ranks import MALLOC
 from launch.recipe import Recipe, load_recipe, resolve
 from trellis_dist.files import read_json, write_json

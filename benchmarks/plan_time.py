@@ -21,9 +21,9 @@ from benchmarks.kernels.timing import summary
 from benchmarks.machine import machine, versions
 from benchmarks.plan_memory import case_recipe
 from benchmarks.sequence_parallel.ranks import Ranks
-from launch.cluster_model import CPU_CORE, Cluster
+from launch.planning.cluster import CPU_CORE, Cluster
+from launch.planning.step_time import predict
 from launch.recipe import Recipe
-from launch.step_time import predict
 from trellis_dist.files import read_json, write_json
 from trellis_dist.models.counts import parameter_counts
 

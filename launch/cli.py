@@ -13,12 +13,12 @@ import typer
 
 from launch.eval_commands import eval_service, evaluate, generate
 from launch.export_commands import download, export, import_weights
-from launch.figures_command import figures
+from launch.figures.command import figures
 from launch.forecast_command import forecast
 from launch.launch_commands import launch
 from launch.messages import show_warnings_plainly
-from launch.nodes_command import preflight
-from launch.plan_command import plan
+from launch.nodes.command import preflight
+from launch.planning.command import plan
 from launch.reproduce_command import reproduce
 
 if TYPE_CHECKING:

@@ -54,7 +54,7 @@ def check_machine(recipe: Recipe, run_dir: Path, *, say: Callable[[str], None] |
     """
     from checkpoints.upload import check_store
     from evals.evaluate import check_eval_inputs
-    from launch.memory_advice import check_memory
+    from launch.planning.advice import check_memory
 
     ranks = local_ranks(recipe)
     check_run_folder(recipe, run_dir)

@@ -191,7 +191,7 @@ def memory_of_killed(run_dir: Path, status: int, *, here: int) -> str:
     if status != -signal.SIGKILL:
         return ""
     with contextlib.suppress(Exception):  # advice must not hide the error
-        from launch.memory_advice import killed_advice
+        from launch.planning.advice import killed_advice
         from launch.run_folder import recipe_of_run
 
         return f"; {killed_advice(recipe_of_run(run_dir), here=here)}"

@@ -136,7 +136,7 @@ def error_line(error: BaseException, recipe: Recipe | None = None) -> str:
         return (
             f"{error.name} is not installed: run launch/setup.sh train,data,evals and use .venv/bin/trellis"
         )
-    from launch.nodes_errors import network_line
+    from launch.nodes.errors import network_line
 
     if line := network_line(error):
         return line
@@ -149,7 +149,7 @@ def _memory_advice(recipe: Recipe | None) -> str:
     """The planner's, or without a recipe (or memory to plan in) what always helps."""
     if recipe is not None:
         with contextlib.suppress(Exception):
-            from launch.memory_advice import out_of_memory_advice
+            from launch.planning.advice import out_of_memory_advice
 
             return out_of_memory_advice(recipe, ranks=int(os.environ.get("WORLD_SIZE", "0")) or None)
     return "lower training.micro_batch (the global batch stays) or data.sequence_length"

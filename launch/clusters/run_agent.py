@@ -22,7 +22,7 @@ from typing import Any
 from launch.ending import end_process, end_rank_at_once, on_termination
 from launch.failures import silent_end
 from launch.messages import show_warnings_plainly
-from launch.nodes_errors import endpoint_of, refuse_taken_port
+from launch.nodes.errors import endpoint_of, refuse_taken_port
 from launch.ranks import AGENT, ASKED, PASSED_ON, memory_of_killed, share_machine, silence_the_agent
 from trellis_dist.training.job import EXIT_TERMINATED
 from trellis_dist.training.termination import SIGNALS
@@ -82,7 +82,7 @@ def _run_ranks(given: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
-    from launch.nodes_facts import use_local_address
+    from launch.nodes.facts import use_local_address
 
     silence_the_agent()
     share_machine(_ranks(given))

@@ -74,9 +74,9 @@ def _cost(shop: Workshop, spec: RunSpec) -> Cost:
 def _hours(recipe: Recipe) -> float | None:
     import torch
 
-    from launch.cluster_model import this_machine
     from launch.fit import fit_mesh, fit_to_devices
-    from launch.step_time import predict
+    from launch.planning.cluster import this_machine
+    from launch.planning.step_time import predict
     from trellis_dist.models.counts import parameter_counts
 
     devices = torch.cuda.device_count()

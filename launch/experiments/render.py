@@ -14,7 +14,7 @@ from launch.experiments.plots import plots
 from launch.experiments.shares import share_of
 from launch.experiments.tables import Column, Group, Row
 from launch.experiments.values import is_old
-from launch.figures_steps import steps_blocks
+from launch.figures.steps import steps_blocks
 
 __all__ = ["NOT_COMPARABLE", "make_page", "write_page"]
 

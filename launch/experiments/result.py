@@ -33,7 +33,7 @@ def collect(spec: RunSpec, run_dir: Path) -> dict[str, Any]:
     Keys: "name", "about", "digest", "recipe" (resolved), "data" (fingerprint), "commit", "machine",
     "versions"; "training" (`_training`), "model" (`_model`); "validation" (loss, bits per byte, the bigram's,
     losses by position) where perplexity was scored; "scores": per task settings, seconds, chance and result;
-    "checkpoints" of a spec with ``trace``: "layers", "steps" (`launch.figures_training.at_checkpoints`).
+    "checkpoints" of a spec with ``trace``: "layers", "steps" (`launch.figures.training.at_checkpoints`).
     """
     from launch.machine import commit, machine, versions
 
@@ -67,7 +67,7 @@ def _checkpoints(run_dir: Path, recipe: Recipe) -> dict[str, Any]:
     from evals.figures.trace import trellis_mixers
     from evals.runs import load_run
     from launch.experiments.expand import essay
-    from launch.figures_training import at_checkpoints
+    from launch.figures.training import at_checkpoints
 
     last = load_run(run_dir, step=recipe.training.steps, dataset_dir=Path(recipe.data.directory))
     suites = Path(folder) if (folder := recipe.evals.suites_folder) else None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.cli import main
-from launch.memory import NO_PARTS
+from launch.planning.memory import NO_PARTS
 
 BASE = str(Path(__file__).with_name("base.toml"))
 

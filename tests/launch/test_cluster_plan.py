@@ -11,12 +11,12 @@ import torch
 from typer.testing import CliRunner
 
 from launch.cli import app
-from launch.cluster_model import CPU_CORE, DEVICES, Cluster, cluster_from
 from launch.fit import fit_mesh
-from launch.plan import make_plan, render_plan
+from launch.planning.cluster import CPU_CORE, DEVICES, Cluster, cluster_from
+from launch.planning.plan import make_plan, render_plan
+from launch.planning.step_time import predict, wavefront_seconds
 from launch.preflight import checkpoint_bytes
 from launch.recipe import load_recipe
-from launch.step_time import predict, wavefront_seconds
 from trellis_dist.files import read_json
 from trellis_dist.models.counts import parameter_counts
 

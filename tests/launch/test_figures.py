@@ -13,9 +13,9 @@ from evals.states import context_ids, context_start
 from launch.cli import main
 from launch.experiments import pictures
 from launch.experiments.pictures import can_draw
-from launch.figures_measure import Extent, measure
-from launch.figures_page import figures_page
-from launch.figures_training import _spread, at_checkpoints
+from launch.figures.measure import Extent, measure
+from launch.figures.page import figures_page
+from launch.figures.training import _spread, at_checkpoints
 from tests.evals.conftest import write_checkpoint
 from tests.launch.scored_run import write_scored_run
 from trellis_dist.models.language_model import build_language_model

@@ -10,8 +10,8 @@ import pytest
 from benchmarks import plan_memory
 from benchmarks.plan_memory import CASES, KEPT, RESULT, case_recipe, launcher_malloc
 from benchmarks.plan_memory_rank import live_peaks, make_rows
-from launch import activations
-from launch.memory import NO_PARTS, PHASES, estimate_memory, phase_peaks
+from launch.planning import activations
+from launch.planning.memory import NO_PARTS, PHASES, estimate_memory, phase_peaks
 from launch.recipe import Recipe, load_recipe
 from trellis_dist.files import read_json
 from trellis_dist.models.counts import parameter_counts

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import memory_advice, preflight, rank_memory, remedies, worker
-from launch.memory import estimate_memory
-from launch.memory_advice import check_memory, killed_advice, out_of_memory_advice
-from launch.meshes import FRAGMENTATION, RESERVED_BYTES
+from launch import preflight, worker
+from launch.planning import advice, rank_memory, remedies
+from launch.planning.advice import check_memory, killed_advice, out_of_memory_advice
+from launch.planning.memory import estimate_memory
+from launch.planning.meshes import FRAGMENTATION, RESERVED_BYTES
 from launch.recipe import Recipe, load_recipe
 from trellis_dist.models.counts import parameter_counts
 
@@ -33,7 +34,7 @@ def total(recipe: Recipe) -> int:
 def test_a_rank_out_of_memory_says_what_would_fit(
     error: BaseException, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_advice, "rank_memory", lambda ranks: 24 * 10**9)
+    monkeypatch.setattr(advice, "rank_memory", lambda ranks: 24 * 10**9)
     line = worker.error_line(error, large())
     assert len(line.splitlines()) == 1
     assert re.search(
@@ -50,7 +51,7 @@ def test_advice_never_hides_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*_: object, **__: object) -> str:
         raise MemoryError
 
-    monkeypatch.setattr(memory_advice, "out_of_memory_advice", broken)
+    monkeypatch.setattr(advice, "out_of_memory_advice", broken)
     assert "lower training.micro_batch" in worker.error_line(MemoryError("no"), large())
 
 
@@ -87,13 +88,13 @@ def test_what_a_dying_rank_holds_is_its_own(monkeypatch: pytest.MonkeyPatch) -> 
 def test_levers_are_combined_where_one_is_not_enough_and_none_is_named_in_vain(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(memory_advice, "_cuda", lambda: True)
-    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 64 * 10**9)
+    monkeypatch.setattr(advice, "_cuda", lambda: True)
+    monkeypatch.setattr(advice, "host_share", lambda ranks: 64 * 10**9)
     alone = load_recipe("1b-c4", ["mesh.dp=1"])
     line = out_of_memory_advice(alone, memory=16 * 10**9)
     assert re.search(r"what would fit: training\.[a-z_=]+ with training\.offload_optimizer=true", line)
     assert "zero_stage=" not in line  # one rank has nobody to divide with
-    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 10**9)  # no room for what is offloaded
+    monkeypatch.setattr(advice, "host_share", lambda ranks: 10**9)  # no room for what is offloaded
     assert "offload_optimizer" not in out_of_memory_advice(alone, memory=16 * 10**9)
     many = out_of_memory_advice(load_recipe("1b-c4", ["mesh.dp=8"]), memory=16 * 10**9)
     assert "zero_stage=" in many
@@ -114,11 +115,11 @@ def test_shorter_rows_are_the_last_thing_to_change() -> None:
 
 
 def test_a_killed_rank_is_compared_with_the_hosts_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 24 * 10**9)
+    monkeypatch.setattr(advice, "host_share", lambda ranks: 24 * 10**9)
     assert "of 24.00; what would fit: training.micro_batch=" in killed_advice(large(), here=2)
     small = killed_advice(load_recipe(BASE), here=2)
     assert re.fullmatch(r"the planner estimates 0\.\d+ GB a rank \(.*\) of 24\.00", small)
-    monkeypatch.setattr(memory_advice, "_cuda", lambda: True)
+    monkeypatch.setattr(advice, "_cuda", lambda: True)
     assert "in host memory the planner expects" in killed_advice(large(), here=2)
 
 
@@ -127,17 +128,17 @@ def test_a_start_that_may_not_fit_is_told_before(tmp_path: Path, monkeypatch: py
     said: list[str] = []
     preflight.check_machine(recipe, tmp_path, say=said.append)
     assert said == []
-    monkeypatch.setattr(memory_advice, "rank_memory", lambda ranks: 450 * 10**6)
+    monkeypatch.setattr(advice, "rank_memory", lambda ranks: 450 * 10**6)
     preflight.check_machine(recipe, tmp_path, say=said.append)
     assert len(said) == 1
     assert "may be out of memory: the planner estimates" in said[0]
 
 
 def test_only_a_state_that_no_gpu_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory_advice, "_cuda", lambda: True)
+    monkeypatch.setattr(advice, "_cuda", lambda: True)
     recipe = large("training.engine=local")
-    monkeypatch.setattr(memory_advice, "rank_memory", lambda ranks: 10 * 10**9)
+    monkeypatch.setattr(advice, "rank_memory", lambda ranks: 10 * 10**9)
     assert "may be out of memory" in check_memory(recipe, ranks=2)
-    monkeypatch.setattr(memory_advice, "rank_memory", lambda ranks: 3 * 10**9)
+    monkeypatch.setattr(advice, "rank_memory", lambda ranks: 3 * 10**9)
     with pytest.raises(ValueError, match="cannot fit its devices"):
         check_memory(recipe, ranks=2)

@@ -20,8 +20,8 @@ from torch.distributed.elastic.rendezvous import (
 )
 
 from launch.failures import Failure, address_of, cause_of, log_folder, lost_addresses
-from launch.nodes_errors import endpoint_of, network_line, refuse_taken_port
-from launch.nodes_ports import holder_of
+from launch.nodes.errors import endpoint_of, network_line, refuse_taken_port
+from launch.nodes.ports import holder_of
 from launch.training_run import _silent_ranks
 from launch.worker import error_line
 from trellis_dist.parallel import env

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from launch import nodes_facts
 from launch.cli import main
-from launch.nodes_facts import device_problems, facts, source_digest
-from launch.nodes_meet import MeetingError
-from launch.nodes_verdict import slow_links
+from launch.nodes import facts as facts_module
+from launch.nodes.facts import device_problems, facts, source_digest
+from launch.nodes.meet import MeetingError
+from launch.nodes.verdict import slow_links
 from launch.recipe import Recipe, load_recipe
 
 BASE = str(Path(__file__).with_name("base.toml"))
@@ -38,12 +38,12 @@ def test_a_name_that_leads_nowhere_is_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(
         OSError, match=r"its own name localhost is (127\.0\.0\.1|::1), where no other node comes"
     ):
-        nodes_facts._check_name()
+        facts_module._check_name()
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
     with pytest.raises(OSError, match=r"no-such-host.invalid is not known to it.*GLOO_SOCKET_IFNAME"):
-        nodes_facts._check_name()
+        facts_module._check_name()
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
-    nodes_facts._check_name()
+    facts_module._check_name()
 
 
 def test_the_address_that_is_given_is_used_in_place_of_the_names(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,14 +51,14 @@ def test_the_address_that_is_given_is_used_in_place_of_the_names(monkeypatch: py
         monkeypatch.setenv(variable, "")  # so that it is put back
         monkeypatch.delenv(variable)
     with pytest.raises(ValueError, match=r"--local-addr 203\.0\.113\.7 is no address of "):
-        nodes_facts.use_local_address("203.0.113.7")
-    monkeypatch.setattr(nodes_facts, "interface_of", {"127.0.0.1": "eth7"}.get)
-    nodes_facts.use_local_address("127.0.0.1")
+        facts_module.use_local_address("203.0.113.7")
+    monkeypatch.setattr(facts_module, "interface_of", {"127.0.0.1": "eth7"}.get)
+    facts_module.use_local_address("127.0.0.1")
     monkeypatch.setattr(socket, "gethostname", lambda: "no-such-host.invalid")
-    nodes_facts._check_name()
+    facts_module._check_name()
     assert (os.environ["GLOO_SOCKET_IFNAME"], os.environ["NCCL_SOCKET_IFNAME"]) == ("eth7", "eth7")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
-    nodes_facts.use_local_address("127.0.0.1")
+    facts_module.use_local_address("127.0.0.1")
     assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0", "the user's choice stays"
 
 
@@ -74,7 +74,7 @@ def test_the_command_compares_the_data_set_that_the_run_will_use(
     def end(status: int) -> None:
         raise SystemExit(status)
 
-    monkeypatch.setattr("launch.nodes_check.preflight", check)
+    monkeypatch.setattr("launch.nodes.check.preflight", check)
     monkeypatch.setattr("launch.ending.end_process", end)
     text = tmp_path / "text.txt"
     text.write_text("words\n")
@@ -108,12 +108,12 @@ def test_nvidia_smi_is_read_and_may_be_missing(tmp_path: Path, monkeypatch: pyte
     program.write_text("#!/bin/sh\necho '550.54, 41, 0'\necho '550.54, 43, [N/A]'\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert nodes_facts._smi() == [["550.54", "41", "0"], ["550.54", "43", "[N/A]"]]
-    assert [nodes_facts._number(text) for text in ("41", "[N/A]")] == [41.0, None]
+    assert facts_module._smi() == [["550.54", "41", "0"], ["550.54", "43", "[N/A]"]]
+    assert [facts_module._number(text) for text in ("41", "[N/A]")] == [41.0, None]
     program.write_text("#!/bin/sh\nexit 9\n")
-    assert nodes_facts._smi() == []
+    assert facts_module._smi() == []
     monkeypatch.setenv("PATH", "/nonexistent")
-    assert nodes_facts._smi() == []
+    assert facts_module._smi() == []
 
 
 def test_the_source_has_a_digest_that_tells_one_commit_from_another(tmp_path: Path) -> None:

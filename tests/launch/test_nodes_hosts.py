@@ -27,8 +27,9 @@ STEPS = {"training.steps": rank_job.STEPS}
 # The command, which waits half a minute for a token on a slow network file system, with less patience.
 IMPATIENT = """
 import sys
-from launch import cli, nodes_folder
-nodes_folder.TOKEN_S = 1.0
+from launch import cli
+from launch.nodes import folder
+folder.TOKEN_S = 1.0
 sys.exit(cli.main())
 """
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import pytest
 
-from launch import nodes_check, nodes_meet, nodes_reach
-from launch.nodes_channel import LONGEST_LINE, Channel
-from launch.nodes_check import Local, meet, render
-from launch.nodes_meet import PROTOCOL, Call, MeetingError
-from launch.nodes_ports import holder_of, parse_endpoint
-from launch.nodes_verdict import same_machine, unreached
+from launch.nodes import check, reach
+from launch.nodes import meet as meeting
+from launch.nodes.channel import LONGEST_LINE, Channel
+from launch.nodes.check import Local, meet, render
+from launch.nodes.meet import PROTOCOL, Call, MeetingError
+from launch.nodes.ports import holder_of, parse_endpoint
+from launch.nodes.verdict import same_machine, unreached
 
 FACTS: dict[str, Any] = {
     "python": "3.11.7",
@@ -137,7 +138,7 @@ def test_a_wrong_clock_is_measured_and_named(ahead: float, direction: str, tmp_p
 
 
 def test_a_folder_that_is_not_shared_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launch.nodes_folder.TOKEN_S", 0.2)
+    monkeypatch.setattr("launch.nodes.folder.TOKEN_S", 0.2)
     for name in ("shared", "apart"):
         (tmp_path / name).mkdir()
     places = [local(tmp_path / name) for name in ("shared", "shared", "apart")]
@@ -165,7 +166,7 @@ def test_nodes_that_were_started_differently_are_named(
 
 def test_of_two_that_want_to_be_the_first_one_is_refused(tmp_path: Path) -> None:
     call, port = Call(nodes=2, ranks=1, place=0, host="host"), free_port()
-    door = nodes_meet.open_door("127.0.0.1", port, place=0, seconds=LIMIT_S)
+    door = meeting.open_door("127.0.0.1", port, place=0, seconds=LIMIT_S)
     assert door is not None
     with door, pytest.raises(MeetingError, match=rf"port {port} of 127\.0\.0\.1 is in use"):
         meet(local(tmp_path), call=call, rendezvous=f"127.0.0.1:{port}", seconds=LIMIT_S)
@@ -192,14 +193,14 @@ def test_a_place_that_is_taken_is_named(tmp_path: Path) -> None:
 
 def test_who_does_not_come_is_missed_by_the_deadline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deadline is at once when the second has come, however long that took."""
-    wait = nodes_meet._Arrivals.next
+    wait = meeting._Arrivals.next
     came: list[Any] = []
 
-    def next_(self: nodes_meet._Arrivals, deadline: float) -> Any:
+    def next_(self: meeting._Arrivals, deadline: float) -> Any:
         came.append(wait(self, 0.0 if came else deadline))
         return came[-1]
 
-    monkeypatch.setattr(nodes_meet._Arrivals, "next", next_)
+    monkeypatch.setattr(meeting._Arrivals, "next", next_)
     calls = [Call(nodes=3, ranks=1, place=place, host=f"host{place}") for place in (0, 1)]
     for report in gather([local(tmp_path)] * 2, calls=calls):
         assert lines(report)[0].startswith(
@@ -219,17 +220,17 @@ def test_nobody_at_the_door_is_said_with_the_reason() -> None:
     with pytest.raises(
         MeetingError, match=r"cannot reach 127\.0\.0\.1:\d+ \(refused; tried for 1 s\): start the"
     ):
-        nodes_meet.attend("127.0.0.1", free_port(), call, {}, seconds=1.0)
+        meeting.attend("127.0.0.1", free_port(), call, {}, seconds=1.0)
     with pytest.raises(
         MeetingError, match=r"\(name not known; tried for 1 s\): give the first node by an address"
     ):
-        nodes_meet.attend("no-such-host.invalid", 29500, call, {}, seconds=1.0)
+        meeting.attend("no-such-host.invalid", 29500, call, {}, seconds=1.0)
 
 
 def test_a_stranger_who_accepts_and_never_answers_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nodes_meet, "GREETING_S", 0.3)
+    monkeypatch.setattr(meeting, "GREETING_S", 0.3)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         port = silent.getsockname()[1]
         for place, words in ((0, "is in use by process"), (1, "is in use"), (None, "is in use")):
@@ -296,7 +297,7 @@ def test_a_node_that_leaves_is_named(tmp_path: Path) -> None:
         daemon=True,
     )
     thread.start()
-    leaver = nodes_meet._reach(
+    leaver = meeting._reach(
         "127.0.0.1", port, Call(nodes=2, ranks=1, place=1, host="host1"), seconds=LIMIT_S, own=False
     )
     assert leaver.receive(deadline=time.monotonic() + LIMIT_S)["question"] == "facts"
@@ -318,7 +319,7 @@ def test_a_first_node_that_leaves_is_said() -> None:
         threading.Thread(target=leave, daemon=True).start()
         call = Call(nodes=2, ranks=1, place=1, host="host1")
         with pytest.raises(MeetingError, match="left before the verdict"):
-            nodes_meet.attend("127.0.0.1", port, call, {}, seconds=LIMIT_S)
+            meeting.attend("127.0.0.1", port, call, {}, seconds=LIMIT_S)
 
 
 @pytest.mark.parametrize("text", ["host", "host:", ":1", "host:0", "host:65536", "host:2x"])
@@ -348,20 +349,20 @@ def test_numbers_that_cannot_be_are_refused(changes: dict[str, Any], words: str,
 
 def test_a_name_of_the_first_node_that_only_it_finds_is_refused() -> None:
     call = Call(nodes=2, ranks=1, place=0, host="node0")
-    door = nodes_meet.open_door("127.0.0.1", free_port(), place=0, seconds=LIMIT_S)
+    door = meeting.open_door("127.0.0.1", free_port(), place=0, seconds=LIMIT_S)
     assert door is not None
-    nodes_check._check_door(door, "localhost", call)
+    check._check_door(door, "localhost", call)
     with pytest.raises(ValueError, match=r"--rdzv node0 is 127\.0\.0\.1 on node0 itself"):
-        nodes_check._check_door(door, "node0", call)
+        check._check_door(door, "node0", call)
     assert door.fileno() == -1
 
 
 def test_an_address_that_is_not_the_first_nodes_is_refused_there_alone() -> None:
     elsewhere = "203.0.113.7"  # of RFC 5737, nobody's
-    assert nodes_meet.open_door(elsewhere, 29500, place=None, seconds=1.0) is None
-    assert nodes_meet.open_door(elsewhere, 29500, place=1, seconds=1.0) is None
+    assert meeting.open_door(elsewhere, 29500, place=None, seconds=1.0) is None
+    assert meeting.open_door(elsewhere, 29500, place=1, seconds=1.0) is None
     with pytest.raises(MeetingError, match=r"203\.0\.113\.7 is no address of .* started with --node-rank 0"):
-        nodes_meet.open_door(elsewhere, 29500, place=0, seconds=1.0)
+        meeting.open_door(elsewhere, 29500, place=0, seconds=1.0)
 
 
 @pytest.mark.parametrize("place", [0, None])
@@ -376,21 +377,21 @@ def test_a_name_that_appears_late_is_waited_for(place: int | None, monkeypatch: 
             raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
         return look_up("127.0.0.1", *more, **options)
 
-    monkeypatch.setattr(nodes_meet, "PAUSE_S", 0.01)
+    monkeypatch.setattr(meeting, "PAUSE_S", 0.01)
     monkeypatch.setattr(socket, "getaddrinfo", late)
-    door = nodes_meet.open_door("pod-0.svc", port, place=place, seconds=LIMIT_S)
+    door = meeting.open_door("pod-0.svc", port, place=place, seconds=LIMIT_S)
     assert door is not None
     door.close()
     asked.clear()
     with pytest.raises(MeetingError, match=r"\(name not known; tried for 0 s\): give the first node by"):
-        nodes_meet.open_door("pod-0.svc", port, place=place, seconds=0.0)
+        meeting.open_door("pod-0.svc", port, place=place, seconds=0.0)
 
 
 def test_a_question_that_hangs_on_a_node_is_left_and_the_node_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """CUDA that does not initialise, a dead mount: the node itself gives up, and hears the verdict."""
-    monkeypatch.setattr(nodes_check, "FACTS_S", 0.5)
+    monkeypatch.setattr(check, "FACTS_S", 0.5)
     ever = threading.Event()
 
     def hang() -> dict[str, Any]:
@@ -411,7 +412,7 @@ def test_a_question_that_hangs_on_a_node_is_left_and_the_node_is_named(
 def test_where_the_first_node_has_another_folder_it_is_named_and_not_the_others(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("launch.nodes_folder.TOKEN_S", 0.2)
+    monkeypatch.setattr("launch.nodes.folder.TOKEN_S", 0.2)
     folders = [tmp_path / name for name in ("apart", "shared", "third")]
     for folder in folders:
         folder.mkdir()
@@ -450,8 +451,8 @@ def test_an_all_reduce_that_fails_everywhere_names_the_node_behind_the_firewall(
         assert found == [[True] * 4] * 4
         return unreached([[(a, b) not in closed for b in range(4)] for a in range(4)], nodes)
 
-    monkeypatch.setattr("launch.nodes_reduce.measure", fail)
-    monkeypatch.setattr("launch.nodes_reach.unreached", judge)
+    monkeypatch.setattr("launch.nodes.reduce.measure", fail)
+    monkeypatch.setattr("launch.nodes.reach.unreached", judge)
     report = gather([Local(facts=lambda: FACTS, run_dir=tmp_path) for _ in range(4)])[3]
     assert [problem["node"] for problem in report["problems"]] == named
     assert lines(report)[0].startswith(words)
@@ -460,4 +461,4 @@ def test_an_all_reduce_that_fails_everywhere_names_the_node_behind_the_firewall(
 def test_a_port_at_which_nobody_listens_is_not_reached() -> None:
     with socket.create_server(("127.0.0.1", 0)) as door:
         peers = [("127.0.0.1", door.getsockname()[1]), ("127.0.0.1", free_port())]
-        assert nodes_reach._reach_all(peers) == [True, False]
+        assert reach._reach_all(peers) == [True, False]

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from launch.defaults import defaults
-from launch.memory import NO_PARTS, estimate_memory, held_state
-from launch.plan import make_plan
+from launch.planning.memory import NO_PARTS, estimate_memory, held_state
+from launch.planning.plan import make_plan
 from launch.recipe import load_recipe
 from tests.distributed import gloo_pool
 from tests.training.engine_cases import ADAM, build, train

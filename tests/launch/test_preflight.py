@@ -13,7 +13,7 @@ import torch
 from checkpoints.config import CheckpointConfig
 from launch import preflight
 from launch.fit import fit_to_devices
-from launch.plan import make_plan
+from launch.planning.plan import make_plan
 from launch.recipe import load_recipe
 from trellis_dist.parallel.config import MeshConfig
 

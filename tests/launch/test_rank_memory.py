@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch import rank_memory
-from launch.rank_memory import host_memory, left_in_groups
+from launch.planning import rank_memory
+from launch.planning.rank_memory import host_memory, left_in_groups
 
 MB = 10**6
 

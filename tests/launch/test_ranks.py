@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from launch import memory_advice, worker
+from launch import worker
 from launch.clusters import run_agent
 from launch.failures import (
     RankError,
@@ -24,6 +24,7 @@ from launch.failures import (
     read_failures,
     record_failure,
 )
+from launch.planning import advice
 from launch.ranks import explain, run_ranks
 from launch.recipe import load_recipe, resolve
 from trellis_dist.files import read_json, write_json
@@ -191,7 +192,7 @@ def test_a_record_marked_as_an_echo_is_one_whatever_it_says(tmp_path: Path) -> N
 def test_a_killed_rank_is_told_what_the_planner_thinks_of_its_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory_advice, "host_share", lambda ranks: 10**9)
+    monkeypatch.setattr(advice, "host_share", lambda ranks: 10**9)
     write_json(tmp_path / "recipe.json", resolve(load_recipe("350m-c4", ["mesh.dp=2"])))
     line = str(explain(ended({0: (-9, 10)}), tmp_path, count=2))
     assert f"logs of the ranks are in {log_folder(tmp_path)}; the planner estimates " in line

@@ -13,7 +13,7 @@ from launch.experiments.render import make_page
 from launch.experiments.result import _checkpoints, _looks, _spread
 from launch.experiments.shares import over_seeds, share_of
 from launch.experiments.values import error_of, value_of
-from launch.figures_steps import steps_blocks
+from launch.figures.steps import steps_blocks
 from launch.recipe import resolve
 from launch.run_folder import recipe_of_run
 from tests.evals.conftest import write_checkpoint

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.nodes_meet import Meeting
-from launch.nodes_verdict import Problem, failed
+from launch.nodes.meet import Meeting
+from launch.nodes.verdict import Problem, failed
 
 __all__ = ["ANNOUNCE_S", "TOKEN_S", "folder_answers", "shared"]
 

@@ -44,8 +44,8 @@ def figures(
     """Draw what a run's gates and memories do: figures.html, .md, .json, and PNG and SVG with matplotlib."""
     from evals.runs import load_run
     from launch.experiments.render import write_page
-    from launch.figures_measure import Extent, measure
-    from launch.figures_page import figures_page
+    from launch.figures.measure import Extent, measure
+    from launch.figures.page import figures_page
     from trellis_dist.files import make_directories, write_json
 
     if suites is not None and not suites.is_dir():

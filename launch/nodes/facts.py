@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from launch.nodes_ports import is_loopback
+from launch.nodes.ports import is_loopback
 from launch.recipe import Recipe, resolve
 from trellis_dist.training.watch.links import interface_of, is_own_address
 
@@ -21,7 +21,7 @@ __all__ = ["PACKAGES", "facts", "source_digest", "use_local_address"]
 
 PACKAGES = ("torch", "triton", "numpy", "safetensors", "pydantic", "deepspeed", "megatron-core")
 ROOMS = ("kernels", "trellis_dist", "data_pipeline", "checkpoints", "evals", "launch")
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SMI_S = 20.0  # nvidia-smi on a sick driver can hang
 SMI_FIELDS = ("driver_version", "temperature.gpu", "ecc.errors.uncorrected.volatile.total")
 _SIDE = 256  # of the matrices that each GPU multiplies

@@ -7,15 +7,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from launch.cluster_model import Cluster, this_machine
 from launch.defaults import defaults
 from launch.fit import fit_mesh, fit_to_devices
-from launch.memory import estimate_memory, phase_peaks
-from launch.meshes import RESERVED_BYTES, fits, rank_meshes, taken
-from launch.plan_tables import candidate_lines, disk_lines, short, time_lines, verdict_lines
+from launch.planning.cluster import Cluster, this_machine
+from launch.planning.memory import estimate_memory, phase_peaks
+from launch.planning.meshes import RESERVED_BYTES, fits, rank_meshes, taken
+from launch.planning.step_time import predict, ties
+from launch.planning.tables import candidate_lines, disk_lines, short, time_lines, verdict_lines
 from launch.preflight import checkpoint_bytes, most_kept
 from launch.recipe import Recipe, dotted_items, resolve
-from launch.step_time import predict, ties
 
 __all__ = ["make_plan", "render_plan"]
 

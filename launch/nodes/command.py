@@ -55,10 +55,10 @@ def preflight(
     name the first node that differs, in what, and the remedy. Exit status 1 then.
     """
     from launch.ending import end_process
-    from launch.nodes_check import preflight as check
-    from launch.nodes_check import render
-    from launch.nodes_facts import use_local_address
-    from launch.nodes_meet import Call, MeetingError
+    from launch.nodes.check import preflight as check
+    from launch.nodes.check import render
+    from launch.nodes.facts import use_local_address
+    from launch.nodes.meet import Call, MeetingError
     from launch.recipe import load_recipe
 
     if local_addr is not None:
@@ -91,6 +91,6 @@ def _ranks(given: int | None) -> int:
 
         return torch.cuda.device_count()
 
-    from launch.nodes_limit import within
+    from launch.nodes.limit import within
 
     return within(devices, FACTS_S) or 1

@@ -11,11 +11,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from launch.cluster_model import Cluster
 from launch.fit import fit_mesh
-from launch.memory import estimate_memory
+from launch.planning.cluster import Cluster
+from launch.planning.memory import estimate_memory
+from launch.planning.step_time import StepTime, predict, ties
 from launch.recipe import Recipe
-from launch.step_time import StepTime, predict, ties
 from trellis_dist.models.counts import ParameterCounts
 
 __all__ = [
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 # What the allocator and the libraries take beside live tensors on a GPU: a share of them, and CUDA's context,
-# NCCL and cuBLAS (assumptions). On a CPU the process beside what launch.memory counts as resident.
+# NCCL and cuBLAS (assumptions). On a CPU the process beside what launch.planning.memory counts as resident.
 FRAGMENTATION = 1.06
 RESERVED_BYTES = {False: 400 * 10**6, True: 2 * 10**9}
 

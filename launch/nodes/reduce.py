@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from launch.nodes_limit import within
+from launch.nodes.limit import within
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -26,7 +26,7 @@ LEAST = 5
 
 
 def steps_blocks(found: Sequence[Numbers], layers: Sequence[int], *, prefix: str = "") -> Iterator[Block]:
-    """Of what `launch.figures_training.at_checkpoints` found; ``prefix`` tells pictures of one page apart."""
+    """Of what `launch.figures.training.at_checkpoints` found; ``prefix`` tells pictures of one page apart."""
     kinds = [kind for kind in KINDS if kind in found[0]]
     names = [name for name in NAMES if name != "gate" or _forgets(found, kinds)]
     for name in names:

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from launch.nodes_folder import TOKEN_S, folder_answers, shared
-from launch.nodes_limit import within
-from launch.nodes_meet import Answers, Call, Meeting, Node, attend, open_door
-from launch.nodes_ports import is_loopback, parse_endpoint
-from launch.nodes_reach import REACH_S, Reach, probe
-from launch.nodes_verdict import (
+from launch.nodes.folder import TOKEN_S, folder_answers, shared
+from launch.nodes.limit import within
+from launch.nodes.meet import Answers, Call, Meeting, Node, attend, open_door
+from launch.nodes.ports import is_loopback, parse_endpoint
+from launch.nodes.reach import REACH_S, Reach, probe
+from launch.nodes.verdict import (
     Link,
     Problem,
     clocks,
@@ -40,7 +40,7 @@ __all__ = ["MEET_S", "Local", "preflight", "render"]
 MEET_S = 120.0  # for all nodes to come; those started by one script are there within seconds
 FACTS_S = 120.0  # torch's import from a cold network disk
 CLOCK_TRIPS, CLOCK_S = 5, 10.0
-BANDWIDTH_S = 100.0  # of which ``nodes_reduce.REDUCE_S`` for the measurement
+BANDWIDTH_S = 100.0  # of which ``reduce.REDUCE_S`` for the measurement
 SLACK_S = 10.0  # for the answer of a node that gave up at the limit to come
 
 Clock = Callable[[], float]
@@ -96,9 +96,9 @@ def preflight(
 
     Raises:
         ValueError: options that cannot be.
-        launch.nodes_meet.MeetingError: this node did not reach the others, or the port is taken.
+        launch.nodes.meet.MeetingError: this node did not reach the others, or the port is taken.
     """
-    from launch.nodes_facts import facts
+    from launch.nodes.facts import facts
 
     local = Local(
         facts=lambda: facts(recipe, run_dir, nodes=call.nodes, ranks=call.ranks),
@@ -184,7 +184,7 @@ def _check_door(door: socket.socket, host: str, call: Call) -> None:
 
 def _answers(local: Local) -> Answers:
     def measure(details: Mapping[str, Any]) -> dict[str, Any]:
-        from launch.nodes_reduce import measure
+        from launch.nodes.reduce import measure
 
         return measure(
             details["rank"],
@@ -288,7 +288,7 @@ def _shared(meeting: Meeting, _: Local, __: Mapping[str, Any]) -> Found:
 
 
 def _bandwidth(meeting: Meeting, _: Local, found: Mapping[str, Any]) -> Found:
-    from launch.nodes_reduce import keep_store
+    from launch.nodes.reduce import keep_store
 
     store, count = keep_store(), len(meeting.nodes)
     cuda = all(facts["devices"] for facts in found["facts"])

@@ -56,7 +56,7 @@ def measure(
             tokenizer is another one.
     """
     from evals.figures.trace import trellis_mixers
-    from launch.figures_training import at_checkpoints, own_looks
+    from launch.figures.training import at_checkpoints, own_looks
     from launch.machine import commit, machine
 
     ids = run.tokenizer.encode(text[: 16 * extent.tokens])[: extent.tokens]

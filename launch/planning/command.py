@@ -43,8 +43,8 @@ def plan(
 
     With --nodes, --devices, --device or --cluster: for that cluster, with the ways to run there ranked.
     """
-    from launch.cluster_model import cluster_from
-    from launch.plan import make_plan, render_plan
+    from launch.planning.cluster import cluster_from
+    from launch.planning.plan import make_plan, render_plan
     from launch.recipe import load_recipe
 
     where = cluster_from(

@@ -8,7 +8,7 @@ A step has four phases, and each its fullest moment (docs/planning.md has the eq
     update     gradients and the optimizer's temporaries
 
 The prediction is the fullest of them, in bytes of live tensors. What an allocator loses is not in it (see
-"resident" and launch.meshes.FRAGMENTATION), nor the process: Python, libraries, CUDA's context.
+"resident" and launch.planning.meshes.FRAGMENTATION), nor the process: Python, libraries, CUDA's context.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from launch.activations import Block, block_of
+from launch.planning.activations import Block, block_of
 from launch.recipe import Recipe
 from trellis_dist.models.counts import ParameterCounts
 from trellis_dist.parallel.config import MeshConfig

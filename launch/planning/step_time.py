@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import groupby
 
-from launch.activations import block_of
-from launch.cluster_model import Cluster
-from launch.mixer_bytes import mixer_bytes_of
+from launch.planning.activations import block_of
+from launch.planning.cluster import Cluster
+from launch.planning.mixer_bytes import mixer_bytes_of
 from launch.recipe import Recipe
 from trellis_dist.models.baseline_config import BASELINES
 from trellis_dist.models.config import ATTENTION_KINDS, LayerKind, ModelConfig

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Sequence
 from pathlib import Path
 
-from launch.nodes_ports import holder_of, port_in_use, unreachable, why_unreachable
+from launch.nodes.ports import holder_of, port_in_use, unreachable, why_unreachable
 
 __all__ = ["endpoint_of", "network_line", "refuse_taken_port"]
 

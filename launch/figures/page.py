@@ -1,4 +1,4 @@
-"""The page of `trellis figures`: what `launch.figures_measure.measure` found, as blocks."""
+"""The page of `trellis figures`: what `launch.figures.measure.measure` found, as blocks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from statistics import fmean
 from typing import Any
 
 from launch.experiments.page import Block, Differences, Lines, Page, Section, Table, Text
-from launch.figures_recall import recall_blocks
-from launch.figures_steps import steps_blocks
+from launch.figures.recall import recall_blocks
+from launch.figures.steps import steps_blocks
 from trellis_dist.charts import Difference, Point
 
 __all__ = ["figures_page"]

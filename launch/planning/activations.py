@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from launch.mixer_bytes import mixer_bytes_of
+from launch.planning.mixer_bytes import mixer_bytes_of
 from launch.recipe import Recipe
 from trellis_dist.models.baseline_config import BASELINES
 from trellis_dist.models.config import LayerKind, ModelConfig

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from launch.fit import fit_to_devices
-from launch.memory import NO_PARTS, estimate_memory
-from launch.meshes import FRAGMENTATION, RESERVED_BYTES
-from launch.rank_memory import host_share, rank_memory
-from launch.remedies import Remedy, Search
+from launch.planning.memory import NO_PARTS, estimate_memory
+from launch.planning.meshes import FRAGMENTATION, RESERVED_BYTES
+from launch.planning.rank_memory import host_share, rank_memory
+from launch.planning.remedies import Remedy, Search
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from launch.fit import fit_mesh
-from launch.memory import estimate_memory
+from launch.planning.memory import estimate_memory
 
 if TYPE_CHECKING:
     from launch.recipe import Recipe

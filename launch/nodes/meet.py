@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from launch.nodes_channel import Channel
-from launch.nodes_ports import port_in_use, unreachable, why_unreachable
+from launch.nodes.channel import Channel
+from launch.nodes.ports import port_in_use, unreachable, why_unreachable
 
 __all__ = ["Answers", "Call", "Meeting", "MeetingError", "Node", "attend", "open_door"]
 

@@ -11,8 +11,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from launch.nodes_meet import Meeting
-from launch.nodes_verdict import Problem, unreached
+from launch.nodes.meet import Meeting
+from launch.nodes.verdict import Problem, unreached
 
 __all__ = ["CONNECT_S", "REACH_S", "Reach", "probe"]
 

@@ -1,0 +1,1 @@
+"""``trellis figures``: what a run's gates and memories do, as a page."""
