@@ -31,8 +31,33 @@ def test_one_column_is_a_series(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "text,names",
+    [
+        (
+            "date,0,1,OT\nx,1,2,3\nx,4,5,6\n",
+            ("0", "1", "OT"),
+        ),  # as Exchange, Electricity and Traffic are published
+        ("date,0,1\n2020-01-01,1,2\n2020-01-02,4,5\n", ("0", "1")),
+        (",a,b\n0,1,2\n1,4,5\n", ("a", "b")),  # with an index, as pandas writes it
+        ("timestamp,a\n1700000000,1\n1700003600,4\n", ("a",)),
+        ("2020-01-01,1,2\n2020-01-02,4,5\n", ("0", "1")),
+        ("\ufeff1,2\n4,5\n", ("0", "1")),
+        ("\ufeffdate,a\nx,1\nx,4\n", ("a",)),
+    ],
+)
+def test_headers_dates_and_indices_are_recognised(tmp_path: Path, text: str, names: tuple[str, ...]) -> None:
+    (tmp_path / "a.csv").write_text(text, encoding="utf-8")
+    series = read_series(tmp_path / "a.csv")
+    assert series.names == names
+    assert series.values[:, 0].tolist() == [1.0, 4.0]
+
+
+@pytest.mark.parametrize(
     "text,message",
     [
+        ("a,b\n,5\n3,6\n", "line 2: '' is no finite number"),
+        ("1,nan\n3,6\n", "line 1: 'nan' is no finite number"),
+        (",0,1\n0,1,2\n", "line 1: '' is no finite number"),
         ("date,a\nx,1\nx,2,3\n", "line 3: 3 fields where 2 are expected"),
         ("date,a\nx,1\n\nx,nan\n", "line 4: 'nan' is no finite number"),
         ("date,a\nx,1\nx,\n", "line 3: '' is no finite number"),
@@ -50,9 +75,13 @@ def test_what_is_no_series_is_refused_with_its_line(tmp_path: Path, text: str, m
 def test_no_file_and_no_gzip_are_refused_in_a_line(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such file"):
         read_series(tmp_path / "none.csv")
-    (tmp_path / "a.csv.gz").write_text("1,2\n")
-    with pytest.raises(ValueError, match="cannot be read as CSV"):
-        read_series(tmp_path / "a.csv.gz")
+    whole = gzip.compress(bytes(range(256)) * 40)
+    for damaged in (b"1,2\n", whole[:40] + bytes(8) + whole[48:]):
+        (tmp_path / "a.csv.gz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="cannot be read as CSV"):
+            read_series(tmp_path / "a.csv.gz")
+    with pytest.raises(ValueError, match="is a folder; give the path of a CSV file"):
+        read_series(tmp_path)
 
 
 def test_windows_are_those_of_a_loop() -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 
 from tests.distributed import gloo_pool
+from tests.largest import largest
 from tests.parallel.cases import relative
 from tests.parallel.test_model import TINY
 from tests.parallel.test_recompute import (
@@ -182,7 +183,7 @@ def over_the_sequence(mode: str) -> dict[str, Any]:
     dist.barrier()
     pairs = [pair for step in zip(ours, expected, strict=True) for pair in zip(*step, strict=True)]
     return {
-        "difference": max(relative(a, b) for a, b in pairs),
+        "difference": largest(relative(a, b) for a, b in pairs),
         "later graphs": len(graphs.captured) - first,
         "breaks": breaks(),
         "transfers": (len(outside), all(outside)),
@@ -220,12 +221,12 @@ def over_other_axes(axis: str) -> float:
     model, segments, _ = compiled(config, mesh, "full")
     ours = run(model.double(), segments, micro)
     dist.barrier()
-    return max(relative(a, b) for a, b in zip(ours, expected, strict=True))
+    return largest(relative(a, b) for a, b in zip(ours, expected, strict=True))
 
 
 @pytest.mark.parametrize("axis", ["all-to-all", "tensor"])
 def test_other_axes_communicate_between_graphs(axis: str):
-    assert max(gloo_pool(2).run(over_other_axes, axis, timeout_s=COMPILING_S)) < 1e-12
+    assert largest(gloo_pool(2).run(over_other_axes, axis, timeout_s=COMPILING_S)) < 1e-12
 
 
 def test_inductor_without_a_compiler_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch):
