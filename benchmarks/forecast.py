@@ -5,10 +5,10 @@
     python -m benchmarks.forecast --show        prints those tables
 
 DIR holds ETTh1.csv and exchange_rate.txt.gz. Each run takes minutes on one core; --minutes N ends after the
-epoch that is running by then, and the same command goes on. Runs that the JSON holds with today's settings
-are not run again. --rates R R tries each learning rate and keeps the best on validation; without it every
-mixer has the same one, and the tables say so. Results are published here, the series (ETTh1: CC BY-ND) are
-not.
+epoch that is running by then, with exit status 75, and the same command goes on. Runs that the JSON holds
+with today's settings are not run again. --rates R R tries each learning rate and keeps the best on
+validation; without it every mixer has the same one, and the tables say so. Results are published here, the
+series (ETTh1: CC BY-ND) are not.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import re
 import statistics
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -26,14 +27,17 @@ import torch
 
 from benchmarks.machine import machine, versions
 from trellis_dist.files import atomic_write, read_json, write_json
+from trellis_dist.forecasting import runs as forecasting
 from trellis_dist.forecasting.models import known_models, settings_of
 from trellis_dist.forecasting.runs import Case, Data, cases_of, identity_of, open_data, run_case
 from trellis_dist.forecasting.training import usable_device
 
 RESULT = Path(__file__).parent / "results" / "forecast.json"
 PAGE = Path(__file__).parents[1] / "docs" / "forecasting.md"
-FILES = {"etth1": "ETTh1.csv", "exchange": "exchange_rate.txt.gz"}
+FILES = {name: forecasting.FILES[name] for name in ("etth1", "exchange")}
 HORIZONS = (96, 192, 336, 720)
+# As of `trellis`: cut short, the same command goes on.
+EXIT_CUT = 75
 MODELS = ("dlinear", "attention", "trellis", "trellis-corrected", "gated_deltanet", "gsa", "mamba2")
 # (MSE, MAE) of DLinear as published: Zeng et al., AAAI 2023, table 2, look-back 336. Their repository,
 # cure-lab/LTSF-Linear, has these rows in LTSF-Benchmark.md, with the names of DLinear and NLinear exchanged.
@@ -55,8 +59,14 @@ def measure(
     """Run what ``output`` does not hold yet, writing it after every run; whether all is there.
 
     Runs of other settings than today's are taken out at once.
+
+    Raises:
+        ValueError: a series is another file than the one that runs of ``output`` are of.
     """
     report = read_json(output) if output.is_file() else {"data": {}, "models": {}, "runs": []}
+    for name, data in datasets.items():
+        if report["data"].get(name, data.record())["sha256"] != data.sha256:
+            raise ValueError(f"{FILES[name]} is another file than {output} is of: give another --output")
     runs = [run for run in report["runs"] if _holds(run, datasets)]
     if len(runs) < len(report["runs"]):  # a table of today's models has no runs of others
         write_json(output, _report(report, datasets, runs))
@@ -81,12 +91,16 @@ def measure(
 def _holds(run: dict[str, Any], datasets: dict[str, Data]) -> bool:
     """Whether a run was made with today's settings and data; of a data set not given, it is kept."""
     data = datasets.get(run["dataset"])
-    return data is None or run["identity"] == identity_of(_case(run), data)
+    return data is None or run["identity"] == _identity(_case(run), data, run)
+
+
+def _identity(case: Case, data: Data, run: dict[str, Any]) -> str:
+    return identity_of(case, data.record(), device=run.get("device", "cpu"))
 
 
 def _answers(run: dict[str, Any], case: Case, data: Data) -> bool:
     """Whether a run that holds makes ``case`` needless: one whose rate was chosen does for one with none."""
-    return _same(run, case) and (not case.rates or run["identity"] == identity_of(case, data))
+    return _same(run, case) and (not case.rates or run["identity"] == _identity(case, data, run))
 
 
 def _same(run: dict[str, Any], case: Case) -> bool:
@@ -105,7 +119,7 @@ def _report(report: dict[str, Any], datasets: dict[str, Data], runs: list[dict[s
         "versions": versions(),
         "threads": torch.get_num_threads(),
         "data": report["data"] | {name: data.record() for name, data in datasets.items()},
-        "models": report["models"],
+        "models": {name: report["models"][name] for name in sorted({run["model"] for run in runs})},
         "runs": sorted(runs, key=lambda run: (run["dataset"], run["horizon"], run["model"], run["seed"])),
     }
 
@@ -139,11 +153,22 @@ def _rate(model: str, runs: list[dict[str, Any]]) -> str:
     """The learning rates of a row, and who chose them."""
     if model == "dlinear":
         return "its authors'"
-    used = ", ".join(f"{rate:g}" for rate in sorted({run["training"]["learning_rate"] for run in runs}))
-    tried = min(len(run.get("rates", [])) for run in runs)
+    kinds: dict[str, set[float]] = {}
+    for run in runs:
+        kinds.setdefault(_chosen(model, run), set()).add(run["training"]["learning_rate"])
+    return "; ".join(
+        f"{', '.join(f'{rate:g}' for rate in sorted(kinds[kind]))}, {kind}" for kind in sorted(kinds)
+    )
+
+
+def _chosen(model: str, run: dict[str, Any]) -> str:
+    """How a run came to its learning rate."""
+    tried = len(run.get("rates", []))
     if tried > 1:
-        return f"{used}, best of {tried} on validation"
-    return f"{used}, chosen with it" if model == "attention" else f"{used}, attention's"
+        return f"best of {tried} on validation"
+    if tried == 1:
+        return "given"
+    return "chosen with it" if model == "attention" else "attention's"
 
 
 def _cell(runs: list[dict[str, Any]]) -> str:
@@ -171,8 +196,8 @@ def update_page(report: dict[str, Any], page: Path) -> None:
     atomic_write(page, changed)
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure, or show what was measured."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Measure, or show what was measured; the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forecast", description=__doc__)
     parser.add_argument("--show", action="store_true", help="print the tables of the last result")
     parser.add_argument("--data", type=Path, help="folder of ETTh1.csv and exchange_rate.txt.gz")
@@ -189,30 +214,39 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULT)
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args(arguments)
-    if not options.show:
-        if options.data is None:
-            parser.error("--data DIR is needed to measure")
-        try:
-            usable_device(options.device)
-        except ValueError as error:
-            parser.error(str(error))
-        _measure_all(options)
-    report = read_json(options.output)
+    if not options.show and options.data is None:
+        parser.error("--data DIR is needed to measure")
+    try:
+        complete = options.show or _measure_all(options)
+        report = read_json(options.output)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     print(render(report))
     if not options.show:
         update_page(report, options.page)
+    if not complete:
+        print("time is up; the same command goes on")
+    return 0 if complete else EXIT_CUT
 
 
-def _measure_all(options: argparse.Namespace) -> None:
+def _measure_all(options: argparse.Namespace) -> bool:
+    usable_device(options.device)
+    if not all(0 < rate < 1 for rate in options.rates):
+        raise ValueError(f"--rates {options.rates}: give learning rates between 0 and 1")
     torch.set_num_threads(1)
     deadline = None if options.minutes is None else time.monotonic() + 60 * options.minutes
     datasets = {name: open_data(options.data / FILES[name], dataset=name) for name in options.datasets}
     models = options.models or [name for name in MODELS if name in known_models()]
-    cases = cases_of(models=models, horizons=options.horizons, seeds=options.seeds, rates=options.rates)
+    cases = cases_of(
+        models=models,
+        horizons=options.horizons,
+        seeds=options.seeds,
+        rates=options.rates,
+        dataset=next(iter(FILES)),  # a known series: DLinear keeps its authors' rates
+    )
     places = {"work": options.work, "output": options.output}
-    if not measure(datasets, cases, **places, device=options.device, deadline=deadline):
-        print("time is up; the same command goes on")
+    return measure(datasets, cases, **places, device=options.device, deadline=deadline)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from enum import StrEnum
@@ -13,11 +14,17 @@ import typer
 
 __all__ = ["forecast"]
 
+# Channels that the first line names.
+NAMED = 12
+
 
 class Dataset(StrEnum):
     """How the rows of a file are split."""
 
     ETTH1 = "etth1"
+    ETTH2 = "etth2"
+    ETTM1 = "ettm1"
+    ETTM2 = "ettm2"
     EXCHANGE = "exchange"
     CSV = "csv"
 
@@ -31,11 +38,14 @@ class Device(StrEnum):
 
 def forecast(
     data: Annotated[
-        Path, typer.Option("--data", metavar="PATH", help="CSV, also .gz; a header and a date are fine")
+        Path,
+        typer.Option(
+            "--data", metavar="PATH", help="CSV, also .gz, or a folder of the known series; a date is fine"
+        ),
     ],
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="for models and results")],
     dataset: Annotated[
-        Dataset, typer.Option(help="etth1: 12/4/4 months of hours; exchange, csv: --fractions")
+        Dataset, typer.Option(help="ett...: 12/4/4 months; exchange, csv: --fractions")
     ] = Dataset.CSV,
     horizons: Annotated[str, typer.Option(metavar="N,N", help="steps to forecast")] = "96,192,336,720",
     models: Annotated[
@@ -44,12 +54,18 @@ def forecast(
     seeds: Annotated[str, typer.Option(metavar="N,N", help="of weights and order")] = "0",
     look_back: Annotated[int, typer.Option(min=1, help="steps that are read")] = 336,
     fractions: Annotated[
-        str, typer.Option(metavar="A,B,C", help="of training, validation and test; not of etth1")
-    ] = "0.7,0.1,0.2",
+        str, typer.Option(metavar="A,B,C", help="of training, validation and test  [default: 0.7,0.1,0.2]")
+    ] = "",
     rates: Annotated[
         str,
-        typer.Option(metavar="R,R", help="learning rates: each but dlinear takes its best on validation"),
+        typer.Option(
+            metavar="R,R", help="learning rates: each takes its best on validation; dlinear: of csv"
+        ),
     ] = "",
+    epochs: Annotated[int | None, typer.Option(min=1, help="at most; each model's own unless given")] = None,
+    windows: Annotated[
+        int | None, typer.Option(min=0, help="drawn for an epoch, 0 for all; each model's own unless given")
+    ] = None,
     device: Annotated[Device, typer.Option(help="where to train")] = Device.CPU,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="stop after an epoch by then; the same command goes on")
@@ -57,8 +73,9 @@ def forecast(
 ) -> None:
     """Train forecasters on a series and print their test errors; finished runs are read back.
 
-    Errors are on data standardised by the training rows. docs/forecasting.md says how it is split. Exit
-    status 75: --minutes were over, and the same command goes on.
+    Errors are on data standardised by the training rows. docs/forecasting.md says how it is split. Each run's
+    forecast.csv has the steps after the end of the file. Exit status 75: --minutes were over, and the same
+    command goes on.
     """
     from trellis_dist.forecasting.runs import cases_of, open_data, run_cases
 
@@ -68,10 +85,13 @@ def forecast(
         horizons=_numbers(horizons, "--horizons"),
         seeds=_numbers(seeds, "--seeds", least=0),
         rates=_rates(rates),
+        changed=_changed(epochs, windows),
+        dataset=dataset,
     )
     opened = open_data(data, dataset=dataset, look_back=look_back, fractions=_fractions(fractions))
+    print(_about(opened), flush=True)
     results = []
-    for result in run_cases(cases, opened, out, device=device, deadline=deadline):
+    for result in run_cases(cases, opened, out, device=device, deadline=deadline, say=_say):
         results.append(result)
         print(_line(result), flush=True)
     if results:
@@ -83,6 +103,24 @@ def forecast(
 
         print(f"stopped with {len(results)} of {len(cases)} runs finished; the same command goes on")
         raise typer.Exit(EXIT_TERMINATED)
+
+
+def _changed(epochs: int | None, windows: int | None) -> dict[str, int | None]:
+    """What of the settings of training was given; 0 windows are all."""
+    given = {"epochs": epochs} if epochs is not None else {}
+    return given | ({"windows": windows or None} if windows is not None else {})
+
+
+def _about(data: Any) -> str:
+    rows, channels = data.series.values.shape
+    names = ", ".join(data.series.names[:NAMED]) + (", ..." if channels > NAMED else "")
+    train, validation, test = data.borders
+    parts = f"{train} training, {validation} validation, {test} test"
+    return f"{rows} rows of {channels} channels ({names}): {parts}"
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def render(results: Sequence[dict[str, Any]]) -> str:
@@ -116,8 +154,10 @@ def _about_rates(results: Sequence[dict[str, Any]]) -> list[str]:
     if not mixers:
         return []
     used = ", ".join(f"{rate:g}" for rate in sorted({result["learning_rate"] for result in mixers}))
-    if all(result["rates"] for result in mixers):
+    if all(len(result["rates"]) > 1 for result in mixers):
         return [f"learning rates {used}: each the best of those tried on validation"]
+    if any(len(result["rates"]) > 1 for result in mixers):
+        return [f"learning rates {used}: some chosen on validation, some given"]
     return [f"learning rate {used}, not chosen for each mixer: --rates 5e-4,1e-3,2e-3 does, on validation"]
 
 
@@ -146,7 +186,9 @@ def _numbers(text: str, option: str, *, least: int = 1) -> list[int]:
     return [int(part) for part in parts]
 
 
-def _fractions(text: str) -> tuple[float, float, float]:
+def _fractions(text: str) -> tuple[float, float, float] | None:
+    if not text:
+        return None
     try:
         train, validation, test = (float(part) for part in text.split(","))
     except ValueError as error:

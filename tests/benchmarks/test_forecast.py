@@ -42,7 +42,8 @@ def measure(folder: Path, *more: str, model: str = "dlinear") -> dict[str, Any]:
         "page": folder / "page.md",
     }
     pairs = [item for name, path in places.items() for item in (f"--{name}", str(path))]
-    forecast.main([*pairs, "--models", model, *more])
+    status = forecast.main([*pairs, "--models", model, *more])
+    assert status == (75 if "--minutes" in more else 0)
     found: dict[str, Any] = read_json(folder / "out.json")
     return found
 
@@ -98,6 +99,53 @@ def test_a_gpu_that_is_not_there_is_one_line(
         measure(small, "--device", "cuda")
     last = capsys.readouterr().err.splitlines()[-1]
     assert last.endswith("--device cuda, but torch sees no CUDA device: use --device cpu")
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (("--models", "attentoin"), "no forecaster is called 'attentoin'"),
+        (("--rates", "-1"), "give learning rates between 0 and 1"),
+        (("--data", "nowhere"), "no such file"),
+        (("--data", "another"), "is another file than"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_loses_nothing(
+    small: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    more: tuple[str, str],
+    message: str,
+) -> None:
+    measure(small, "--datasets", "etth1", "--horizons", "3")
+    before = (small / "out.json").read_bytes()
+    monkeypatch.chdir(small)
+    (small / "another").mkdir()
+    write_csv(small / "another" / "etth1.csv", 1 + waves(1400, channels=2))
+    with pytest.raises(SystemExit):
+        measure(small, "--datasets", "etth1", *more)
+    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert (small / "out.json").read_bytes() == before
+
+
+def test_a_row_says_how_each_of_its_rates_was_found() -> None:
+    training = {"learning_rate": 1e-3}
+    chosen = {"training": {"learning_rate": 5e-4}, "rates": [[5e-4, 0.1], [1e-3, 0.2]]}
+    given = {"training": training, "rates": [[1e-3, 0.1]]}
+    assert forecast._rate("attention", [given]) == "0.001, given"
+    assert forecast._rate("trellis", [chosen, {"training": training}]) == (
+        "0.001, attention's; 0.0005, best of 2 on validation"
+    )
+
+
+def test_the_committed_runs_are_of_todays_models_and_settings() -> None:
+    report = read_json(forecast.RESULT)
+    for run in report["runs"]:
+        data = report["data"][run["dataset"]]
+        assert run["identity"] == runs.identity_of(
+            forecast._case(run), data, device=run.get("device", "cpu")
+        ), run
+    assert set(report["models"]) == {run["model"] for run in report["runs"]}
 
 
 def test_time_that_is_up_leaves_what_is_there(small: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import replace
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.forecasting.series_files import wave_data
-from trellis_dist.forecasting.models import ForecastTraining, Shape, build, known_models
+from trellis_dist.forecasting.models import ForecastTraining, Shape, build, known_models, training_of
 from trellis_dist.forecasting.training import Errors, Training, errors_of, usable_device
 from trellis_dist.forecasting.windows import Windows
 
@@ -89,10 +90,51 @@ def test_epochs_end_it_and_the_rate_falls(monkeypatch: pytest.MonkeyPatch) -> No
     assert rates == [0.8] * 8 + [0.4] * 4 + [0.2] * 4
 
 
-def test_a_training_that_diverges_says_so() -> None:
+def test_a_training_that_diverges_ends_with_its_best_epoch() -> None:
     run = training("dlinear", replace(QUICK, learning_rate=1e30, clip_norm=None))
-    with pytest.raises(ValueError, match="after epoch 1: the training diverged; use a lower"):
-        run.epoch()
+    run.epoch()
+    assert (run.epochs, run.diverged, run.finished) == ([math.inf], True, True)
+    late = training("dlinear", replace(QUICK, epochs=9, patience=9))
+    late.epoch()
+    kept = late.model.trend_weight.detach().clone()
+    late.settings = replace(late.settings, learning_rate=1e30, clip_norm=None)
+    late.epoch()
+    assert (late.finished, late.best_epoch) == (True, 0)
+    assert torch.equal(late.take_best().trend_weight, kept)
+
+
+def test_an_epoch_is_judged_by_validation_windows_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    judged: list[tuple[Windows, int]] = []
+
+    def errors(model: nn.Module, windows: Windows, *, every: int = 1) -> Errors:
+        judged.append((windows, every))
+        return Errors(1.0, 1.0)
+
+    monkeypatch.setattr("trellis_dist.forecasting.training.errors_of", errors)
+    run, read = training("dlinear"), []
+    original = Windows.batch
+    monkeypatch.setattr(Windows, "batch", lambda self, indices: read.append(self) or original(self, indices))
+    run.epoch()
+    assert [(windows is run.splits.validation, every) for windows, every in judged] == [(True, 3)]
+    assert read
+    assert all(windows is run.splits.train for windows in read)
+
+
+def test_dlinear_is_trained_as_its_authors_scripts_do_on_each_problem() -> None:
+    """(batch size, rate) of cure-lab/LTSF-Linear, scripts/EXP-LongForecasting/DLinear."""
+    expected = {
+        ("etth1", 96): (8, 1e-4),
+        ("etth1", 720): (8, 1e-4),
+        ("exchange", 96): (8, 5e-4),
+        ("exchange", 192): (8, 5e-4),
+        ("exchange", 336): (32, 5e-4),
+        ("exchange", 720): (32, 5e-3),
+    }
+    for (dataset, horizon), wanted in expected.items():
+        found = training_of("dlinear", dataset=dataset, horizon=horizon)
+        assert (found.batch_size, found.learning_rate) == wanted
+        assert (found.windows, found.epochs, found.validation_every) == (None, 10, 1)
+        assert training_of("attention", dataset=dataset, horizon=horizon) == ForecastTraining()
 
 
 def states_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:

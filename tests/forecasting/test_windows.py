@@ -105,6 +105,9 @@ def test_windows_are_those_of_a_loop() -> None:
 
 def test_scales_are_of_the_training_rows_and_a_constant_channel_is_shifted() -> None:
     values = torch.stack([torch.full((40,), 5.0), torch.arange(40.0)], -1).double()
+    lone = torch.full((40, 1), 0.1, dtype=torch.float64)  # whose mean is rounded
+    lone[30:] = 0.2
+    assert split(Series(("a",), lone), (30, 5, 5), look_back=4, horizon=2).deviation.tolist() == [1.0]
     parts = split(Series(("a", "b"), values), (20, 10, 10), look_back=4, horizon=2)
     assert parts.train.rows[:, 0].abs().max() == 0
     assert float(parts.train.rows[:, 1].mean()) == pytest.approx(0, abs=1e-6)

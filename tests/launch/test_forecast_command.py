@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,36 @@ def test_time_that_is_up_says_how_to_go_on(
     series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(series, tmp_path / "out", minutes="0")) == 75
-    assert capsys.readouterr().out == "stopped with 0 of 4 runs finished; the same command goes on\n"
+    about = "400 rows of 2 channels (C0, C1): 280 training, 40 validation, 80 test\n"
+    assert capsys.readouterr().out == f"{about}stopped with 0 of 4 runs finished; the same command goes on\n"
+
+
+def test_a_step_is_said_and_what_is_given_of_the_training_is_done(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = {"models": "attention", "horizons": "3", "epochs": "1", "windows": "0"}
+    assert main(command(series, tmp_path / "out", **one)) == 0
+    (run,) = read_json(tmp_path / "out" / "results.json")["runs"]
+    assert run["changed"] == {"epochs": 1, "windows": None}
+    (error,) = run["validation_by_epoch"]
+    said = f"attention, horizon 3, seed 0, rate 0.001, epoch 1: validation MSE {error:.4f}"
+    assert capsys.readouterr().err.splitlines() == [said]
+    assert (tmp_path / "out" / "h3" / "attention" / "seed-0-epochs-1-windows-all" / "forecast.csv").is_file()
+
+
+def test_a_known_series_is_found_in_a_folder(
+    series: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "folder").mkdir()
+    series.rename(tmp_path / "folder" / "exchange_rate.txt")
+    given = {"dataset": "exchange", "minutes": "0"}
+    assert main(command(tmp_path / "folder", tmp_path / "out", **given)) == 1
+    assert "exchange_rate.txt.gz: no such file" in capsys.readouterr().err
+    packed = gzip.compress((tmp_path / "folder" / "exchange_rate.txt").read_bytes())
+    (tmp_path / "folder" / "exchange_rate.txt.gz").write_bytes(packed)
+    assert main(command(tmp_path / "folder", tmp_path / "out", **given)) == 75
+    assert main(command(tmp_path / "folder", tmp_path / "out")) == 1
+    assert "is a folder; give the path of a CSV file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -66,6 +96,8 @@ def test_time_that_is_up_says_how_to_go_on(
         ({"fractions": "0.5,0.5"}, "--fractions '0.5,0.5': give three shares"),
         ({"fractions": "0.5,0.2,0.2"}, "three positive shares that add up to 1"),
         ({"dataset": "etth1"}, "400 rows are fewer than the 14400 of etth1"),
+        ({"dataset": "ettm2"}, "400 rows are fewer than the 57600 of ettm2"),
+        ({"dataset": "etth1", "fractions": "0.6,0.2,0.2"}, "--fractions says nothing of etth1"),
         ({"look-back": "300"}, "280 training rows are fewer than look_back = 300"),
         ({"look-back": "8"}, "patch_length = 16 is longer than look_back = 8"),
         ({"data": "nowhere.csv"}, "nowhere.csv: no such file"),

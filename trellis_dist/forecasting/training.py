@@ -83,17 +83,18 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """All epochs are done, or validation has not improved for ``patience`` of them."""
+        """All epochs are done, validation has not improved for ``patience`` of them, or it diverged."""
         done = len(self.epochs)
         waited = done > 0 and done - 1 - self.best_epoch >= self.settings.patience
-        return done >= self.settings.epochs or waited
+        return done >= self.settings.epochs or waited or self.diverged
+
+    @property
+    def diverged(self) -> bool:
+        """Whether the validation error after the last epoch is not finite."""
+        return bool(self.epochs) and not math.isfinite(self.epochs[-1])
 
     def epoch(self) -> None:
-        """Train on the windows of this epoch, in its order, and validate.
-
-        Raises:
-            ValueError: the validation error is not finite.
-        """
+        """Train on the windows of this epoch, in its order, and validate; an error not finite is inf."""
         number = len(self.epochs)
         for group in self._optimizer.param_groups:
             group["lr"] = self.settings.learning_rate * self.settings.decay ** max(number - 1, 0)
@@ -103,12 +104,7 @@ class Training:
             for indices in _whole_batches(order, self.settings.batch_size):
                 self._step(*self.splits.train.batch(indices))
         error = errors_of(self.model, self.splits.validation, every=self.settings.validation_every).mse
-        if not math.isfinite(error):
-            raise ValueError(
-                f"the validation error is {error} after epoch {number + 1}: the training diverged; "
-                "use a lower learning rate"
-            )
-        self.epochs.append(error)
+        self.epochs.append(error if math.isfinite(error) else math.inf)
         if self.best_epoch == number:
             self._best = self._copy()
 

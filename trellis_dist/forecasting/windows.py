@@ -18,8 +18,11 @@ from trellis_dist.validation import require
 
 __all__ = ["BORDERS", "FRACTIONS", "Splits", "Windows", "borders_of", "split"]
 
-# Rows of training, validation and test: months of 30 days for ETTh1, whose last rows go unused.
-BORDERS = {"etth1": (12 * 30 * 24, 4 * 30 * 24, 4 * 30 * 24)}
+# Rows of training, validation and test: 12, 4 and 4 months of 30 days, of hours or quarters of them; the
+# last rows go unused.
+HOURS = (12 * 30 * 24, 4 * 30 * 24, 4 * 30 * 24)
+QUARTERS = (4 * HOURS[0], 4 * HOURS[1], 4 * HOURS[2])
+BORDERS = {"etth1": HOURS, "etth2": HOURS, "ettm1": QUARTERS, "ettm2": QUARTERS}
 # Shares of training, validation and test of the others.
 FRACTIONS = (0.7, 0.1, 0.2)
 
@@ -75,20 +78,28 @@ class Splits:
 
 
 def borders_of(
-    rows: int, *, dataset: str, fractions: tuple[float, float, float] = FRACTIONS
+    rows: int, *, dataset: str, fractions: tuple[float, float, float] | None = None
 ) -> tuple[int, int, int]:
     """Rows of training, validation and test of a series of ``rows``.
 
-    ETTh1 has fixed ones. Of the others, training and test are rounded down and validation is the rest.
+    The ETT series have fixed ones. Of the others, training and test are rounded down and validation is the
+    rest.
+
+    Args:
+        fractions: of training, validation and test; None: FRACTIONS.
 
     Raises:
-        ValueError: fewer rows than ETTh1 has, or fractions that are not three positive shares of 1.
+        ValueError: fewer rows than the ETT series has, fractions for one, or fractions that are not three
+            positive shares of 1.
     """
     if dataset in BORDERS:
         borders = BORDERS[dataset]
+        require(fractions is None, f"--fractions says nothing of {dataset}, whose rows are fixed: "
+                "leave it out, or use --dataset csv")  # fmt: skip
         require(rows >= sum(borders), f"{rows} rows are fewer than the {sum(borders)} of {dataset}: "
                 "give its whole file, or use --dataset csv")  # fmt: skip
         return borders
+    fractions = FRACTIONS if fractions is None else fractions
     require(
         len(fractions) == 3 and min(fractions) > 0 and abs(sum(fractions) - 1) < 1e-9,
         f"fractions {fractions}: give three positive shares that add up to 1, such as 0.7,0.1,0.2",
@@ -111,7 +122,9 @@ def split(series: Series, borders: tuple[int, int, int], *, look_back: int, hori
         train >= look_back, f"{train} training rows are fewer than look_back = {look_back}: use a shorter one"
     )
     mean, deviation = known.mean(0), known.std(0, correction=0)
-    deviation = torch.where(deviation == 0, torch.ones_like(deviation), deviation)
+    # A constant such as 0.1 has a mean that is rounded, and so a deviation of some 1e-17.
+    constant = deviation <= 1e-12 * mean.abs()
+    deviation = torch.where(constant, torch.ones_like(deviation), deviation)
     scaled = ((series.values - mean) / deviation).float()
     ends = (train, train + validation, train + validation + test)
     starts = (0, train - look_back, train + validation - look_back)

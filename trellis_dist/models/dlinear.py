@@ -33,7 +33,8 @@ class DLinear(nn.Module):
         super().__init__()
         self.config = config
         shape, replicated = (config.horizon, config.look_back), ParallelKind.REPLICATED
-        # The average of what was read, as in the authors' code: the same for every seed.
+        # Weights average what was read, as in the authors' models/DLinear.py, the same for every seed;
+        # biases, which are drawn there, begin at zero.
         average, zero = Constant(1 / config.look_back), Constant(0.0)
         self.seasonal_weight = new_parameter(*shape, initial=average, kind=replicated)
         self.seasonal_bias = new_parameter(config.horizon, initial=zero, kind=replicated)
