@@ -112,18 +112,35 @@ def test_rotation_keeps_norms_and_sees_only_distances():
     assert torch.equal(turned[:, 0], x[:, 0])
 
 
-@pytest.mark.parametrize("window", [None, 1, 3, 100])
-def test_attention_equals_an_explicit_softmax(tiny, window):
+@pytest.mark.parametrize("tokens", [7, 20, 23])
+@pytest.mark.parametrize("window", [None, 1, 3, 5, 11, 100])
+def test_attention_equals_an_explicit_softmax(tiny, window, tokens):
+    """Also in blocks of a window that is shorter than half the row, and backward."""
     model = tiny(pattern=("attention",), attention=AttentionConfig(window=window))
-    mixer, x = model.blocks[0].mixer, random(2, 7, 16)
-    project = [F.linear(x, w).view(2, 7, 2, 8) for w in (mixer.q_weight, mixer.k_weight, mixer.v_weight)]
-    q, k = (rotate(part, torch.arange(7), theta=10_000.0) for part in project[:2])
+    mixer, x = model.blocks[0].mixer, random(2, tokens, 16).requires_grad_()
+    project = [F.linear(x, w).view(2, tokens, 2, 8) for w in (mixer.q_weight, mixer.k_weight, mixer.v_weight)]
+    q, k = (rotate(part, torch.arange(tokens), theta=10_000.0) for part in project[:2])
     scores = torch.einsum("bthd,bshd->bhts", q, k) / 8**0.5
-    distance = torch.arange(7)[:, None] - torch.arange(7)
-    visible = (distance >= 0) & (distance < (window or 7))
+    distance = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    visible = (distance >= 0) & (distance < (window or tokens))
     weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
     expected = torch.einsum("bhts,bshd->bthd", weights, project[2]).flatten(-2) @ mixer.out_weight.t()
-    torch.testing.assert_close(mixer(x, SequenceContext()), expected, atol=1e-10, rtol=1e-10)
+    found = mixer(x, SequenceContext())
+    torch.testing.assert_close(found, expected, atol=1e-10, rtol=1e-10)
+    learned = (x, mixer.q_weight, mixer.k_weight, mixer.v_weight)
+    upstream = random(2, tokens, 16)
+    gradients = (torch.autograd.grad(y, learned, upstream, retain_graph=True) for y in (found, expected))
+    torch.testing.assert_close(*gradients, atol=1e-10, rtol=1e-10)
+
+
+def test_a_window_keeps_no_mask_of_the_whole_row(tiny):
+    """For the backward pass: a [T, T] mask of fp64 would be 8 MiB, all else is in O(T)."""
+    model = tiny(pattern=("attention",), attention=AttentionConfig(window=8))
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        model.blocks[0].mixer(random(1, 1024, 16), SequenceContext())
+    assert kept
+    assert max(kept) < 1024 * 16 * 8
 
 
 def test_autocast_leaves_the_memories_of_baselines_alone(tiny, tokens):

@@ -146,12 +146,33 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, *, window: int | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     if queries == keys and (window is None or window >= keys):
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    distance = torch.arange(keys - queries, keys, device=q.device)[:, None]
-    distance = distance - torch.arange(keys, device=q.device)
-    mask = distance >= 0
-    if window is not None:
-        mask &= distance < window
+    if queries == keys and window is not None and keys > 2 * window:
+        return _attend_in_blocks(q, k, v, window=window)
+    mask = _near(queries, keys, window=window, device=q.device)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+def _near(queries: int, keys: int, *, window: int | None, device: torch.device) -> Tensor:
+    """Which of ``keys`` positions each of the last ``queries`` sees: bool [queries, keys]."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    seen = distance >= 0
+    return seen if window is None else seen & (distance < window)
+
+
+def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor:
+    """The same over a window of W < T, in O(T W): [B, H, T, D] three times -> the same.
+
+    A block of W queries sees its own W keys and the W before; all but the first share one mask [W, 2 W].
+    """
+    tokens = q.shape[2]
+    first = F.scaled_dot_product_attention(*(part[:, :, :window] for part in (q, k, v)), is_causal=True)
+    padding = (0, 0, 0, -tokens % window)
+    rest = F.pad(q[:, :, window:], padding).unflatten(2, (-1, window))  # [B, H, N, W, D]
+    k, v = (F.pad(part, padding).unfold(2, 2 * window, window).transpose(-1, -2) for part in (k, v))
+    mask = _near(window, 2 * window, window=window, device=q.device)
+    # Blocks beside the heads: kernels of attention take four dimensions.
+    y = F.scaled_dot_product_attention(*(part.flatten(1, 2) for part in (rest, k, v)), attn_mask=mask)
+    return torch.cat([first, y.reshape(rest.shape).flatten(2, 3)[:, :, : tokens - window]], dim=2)
 
 
 def rotate(x: Tensor, positions: Tensor, *, theta: float) -> Tensor:
