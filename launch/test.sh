@@ -33,9 +33,9 @@ mypy >"$types" 2>&1 &
 typing=$!
 trap 'kill "$typing" 2>/dev/null || true; rm -f "$types"' EXIT
 status=0
-# Rooms side by side (tests/conftest.py), two more than CI has cores: tests of whole jobs wait a good part of their
+# Rooms side by side (tests/conftest.py), one more than CI has cores: tests of whole jobs wait a good part of their
 # time. `-n 0` among the arguments puts all tests into one process.
-check python -m pytest -n 4 --no-loadscope-reorder "$@" || status=$?
+check python -m pytest -n 3 --no-loadscope-reorder "$@" || status=$?
 printf '== mypy\n' >&2
 wait "$typing" || status=1
 cat "$types"

@@ -1,6 +1,6 @@
 """What every test runs under: one thread, no network, and, under CI, no skip that nobody agreed to.
 
-Under `pytest -n 4` a room is one unit of work, so that its pools and sessions exist once.
+Under `pytest -n 3` a room is one unit of work, so that its pools and sessions exist once.
 The two rooms of multi-rank tests share a unit, and the longest units begin first, so that the workers end
 together.
 """
