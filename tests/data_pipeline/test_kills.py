@@ -27,7 +27,7 @@ PLANTED = "one two three four five six seven eight nine ten eleven twelve thirte
 
 
 def book_texts() -> list[str]:
-    """A few books; where they are not there, made-up ones as long, so that a budget ends inside the second."""
+    """A few books; where they are not there, made-up ones, of which the second does not fit the budget."""
     paths = sorted(BOOKS.glob("*.txt"), key=lambda path: path.stat().st_size)[:3]
     return [path.read_text(errors="replace") for path in paths] or [prose(n, 250_000) for n in range(3)]
 

@@ -165,13 +165,15 @@ def _attend_in_blocks(q: Tensor, k: Tensor, v: Tensor, *, window: int) -> Tensor
     A block of W queries sees its own W keys and the W before; all but the first share one mask [W, 2 W].
     """
     tokens = q.shape[2]
-    first = F.scaled_dot_product_attention(*(part[:, :, :window] for part in (q, k, v)), is_causal=True)
+    begun = slice(0, window)
+    first = F.scaled_dot_product_attention(q[:, :, begun], k[:, :, begun], v[:, :, begun], is_causal=True)
     padding = (0, 0, 0, -tokens % window)
     rest = F.pad(q[:, :, window:], padding).unflatten(2, (-1, window))  # [B, H, N, W, D]
     k, v = (F.pad(part, padding).unfold(2, 2 * window, window).transpose(-1, -2) for part in (k, v))
     mask = _near(window, 2 * window, window=window, device=q.device)
     # Blocks beside the heads: kernels of attention take four dimensions.
-    y = F.scaled_dot_product_attention(*(part.flatten(1, 2) for part in (rest, k, v)), attn_mask=mask)
+    q, k, v = (part.flatten(1, 2) for part in (rest, k, v))
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return torch.cat([first, y.reshape(rest.shape).flatten(2, 3)[:, :, : tokens - window]], dim=2)
 
 
