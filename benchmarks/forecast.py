@@ -27,14 +27,15 @@ import torch
 
 from benchmarks.machine import machine, versions
 from trellis_dist.files import atomic_write, read_json, write_json
-from trellis_dist.forecasting import runs as forecasting
+from trellis_dist.forecasting import cases as known
+from trellis_dist.forecasting.cases import Case, Data, cases_of, identity_of, open_data
 from trellis_dist.forecasting.models import known_models, settings_of
-from trellis_dist.forecasting.runs import Case, Data, cases_of, identity_of, open_data, run_case
+from trellis_dist.forecasting.runs import run_case
 from trellis_dist.forecasting.training import usable_device
 
 RESULT = Path(__file__).parent / "results" / "forecast.json"
 PAGE = Path(__file__).parents[1] / "docs" / "forecasting.md"
-FILES = {name: forecasting.FILES[name] for name in ("etth1", "exchange")}
+FILES = {name: known.FILES[name] for name in ("etth1", "exchange")}
 HORIZONS = (96, 192, 336, 720)
 # As of `trellis`: cut short, the same command goes on.
 EXIT_CUT = 75

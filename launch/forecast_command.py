@@ -77,7 +77,8 @@ def forecast(
     forecast.csv has the steps after the end of the file. Exit status 75: --minutes were over, and the same
     command goes on.
     """
-    from trellis_dist.forecasting.runs import cases_of, open_data, run_cases
+    from trellis_dist.forecasting.cases import cases_of, open_data
+    from trellis_dist.forecasting.runs import run_cases
 
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     cases = cases_of(

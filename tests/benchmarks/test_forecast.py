@@ -11,6 +11,7 @@ from benchmarks import forecast
 from tests.forecasting.series_files import waves, write_csv
 from trellis_dist.files import read_json, write_json
 from trellis_dist.forecasting import runs
+from trellis_dist.forecasting.cases import identity_of
 from trellis_dist.forecasting.models import ForecastTraining
 from trellis_dist.forecasting.windows import BORDERS
 
@@ -142,9 +143,7 @@ def test_the_committed_runs_are_of_todays_models_and_settings() -> None:
     report = read_json(forecast.RESULT)
     for run in report["runs"]:
         data = report["data"][run["dataset"]]
-        assert run["identity"] == runs.identity_of(
-            forecast._case(run), data, device=run.get("device", "cpu")
-        ), run
+        assert run["identity"] == identity_of(forecast._case(run), data, device=run.get("device", "cpu")), run
     assert set(report["models"]) == {run["model"] for run in report["runs"]}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from trellis_dist.forecasting.runs import Data
+from trellis_dist.forecasting.cases import Data
 from trellis_dist.forecasting.series import Series
 
 SHARED = Path(__file__).resolve().parents[3] / "shared/data/timeseries"

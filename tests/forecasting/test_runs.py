@@ -10,17 +10,11 @@ import torch
 
 from tests.forecasting.series_files import etth1, wave_data
 from trellis_dist.files import read_json
-from trellis_dist.forecasting import runs
+from trellis_dist.forecasting import kept, runs
+from trellis_dist.forecasting.cases import Case, cases_of, identity_of, open_data
+from trellis_dist.forecasting.kept import load_model
 from trellis_dist.forecasting.models import ForecastTraining
-from trellis_dist.forecasting.runs import (
-    Case,
-    cases_of,
-    identity_of,
-    load_model,
-    open_data,
-    run_case,
-    run_cases,
-)
+from trellis_dist.forecasting.runs import run_case, run_cases
 from trellis_dist.forecasting.series import Series
 from trellis_dist.forecasting.training import Errors, errors_of
 
@@ -54,7 +48,7 @@ def test_a_stopped_run_goes_on_to_the_same_bits(tmp_path: Path) -> None:
     assert whole is not None
     assert parts is not None
     assert {**whole, "cpu_seconds": 0} == {**parts, "cpu_seconds": 0}
-    models = [CASE.folder(tmp_path / name) / runs.MODEL for name in ("whole", "parts")]
+    models = [CASE.folder(tmp_path / name) / kept.MODEL for name in ("whole", "parts")]
     assert models[0].read_bytes() == models[1].read_bytes()
     assert not (CASE.folder(tmp_path / "parts") / runs.TRAINING).exists()
 
@@ -111,8 +105,8 @@ def test_the_rate_with_the_best_validation_error_counts(tmp_path: Path) -> None:
     for key in ("learning_rate", "validation_mse", "mse", "mae", "best_epoch"):
         assert result[key] == best[key]
     assert sorted(path.name for path in case.folder(tmp_path / "out").iterdir()) == [
-        runs.FORECAST,
-        runs.MODEL,
+        kept.FORECAST,
+        kept.MODEL,
         runs.RESULT,
     ]
     assert len({each["identity"] for each in (*found, result)}) == 3
@@ -169,7 +163,7 @@ def test_the_forecast_follows_the_end_of_the_file_in_its_units(tmp_path: Path) -
     data = wave_data()
     data = replace(data, series=Series(("a", "b"), 100 + 7 * data.series.values))
     run_case(CASE, data, tmp_path)
-    lines = (CASE.folder(tmp_path) / runs.FORECAST).read_text().splitlines()
+    lines = (CASE.folder(tmp_path) / kept.FORECAST).read_text().splitlines()
     assert lines[0] == "step,a,b"
     found = torch.tensor([[float(field) for field in line.split(",")] for line in lines[1:]])
     assert found[:, 0].tolist() == [1, 2, 3, 4, 5, 6]
@@ -225,7 +219,7 @@ def test_a_folder_of_other_data_or_settings_is_refused(
     for name in ("done", "part"):
         with pytest.raises(ValueError, match="run of other data or settings: give another --out"):
             run_case(CASE, other, tmp_path / name)
-    monkeypatch.setattr(runs, "settings_of", lambda *_, **__: {"another": "model"})
+    monkeypatch.setattr("trellis_dist.forecasting.cases.settings_of", lambda *_, **__: {"another": "model"})
     with pytest.raises(ValueError, match="run of other data or settings"):
         run_case(CASE, data, tmp_path / "done")
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from tests.forecasting.test_training import training
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_a_gpu_trains_what_a_cpu_does_and_goes_on_from_it() -> None:
     """DLinear, which has no dropout: its draws would be others."""
     cpu, gpu = training("dlinear"), training("dlinear", device="cuda")
