@@ -75,6 +75,8 @@ def test_half_the_slots_are_half_of_this_scales() -> None:
 def test_the_whole_plan_can_be_gone_through_and_fits_the_budget() -> None:
     left = expected.rehearsed({})
     assert {task.kind for task in left} == {"tune", "noise", "vary", "search", "recall", "full", "long"}
+    names = [task.name for task in left]
+    assert len(set(names)) == len(names)
     full = [task.name for task in left if task.kind == "full"]
     assert {f"full-{name}-s{seed}" for name in ("gsa", "attention", "trellis") for seed in range(3)} <= {
         *full
