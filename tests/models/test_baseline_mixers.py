@@ -159,16 +159,17 @@ EPSILON = dict.fromkeys(("deltanet", "gated_deltanet", "rwkv7"), 1e-5 * WIDTH)
 
 
 def projected(x: Tensor, p: Given, *, convolved: str) -> Given:
-    """W x by head, and of those that are ``convolved`` silu of sum_j w_j x_{t-j}."""
+    """W x by head, and of those that are ``convolved`` silu of sum_j w_j x_{t-j}, or of themselves."""
     found = {}
     for name in [each.removesuffix("_weight") for each in p if each.endswith("_weight")]:
         if name.endswith("conv") or name in ("output_gate", "norm", "out", "inner_norm", "initial"):
             continue
         y = x @ p[f"{name}_weight"].T
-        if name in convolved:
+        if name in convolved and f"{name}_conv_weight" in p:
             taps = p[f"{name}_conv_weight"].flip(-1).T
             late = [F.pad(y, (0, 0, j, 0))[:, :LENGTH] for j in range(len(taps))]
             y = sum(w * each for w, each in zip(taps, late, strict=True))
+        if name in convolved:
             y = y * sigmoid(y)
         found[name] = y.unflatten(-1, (HEADS, -1))
     return found
@@ -199,7 +200,8 @@ def mixer_of(tiny: Any, kind: str, **baselines: Any) -> nn.Module:
 FORMS = {
     "all convolved": ({}, "qkv"),
     "raw values": ({"conv_values": False}, "qk"),
-    "raw": ({"conv_kernel": 0}, ""),
+    "no convolution": ({"conv_kernel": 0}, "qkv"),
+    "no convolution, raw values": ({"conv_kernel": 0, "conv_values": False}, "qk"),
     "a skip": ({"skip_values": True}, "qkv"),
     "an epsilon": ({"head_norm_eps": 0.25}, "qkv"),
 }

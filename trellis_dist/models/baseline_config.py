@@ -47,8 +47,9 @@ class BaselineConfig:
     """The recurrent baselines (docs/baselines.md).
 
     Attributes:
-        conv_kernel: taps of the causal depthwise convolution, with a SiLU after it; 0 removes both.
-        conv_values: convolve the values too, as the DeltaNet family and Mamba2 do; else queries and keys.
+        conv_kernel: taps of the causal depthwise convolution, with a SiLU after it; 0 leaves the SiLU alone.
+        conv_values: convolve the values too, as the DeltaNet family and Mamba2 do; else queries and keys
+            alone have the convolution and its SiLU.
         chunk_size: tokens that are computed together. Another rounds differently and is no other function.
         mini_batch: tokens of ttt_linear and titans that share a gradient; part of the function, like
             ``trellis.chunk_size``.

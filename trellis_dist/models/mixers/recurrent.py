@@ -77,7 +77,8 @@ class Projection:
     Attributes:
         name: of what comes out; the weight is ``{name}_weight``.
         width: per head.
-        convolved: whether the short convolution and its SiLU follow.
+        convolved: whether the short convolution and its SiLU follow; the SiLU alone where the convolution has
+            no taps, since it is the feature map of linear attention and GSA.
     """
 
     name: str
@@ -268,8 +269,13 @@ class RecurrentMixer(nn.Module):
         pieces = [*mixed.split(sizes[:first], dim=-1)] if first else []
         pieces += rest.split(sizes[first:], dim=-1)
         named = zip(self.projections, pieces, strict=True)
-        parts = {p.name: piece.unflatten(-1, (-1, p.width)) for p, piece in named}
+        parts = {p.name: self._activated(p, piece).unflatten(-1, (-1, p.width)) for p, piece in named}
         return self.make_tokens(parts), self.beside(parts), gate
+
+    def _activated(self, projection: Projection, piece: Tensor) -> Tensor:
+        """A projection's output, with the SiLU that a convolution of no taps leaves."""
+        alone = projection.convolved and self.options.conv_kernel == 0
+        return F.silu(piece) if alone else piece
 
     def _output(self, y: Tensor, beside: Mapping[str, Tensor], gate: Tensor) -> Tensor:
         """Per-head RMSNorm, GELU gate and output projection: y [B, T, H, V] -> [B, T, dim]."""
