@@ -37,8 +37,9 @@ ROWS, LENGTH, EXACT = 2, 64, 1e-11
 PACKED = [0, 16, 24, 64, 64 + 8, 64 + 56]
 
 
-def config(*pattern: str, layers: int | None = None) -> ModelConfig:
+def config(*pattern: str, layers: int | None = None, **baselines: Any) -> ModelConfig:
     """Four heads, so that four ranks have one each in all-to-all mode."""
+    options = {"chunk_size": 8, "mini_batch": 4, "slots": 4, **baselines}
     return ModelConfig(
         vocab_size=24,
         num_layers=layers or max(2, len(pattern)),
@@ -48,13 +49,18 @@ def config(*pattern: str, layers: int | None = None) -> ModelConfig:
         pattern=pattern,
         trellis=TrellisConfig(slots=4, chunk_size=8),
         attention=AttentionConfig(sliding_window=12),
-        baselines=BaselineConfig(chunk_size=8, mini_batch=4, slots=4),
+        baselines=BaselineConfig(**options),
     )
 
 
 MINI_BATCHES = [kind for kind in MINI_BATCH_KINDS if kind in MIXERS][:1]
 # Mini-batches of 4 beside chunks of 8, and layers that exchange between layers that pass states.
 HYBRID = config("gated_deltanet", "trellis", "sliding_window", *MINI_BATCHES)
+# Every option that changes what goes over segments or heads: a skip beside the operation, no tail to fetch,
+# more matrices to pass.
+OPTIONS = config(
+    "gated_deltanet", "gsa", "titans", skip_values=True, conv_kernel=0, titans_depth=2, titans_step=0.5
+)
 
 
 def batch(seed: int, *, packed: bool) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -81,13 +87,13 @@ def named(model: LanguageModel, results: list[Tensor]) -> dict[str, Tensor]:
     return dict(zip(["loss", *(name for name, _ in model.named_parameters())], results, strict=True))
 
 
-def over_segments(sp: int, mode: str, packed: bool, pattern: tuple[str, ...]) -> dict[str, float]:
+def over_segments(sp: int, mode: str, packed: bool, options: ModelConfig) -> dict[str, float]:
     """Relative errors of the loss and every gradient, summed over the segments."""
     mesh = replace(mesh_of(sp), sequence_mode=mode)
     micro = [batch(mesh.dp_rank, packed=packed)]
-    model, segments = made(config(*pattern), None)
+    model, segments = made(options, None)
     expected = named(model, run(model, segments, micro))
-    found = named(model, run(*made(config(*pattern), mesh), micro))
+    found = named(model, run(*made(options, mesh), micro))
     for x in found.values():
         dist.all_reduce(x, group=mesh.sp_group)
     return {name: relative(found[name], want) for name, want in expected.items()}
@@ -104,15 +110,16 @@ def assert_exact(found: list[dict[str, float]]) -> None:
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
 def test_segments_compute_what_one_process_does(kind: str, packed: bool):
     for sp, mode in ((2, MODES[0]), (4, MODES[0]), (2, MODES[1]), (4, MODES[1])):
-        assert_exact(ranks().run(over_segments, sp, mode, packed, (kind,)))
+        assert_exact(ranks().run(over_segments, sp, mode, packed, config(kind)))
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("packed", [False, True], ids=["rows", "packed"])
-def test_patterns_of_several_grains_do_too(mode: str, packed: bool):
-    assert HYBRID.grain == 8
+@pytest.mark.parametrize("options", [HYBRID, OPTIONS], ids=["hybrid", "options"])
+def test_patterns_of_several_grains_and_options_do_too(mode: str, packed: bool, options: ModelConfig):
+    assert options.grain == 8
     for sp in (2, 4):
-        assert_exact(ranks().run(over_segments, sp, mode, packed, HYBRID.pattern))
+        assert_exact(ranks().run(over_segments, sp, mode, packed, options))
 
 
 def recomputed(sp: int, mode: str, recompute: str) -> dict[str, Any]:
@@ -141,13 +148,13 @@ def tensor_mesh(sp: int, scattered: bool) -> Mesh:
     return build_mesh(MeshConfig(sp=sp, tp=2), tensor=TensorConfig(sequence_parallel=scattered))
 
 
-def over_heads(sp: int, mode: str, scattered: bool, pattern: tuple[str, ...]) -> dict[str, float]:
+def over_heads(sp: int, mode: str, scattered: bool, options: ModelConfig) -> dict[str, float]:
     """Relative errors of the loss and of the gradients of this rank's shards."""
     mesh = replace(tensor_mesh(sp, scattered), sequence_mode=mode)
     micro = [batch(mesh.dp_rank, packed=True)]
-    whole, segments = made(config(*pattern), None)
+    whole, segments = made(options, None)
     expected = named(whole, run(whole, segments, micro))
-    model, segments = made(config(*pattern), mesh)
+    model, segments = made(options, mesh)
     results = run(model, segments, micro)
     if mesh.sp > 1:
         for x in results:
@@ -164,12 +171,13 @@ def over_heads(sp: int, mode: str, scattered: bool, pattern: tuple[str, ...]) ->
 @pytest.mark.parametrize("kind", KINDS)
 def test_shards_of_heads_compute_what_one_process_does(kind: str):
     for scattered in (False, True):
-        assert_exact(gloo_pool(2).run(over_heads, 1, MODES[0], scattered, (kind,)))
+        assert_exact(gloo_pool(2).run(over_heads, 1, MODES[0], scattered, config(kind)))
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_shards_and_segments_together_do_too(mode: str):
-    assert_exact(ranks().run(over_heads, 2, mode, True, HYBRID.pattern))
+@pytest.mark.parametrize("options", [HYBRID, OPTIONS], ids=["hybrid", "options"])
+def test_shards_and_segments_together_do_too(mode: str, options: ModelConfig):
+    assert_exact(ranks().run(over_heads, 2, mode, True, options))
 
 
 def drawn(heads: int = 4, width: int = 4) -> tuple[dict[str, Tensor], Tensor, Tensor]:

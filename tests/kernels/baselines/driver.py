@@ -72,11 +72,20 @@ def by_definition(
 
 
 def check(
-    case: Case, lengths: Sequence[int], *, packed: bool, chunk: int, seed: int = 0, offset: int = 0
+    case: Case,
+    lengths: Sequence[int],
+    *,
+    packed: bool,
+    chunk: int,
+    seed: int = 0,
+    offset: int = 0,
+    dtype: torch.dtype = torch.float64,
+    bound: float = 1e-10,
 ) -> None:
-    """Outputs, final memories and every gradient, against the definition; relative error below 1e-10.
+    """Outputs, final memories and every gradient, against the definition; relative error below ``bound``.
 
-    With an ``offset`` all documents are entered there in their first chunk, and the definition knows it.
+    With an ``offset`` all documents are entered there in their first chunk, and the definition knows it. The
+    chunkwise form computes in ``dtype``, the definition in fp64 from the same numbers.
     """
     generator = torch.Generator().manual_seed(seed)
     batch, length = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
@@ -85,13 +94,14 @@ def check(
     layout = PackedLayout.of(tuple(lengths), chunk, offsets=offset)
     if not packed:
         layout = PackedLayout.uniform(batch, length, chunk, offset=offset)
-    names, inputs = [*tokens, *weights], [*tokens.values(), *weights.values(), *memory]
+    names = [*tokens, *weights]
+    inputs = [x.to(dtype) for x in (*tokens.values(), *weights.values(), *memory)]
     results = []
-    for run in (
-        lambda t, w, m: case.operation(t, w, m, layout),
-        lambda t, w, m: by_definition(case, t, w, m, lengths),
+    for run, width in (
+        (lambda t, w, m: case.operation(t, w, m, layout), dtype),
+        (lambda t, w, m: by_definition(case, t, w, m, lengths), torch.float64),
     ):
-        xs = leaves(inputs)
+        xs = leaves([x.to(width) for x in inputs])
         given = dict(zip(names, xs, strict=False))
         y, final = run(
             {name: given[name] for name in tokens},
@@ -105,4 +115,4 @@ def check(
     labels += [f"gradient of {name}" for name in [*names, *(f"memory {i}" for i in range(len(memory)))]]
     for label, ours, expected in zip(labels, *results, strict=True):
         error = (ours - expected).norm() / expected.norm().clamp_min(1e-12)
-        assert error < 1e-10, f"{label}: relative error {error:.1e}"
+        assert error < bound, f"{label}: relative error {error:.1e}"
