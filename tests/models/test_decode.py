@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -61,6 +63,20 @@ def test_prefill_then_decode_equals_forward(model, tokens, pieces):
         logits, state = model.decode_step(x[:, state.position], state)
         outputs.append(logits.unsqueeze(1))
     torch.testing.assert_close(torch.cat(outputs, dim=1), expected, atol=1e-10, rtol=1e-10)
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 2e-5), (torch.bfloat16, 0.15)], ids=str)
+def test_a_narrow_type_decodes_what_the_wide_one_computes(model, tokens, dtype, bound):
+    """Prefill and steps in fp32 or bf16, against the forward pass of the same weights in fp64 (relative)."""
+    x, narrow = tokens(2, 19), copy.deepcopy(model).to(dtype)
+    expected = copy.deepcopy(narrow).double()(x)
+    logits, state = narrow.prefill(x[:, :6], narrow.init_state(2))
+    outputs = [logits]
+    for token in x[:, 6:].unbind(1):
+        logits, state = narrow.decode_step(token, state)
+        outputs.append(logits.unsqueeze(1))
+    error = torch.cat(outputs, dim=1).double() - expected
+    assert error.norm() < bound * expected.norm()
 
 
 def test_the_last_logits_alone_are_the_last_of_all(model, tokens):
