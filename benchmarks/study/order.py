@@ -4,7 +4,7 @@
     noise-MODEL-s1        the best of these with another seed
     vary-VARIANT          one change to a form of Trellis; vary-combined-1, -2: the best changes together
     search-MODEL-3        further settings of the two strongest baselines, as many as Trellis has had
-    recall-MODEL-lr3e-3   associative recall, in small models of their own
+    recall-MODEL-lr3e-3   associative recall, in small models of their own; -s1: again with another seed
     full-MODEL-s0         9M tokens with the best settings found: seed by seed
     long-MODEL-s0         9M tokens in rows of 4,096
 
@@ -18,6 +18,7 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def tasks(results: Results) -> list[Task]:
     found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
     whole = _full(plan()["full"]["seeds"], results)
     found += [task for task in whole if task.seed == 0]
+    found += [task for name in plan()["recall"]["again"] for task in _recall_again(name, results)]
     found += _long(results)
     found += [task for task in whole if task.seed != 0]
     found += _full({name: [0] for name in rest}, results)
@@ -357,23 +359,45 @@ def _long(results: Results) -> Iterator[Task]:
 
 
 def _recall(name: str, results: Results) -> list[Task]:
-    """Two learning rates of Trellis and the main models, one of the others, none of a form left behind."""
+    """Learning rates, of main models and forms of Trellis two, and while the best is the highest the next."""
     options = plan()["recall"]
-    if "rates" in models().get(name, {}):
-        return []
     own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
     if own is None or (name == OURS and own.set == table(own.model)):
         return []  # the form that was chosen has its own
-    rates = options["rates"] if name == OURS or name in models("ours", "main") else options["rates"][:1]
-    tokens = options["steps"] * options["tokens_per_step"]
+    first = name == OURS or (name in models("ours", "main") and "rates" not in models()[name])
+    found = [_recalling(name, own, rate) for rate in (options["rates"] if first else options["rates"][:1])]
+    while (best := _best_recall(found, results)) is not None:
+        rate = float(f"{options['next'] * best.settings.rate:.6g}")
+        if rate > options["most"] or any(task.settings.rate >= rate for task in found):
+            break
+        found.append(_recalling(name, own, rate))
+    return found
+
+
+def _recall_again(name: str, results: Results) -> list[Task]:
+    """Further seeds at the best of the learning rates."""
+    best = _best_recall(_recall(name, results), results)
+    if best is None:
+        return []
+    own = replace(best.settings, set=table(name))
+    return [_recalling(name, own, own.rate, seed) for seed in plan()["recall"]["again"][name]]
+
+
+def _best_recall(found: list[Task], results: Results) -> Task | None:
+    """That with the best accuracy on the rows to choose by, once all are finished."""
+    if not _finished(found, results):
+        return None
+    return max(found, key=lambda task: results[task.name]["choosing"])
+
+
+def _recalling(name: str, own: Settings, rate: float, seed: int = 0) -> Task:
+    options = plan()["recall"]
     changed = {key: value for key, value in own.set.items() if key.startswith("model.")} | options["set"]
-    return [
-        Task(
-            f"recall-{name}-lr{number(rate)}",
-            "recall",
-            Settings(own.model, rate, changed),
-            tokens=tokens,
-            group=name,
-        )
-        for rate in rates
-    ]
+    return Task(
+        f"recall-{name}-lr{number(rate)}" + (f"-s{seed}" if seed else ""),
+        "recall",
+        Settings(own.model, rate, changed),
+        seed=seed,
+        tokens=options["steps"] * options["tokens_per_step"],
+        group=name,
+    )

@@ -284,12 +284,15 @@ def _recall(rows: Sequence[Row]) -> str:
         (
             row["title"],
             *(f"{row['accuracy'][count]:.2f}" for count in pairs),
-            f"{row['rate']:g}, of {row['rates']}",
+            f"{row['mean']:.3f}" + ("" if row["deviation"] is None else f" ({row['deviation']:.3f})"),
+            str(row["seeds"]),
+            f"{row['rate']:g}, {'the highest ' if row['highest'] else ''}of {row['rates']}",
             f"{row['state_bytes'] / 1e3:.1f}",
         )
         for row in rows
     ]
-    return markdown(("model", *(f"{count} pairs" for count in pairs), "learning rate", "state, kB"), lines)
+    heads = ("mean (deviation)", "seeds", "learning rate", "state, kB")
+    return markdown(("model", *(f"{count} pairs" for count in pairs), *heads), lines)
 
 
 def _speed(lengths: Mapping[str, Any] | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -205,25 +206,37 @@ def _short(found: Mapping[str, Any]) -> Losses:
 
 
 def recalls(results: Results) -> list[Row]:
-    """Per model the learning rate with the best mean accuracy on the rows to choose by."""
-    best: dict[str, Row] = {}
+    """Per model the learning rate with the best mean accuracy on the rows to choose by, over its seeds."""
+    tried: dict[str, dict[float, list[Mapping[str, Any]]]] = {}
     for found in results.values():
-        if found["about"]["kind"] != "recall":
-            continue
-        group = found["about"]["group"]
-        row = {
-            "title": title_of(group),
-            "accuracy": found["accuracy"],
-            "mean": sum(found["accuracy"].values()) / len(found["accuracy"]),
-            "choosing": found["choosing"],
-            "rate": found["about"]["settings"]["rate"],
-            "rates": 1 + (best[group]["rates"] if group in best else 0),
-            "state_bytes": found["state_bytes"],
-        }
-        if group in best and best[group]["choosing"] >= row["choosing"]:
-            row = {**best[group], "rates": row["rates"]}
-        best[group] = row
-    return sorted(best.values(), key=lambda row: -row["mean"])
+        about = found["about"]
+        if about["kind"] == "recall":
+            tried.setdefault(about["group"], {}).setdefault(about["settings"]["rate"], []).append(found)
+    rows = [_recalled(group, rates) for group, rates in tried.items()]
+    return sorted(rows, key=lambda row: -row["mean"])
+
+
+def _recalled(group: str, rates: Mapping[float, Sequence[Mapping[str, Any]]]) -> Row:
+    """The rate is chosen by the first seed, which all rates have."""
+
+    def choosing(rate: float) -> float:
+        return float(next(found["choosing"] for found in rates[rate] if found["about"]["seed"] == 0))
+
+    best = max(rates, key=choosing)
+    seeds = [found["accuracy"] for found in rates[best]]
+    means = [statistics.mean(accuracy.values()) for accuracy in seeds]
+    return {
+        "title": title_of(group),
+        "accuracy": {pairs: statistics.mean(each[pairs] for each in seeds) for pairs in seeds[0]},
+        "mean": statistics.mean(means),
+        "deviation": statistics.stdev(means) if len(means) > 1 else None,
+        "seeds": len(seeds),
+        "choosing": choosing(best),
+        "rate": best,
+        "rates": len(rates),
+        "highest": best == max(rates),
+        "state_bytes": rates[best][0]["state_bytes"],
+    }
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -49,7 +49,8 @@ def result(task: plan.Task, loss: float, *, core_seconds: float = 100.0) -> dict
     found: dict[str, Any] = {"name": task.name, "about": task.about(), "core_seconds": core_seconds}
     if task.kind == "recall":
         pairs = {str(count): 0.5 for count in plan.plan()["recall"]["pairs"]}
-        return found | {"accuracy": pairs, "choosing": 0.5, "state_bytes": 1000, "parameters": 1}
+        choosing = 0.5 + 10 * task.settings.rate
+        return found | {"accuracy": pairs, "choosing": choosing, "state_bytes": 1000, "parameters": 1}
     slope = [0.3, 0.2, 0.1, 0.0, -0.1, -0.1, -0.1]
     ranges = [[100 * (loss + more), 100] for _, more in zip(score.edges_up_to(task.length), slope)]
     scored = {name: {"bytes": 3200, "parts": [ranges] * score.PARTS} for name in ("One", "Two")}
@@ -107,12 +108,12 @@ def finished(every_kind: None) -> dict[str, Any]:
     return go_through(LOSSES)
 
 
-def test_a_form_left_behind_has_rates_of_its_own_and_no_recall(finished: dict[str, Any]) -> None:
+def test_a_form_left_behind_has_rates_of_its_own_and_one_of_recall(finished: dict[str, Any]) -> None:
     tuned = {name for name in finished if name.startswith("tune-trellis-")}
     assert {name for name in tuned if "through" in name} == {"tune-trellis-through-lr2e-3"}
     assert len(tuned) == 1 + 2 * 4
-    assert not any(name.startswith("recall-trellis-through") for name in finished)
-    assert "recall-trellis-paper-lr3e-3" in finished
+    assert not [name for name in finished if name.startswith("recall-trellis-through-lr1")]
+    assert {"recall-trellis-through-lr3e-3", "recall-trellis-paper-lr1e-3"} <= set(finished)
 
 
 def test_a_change_is_chosen_where_it_is_better_by_more_than_twice_the_noise(every_kind: None) -> None:
@@ -169,7 +170,9 @@ def test_half_the_slots_have_targets_of_their_own_where_values_are_targets(
 
 def test_the_rest_have_the_best_rate_of_gated_deltanet_and_one_seed(finished: dict[str, Any]) -> None:
     for name in plan.models("rest"):
-        assert [run for run in finished if f"-{name}-" in run] == [f"recall-{name}-lr3e-3", f"full-{name}-s0"]
+        recalls = [f"recall-{name}-lr{rate}" for rate in ("3e-3", "9e-3")]
+        again = ["recall-abc-lr9e-3-s1"] if name == "abc" else []
+        assert [run for run in finished if f"-{name}-" in run] == [*recalls, *again, f"full-{name}-s0"]
         assert finished[f"full-{name}-s0"]["about"]["settings"]["rate"] == 8e-3
     names = [task.name for task in order.tasks(finished) if task.kind == "full"]
     assert names[-2:] == ["full-mamba2-s2", "full-ttt_linear-s2"]
@@ -678,17 +681,50 @@ def test_a_speed_is_of_the_very_model(finished: dict[str, Any]) -> None:
     assert not found["trellis-half"]
 
 
+def test_recall_tries_higher_rates_while_the_best_is_the_highest(finished: dict[str, Any]) -> None:
+    """The made-up accuracies rise with the rate; the next after 9e-3 is beyond the plan's bound."""
+    rates = [name for name in finished if name.startswith("recall-gsa-")]
+    assert rates == ["recall-gsa-lr3e-3", "recall-gsa-lr1e-3", "recall-gsa-lr9e-3"]
+    low = {**finished, "recall-gsa-lr1e-3": finished["recall-gsa-lr1e-3"] | {"choosing": 0.99}}
+    assert [task.name for task in order._recall("gsa", low)] == rates[:2]
+
+
+def test_recall_has_its_further_seeds_at_the_best_rate(finished: dict[str, Any]) -> None:
+    again = {name: found for name, found in finished.items() if name[:6] == "recall" and "-s" in name[-3:]}
+    assert set(again) == {
+        "recall-trellis-paper-lr9e-3-s1",
+        "recall-trellis-paper-lr9e-3-s2",
+        "recall-abc-lr9e-3-s1",
+    }
+    first = finished["recall-abc-lr9e-3"]["about"]
+    assert again["recall-abc-lr9e-3-s1"]["about"] == {**first, "seed": 1}
+
+
+def test_recall_is_the_mean_over_the_seeds_of_the_rate_that_the_first_chose(finished: dict[str, Any]) -> None:
+    runs = {name: dict(found) for name, found in finished.items() if name.startswith("recall-trellis-paper-")}
+    for name, found in runs.items():
+        high = 1.0 if name.endswith("s1") else 0.4
+        found["accuracy"] = dict.fromkeys(found["accuracy"], high)
+    (row,) = tables.recalls(runs)
+    assert (row["rate"], row["rates"], row["seeds"], row["highest"]) == (9e-3, 3, 3, True)
+    assert row["mean"] == pytest.approx(0.6)
+    assert row["accuracy"]["128"] == pytest.approx(0.6)
+    assert row["deviation"] == pytest.approx(0.12**0.5)
+
+
 def test_a_learning_rate_of_recall_is_chosen_on_other_rows(finished: dict[str, Any]) -> None:
     runs = {name: dict(found) for name, found in finished.items() if name.startswith("recall-gsa-")}
-    assert len(runs) == 2
-    first, second = runs.values()
+    assert len(runs) == 3
+    first, second, last = runs.values()
+    last["choosing"] = 0.0
     first["choosing"], second["choosing"] = 0.9, 0.1
     second["accuracy"] = dict.fromkeys(second["accuracy"], 1.0)
     (row,) = tables.recalls(runs)
-    assert (row["mean"], row["rates"]) == (0.5, 2)
+    assert (row["mean"], row["rates"], row["highest"]) == (0.5, 3, False)
     assert [name for name in finished if name.startswith("recall-trellis-lr")] == [
         "recall-trellis-lr3e-3",
         "recall-trellis-lr1e-3",
+        "recall-trellis-lr9e-3",
     ]
     asked = finished["recall-trellis-lr3e-3"]["about"]["settings"]["set"]
     assert asked.items() >= finished["full-trellis-s0"]["about"]["settings"]["set"].items()
