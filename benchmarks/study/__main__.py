@@ -1,10 +1,11 @@
-"""The study as a command: python -m benchmarks.study prepare|run|try|score|places|speed|report.
+"""The study as a command: python -m benchmarks.study prepare|run|try|score|places|reach|speed|report.
 
 prepare --books DIR                strips the training books, makes tokenizer and shards
 run --books DIR --minutes 55       goes on with the plan; --dry-run only prints it
 try NAME --books DIR --model M     a run by hand, with --set KEY=VALUE; it chooses nothing
 score --books DIR [--test]         the n-grams on all books; with --test the test books, once
 places --books DIR                 where in a chunk the stale gradient hurts
+reach --books DIR                  what context is worth to the full runs, how long their gates keep
 speed                              seconds per token of all models in turns
 report                             benchmarks/results/study.json, the tables of docs/study.md, plots
 
@@ -38,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     use(options.scale)
     store = Store(options.results or folder_of(options.scale))
     work = (options.work or Path("runs") / folder_of(options.scale).name).resolve()
-    reads = options.command in ("prepare", "run", "score", "one", "try", "places") and not getattr(
+    reads = options.command in ("prepare", "run", "score", "one", "try", "places", "reach") and not getattr(
         options, "dry_run", False
     )
     if reads and options.books is None:
@@ -172,6 +173,15 @@ def _places(options: argparse.Namespace, store: Store, work: Path) -> int:
     return 0
 
 
+def _reach(options: argparse.Namespace, store: Store, work: Path) -> int:
+    from benchmarks.study.reach import measure
+
+    check_device()
+    known, books = store.once("reach"), options.books.resolve()
+    print(store.write("once/reach", measure(store.runs(), books=books, work=work, known=known)))
+    return 0
+
+
 def _speed(options: argparse.Namespace, store: Store, work: Path) -> int:
     from benchmarks.study.speed import measure
 
@@ -195,6 +205,7 @@ _COMMANDS = {
     "try": _try,
     "score": _score,
     "places": _places,
+    "reach": _reach,
     "speed": _speed,
     "report": _report,
 }

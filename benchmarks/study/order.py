@@ -18,7 +18,6 @@ import json
 import random
 import statistics
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +37,7 @@ from benchmarks.study.plan import (
     scale,
     table,
 )
+from benchmarks.study.recall_plan import recall_again, recall_tasks
 from trellis_dist.models.baseline_config import BASELINES, READERS
 
 __all__ = ["chosen", "loss_of", "noise_level", "tasks"]
@@ -359,45 +359,11 @@ def _long(results: Results) -> Iterator[Task]:
 
 
 def _recall(name: str, results: Results) -> list[Task]:
-    """Learning rates, of main models and forms of Trellis two, and while the best is the highest the next."""
-    options = plan()["recall"]
     own = chosen(OURS, results) if name == OURS else Settings(name, 0.0, table(name))
     if own is None or (name == OURS and own.set == table(own.model)):
         return []  # the form that was chosen has its own
-    first = name == OURS or (name in models("ours", "main") and "rates" not in models()[name])
-    found = [_recalling(name, own, rate) for rate in (options["rates"] if first else options["rates"][:1])]
-    while (best := _best_recall(found, results)) is not None:
-        rate = float(f"{options['next'] * best.settings.rate:.6g}")
-        if rate > options["most"] or any(task.settings.rate >= rate for task in found):
-            break
-        found.append(_recalling(name, own, rate))
-    return found
+    return recall_tasks(name, own, results)
 
 
 def _recall_again(name: str, results: Results) -> list[Task]:
-    """Further seeds at the best of the learning rates."""
-    best = _best_recall(_recall(name, results), results)
-    if best is None:
-        return []
-    own = replace(best.settings, set=table(name))
-    return [_recalling(name, own, own.rate, seed) for seed in plan()["recall"]["again"][name]]
-
-
-def _best_recall(found: list[Task], results: Results) -> Task | None:
-    """That with the best accuracy on the rows to choose by, once all are finished."""
-    if not _finished(found, results):
-        return None
-    return max(found, key=lambda task: results[task.name]["choosing"])
-
-
-def _recalling(name: str, own: Settings, rate: float, seed: int = 0) -> Task:
-    options = plan()["recall"]
-    changed = {key: value for key, value in own.set.items() if key.startswith("model.")} | options["set"]
-    return Task(
-        f"recall-{name}-lr{number(rate)}" + (f"-s{seed}" if seed else ""),
-        "recall",
-        Settings(own.model, rate, changed),
-        seed=seed,
-        tokens=options["steps"] * options["tokens_per_step"],
-        group=name,
-    )
+    return recall_again(name, Settings(name, 0.0, table(name)), results)

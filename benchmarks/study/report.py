@@ -20,8 +20,10 @@ from benchmarks.study.tables import (
     ablations,
     bigram_loss,
     interval_text,
+    lives_table,
     markdown,
     ranking,
+    reach_table,
     recalls,
     short_bigram,
     title_of,
@@ -49,6 +51,8 @@ HEADINGS = {
     "left": "Not done",
     "recall": "Associative recall",
     "places": "Where the stale gradient hurts",
+    "reach": "What context is worth",
+    "half-lives": "How long gates keep",
 }
 
 
@@ -71,6 +75,7 @@ def gather(store: Store) -> dict[str, Any]:
         "recall": recalls(runs),
         "speed": speeds and speeds["lengths"],
         "places": store.once("places"),
+        "reach": store.once("reach"),
         "bigram": {},
     }
     for split, scores in (("validation", None), ("test", test["runs"] if test else {})):
@@ -101,6 +106,8 @@ def sections(found: Mapping[str, Any]) -> dict[str, str]:
         "recall": _recall(found["recall"]),
         "speed": _speed(found["speed"]),
         "places": _places(found["places"]),
+        "reach": reach_table(found["reach"]),
+        "half-lives": lives_table(found["reach"]),
         "budget": f"{found['runs']} runs, {found['core_seconds'] / 3600:.1f} of "
         f"{found['budget'] / 3600:.0f} core-hours.",
     }

@@ -20,8 +20,10 @@ __all__ = [
     "base_of",
     "bigram_loss",
     "interval_text",
+    "lives_table",
     "markdown",
     "ranking",
+    "reach_table",
     "recalls",
     "short_bigram",
     "title_of",
@@ -254,6 +256,51 @@ def interval_text(row: Mapping[str, Any] | Interval | None) -> str:
     numbers = row.row() if isinstance(row, Interval) else row
     mark = "" if numbers["over"] == "books x seeds" else " *"
     return f"{numbers['estimate']:+.4f} [{numbers['low']:+.4f}, {numbers['high']:+.4f}]{mark}"
+
+
+def reach_table(found: Results | None) -> str:
+    """A model's loss with the longest context, and what it loses more with each shorter one."""
+    if not found:
+        return EMPTY
+    contexts = [row["context"] for row in next(iter(found.values()))["contexts"]]
+    heads = (
+        "model",
+        f"{contexts[-1]} to {2 * contexts[-1] - 1}",
+        *(f"{context} to {2 * context - 1}" for context in contexts[:-1]),
+    )
+    lines = [
+        (
+            _title_of_run(name),
+            f"{run['contexts'][-1]['loss']:.4f}",
+            *(interval_text(row) for row in run["contexts"][:-1]),
+        )
+        for name, run in found.items()
+    ]
+    return markdown(heads, lines)
+
+
+def lives_table(found: Results | None) -> str:
+    """By layer the shortest, the middle and the longest half-life of what the heads keep."""
+    rows = [
+        (_title_of_run(name), memory, layers)
+        for name, run in (found or {}).items()
+        for memory, layers in run["half_lives"].items()
+        if layers
+    ]
+    deepest = max((len(layers) for *_, layers in rows), default=0)
+    heads = ("model", "what", *(f"layer {layer}" for layer in range(deepest)))
+    return markdown(heads, [(title, memory, *map(_lives, layers)) for title, memory, layers in rows])
+
+
+def _lives(tokens: Sequence[float | None]) -> str:
+    """Of ascending half-lives; None is the longest."""
+    ends = (tokens[0], tokens[(len(tokens) - 1) // 2], tokens[-1])
+    return " / ".join("never" if each is None else f"{each:,.3g}" for each in ends)
+
+
+def _title_of_run(name: str) -> str:
+    """Of full-MODEL-s0."""
+    return title_of(name.removeprefix("full-").rpartition("-")[0])
 
 
 def tried(found: Results) -> list[Row]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks.hand_made import write_documents
-from benchmarks.study import books, expected, known, places, plan, recall, results, score
+from benchmarks.study import books, expected, known, places, plan, reach, recall, results, score
 from data_pipeline.config import TokenizerConfig
 from data_pipeline.loader import BatchLoader, TokenDataset
 from data_pipeline.tokenizer import Tokenizer, train_tokenizer
@@ -232,6 +232,68 @@ def test_two_models_are_compared_by_place_in_the_chunk(
     assert [row["estimate"] for row in rows] == pytest.approx(apart, abs=1e-3)
     with pytest.raises(ValueError, match="no stale run is finished"):
         places.measure({}, books=folder, work=Path("w"))
+
+
+# Reach
+
+
+def test_every_context_is_measured_on_the_same_targets(
+    scored: tuple[Scorer, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against the plain forward pass of one target at a time, with exactly the tokens that it may see."""
+    scorer, _ = scored
+    monkeypatch.setattr(reach, "CONTEXTS", (4, 8, 16))
+    ids = [scorer.tokenizer.bos_id, *torch.randint(4, 300, (60,), generator=torch.Generator()).tolist()]
+    for context in reach.CONTEXTS:
+        expected = 0.0
+        for place in range(16, 48):  # 60 inputs hold three times 16; the first 16 have too little before them
+            start = place // context * context - context
+            with torch.no_grad():
+                logits = scorer.model(torch.tensor([ids[start : place + 1]]))[0, -1]  # type: ignore[operator]
+            expected -= float(logits.log_softmax(-1)[ids[place + 1]])
+        nats, targets = reach.nats_with(scorer, ids, context)
+        assert targets == 32
+        assert nats == pytest.approx(expected, rel=1e-5)
+    assert reach.nats_with(scorer, ids[:17], 4) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "name", "lives"),
+    [
+        ("mamba2", "memory", 2),
+        ("gated_deltanet", "memory", 2),
+        ("gsa", "memory", 2 * 4),
+        ("rwkv7", "memory", 16),
+        ("titans", "memory", 2),
+        ("trellis", "memory", 2),
+        ("trellis", "value memory", 2),
+        ("deltanet", "memory", 0),
+    ],
+)
+def test_half_lives_are_those_of_the_decays_that_the_operation_gets(
+    pattern: str, name: str, lives: int
+) -> None:
+    own = TrellisConfig(slots=4, chunk_size=4, value_gates="own", value_gate_bias=8.0)
+    config = ModelConfig(
+        vocab_size=32,
+        num_layers=2,
+        dim=16,
+        num_heads=2,
+        pattern=(pattern,),
+        trellis=own,
+        baselines=BaselineConfig(slots=4, chunk_size=4, mini_batch=4),
+    )
+    model = build_language_model(config, seed=0).eval()
+    before = [block.mixer.operation for block in model.blocks]
+    found = reach.half_lives(model, torch.arange(24).view(2, 12))[name]
+    assert [len(layer) for layer in found] == [lives] * (2 if lives else 0)
+    assert [block.mixer.operation for block in model.blocks] == before
+    flat = [each for layer in found for each in layer]
+    if name == "value memory":  # sigmoid(8) of each token
+        assert flat == pytest.approx([math.log(2) / -math.log(1 / (1 + math.exp(-8)))] * 4, rel=0.1)
+    elif pattern == "trellis":  # sigmoid(4)
+        assert flat == pytest.approx([math.log(2) / -math.log(1 / (1 + math.exp(-4)))] * 4, rel=0.1)
+    assert all(each is not None and each > 0 for each in flat)
 
 
 # Recall

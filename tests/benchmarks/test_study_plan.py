@@ -616,6 +616,7 @@ def test_nothing_counts_beside_a_trellis_that_does_not(finished: dict[str, Any])
         "recall": [],
         "speed": None,
         "places": None,
+        "reach": None,
     }
     found |= {"runs": 0, "core_seconds": 0.0, "budget": 1.0}
     assert "| yes |" in report.sections(found)["full-test"]
@@ -749,7 +750,7 @@ def test_the_report_fills_the_page_and_draws(
     }
     text = page.read_text()
     assert "| **Trellis** | 3 |" in text
-    assert text.count(tables.EMPTY) == 4  # the test books, runs by hand, places in a chunk
+    assert text.count(tables.EMPTY) == 6  # the test books, runs by hand, places in a chunk, reach
     assert "Every run of the plan is done." in text
     twice = report.fill(text, report.sections(report.gather(store)))
     assert twice == text
@@ -765,6 +766,20 @@ def test_without_runs_every_table_says_so(tmp_path: Path) -> None:
         "left",
     }
     assert "`full-trellis-half-s0`" in made["left"]
+
+
+def test_reach_is_shown_by_context_and_by_layer() -> None:
+    interval = {"estimate": 0.25, "low": 0.2, "high": 0.3, "over": "books only (one seed)"}
+    run = {
+        "contexts": [{"context": 16, "loss": 4.25, **interval}, {"context": 32, "loss": 4.0, **interval}],
+        "half_lives": {"memory": [[0.5, 1.25, 9.0, 80.0], [1.0, None]], "value memory": []},
+    }
+    found = {"full-trellis-s0": run, "full-attention-s0": run | {"half_lives": {"memory": []}}}
+    context = tables.reach_table(found).splitlines()
+    assert context[0] == "| model | 32 to 63 | 16 to 31 |"
+    assert context[2] == "| **Trellis** | 4.0000 | +0.2500 [+0.2000, +0.3000] * |"
+    lives = tables.lives_table(found).splitlines()
+    assert lives[2:] == ["| **Trellis** | memory | 0.5 / 1.25 / 80 | 1 / 1 / never |"]
 
 
 def test_result_files_are_small_and_read_back(tmp_path: Path, finished: dict[str, Any]) -> None:
