@@ -37,7 +37,7 @@ from benchmarks.study.plan import (
     scale,
     table,
 )
-from benchmarks.study.recall_plan import recall_again, recall_tasks
+from benchmarks.study.recall_plan import recall_again, recall_forms, recall_tasks
 from trellis_dist.models.baseline_config import BASELINES, READERS
 
 __all__ = ["chosen", "loss_of", "noise_level", "tasks"]
@@ -55,6 +55,7 @@ def tasks(results: Results) -> list[Task]:
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
     found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
+    found += recall_forms()
     whole = _full(plan()["full"]["seeds"], results)
     found += [task for task in whole if task.seed == 0]
     found += [task for name in plan()["recall"]["again"] for task in _recall_again(name, results)]

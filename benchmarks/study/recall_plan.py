@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.study.plan import OURS, Settings, Task, models, number, plan
+from benchmarks.study.plan import OURS, Settings, Task, models, number, plan, table
 
-__all__ = ["recall_again", "recall_tasks"]
+__all__ = ["recall_again", "recall_forms", "recall_tasks"]
 
 Results = Mapping[str, Mapping[str, Any]]
 
@@ -23,6 +23,15 @@ def recall_tasks(name: str, own: Settings, results: Results) -> list[Task]:
             break
         found.append(_task(name, own, rate))
     return found
+
+
+def recall_forms() -> list[Task]:
+    """Forms of Trellis that recall alone has, at the first rate."""
+    options = plan()["recall"]
+    return [
+        _task(name, Settings(form["of"], 0.0, table(form["of"]) | form["set"]), options["rates"][0])
+        for name, form in options["forms"].items()
+    ]
 
 
 def recall_again(name: str, own: Settings, results: Results) -> list[Task]:

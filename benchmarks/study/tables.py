@@ -44,7 +44,7 @@ def title_of(group: str) -> str:
         HALF: "Trellis, half the slots",
         STALE: "Trellis, the stale update alone",
     }
-    return named.get(group) or str(models()[group]["title"])
+    return named.get(group) or str((models() | plan()["recall"]["forms"])[group]["title"])
 
 
 def bigram_loss(ngrams: Mapping[str, Any], split: str) -> float:

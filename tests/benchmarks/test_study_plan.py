@@ -690,6 +690,16 @@ def test_recall_tries_higher_rates_while_the_best_is_the_highest(finished: dict[
     assert [task.name for task in order._recall("gsa", low)] == rates[:2]
 
 
+def test_recall_has_forms_of_its_own(finished: dict[str, Any]) -> None:
+    """What they change, at the first rate alone; the table names them."""
+    found = {name: run["about"] for name, run in finished.items() if "corrected-open" in name}
+    (about,) = found.values()
+    assert list(found) == ["recall-corrected-open-lr3e-3"]
+    asked = about["settings"]["set"]
+    assert asked.items() >= (plan.table("trellis-corrected") | {"model.trellis.gates": ["off"]}).items()
+    assert "no forget gate" in {row["title"] for row in tables.recalls(finished)}
+
+
 def test_recall_has_its_further_seeds_at_the_best_rate(finished: dict[str, Any]) -> None:
     again = {name: found for name, found in finished.items() if name[:6] == "recall" and "-s" in name[-3:]}
     assert set(again) == {
