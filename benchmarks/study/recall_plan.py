@@ -27,11 +27,11 @@ def recall_tasks(name: str, own: Settings, results: Results) -> list[Task]:
 
 def recall_forms() -> list[Task]:
     """Forms of Trellis that recall alone has, at the first rate."""
-    options = plan()["recall"]
-    return [
-        _task(name, Settings(form["of"], 0.0, table(form["of"]) | form["set"]), options["rates"][0])
-        for name, form in options["forms"].items()
-    ]
+    rate, found = plan()["recall"]["rates"][0], []
+    for name, form in plan()["recall"]["forms"].items():
+        kept = {key: value for key, value in table(form["of"]).items() if key not in form.get("unset", ())}
+        found.append(_task(name, Settings(form["of"], 0.0, kept | form["set"]), rate))
+    return found
 
 
 def recall_again(name: str, own: Settings, results: Results) -> list[Task]:
