@@ -54,8 +54,8 @@ def tasks(results: Results) -> list[Task]:
     found = [task for name in first for task in _tuning(name, results)]
     found += [*_noise(results), *_variants(results), *_combined(results)]
     found += [task for name in _strongest(results) for task in _search(name, results)]
-    found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
     found += recall_forms()
+    found += [task for name in [OURS, *first, *rest] for task in _recall(name, results)]
     whole = _full(plan()["full"]["seeds"], results)
     found += [task for task in whole if task.seed == 0]
     found += [task for name in plan()["recall"]["again"] for task in _recall_again(name, results)]
