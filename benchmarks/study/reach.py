@@ -41,10 +41,13 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def measure(results: Results, *, books: Path, work: Path, known: Results | None = None) -> dict[str, Any]:
-    """Per full run of seed 0: "contexts", rows by W: the loss, and that less the longest's; "half_lives".
+    """Per full run of seed 0: "contexts", rows by W (nats per token, and less the longest's); "half_lives".
 
     Args:
-        known: what was measured before; it is kept.
+        results: finished runs by name.
+        books: folder of the raw books.
+        work: folder of the runs and their data.
+        known: what was measured before; of runs that are still the same it is kept.
 
     Raises:
         ValueError: no full run is finished.
@@ -54,8 +57,13 @@ def measure(results: Results, *, books: Path, work: Path, known: Results | None 
     if not names:
         raise ValueError("no full run of seed 0 is finished: go on with the plan first")
     torch.set_num_threads(plan()["computes"]["threads"])
-    done = dict(known or {})
-    return done | {name: _of_run(name, books, work) for name in names if name not in done}
+    same = {
+        name: found
+        for name, found in (known or {}).items()
+        if found["digest"] == results.get(name, {}).get("digest")
+    }
+    left = [name for name in names if name not in same]
+    return same | {name: {"digest": results[name]["digest"], **_of_run(name, books, work)} for name in left}
 
 
 def _of_run(name: str, books: Path, work: Path) -> dict[str, Any]:
@@ -107,7 +115,8 @@ def half_lives(model: LanguageModel, tokens: Tensor) -> dict[str, list[list[floa
 
     Returns:
         "memory", and of Trellis with gates of its own for the value pass "value memory"; a gate per slot or
-        feature counts as memories of its own. Layers without decay are empty.
+        feature counts as memories of its own. A layer without decay has no entry, nor beside Trellis layers
+        one of another kind.
     """
     if trellis_mixers(model):
         seen = trace(model, tokens, piece=tokens.shape[1])

@@ -13,7 +13,13 @@ Results = Mapping[str, Mapping[str, Any]]
 
 
 def recall_tasks(name: str, own: Settings, results: Results) -> list[Task]:
-    """Of main models and forms of Trellis two, of others one; while the best is the highest the next."""
+    """Of main models and forms of Trellis two, of others one; while the best is the highest the next.
+
+    Args:
+        name: of the model, and of its runs.
+        own: its settings; the rate is not read.
+        results: finished runs by name, whose accuracies choose.
+    """
     options = plan()["recall"]
     several = name == OURS or (name in models("ours", "main") and "rates" not in models()[name])
     found = [_task(name, own, rate) for rate in (options["rates"] if several else options["rates"][:1])]
@@ -26,7 +32,7 @@ def recall_tasks(name: str, own: Settings, results: Results) -> list[Task]:
 
 
 def recall_forms() -> list[Task]:
-    """Forms of Trellis that recall alone has, at the first rate."""
+    """Forms of Trellis and of baselines that recall alone has, at the first rate."""
     rate, found = plan()["recall"]["rates"][0], []
     for name, form in plan()["recall"]["forms"].items():
         kept = {key: value for key, value in table(form["of"]).items() if key not in form.get("unset", ())}
@@ -35,7 +41,7 @@ def recall_forms() -> list[Task]:
 
 
 def recall_again(name: str, own: Settings, results: Results) -> list[Task]:
-    """Further seeds at the best of the learning rates."""
+    """Further seeds at the best of the learning rates; arguments as of ``recall_tasks``."""
     best = _best(recall_tasks(name, own, results), results)
     if best is None:
         return []

@@ -257,6 +257,23 @@ def test_every_context_is_measured_on_the_same_targets(
     assert reach.nats_with(scorer, ids[:17], 4) == (0.0, 0.0)
 
 
+def test_a_run_is_measured_once_and_again_when_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(reach, "_of_run", lambda name, *_: asked.append(name) or {"contexts": []})
+    results = {name: {"digest": name} for name in ("full-gsa-s0", "full-mamba2-s0", "full-mamba2-s1")}
+    first = reach.measure(results, books=Path("b"), work=Path("w"))
+    assert asked == ["full-gsa-s0", "full-mamba2-s0"]
+    results["full-gsa-s0"] = {"digest": "trained again"}
+    again = reach.measure(results, books=Path("b"), work=Path("w"), known=first)
+    assert asked[2:] == ["full-gsa-s0"]
+    assert {name: found["digest"] for name, found in again.items()} == {
+        "full-gsa-s0": "trained again",
+        "full-mamba2-s0": "full-mamba2-s0",
+    }
+    with pytest.raises(ValueError, match="no full run of seed 0 is finished"):
+        reach.measure({}, books=Path("b"), work=Path("w"))
+
+
 @pytest.mark.parametrize(
     ("pattern", "name", "lives"),
     [

@@ -13,12 +13,20 @@ from tests.kernels.baselines import test_linear, test_rwkv7, test_slots, test_ti
 from tests.kernels.baselines.driver import Case, check
 
 MINI_BATCH = 16
-_of_mini_batches = functools.partial(functools.partial, offset=0, chunk=MINI_BATCH)
-_titans_memory = functools.partial(test_titans.memory, depth=1)
 CHUNKWISE = {**test_linear.CASES, **test_rwkv7.CASES, **test_slots.CASES}
 MINI_BATCHES = {
-    "ttt": Case(ttt_linear, _of_mini_batches(test_ttt.loop), test_ttt.drawing(MINI_BATCH), test_ttt.memory),
-    "titans": Case(titans, _of_mini_batches(test_titans.loop), test_titans.draw, _titans_memory),
+    "ttt": Case(
+        ttt_linear,
+        functools.partial(test_ttt.loop, offset=0, chunk=MINI_BATCH),
+        test_ttt.drawing(MINI_BATCH),
+        test_ttt.memory,
+    ),
+    "titans": Case(
+        titans,
+        functools.partial(test_titans.loop, offset=0, chunk=MINI_BATCH),
+        test_titans.draw,
+        functools.partial(test_titans.memory, depth=1),
+    ),
 }
 
 
